@@ -1,0 +1,36 @@
+# Two commands for a new machine: `make demo` and `make test`. Both make .venv and install into it first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or later is needed, got $$($(PYTHON) --version); set PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(INSTALLED)
+
+install: $(INSTALLED) ## make .venv and install the package with its test tools
+
+demo: $(INSTALLED) ## unlearn on generated data with a small model: no network, no GPU, under three minutes
+	$(BIN)/python -m simnpo_pl fit --config configs/demo.yaml
+
+test: $(INSTALLED) ## all fast tests
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED) ## slow tests too
+	$(BIN)/python -m pytest -m 'not gpu and not network'
+
+lint: $(INSTALLED) ## style and types
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/mypy
+
+clean: ## remove the environment and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,1 @@
+"""SimNPO unlearning of language models on PyTorch Lightning."""

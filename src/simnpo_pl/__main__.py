@@ -1,0 +1,76 @@
+"""`python -m simnpo_pl`: runs the command line; a mistake of the user is one line and exit code 2."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+HELP = """usage: python -m simnpo_pl COMMAND --config FILE [--config OVERLAY ...] [--OPTION VALUE ...]
+
+Makes a causal language model forget question-answer pairs, and measures what it forgot and what it kept.
+
+commands:
+  fit       evaluate the start model, unlearn, export the model, evaluate it
+  validate  evaluate a model
+  test      evaluate a model
+  predict   write a model's greedy answers
+
+  --debug   show the traceback of an error
+
+Each command lists its options with --help; start with
+  python -m simnpo_pl fit --config configs/demo.yaml
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        from simnpo_pl.cli import run
+
+        run(arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        message = user_message(error)
+        if debug or message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def user_message(error: BaseException) -> str | None:
+    """One line for an error that the user can mend; None for a fault of the program."""
+    from argparse import ArgumentError
+
+    from simnpo_pl.errors import UserError
+
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, UserError):
+            return _line(str(seen))
+        seen = seen.__cause__ or seen.__context__
+    if isinstance(error, ArgumentError):
+        return _line(str(error))
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f": {error.filename}" if error.filename else ""
+        return _line(f"{error.strerror or error}{where}; files written before are as they were")
+    return None
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    main()

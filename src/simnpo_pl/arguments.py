@@ -1,0 +1,75 @@
+"""Naming another objective drops the settings of the one before it.
+
+The parser keeps every setting that the new class also has: a `beta` tuned for SimNPO would silently become NPO's. So
+the old value is cleared, with the two loss weights, wherever a later config or flag names another class.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CLEARED = {
+    "model.objective": ("model.objective", "model.forget_weight", "model.retain_weight"),
+    "model.retain_loss": ("model.retain_loss",),
+}
+"""Option that names a class to the options cleared where the class changes."""
+
+
+def clear_changed_classes(arguments: list[str]) -> list[str]:
+    """Insert `--OPTION null` before every source that names another class than the sources before it.
+
+    Args:
+        arguments: Of the command line, in order.
+    """
+    current: dict[str, str] = {}
+    result: list[str] = []
+    for name, value, words in _options(arguments):
+        for option, named in _named(name, value):
+            if option in current and current[option] != named:
+                result += [word for cleared in CLEARED[option] for word in (f"--{cleared}", "null")]
+            current[option] = named
+        result += words
+    return result
+
+
+def _options(arguments: list[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """Name, value and words of every option."""
+    position = 0
+    while position < len(arguments):
+        word = arguments[position]
+        name, equals, value = word.partition("=")
+        takes_next = word.startswith("-") and not equals and position + 1 < len(arguments)
+        words = arguments[position : position + 2] if takes_next else [word]
+        yield name.lstrip("-"), words[1] if takes_next else value, words
+        position += len(words)
+
+
+def _named(name: str, value: str) -> Iterator[tuple[str, str]]:
+    """Options whose class one source names, with that class."""
+    if name in CLEARED:
+        yield name, _class_name(value)
+    elif name in ("config", "c"):
+        content = _read(value)
+        for option in CLEARED:
+            group, key = option.split(".")
+            given = content.get(group)
+            entry = given.get(key) if isinstance(given, dict) else None
+            if isinstance(entry, dict):
+                entry = entry.get("class_path")
+            if isinstance(entry, str):
+                yield option, _class_name(entry)
+
+
+def _class_name(value: str) -> str:
+    return value.rsplit(".", 1)[-1]
+
+
+def _read(file: str) -> dict[str, Any]:
+    # What is wrong with the file is for the parser to say.
+    try:
+        content = yaml.safe_load(Path(file).expanduser().read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,7 @@
+"""Benchmarks: what is forgotten, what is kept, what is measured."""
+
+from simnpo_pl.benchmarks.demo import DemoData
+from simnpo_pl.benchmarks.own import JsonlData
+from simnpo_pl.benchmarks.tofu import TofuData
+
+__all__ = ["DemoData", "JsonlData", "TofuData"]

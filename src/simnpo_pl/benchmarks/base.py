@@ -1,0 +1,257 @@
+"""The data module every benchmark builds on: training pairs from forget and retain rows, and an evaluation.
+
+A benchmark is a subclass that says which rows are trained on and what is measured; it knows no model.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.utils.data import ConcatDataset, DataLoader
+
+from simnpo_pl.data.pairing import PairedSampler, draw_alternate
+from simnpo_pl.data.sources import check_disjoint, check_training_rows, fingerprint, hub_file
+from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
+from simnpo_pl.data.training import TrainingSet, scoring_parts
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.evaluation.plan import EvalBatches, generation_batches, scoring_batches
+from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log
+from simnpo_pl.models import load_tokenizer
+
+QA = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """Rows with `question` and `answer`.
+
+    Args:
+        forget: What the objective is applied to.
+        retain: What the retain loss is applied to; may be empty.
+        refusals: Answers that may stand in for a forget answer; may be empty.
+    """
+
+    forget: list[dict[str, Any]]
+    retain: list[dict[str, Any]] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+
+class UnlearningData(pl.LightningDataModule):
+    """Pairs of forget and retain rows, and what is measured.
+
+    An epoch is one pass over the forget rows; each is paired with a retain row drawn afresh every epoch.
+
+    Args:
+        tokenizer: Hub id or folder of the tokenizer; the command line takes it from `--model.name`.
+        template: Prompt with `{question}` and `{answer}`; null takes the tokenizer's chat template where it has one,
+            else "Question: {question}\\nAnswer: {answer}".
+        system_prompt: System message, where the chat template is used; null for that template's own.
+        chat_date: Date that chat templates write into the prompt, such as "26 Jul 2024"; fixed, so that results
+            do not change by day.
+        max_length: Longest sequence, tokens; null takes the tokenizer's limit.
+        truncate: Whether longer sequences are cut at the end of the answer instead of being refused.
+        effective_batch: Forget rows per optimizer step, over all devices; as many retain rows come with them.
+        per_device_batch: Forget rows per forward pass on one device, at most.
+        seed: Seed of order, retain partners and refusals; the command line takes it from `--seed_everything`.
+        eval: What is measured; the command line takes it from `--eval`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | None = None,
+        template: str | None = None,
+        system_prompt: str | None = None,
+        chat_date: str = CHAT_DATE_STRING,
+        max_length: int | None = None,
+        truncate: bool = False,
+        effective_batch: int = 32,
+        per_device_batch: int = 8,
+        seed: int = 0,
+        eval: EvalOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.tokenizer_name = tokenizer
+        self.template = template
+        self.system_prompt = system_prompt
+        self.chat_date = chat_date
+        self.max_length = max_length
+        self.truncate = truncate
+        self.effective_batch = effective_batch
+        self.per_device_batch = per_device_batch
+        self.seed = int(seed)
+        self.eval = eval or EvalOptions()
+        self._training: dict[str, list[TokenRow]] = {}
+        self._evaluation: Evaluation | None = None
+        self.retrained_log: RetainLog | None = None
+
+    # -- what a benchmark says ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def training_rows(self) -> TrainingRows:
+        """The rows to train on.
+
+        Raises:
+            UserError: The data is missing or not usable.
+        """
+
+    @abstractmethod
+    def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
+        """The splits and metrics to measure.
+
+        Raises:
+            UserError: The data is missing or not usable.
+        """
+
+    def export(self, result: EvalResult) -> dict[str, Any]:
+        """Further result files of this benchmark: file name to JSON content."""
+        return {}
+
+    # -- tokens ------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Read and tokenise what the stage needs."""
+        if not hasattr(self, "encoder"):
+            if self.tokenizer_name is None:
+                raise UserError("no tokenizer: give --model.name, or tokenizer= to the data module in Python")
+            self.tokenizer = load_tokenizer(self.tokenizer_name)
+            limit = self.tokenizer.model_max_length
+            self.encoder = PromptTemplate(
+                self.tokenizer,
+                self.template,
+                self.max_length or (limit if limit < 10**9 else None),
+                self.truncate,
+                system_prompt=self.system_prompt,
+                date=self.chat_date,
+            )
+        if stage == "fit":
+            self._setup_training()
+        self.evaluation()
+
+    @property
+    def pad_id(self) -> int:
+        """Any id of the vocabulary; padding is masked by length, never recognised by its id."""
+        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_id
+
+    @property
+    def eos_id(self) -> int:
+        """End-of-sequence id."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def train_rows(self) -> int:
+        """Number of rows the objective is applied to."""
+        return len(self._training["forget"])
+
+    @property
+    def wanted_parts(self) -> tuple[str, ...]:
+        """Parts the module's losses need of a training batch."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return getattr(module, "parts", ("forget", "retain"))
+
+    def _setup_training(self) -> None:
+        if self._training:
+            return
+        wanted = self.wanted_parts
+        rows = self.training_rows()
+        check_training_rows(rows.forget, "forget")
+        parts = {"forget": [(r["question"], r["answer"]) for r in rows.forget]}
+        if "retain" in wanted:
+            if not rows.retain:
+                raise UserError("the retain loss needs retain rows, got none: name them or set --model.retain_weight 0")
+            check_training_rows(rows.retain, "retain")
+            check_disjoint(rows.forget, rows.retain)
+            parts["retain"] = [(r["question"], r["answer"]) for r in rows.retain]
+        if "alternate" in wanted:
+            if not rows.refusals:
+                raise UserError("this objective needs refusals, got none: give --data.refusals FILE, one a line")
+            drawn = [draw_alternate(len(rows.refusals), self.seed, i) for i in range(len(rows.forget))]
+            parts["alternate"] = [(r["question"], rows.refusals[d]) for r, d in zip(rows.forget, drawn, strict=True)]
+        self._training = {name: self.encoder.encode_rows(pairs, name) for name, pairs in parts.items()}
+        self.fingerprint = fingerprint(rows.forget)
+        self._share_effective_batch()
+
+    def _share_effective_batch(self) -> None:
+        trainer = self.trainer
+        assert trainer is not None
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise UserError(
+                "rows are shared among processes by this data module: set --trainer.use_distributed_sampler false"
+            )
+        self.sampler = PairedSampler(
+            len(self._training["forget"]),
+            len(self._training.get("retain", ())),
+            self.effective_batch,
+            self.per_device_batch,
+            trainer.world_size,
+            trainer.global_rank,
+            self.seed,
+        )
+        if trainer.accumulate_grad_batches not in (1, self.sampler.accumulate):
+            raise UserError(
+                f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} contradicts "
+                f"--data.effective_batch {self.effective_batch} = {trainer.world_size} devices x "
+                f"{self.per_device_batch} rows x {self.sampler.accumulate}: leave it out"
+            )
+        trainer.accumulate_grad_batches = self.sampler.accumulate
+
+    def describe(self) -> str:
+        """Rows, effective batch and steps in one line."""
+        sampler, world = self.sampler, self.sampler.world_size
+        sizes = ", ".join(f"{len(rows)} {name} rows" for name, rows in self._training.items())
+        return (
+            f"data: {sizes}; effective batch {self.effective_batch} = {world} device{'s' if world > 1 else ''} x "
+            f"{self.per_device_batch} rows x {sampler.accumulate}; {sampler.steps_per_epoch} steps per epoch; "
+            f"prompt: {self.encoder.description}"
+        )
+
+    # -- loaders -----------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader:
+        """Micro-batches of this process, see `TrainingSet`."""
+        dataset = TrainingSet(self._training, self.pad_id)
+        return DataLoader(dataset, batch_size=None, sampler=self.sampler)
+
+    def scoring_parts(self, parts: list[str]) -> Iterator[dict[str, Any]]:
+        """All forget rows (and their refusals) once, for the reference's log-probs."""
+        for name in parts:
+            yield from scoring_parts(self._training[name], name, self.pad_id)
+
+    def use_retrained_rows(self, rows: list[dict[str, Any]], source: str) -> None:
+        """Compare with a retrained model's rows, as `EvalResult.rows` holds them."""
+        self.retrained_log = parse_rows(source, rows)
+        self._evaluation = None
+
+    def find_retain_log(self) -> RetainLog | None:
+        """The retrained model's rows: handed over, or read from `--eval.retain_log`."""
+        if self.retrained_log is None and self.eval.retain_log is not None:
+            self.retrained_log = read_retain_log(hub_file(self.eval.retain_log))
+        return self.retrained_log
+
+    def evaluation(self) -> Evaluation:
+        """The splits and metrics, built once."""
+        if self._evaluation is None:
+            self._evaluation = self.build_evaluation(self.encoder)
+        return self._evaluation
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches to score and to generate, each process its share."""
+        sets = self.evaluation().sets
+        scored = scoring_batches(sets, self.eval.tokens_per_batch, self.pad_id)
+        return self._eval_loader(scored, generation_batches(sets, self.eval.prompts_per_batch))
+
+    def test_dataloader(self) -> DataLoader:
+        """The same as in validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader:
+        """Prompts to generate."""
+        return self._eval_loader(generation_batches(self.evaluation().sets, self.eval.prompts_per_batch))
+
+    def _eval_loader(self, *kinds: list[dict[str, Any]]) -> DataLoader:
+        assert self.trainer is not None
+        shares = [EvalBatches(k, self.trainer.global_rank, self.trainer.world_size) for k in kinds if k]
+        return DataLoader(ConcatDataset(shares), batch_size=None)

@@ -1,0 +1,120 @@
+"""Question-answer splits to measure: which columns a split has decides which metrics it can have."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from simnpo_pl.data.tokenization import PromptTemplate
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.metrics.answers import AnswerProbability, ChoiceProbability, ForgetQuality, RowMean, TruthRatio
+from simnpo_pl.metrics.base import RowMetric
+from simnpo_pl.metrics.logs import RetainLog, match_rows
+
+
+def qa_set(
+    name: str, split: str, rows: Sequence[dict[str, Any]], encode: PromptTemplate, options: EvalOptions
+) -> EvalSet:
+    """Answers of a split in tokens, with the metrics its columns allow.
+
+    A split with `perturbed_answer` (a list) has a truth ratio; where it lacks `paraphrased_answer` its probability
+    is that of the right answer among the wrong ones, as TOFU has it for real authors and world facts.
+
+    Args:
+        name: First part of the metrics' names; `forget` aggregates the truth ratio as TOFU does for forgetting
+            and adds extraction strength and exact memorization.
+        split: What the rows are called in messages.
+        rows: With `question` and `answer`; all or none with `paraphrased_answer` and `perturbed_answer`.
+        encode: Tokenises question and answer.
+        options: What is measured.
+
+    Raises:
+        UserError: Rows differ in the columns or the number of perturbed answers they have.
+    """
+    paraphrased = _all_or_none(rows, "paraphrased_answer", split)
+    perturbed = _all_or_none(rows, "perturbed_answer", split)
+    texts = [
+        [
+            r["answer"],
+            *([r["paraphrased_answer"]] if paraphrased else []),
+            *(r["perturbed_answer"] if perturbed else []),
+        ]
+        for r in rows
+    ]
+    sizes = sorted({len(answers) for answers in texts})
+    if len(sizes) != 1:
+        raise UserError(
+            f"{split}: rows have {sizes[0]} to {sizes[-1]} answers; give every row the same number of perturbed answers"
+        )
+    count, kinds = len(rows), sizes[0]
+    pairs = [(row["question"], answer) for row, answers in zip(rows, texts, strict=True) for answer in answers]
+    encoded = encode.encode_rows(pairs, split)
+    choice = perturbed and not paraphrased
+    metrics: dict[str, RowMetric] = {
+        f"{name}/probability": ChoiceProbability(count, kinds) if choice else AnswerProbability(count),
+        f"{name}/rouge": RowMean("rougeL_recall", count),
+    }
+    if perturbed:
+        metrics[f"{name}/truth_ratio"] = TruthRatio(
+            count,
+            kinds,
+            convention=options.truth_ratio,
+            aggregate="forget" if name == "forget" else "utility",
+            has_paraphrase=paraphrased,
+        )
+    if name == "forget":
+        metrics["forget/extraction_strength"] = RowMean("extraction_strength", count)
+        metrics["forget/exact_memorization"] = RowMean("exact_memorization", count)
+    return EvalSet(
+        name=name,
+        texts=[{"question": row["question"], "answer": row["answer"]} for row in rows],
+        answers=[encoded[i * kinds : (i + 1) * kinds] for i in range(count)],
+        metrics=metrics,
+        generate=count if options.generate_rows is None else min(count, options.generate_rows),
+        has_paraphrase=paraphrased,
+    )
+
+
+def add_forget_quality(forget: EvalSet, log: RetainLog | None, split: str) -> dict[str, str]:
+    """Give the forget split its forget quality.
+
+    Args:
+        forget: The forget split.
+        log: Rows of the retrained model.
+        split: Name of the split, which the log must share.
+
+    Returns:
+        Metrics that are not available, with the reason.
+
+    Raises:
+        UserError: The log does not cover the same questions.
+    """
+    retrained = None
+    if log is not None:
+        questions, answers = ([text[key] for text in forget.texts] for key in ("question", "answer"))
+        retrained = match_rows(log, questions, answers, split)
+    forget.metrics["forget_quality"] = ForgetQuality(len(forget.texts), forget.kinds, retrained)
+    if log is not None:
+        return {}
+    return {
+        "forget_quality": "no retrained model to compare with; give --eval.retain_log FILE or --eval.retrained MODEL"
+    }
+
+
+def decode_with(tokenizer: Any) -> Any:
+    """Function from token ids to text, special tokens left out."""
+
+    def decode(ids: list[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    return decode
+
+
+def _all_or_none(rows: Sequence[dict[str, Any]], column: str, split: str) -> bool:
+    having = [bool(row.get(column)) for row in rows]
+    if any(having) and not all(having):
+        raise UserError(
+            f"{split}: row {having.index(False)} (counted from 0) has no {column} while others have; "
+            "give it to all rows or none"
+        )
+    return all(having)

@@ -1,0 +1,110 @@
+"""TOFU: forget some of 200 fictional authors, keep the others, real authors and world facts (arXiv 2401.06121)."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from simnpo_pl.benchmarks.base import TrainingRows, UnlearningData
+from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, qa_set
+from simnpo_pl.data.sources import load_lines, load_split
+from simnpo_pl.data.tokenization import PromptTemplate
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.metrics.answers import ModelUtility
+from simnpo_pl.metrics.logs import open_unlearning_log
+
+
+class TofuData(UnlearningData):
+    """TOFU's splits, training pairs and metrics.
+
+    Args:
+        path: Hub data set or folder with TOFU's json files.
+        forget_split: Authors to forget and to measure: forget01, forget05 or forget10.
+        retain_split: Rows of the retain loss; null takes the complement of `forget_split`. Splits may be cut and
+            joined as in "retain99[:200]" or "forget01+retain99[:200]".
+        train_split: Rows the objective is applied to; null takes `forget_split`. A start model is fine-tuned on
+            "full", a retrained one on "retain90".
+        forget_eval_split: Rows of the forget metrics; null takes `forget_split` with "_perturbed".
+        retain_eval_split: Rows of the retain metrics.
+        real_authors_split: Rows of the real-authors metrics.
+        world_facts_split: Rows of the world-facts metrics.
+        refusals: File of refusals, one a line, for IDK and DPO; null looks for idontknow.jsonl in `path`.
+        kwargs: Passed on to `UnlearningData`.
+    """
+
+    def __init__(
+        self,
+        path: str = "locuslab/TOFU",
+        forget_split: str = "forget10",
+        retain_split: str | None = None,
+        train_split: str | None = None,
+        forget_eval_split: str | None = None,
+        retain_eval_split: str = "retain_perturbed",
+        real_authors_split: str = "real_authors_perturbed",
+        world_facts_split: str = "world_facts_perturbed",
+        refusals: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.path = path
+        self.forget_split = forget_split
+        self.retain_split = retain_split or _complement(forget_split)
+        self.train_split = train_split or forget_split
+        self.eval_splits = {
+            "forget": forget_eval_split or f"{forget_split}_perturbed",
+            "retain": retain_eval_split,
+            "real_authors": real_authors_split,
+            "world_facts": world_facts_split,
+        }
+        self.refusals = refusals
+
+    def training_rows(self) -> TrainingRows:
+        """Forget rows, retain rows where the losses ask for them, and refusals."""
+        columns = ("question", "answer")
+        wanted = self.wanted_parts
+        return TrainingRows(
+            forget=load_split(self.path, self.train_split, columns),
+            retain=load_split(self.path, self.retain_split, columns) if "retain" in wanted else [],
+            refusals=self._refusals() if "alternate" in wanted else [],
+        )
+
+    def _refusals(self) -> list[str]:
+        if self.refusals is not None:
+            return load_lines(self.refusals)
+        own = Path(self.path).expanduser() / "idontknow.jsonl"
+        return load_lines(str(own)) if own.is_file() else []
+
+    def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
+        """The four splits with TOFU's metrics; forget quality where a retrained model is known."""
+        sets = [
+            qa_set(name, split, load_split(self.path, split, _columns(name)), encode, self.eval)
+            for name, split in self.eval_splits.items()
+        ]
+        forget_split = self.eval_splits["forget"].replace("_perturbed", "")
+        for text in sets[0].texts:
+            text["forget_split"] = forget_split
+        unavailable = add_forget_quality(sets[0], self.find_retain_log(), forget_split)
+        parts = {
+            f"{part.name}/{name}": part.metrics[f"{part.name}/{name}"]
+            for part in sets[1:]
+            for name in ("probability", "rouge", "truth_ratio")
+        }
+        return Evaluation(sets, {"model_utility": ModelUtility(parts)}, unavailable, decode_with(self.tokenizer))
+
+    def export(self, result: EvalResult) -> dict[str, Any]:
+        """TOFU_EVAL.json, as open-unlearning writes it."""
+        return {"TOFU_EVAL.json": open_unlearning_log(result.rows, result.values)}
+
+
+def _columns(name: str) -> tuple[str, ...]:
+    own = ("paraphrased_answer",) if name in ("forget", "retain") else ()
+    return ("question", "answer", *own, "perturbed_answer")
+
+
+def _complement(forget_split: str) -> str:
+    match = re.fullmatch(r"forget(\d\d)", forget_split)
+    if match is None:
+        raise UserError(
+            f"--data.forget_split {forget_split}: give --data.retain_split too, its complement is not known"
+        )
+    return f"retain{100 - int(match[1])}"

@@ -1,0 +1,77 @@
+"""Writes the policy as a Hugging Face folder: the last epoch's, or the best one's by a named metric."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.models import save_model
+
+
+@dataclass
+class ExportOptions:
+    """Which epoch's model is exported.
+
+    Args:
+        best: Metric that picks the epoch, such as `forget_quality` or `retain/probability`; null takes the last epoch.
+        mode: Whether the metric is to be as large or as small as can be.
+    """
+
+    best: str | None = None
+    mode: Literal["max", "min"] = "max"
+
+
+class ExportModel(Callback):
+    """Saves policy and tokenizer under `folder`, whole or not at all.
+
+    Args:
+        folder: Where the model is to stand.
+        options: Which epoch's.
+    """
+
+    def __init__(self, folder: Path, options: ExportOptions) -> None:
+        self.folder = folder
+        self.options = options
+        self.epoch: int | None = None
+        self.result: EvalResult | None = None
+        self._best: float | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save an epoch that is better than all before it."""
+        if self.options.best is None or trainer.state.fn != "fit":
+            return
+        result: EvalResult = pl_module.evaluation_result
+        value = result.values.get(self.options.best)
+        if value is None:
+            reason = result.unavailable.get(self.options.best, f"known are {', '.join(sorted(result.values))}")
+            raise UserError(f"--export.best {self.options.best} is not measured: {reason}")
+        sign = 1 if self.options.mode == "max" else -1
+        if self._best is None or sign * value > sign * self._best:
+            self._best, self.epoch, self.result = value, trainer.current_epoch + 1, result
+            self._save(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save the last epoch where no metric picks one."""
+        if self.options.best is None:
+            self.epoch = trainer.current_epoch
+            self._save(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know of the epochs before."""
+        return {"best": self._best, "epoch": self.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the best value so far."""
+        self._best, self.epoch = state_dict["best"], state_dict["epoch"]
+
+    def _save(self, trainer: Any, pl_module: Any) -> None:
+        # Every process takes part: sharded weights are gathered here.
+        state = trainer.strategy.lightning_module_state_dict()
+        prefix = "policy."
+        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if trainer.is_global_zero:
+            save_model(pl_module.policy, trainer.datamodule.tokenizer, self.folder, weights)

@@ -1,0 +1,205 @@
+"""What a run leaves behind: results of every evaluation, per-row logs, timings, the resolved config."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.files import write_json, write_json_lines, write_text
+
+RESULTS = "results.json"
+SAMPLES = 5
+
+
+class RunFolder(Callback):
+    """Writes a run's folder as the run goes on.
+
+    Args:
+        folder: Where to write.
+        config: Resolved config, YAML; null writes none.
+        settings: Settings to repeat in the results, such as the objective's.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, folder: Path, config: str | None = None, settings: dict[str, Any] | None = None, seed: int = 0):
+        self.folder = folder
+        self.config = config
+        self.role = "final"
+        self.result: EvalResult | None = None
+        self.result_epoch: int | None = None
+        self.record: dict[str, Any] = {
+            "finished": False,
+            "command": sys.argv,
+            "seed": seed,
+            "versions": _versions(),
+            "settings": settings or {},
+            "epochs": [],
+            "seconds": {},
+        }
+        self._started = time.monotonic()
+
+    def check(self, resume: bool) -> None:
+        """See that nothing is written over, and take up the records of a run that is resumed.
+
+        Raises:
+            UserError: The folder holds a finished run, or an unfinished one that is not resumed.
+        """
+        results = self.folder / RESULTS
+        if results.is_file():
+            earlier = json.loads(results.read_text())
+            if earlier.get("finished"):
+                raise UserError(
+                    f"--run_dir {self.folder} holds a finished run; give another folder, it is not written over"
+                )
+            if not resume:
+                raise UserError(
+                    f"--run_dir {self.folder} holds an unfinished run; resume it with --ckpt_path "
+                    f"{self.folder / 'last.ckpt'}, or give another folder"
+                )
+            for key in ("start", "retrained", "epochs", "seconds", "data"):
+                if key in earlier:
+                    self.record[key] = earlier[key]
+
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """Write the config once the data has been read, so that a mistyped option leaves no folder behind."""
+        if trainer.is_global_zero and self.config is not None:
+            write_text(self.folder / "config.yaml", self.config)
+
+    # -- evaluations -------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Forget the epochs that a resumed run goes through again."""
+        self.role = "epoch"
+        self.record["epochs"] = [e for e in self.record["epochs"] if e["epoch"] <= trainer.current_epoch]
+        self._train_started = time.monotonic()
+        if trainer.is_global_zero:
+            print(trainer.datamodule.describe())
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Note the time spent so far."""
+        self._add_seconds("training and epoch evaluations", time.monotonic() - self._train_started)
+        self._train_started = time.monotonic()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """What follows training is the final evaluation."""
+        self.role = "final"
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        self._evaluation_started = time.monotonic()
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_predict_epoch_start = on_validation_epoch_start
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Record an evaluation; its role says of which model."""
+        self._add_seconds(f"evaluation, {self.role}", time.monotonic() - self._evaluation_started)
+        self.take(trainer, pl_module.evaluation_result)
+
+    on_test_end = on_validation_end
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Write the generated answers."""
+        result: EvalResult = pl_module.evaluation_result
+        if trainer.is_global_zero:
+            write_json_lines(self.folder / "predictions.jsonl", result.rows)
+
+    def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
+        """Record a result under the present role."""
+        entry: dict[str, Any] = {"metrics": result.values}
+        if self.role == "epoch":
+            epoch = trainer.current_epoch + 1
+            self.record["epochs"].append({"epoch": epoch, "step": trainer.global_step, **entry})
+            self.keep(result, epoch)
+        elif self.role == "final":
+            self.keep(result, trainer.current_epoch)
+        else:
+            self.record[self.role] = entry
+        if self.role != "retrained":
+            self.record["counts"] = result.counts
+            self.record["unavailable"] = result.unavailable
+            self._log_samples(trainer, result)
+        self._write(trainer)
+
+    def keep(self, result: EvalResult, epoch: int) -> None:
+        """Hold the newest evaluation; the final one is of the exported model."""
+        self.result, self.result_epoch = result, epoch
+
+    def finish(self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None) -> None:
+        """Write the final results: all metrics, per-row logs and the benchmark's own files.
+
+        Args:
+            trainer: Tells which process writes.
+            data: Data module, for the benchmark's own files.
+            result: Evaluation of the exported model; None where none was asked for.
+            epoch: Epoch of the exported model; None where nothing was trained.
+        """
+        if epoch is not None:
+            self.record["exported_epoch"] = epoch
+        if result is not None:
+            self.record["final"] = {"metrics": result.values}
+        self.record["finished"] = True
+        if trainer.is_global_zero and result is not None:
+            write_json_lines(self.folder / "rows.jsonl", result.rows)
+            for name, content in data.export(result).items():
+                write_json(self.folder / name, content)
+        self._write(trainer)
+
+    # -- helpers -----------------------------------------------------------------------------------------
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        self.record["seconds"]["total"] = round(time.monotonic() - self._started, 1)
+        self.record["cpu_seconds"] = round(time.process_time(), 1)
+        self.record["peak_memory_gib"] = _peak_memory(trainer)
+        if trainer.is_global_zero:
+            write_json(self.folder / RESULTS, self.record)
+
+    def _add_seconds(self, phase: str, seconds: float) -> None:
+        self.record["seconds"][phase] = round(self.record["seconds"].get(phase, 0.0) + seconds, 1)
+
+    def _log_samples(self, trainer: pl.Trainer, result: EvalResult) -> None:
+        """Sample answers as text, a few of every split."""
+        writer: Any = getattr(trainer.logger, "experiment", None)
+        if not trainer.is_global_zero or not hasattr(writer, "add_text"):
+            return
+        lines = ["| split | question | answer | generated |", "|---|---|---|---|"]
+        taken: dict[str, int] = {}
+        for row in result.rows:
+            if "generation" in row and taken.get(row["split"], 0) < SAMPLES:
+                taken[row["split"]] = taken.get(row["split"], 0) + 1
+                cells = (row["split"], row["question"], row["answer"], row["generation"])
+                lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        writer.add_text("samples", "\n".join(lines), trainer.global_step)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = (
+        "simnpo_pl",
+        "torch",
+        "lightning",
+        "transformers",
+        "torchmetrics",
+        "datasets",
+        "scipy",
+        "rouge-score",
+    )
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+
+
+def _peak_memory(trainer: pl.Trainer) -> dict[str, float]:
+    # Linux counts kilobytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+    if trainer.strategy.root_device.type == "cuda":
+        peak["device"] = torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30
+    return {name: round(value, 3) for name, value in peak.items()}

@@ -1,0 +1,271 @@
+"""The command line: LightningCLI with the order of a whole run (start, train, final evaluation) and its folder."""
+
+import logging
+import os
+import re
+import time
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors.torch import load_model
+
+import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
+from simnpo_pl.arguments import clear_changed_classes
+from simnpo_pl.benchmarks.base import UnlearningData
+from simnpo_pl.callbacks.export import ExportModel, ExportOptions
+from simnpo_pl.callbacks.run_folder import RunFolder
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation import cache
+from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.files import AtomicCheckpointIO
+from simnpo_pl.module import UnlearningModule
+from simnpo_pl.objectives import Objective
+from simnpo_pl.retain import RetainLoss
+from simnpo_pl.summary import plan, table
+
+RUN_DIR_VARIABLE = "SIMNPO_PL_RUN_DIR"
+
+
+class UnlearningCLI(LightningCLI):
+    """`fit` evaluates the start model, unlearns, exports and evaluates; `validate`, `test`, `predict` only evaluate."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            UnlearningModule,
+            UnlearningData,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            args=args,
+            parser_kwargs={"exit_on_error": False},
+            trainer_defaults={
+                "max_epochs": 10,
+                "gradient_clip_val": 1.0,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "use_distributed_sampler": False,
+            },
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our own options and what they are linked to."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of this run; null makes a fresh one under runs/.",
+        )
+        parser.add_class_arguments(EvalOptions, "eval", instantiate=True)
+        parser.add_class_arguments(ExportOptions, "export", instantiate=True)
+        parser.link_arguments("model.name", "data.init_args.tokenizer")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+        parser.link_arguments("eval", "data.init_args.eval", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; an unknown objective is answered with the known ones."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            for option, base in (("objective", Objective), ("retain_loss", RetainLoss)):
+                name = re.search(r"Expected a dot import path string: (\S+)", str(error))
+                if f'"model.{option}"' in str(error) and name:
+                    known = ", ".join(sorted(cls.__name__ for cls in _subclasses(base)))
+                    raise UserError(
+                        f"--model.{option} {name[1]}: no such class; known are {known}, "
+                        "or give the class path of your own"
+                    ) from error
+            raise
+
+    def before_instantiate_classes(self) -> None:
+        """Our table takes the place of Lightning's."""
+        if "verbose" in self.config[self.subcommand]:
+            self.config[self.subcommand].verbose = False
+
+    def _parse_ckpt_path(self) -> None:
+        """Flags and config stand; a checkpoint brings weights and training state only."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Trainer with our callbacks and, unless another is named, a TensorBoard logger in the run's folder."""
+        config = self.config[self.subcommand]
+        folder = self._folder(config)
+        given = self._get(self.config_init, "trainer")
+        if given["logger"] in (None, True):
+            kwargs["logger"] = TensorBoardLogger(str(folder), name="", version="")
+        self.run_folder = RunFolder(folder, self._resolved(config), self._settings(config), int(config.seed_everything))
+        callbacks: list[Any] = [*(given["callbacks"] or []), self.run_folder]
+        if self.subcommand == "fit":
+            self.export = ExportModel(folder / "model", self._get(self.config_init, "export"))
+            callbacks += [
+                self.export,
+                ModelCheckpoint(
+                    folder, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
+                ),
+            ]
+            if given["logger"] is not False:
+                callbacks.append(LearningRateMonitor("step"))
+        if isinstance(given["strategy"], str) and not given["strategy"].startswith(("fsdp", "deepspeed")):
+            plugins = given["plugins"] or []
+            kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+
+    # -- the order of a run ------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Evaluate the retrained model, where one is named, and the start model."""
+        self._open()
+        if self._ckpt_path is None and self.datamodule.eval.start:
+            self._evaluate_once("start", self.model, self.datamodule.eval.retain_log or "")
+
+    def after_fit(self) -> None:
+        """Evaluate the exported model, unless its epoch was, and print what came of it."""
+        if not self.datamodule.eval.final:
+            self.run_folder.finish(self.trainer, self.datamodule, None, self.export.epoch)
+            self._report()
+            return
+        if self.export.options.best is None:
+            epoch, result = self.run_folder.result_epoch, self.run_folder.result
+            result = result if epoch == self.trainer.current_epoch else None
+        else:
+            epoch, result = self.export.epoch, self.export.result
+        if result is None:
+            if self.export.options.best is not None:
+                load_model(self.model.policy, self.export.folder / "model.safetensors")
+            self.run_folder.role = "final"
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            result = self.run_folder.result
+        assert result is not None
+        self.run_folder.finish(self.trainer, self.datamodule, result, epoch)
+        self._report()
+
+    def before_validate(self) -> None:
+        """Evaluate the retrained model where one is named."""
+        self._open()
+
+    def after_validate(self) -> None:
+        """Write and print the results."""
+        assert self.run_folder.result is not None
+        self.run_folder.finish(self.trainer, self.datamodule, self.run_folder.result, None)
+        self._report()
+
+    before_test = before_validate
+    after_test = after_validate
+    before_predict = before_validate
+
+    def after_predict(self) -> None:
+        """Say where the answers are."""
+        if self.trainer.is_global_zero:
+            print(f"answers: {self.run_folder.folder / 'predictions.jsonl'}")
+
+    @property
+    def _ckpt_path(self) -> str | None:
+        return self.config[self.subcommand].get("ckpt_path")
+
+    def _open(self) -> None:
+        if self._ckpt_path is not None and not Path(self._ckpt_path).is_file():
+            raise UserError(f"--ckpt_path {self._ckpt_path} does not exist; a run keeps it as RUN_DIR/last.ckpt")
+        if self.trainer.is_global_zero:
+            self.run_folder.check(resume=self._ckpt_path is not None)
+            print(plan(self.trainer, self.model, self.run_folder.folder, self.subcommand == "fit"))
+        self.datamodule.trainer = self.trainer
+        self.datamodule.prepare_data()
+        name = self.datamodule.eval.retrained
+        if name is not None:
+            model = self.model.like(name)
+            self.datamodule.use_retrained_rows(self._evaluate_once("retrained", model, "").rows, name)
+
+    def _evaluate_once(self, role: str, model: UnlearningModule, against: str) -> EvalResult:
+        """Evaluate a start or retrained model, or take the result that an earlier run kept."""
+        self.datamodule.setup("validate")
+        kept = cache.EvaluationCache(
+            self.datamodule.eval, f"{self.trainer.precision} {self.trainer.strategy.root_device.type}"
+        )
+        folder = kept.folder(model.name, self.datamodule.evaluation().sets, against)
+        self.run_folder.role = role
+        result = cache.load(folder)
+        if result is None:
+            self.trainer.validate(model, datamodule=self.datamodule, verbose=False)
+            result = model.evaluation_result
+            assert result is not None
+            if folder is not None and self.trainer.is_global_zero:
+                cache.store(folder, result)
+            self.trainer.strategy.barrier()
+        else:
+            self.run_folder.take(self.trainer, result)
+        return result
+
+    def _report(self) -> None:
+        if self.trainer.is_global_zero:
+            print(table(self.run_folder.record))
+            print(written(self.run_folder.folder))
+
+    # -- names -------------------------------------------------------------------------------------------
+
+    def _folder(self, config: Any) -> Path:
+        """The run's folder; processes that this one starts find its name in the environment."""
+        named = config.run_dir or os.environ.get(RUN_DIR_VARIABLE)
+        if named is None:
+            objective = _short_name(config.model.objective)
+            named = f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.subcommand}_{objective}"
+            os.environ[RUN_DIR_VARIABLE] = named
+        return Path(named).expanduser()
+
+    def _resolved(self, config: Any) -> str:
+        shown = config.clone()
+        shown.pop("config", None)
+        shown.run_dir = None
+        shown.ckpt_path = None
+        return self._parser(self.subcommand).dump(shown, skip_none=False, skip_link_targets=True)
+
+    def _settings(self, config: Any) -> dict[str, Any]:
+        model = config.model.clone().as_dict()
+        return {"model": model, "data": config.data.clone().as_dict(), "eval": config.eval.clone().as_dict()}
+
+
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    found: list[type[Any]] = base.__subclasses__()
+    for cls in found:
+        yield cls
+        yield from _subclasses(cls)
+
+
+def _short_name(objective: Any) -> str:
+    return "SimNPO" if objective is None else objective["class_path"].rsplit(".", 1)[-1]
+
+
+def written(folder: Path) -> str:
+    """The files of a run, a line each."""
+    known = {
+        "model": "unlearned model, for AutoModelForCausalLM.from_pretrained",
+        "results.json": "all metrics, versions, times",
+        "rows.jsonl": "scores and generated answers by row",
+        "TOFU_EVAL.json": "the same in open-unlearning's format",
+        "config.yaml": "resolved config",
+        "last.ckpt": "training state, for --ckpt_path",
+    }
+    lines = [f"  {folder / name}  {what}" for name, what in known.items() if (folder / name).exists()]
+    return "\n".join(["written:", *lines, f"  tensorboard --logdir {folder.parent}"])
+
+
+def run(arguments: list[str]) -> None:
+    """Run the command line with these arguments."""
+    _quiet()
+    UnlearningCLI(clear_changed_classes(arguments))
+
+
+def _quiet() -> None:
+    """Leave out messages that advertise or repeat what the plan says."""
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)

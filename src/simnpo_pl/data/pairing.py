@@ -1,0 +1,188 @@
+"""The order of training: which forget and retain rows every process uses in every micro-batch.
+
+An epoch is one pass over the forget set; the usual pairing of two data loaders would make it a pass over
+the larger retain set. All choices follow from (seed, epoch, forget row), so they do not change with the
+number of processes or the batch size, and a resumed run repeats them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from simnpo_pl.errors import UserError
+
+# First words of the seeds, so that the three kinds of draws are independent of each other.
+_FORGET_ORDER, _RETAIN_PARTNER, _ALTERNATE = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one process does in one forward and backward pass.
+
+    Attributes:
+        forget: Indices of forget rows, at least one.
+        retain: Index of the retain partner of each of them; empty without a retain set.
+        real: For each forget row whether it counts; False marks a repeat of weight zero that only keeps the
+            number of forward passes equal on all processes.
+        step_forget: All rows that count in this optimizer step, over all processes and micro-batches.
+        step_retain: The retain partner of each of these.
+    """
+
+    forget: tuple[int, ...]
+    retain: tuple[int, ...]
+    real: tuple[bool, ...]
+    step_forget: tuple[int, ...]
+    step_retain: tuple[int, ...]
+
+
+class PairedSampler(Sampler[MicroBatch]):
+    """Yields the micro-batches of one process for one epoch.
+
+    The forget rows, in an order shuffled by (seed, epoch), are cut into effective batches, one per optimizer
+    step; only the last may be smaller. Forget row f is paired with entry f, modulo the number of retain rows,
+    of a shuffle of the retain set by (seed, epoch). So partners change every epoch, come from the whole
+    retain set, and none repeats within an epoch before all have been used.
+
+    Args:
+        forget_rows: Size of the forget set, at least 1.
+        retain_rows: Size of the retain set; 0 pairs nothing.
+        effective_batch: Forget rows per optimizer step over all processes.
+        per_device_batch: Most forget rows in one forward pass on one process.
+        world_size: Number of processes.
+        rank: This process, from 0.
+        seed: Non-negative seed of the run.
+
+    Raises:
+        UserError: A number is out of range, or `effective_batch` is not a multiple of
+            `world_size * per_device_batch`.
+    """
+
+    def __init__(
+        self,
+        forget_rows: int,
+        retain_rows: int,
+        effective_batch: int,
+        per_device_batch: int,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (
+            ("forget_rows", forget_rows, 1),
+            ("retain_rows", retain_rows, 0),
+            ("effective_batch", effective_batch, 1),
+            ("per_device_batch", per_device_batch, 1),
+            ("seed", seed, 0),
+        ):
+            if value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}")
+        self._check_divisible(effective_batch, per_device_batch, world_size)
+        self.forget_rows = forget_rows
+        self.retain_rows = retain_rows
+        self.effective_batch = effective_batch
+        self.per_device_batch = per_device_batch
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.epoch = 0
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of each process in a full optimizer step."""
+        return self.effective_batch // (self.world_size * self.per_device_batch)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the forget set."""
+        return math.ceil(self.forget_rows / self.effective_batch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, from 0, of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-batches of this process in one epoch; the same on every process."""
+        full, rest = divmod(self.forget_rows, self.effective_batch)
+        return full * self.accumulate + self._micro_batches(rest)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        order = _shuffled(self.forget_rows, _FORGET_ORDER, self.seed, self.epoch)
+        partners = _shuffled(self.retain_rows, _RETAIN_PARTNER, self.seed, self.epoch)
+        for start in range(0, self.forget_rows, self.effective_batch):
+            step = order[start : start + self.effective_batch]
+            step_retain = self._partners(step, partners)
+            cells = self._micro_batches(len(step)) * self.world_size
+            for cell in range(self.rank, cells, self.world_size):
+                # Cells differ by at most one row; the fuller ones come first and so fall on all processes.
+                rows = step[_even_start(len(step), cells, cell) : _even_start(len(step), cells, cell + 1)]
+                forget = rows or step[:1]
+                yield MicroBatch(
+                    forget=forget,
+                    retain=self._partners(forget, partners),
+                    real=(bool(rows),) * len(forget),
+                    step_forget=step,
+                    step_retain=step_retain,
+                )
+
+    def _micro_batches(self, rows: int) -> int:
+        """Micro-batches of each process for an optimizer step of so many rows."""
+        return math.ceil(rows / (self.world_size * self.per_device_batch))
+
+    def _partners(self, forget: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+        """The retain partner of each forget row."""
+        return tuple(order[row % len(order)] for row in forget) if order else ()
+
+    @staticmethod
+    def _check_divisible(effective_batch: int, per_device_batch: int, world_size: int) -> None:
+        """Refuses an effective batch that is no whole number of micro-batches."""
+        unit = world_size * per_device_batch
+        below = effective_batch // unit * unit
+        if effective_batch == below:
+            return
+        nearby = " or ".join(str(value) for value in (below, below + unit) if value)
+        advice = f"set effective_batch to {nearby}"
+        if effective_batch % world_size == 0:
+            share = effective_batch // world_size
+            fitting = max(size for size in range(1, per_device_batch + 1) if share % size == 0)
+            advice += f", or per_device_batch to {fitting}"
+        raise UserError(
+            f"effective_batch {effective_batch} is not a multiple of {world_size} processes x "
+            f"per_device_batch {per_device_batch} = {unit}: {advice}"
+        )
+
+
+def draw_alternate(refusals: int, seed: int, row: int) -> int:
+    """Chooses the refusal that a forget row is answered with, the same for the whole run.
+
+    Args:
+        refusals: Number of refusals to choose from, at least 1.
+        seed: Non-negative seed of the run.
+        row: Index of the forget row.
+
+    Returns:
+        An index from 0 to refusals - 1.
+    """
+    return int(_generator(_ALTERNATE, seed, row).integers(refusals))
+
+
+def _generator(kind: int, seed: int, number: int) -> np.random.Generator:
+    """A private generator for one kind of draw."""
+    return np.random.default_rng(np.random.SeedSequence([kind, seed, number]))
+
+
+def _shuffled(rows: int, kind: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The numbers below `rows` in an order fixed by the other arguments."""
+    return tuple(_generator(kind, seed, epoch).permutation(rows).tolist())
+
+
+def _even_start(rows: int, cells: int, cell: int) -> int:
+    """Where a cell starts when rows are spread evenly over cells, the first ones taking what is left over."""
+    share, extra = divmod(rows, cells)
+    return cell * share + min(cell, extra)

@@ -1,0 +1,268 @@
+"""Reads question-answer rows from local files or the Hugging Face hub and refuses unusable ones.
+
+Every mistake a user can make here ends in one line that says what was expected, what was found and what
+to do, because a wrong row found after an hour of training costs that hour.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simnpo_pl.errors import UserError
+
+_SUFFIXES = (".json", ".jsonl")
+_PART = re.compile(r"(?P<name>\w[\w.-]*)(\[((?P<start>-?\d+)(?P<start_pct>%)?)?:((?P<stop>-?\d+)(?P<stop_pct>%)?)?\])?")
+_HUB_PACKAGES = ("datasets", "huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
+
+
+def load_split(path: str, split: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Reads the rows of a split expression.
+
+    Args:
+        path: A folder holding `NAME.json` or `NAME.jsonl` files (one JSON object per line, or one array of
+            objects), or else the id of a hub data set whose configurations are the split names.
+        split: Names with optional slices, joined by `+`: `forget10`, `retain99[:200]`, `retain99[10:20]`,
+            `forget01+retain99[-10%:]`. Slices follow the `datasets` package: counted from 0, the end
+            excluded, cut at the number of rows, percentages rounded to the nearest row.
+        columns: Columns every row must have; other columns are kept.
+
+    Returns:
+        One dict per row, in the order of the expression.
+
+    Raises:
+        UserError: The expression is malformed, the source or a column is missing, a file is not JSON, or
+            a part of the expression selects no row.
+    """
+    rows: list[dict[str, Any]] = []
+    for match in [_match_part(part.strip(), split) for part in split.split("+")]:
+        found = _load_named(path, match["name"])
+        _check_columns(found, columns, f"split {match['name']!r} of {path}")
+        start, stop = _bounds(match, len(found))
+        if start >= stop:
+            raise UserError(f"split {match[0]!r} selects no row: there are {len(found)}, counted from 0")
+        rows += found[start:stop]
+    return rows
+
+
+def load_jsonl(file: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Reads one file of JSON objects, one per line or as one array, all with the given columns.
+
+    Raises:
+        UserError: The file is missing, empty or not JSON, or a row lacks a column.
+    """
+    rows = _read_rows(Path(os.path.expanduser(file)))
+    _check_columns(rows, columns, file)
+    return rows
+
+
+def load_lines(file: str) -> list[str]:
+    """Reads the non-empty lines of a UTF-8 text file, without surrounding white space.
+
+    Raises:
+        UserError: The file is missing, is not UTF-8 text, or has no such line.
+    """
+    lines = [line.strip() for line in _read_text(Path(os.path.expanduser(file))).split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{file} has no text: expected one entry per line")
+    return lines
+
+
+def check_training_rows(rows: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Refuses rows without text and repeated rows, which would silently weigh more than the others.
+
+    Args:
+        rows: Rows with the columns `question` and `answer`.
+        name: What the rows are called in messages, such as "forget".
+
+    Raises:
+        UserError: A question or answer is not text or is blank, or two rows agree in both.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    for index, row in enumerate(rows):
+        for column in ("question", "answer"):
+            value = row.get(column)
+            if not isinstance(value, str) or not value.strip():
+                where = f"{name} row {index}, counted from 0"
+                raise UserError(f"{where}: expected text as {column}, got {value!r}; mend or remove the row")
+        first = seen.setdefault(_pair(row), index)
+        if first != index:
+            where = f"{name} rows {first} and {index}, counted from 0,"
+            raise UserError(f"{where} have the same question and answer: remove one")
+
+
+def check_disjoint(forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses data that would be forgotten and retained at once.
+
+    Args:
+        forget: Rows with the columns `question` and `answer`.
+        retain: Rows with the same columns.
+
+    Raises:
+        UserError: A forget row is also a retain row, white space around the texts aside.
+    """
+    kept = {_pair(row): index for index, row in reversed(list(enumerate(retain)))}
+    shared = [(index, kept[_pair(row)]) for index, row in enumerate(forget) if _pair(row) in kept]
+    if shared:
+        raise UserError(
+            f"{len(shared)} of {len(forget)} forget rows are also retain rows; the first is forget row "
+            f"{shared[0][0]} = retain row {shared[0][1]}, counted from 0; remove them from one of the sets"
+        )
+
+
+def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
+    """16 hexadecimal digits from the content and order of rows of JSON values, equal in every run."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=repr).encode("ascii") + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _pair(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Question and answer without surrounding white space."""
+    return row["question"].strip(), row["answer"].strip()
+
+
+def _load_named(path: str, name: str) -> list[dict[str, Any]]:
+    """All rows of one split, from a local folder or the hub."""
+    folder = Path(os.path.expanduser(path))
+    if folder.is_dir():
+        files = [file for suffix in _SUFFIXES if (file := folder / f"{name}{suffix}").is_file()]
+        if not files:
+            names = sorted({f.stem for f in folder.iterdir() if f.suffix in _SUFFIXES and f.is_file()})
+            raise UserError(
+                f"no split {name!r} in {path}: expected {name}.json or {name}.jsonl; "
+                f"the splits there are: {', '.join(names) or 'none'}"
+            )
+        return _read_rows(files[0])
+    if folder.exists():
+        raise UserError(f"--data.path expects a folder of .json or .jsonl files, got the file {path}")
+    if path.startswith(("/", "./", "../", "~")):
+        raise UserError(f"no folder {path}: give an existing folder, or a hub data set id, with --data.path")
+    return _load_hub(path, name)
+
+
+def _load_hub(path: str, name: str) -> list[dict[str, Any]]:
+    """All rows of one configuration of a hub data set."""
+    import datasets
+
+    try:
+        return [dict(row) for row in datasets.load_dataset(path, name, split="train")]
+    except Exception as error:
+        if not _is_hub_failure(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"could not read split {name!r} of data set {path!r} from the Hugging Face hub, and there is no "
+            f"local folder of that name ({type(error).__name__}: {reason}); check both names and the "
+            "connection, or use local files with --data.path FOLDER; the run in configs/demo.yaml needs "
+            "no network"
+        ) from error
+
+
+def _is_hub_failure(error: Exception) -> bool:
+    """Whether a name or the network is to blame, rather than this program."""
+    # `datasets` reports unknown configurations as ValueError and retired loading scripts as RuntimeError.
+    if isinstance(error, (OSError, ValueError, RuntimeError)):
+        return True
+    return any(kind.__module__.startswith(_HUB_PACKAGES) for kind in type(error).__mro__)
+
+
+def _read_text(file: Path) -> str:
+    """The text of a file, with every line end as a newline."""
+    try:
+        # A byte order mark, as some editors write it, is dropped.
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}): convert it") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}): give an existing, readable file") from error
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON array or of JSON lines."""
+    text = _read_text(file)
+    if text.lstrip().startswith("["):
+        rows = _parse(text, file, 1)
+    else:
+        # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
+        lines = enumerate(text.split("\n"), start=1)
+        rows = [_parse(line, file, number) for number, line in lines if line.strip()]
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            where = f"{file} row {index}, counted from 0"
+            raise UserError(f"{where}: expected a JSON object with the columns, got {type(row).__name__}")
+    return rows
+
+
+def _parse(text: str, file: Path, line: int) -> Any:
+    """The value of a JSON text that starts at a line, from 1, of a file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{file} line {line + error.lineno - 1}: not valid JSON ({error.msg}); expected one object per "
+            "line or one array of objects"
+        ) from error
+
+
+def _check_columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: str) -> None:
+    """Refuses an empty table and rows that lack a column."""
+    if not rows:
+        raise UserError(f"{source} has no rows: expected at least one; choose other data")
+    for index, row in enumerate(rows):
+        for column in columns:
+            if column not in row:
+                where, present = f"{source}: row {index}, counted from 0,", ", ".join(row) or "none"
+                raise UserError(f"{where} has no column {column!r}; its columns are: {present}; rename one")
+
+
+def _match_part(part: str, split: str) -> re.Match[str]:
+    """Takes one part of a split expression apart."""
+    match = _PART.fullmatch(part)
+    if match is None:
+        raise UserError(
+            f"split expression {split!r}: cannot read {part!r}; write NAME, NAME[:N] or NAME[A:B], joined "
+            "by +, such as forget01+retain99[:200]"
+        )
+    return match
+
+
+def _bounds(match: re.Match[str], rows: int) -> tuple[int, int]:
+    """First row and end of a slice, both between 0 and the number of rows."""
+    # One percent sign makes both ends percentages, as in `datasets`.
+    percent = match["start_pct"] or match["stop_pct"]
+
+    def bound(text: str | None, default: int) -> int:
+        if text is None:
+            return default
+        value = round(int(text) * rows / 100) if percent else int(text)
+        return min(max(value + rows, 0) if value < 0 else value, rows)
+
+    return bound(match["start"], 0), bound(match["stop"], rows)
+
+
+def hub_file(path: str) -> Path:
+    """A local path, or the local copy of a file named hf://datasets/OWNER/NAME/PATH.
+
+    Raises:
+        UserError: The hub cannot be reached or has no such file.
+    """
+    prefix = "hf://datasets/"
+    if not path.startswith(prefix):
+        return Path(path).expanduser()
+    owner, name, file = path[len(prefix) :].split("/", 2)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
+    except Exception as error:
+        raise UserError(
+            f"--eval.retain_log: {path} is not to be had from the hub ({type(error).__name__}); give --eval.retain_log "
+            "FILE, or --eval.retrained FOLDER, or --eval.retain_log null for a run without forget quality"
+        ) from error

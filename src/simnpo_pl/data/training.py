@@ -1,0 +1,57 @@
+"""Training rows as batches: each micro-batch brings its rows' shares of the whole effective batch."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from simnpo_pl.data.collate import collate
+from simnpo_pl.data.pairing import MicroBatch
+from simnpo_pl.data.tokenization import TokenRow
+
+Part = dict[str, Tensor]
+
+
+class TrainingSet(Dataset[dict[str, Part]]):
+    """Makes the batch of a `MicroBatch`.
+
+    A part holds `input_ids`, `labels`, `attention_mask` `(B, T)`, `index` `(B,)`, and each row's weight in the
+    mean over the effective batch: `row_share` in the mean over examples and `token_share` in the mean over scored
+    tokens, `(B,)`. Over all micro-batches and processes of an optimizer step either sums to one, so the loss
+    does not depend on how the effective batch is cut.
+
+    Args:
+        rows: `forget` rows, and `retain` and `alternate` rows where the losses need them; alternates are one
+            for each forget row.
+        pad_id: Token id that fills rows up.
+    """
+
+    def __init__(self, rows: Mapping[str, Sequence[TokenRow]], pad_id: int) -> None:
+        self.rows = rows
+        self.pad_id = pad_id
+
+    def __getitem__(self, micro: MicroBatch) -> dict[str, Part]:
+        taken = {"forget": (micro.forget, micro.step_forget), "alternate": (micro.forget, micro.step_forget)}
+        taken["retain"] = (micro.retain, micro.step_retain)
+        return {name: self._part(name, *taken[name], micro.real) for name in self.rows}
+
+    def _part(self, name: str, indices: Sequence[int], step: Sequence[int], real: Sequence[bool]) -> Part:
+        rows = self.rows[name]
+        weight = torch.tensor(real, dtype=torch.float32)
+        lengths = torch.tensor([rows[i].length for i in indices], dtype=torch.float32)
+        return {
+            **collate([rows[i] for i in indices], self.pad_id),
+            "index": torch.tensor(indices),
+            "row_share": weight / len(step),
+            "token_share": weight * lengths / sum(rows[i].length for i in step),
+        }
+
+
+def scoring_parts(rows: Sequence[TokenRow], name: str, pad_id: int, tokens: int = 4096) -> Iterator[dict[str, Part]]:
+    """All rows once, longest first, in batches of at most `tokens` tokens, with their `index` `(B,)`."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    while order:
+        take = max(1, tokens // len(rows[order[0]].input_ids))
+        chosen, order = order[:take], order[take:]
+        yield {name: {**collate([rows[i] for i in chosen], pad_id), "index": torch.tensor(chosen)}}

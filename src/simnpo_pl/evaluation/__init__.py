@@ -1,0 +1,1 @@
+"""Evaluation: which rows are scored, what is kept of them, what it comes to."""

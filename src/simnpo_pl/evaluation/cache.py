@@ -1,0 +1,79 @@
+"""Evaluations of models that do not change, start and retrained, are made once and kept."""
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.files import write_json, write_json_lines
+
+
+class EvaluationCache:
+    """Results by everything they depend on: weights, tokens, metrics' settings, precision, versions.
+
+    Args:
+        options: Where to keep results and what is measured.
+        precision: Precision and device the evaluation runs in.
+    """
+
+    def __init__(self, options: EvalOptions, precision: str) -> None:
+        self.options = options
+        self.precision = precision
+
+    def folder(self, model: str, sets: list[EvalSet], against: str) -> Path | None:
+        """Where the results of a model are kept, whether there already or not; None where nothing is kept.
+
+        Args:
+            model: Hub id or folder.
+            sets: The splits to measure.
+            against: Identity of the retrained model's rows that forget quality compares with.
+        """
+        if self.options.cache_dir is None:
+            return None
+        digest = hashlib.sha256(model_fingerprint(model).encode())
+        for part in sets:
+            digest.update(f"{part.name} {part.generate} {sorted(part.metrics)}".encode())
+            for answers in part.answers:
+                digest.update(repr([(row.input_ids, row.labels) for row in answers]).encode())
+        versions = [version(name) for name in ("simnpo_pl", "torch", "transformers", "rouge-score")]
+        settings = (self.options.max_new_tokens, self.options.truth_ratio, against, self.precision, versions)
+        digest.update(repr(settings).encode())
+        return Path(self.options.cache_dir).expanduser() / "evaluations" / digest.hexdigest()[:24]
+
+
+def load(folder: Path | None) -> EvalResult | None:
+    """A kept result, if it is there and whole."""
+    if folder is None or not (folder / "result.json").is_file():
+        return None
+    content = json.loads((folder / "result.json").read_text())
+    values = {name: float("nan") if value is None else value for name, value in content["values"].items()}
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    return EvalResult(values, content["counts"], content["unavailable"], rows)
+
+
+def store(folder: Path, result: EvalResult) -> None:
+    """Keep a result; the file that marks it whole is written last."""
+    write_json_lines(folder / "rows.jsonl", result.rows)
+    content: dict[str, Any] = {
+        "values": result.values,
+        "counts": result.counts,
+        "unavailable": result.unavailable,
+    }
+    write_json(folder / "result.json", content)
+
+
+def model_fingerprint(name: str) -> str:
+    """Identity of a model: of its files' bytes for a folder, the name itself for a hub id."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return name
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()

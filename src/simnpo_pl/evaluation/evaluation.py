@@ -1,0 +1,174 @@
+"""Collects the scores of an evaluation on every process and turns them into numbers and per-row logs."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchmetrics import Metric
+
+from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.metrics.base import RowMetric
+from simnpo_pl.metrics.functional import rouge_l
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What one evaluation of one model found.
+
+    Args:
+        values: Metric name to number; NaN where it could not be computed.
+        counts: Metric name to the rows it rests on.
+        unavailable: Metric name to the reason it was not measured.
+        rows: One object per row and split: question, answer, scores, generated text.
+    """
+
+    values: dict[str, float]
+    counts: dict[str, int]
+    unavailable: dict[str, str]
+    rows: list[dict[str, Any]] = field(repr=False)
+
+
+class _RawScores(RowMetric):
+    """Keeps every cell of a split's scores, for the logs."""
+
+    cells: Tensor
+
+    def complete(self, seen: Tensor) -> Tensor:
+        return seen.any(dim=1)
+
+    def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
+        self.cells = values.masked_fill(~seen, math.nan)
+        return values[:, 0]
+
+
+class Evaluation:
+    """Metrics of several splits, filled batch by batch, each row exactly once on any number of processes.
+
+    Args:
+        sets: The splits with their metrics.
+        summary: Metrics over several splits, computed last; their parts are updated through the sets.
+        unavailable: Metrics that cannot be measured, with the reason.
+        decode: Turns generated token ids into text.
+    """
+
+    def __init__(
+        self,
+        sets: list[EvalSet],
+        summary: Mapping[str, Metric],
+        unavailable: Mapping[str, str],
+        decode: Callable[[list[int]], str],
+    ) -> None:
+        self.sets = sets
+        self.summary = dict(summary)
+        self.unavailable = dict(unavailable)
+        self._decode = decode
+        self._raw = [_RawScores(len(part.answers), part.kinds) for part in sets]
+        self._texts: dict[tuple[int, int], str] = {}
+
+    def to(self, device: torch.device) -> "Evaluation":
+        """Move the metrics' states to the device of the model."""
+        for metric in self._all_metrics():
+            metric.to(device)
+        return self
+
+    def reset(self) -> None:
+        """Forget all scores."""
+        self._texts.clear()
+        for metric in self._all_metrics():
+            metric.reset()
+
+    def add_scores(self, batch: Mapping[str, Tensor], scores: dict[str, Tensor]) -> None:
+        """Take the scores `(B,)` of a scoring batch's answers."""
+        for number, part in enumerate(self.sets):
+            inside = batch["set"] == number
+            if inside.any():
+                self._update(number, part, batch["index"][inside], batch["kind"][inside], scores, inside)
+
+    def add_generations(self, batch: Mapping[str, Any], tokens: list[list[int]]) -> None:
+        """Take the generated answers of a generation batch and score them by ROUGE."""
+        sets, indices = batch["set"].tolist(), batch["index"].tolist()
+        for number, index, ids in zip(sets, indices, tokens, strict=True):
+            text = self._decode(ids).strip()
+            self._texts[number, index] = text
+            rouge = rouge_l(text, self.sets[number].texts[index]["answer"])
+            row = torch.tensor([index]), torch.tensor([0])
+            scores = {name: torch.tensor([value]) for name, value in rouge.items()}
+            self._update(number, self.sets[number], *row, scores, torch.tensor([True]))
+
+    def compute(self) -> EvalResult:
+        """Numbers and rows over all processes; every process gets the same.
+
+        Raises:
+            UserError: From a metric whose input makes no sense.
+        """
+        values: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        named = [item for part in self.sets for item in part.metrics.items()]
+        for name, metric in [*named, *self.summary.items()]:
+            if name not in self.unavailable:
+                result = metric.compute()
+                values[name], counts[name] = result["value"], int(result["n"])
+                if isinstance(metric, RowMetric):
+                    values |= {f"{name}/{key}": result[key] for key in metric.result_keys if key != "value"}
+        return EvalResult(values, counts, dict(self.unavailable), self._rows())
+
+    def _update(
+        self,
+        number: int,
+        part: EvalSet,
+        index: Tensor,
+        kind: Tensor,
+        scores: dict[str, Tensor],
+        inside: Tensor,
+    ) -> None:
+        own = {name: value[inside] for name, value in scores.items()}
+        for metric in (self._raw[number], *part.metrics.values()):
+            if metric.feature in own:
+                metric.update(index, kind, own)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        texts = _merge(self._texts)
+        rows = []
+        for number, (part, raw) in enumerate(zip(self.sets, self._raw, strict=True)):
+            raw.compute()
+            features = {m.feature: m.rows for m in part.metrics.values() if m.feature != "nll"}
+            truth = {name.rsplit("/", 1)[-1]: m.rows for name, m in part.metrics.items() if m.feature == "nll"}
+            first = 2 if part.has_paraphrase else 1
+            for index in raw.rows:
+                nll = raw.cells[index].tolist()
+                row: dict[str, Any] = {
+                    "split": part.name,
+                    "index": index,
+                    **part.texts[index],
+                    "answer_nll": nll[0],
+                }
+                if part.has_paraphrase:
+                    row["paraphrase_nll"] = nll[1]
+                if len(nll) > first:
+                    row["perturbed_nll"] = nll[first:]
+                for name, per_row in [*features.items(), *truth.items()]:
+                    if index in per_row:
+                        row[name] = per_row[index]
+                if (number, index) in texts:
+                    row["generation"] = texts[number, index]
+                rows.append(row)
+        return rows
+
+    def _all_metrics(self) -> Iterable[Metric]:
+        yield from self._raw
+        for part in self.sets:
+            yield from part.metrics.values()
+        yield from self.summary.values()
+
+
+def _merge(texts: dict[tuple[int, int], str]) -> dict[tuple[int, int], str]:
+    """Texts of all processes; strings cannot be tensor states, so they are gathered once, as objects."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return texts
+    gathered: list[dict[tuple[int, int], str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, texts)
+    return {key: text for part in reversed(gathered) for key, text in part.items()}

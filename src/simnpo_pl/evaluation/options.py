@@ -1,0 +1,48 @@
+"""What an evaluation measures and how much of it; the `--eval` group of the command line."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from simnpo_pl.errors import UserError
+
+
+@dataclass
+class EvalOptions:
+    """Options of the evaluation.
+
+    Args:
+        retain_log: Evaluation log of the retrained model, which forget quality compares with: a run folder or
+            its rows.jsonl, open-unlearning's TOFU_EVAL.json, or TOFU's eval_log_aggregated.json. A file in a
+            hub data set is written hf://datasets/OWNER/NAME/PATH.
+        retrained: Retrained model to evaluate instead of reading a log: hub id or folder. Its results are cached.
+        start: Whether `fit` evaluates the start model before training.
+        final: Whether `fit` evaluates the exported model.
+        max_new_tokens: Length of a generated answer at most, tokens.
+        generate_rows: Rows of each split that are generated for ROUGE, from the first; None for all.
+        truth_ratio: Convention of the truth ratio; `geometric` is the one behind published tables.
+        tokens_per_batch: Tokens scored in one forward pass at most; rows are sorted by length.
+        prompts_per_batch: Prompts generated together at most.
+        cache_dir: Folder for evaluations of start and retrained models, which are made once; null keeps none.
+    """
+
+    retain_log: str | None = None
+    retrained: str | None = None
+    start: bool = True
+    final: bool = True
+    max_new_tokens: int = 200
+    generate_rows: int | None = None
+    truth_ratio: Literal["geometric", "arithmetic", "prob_mean"] = "geometric"
+    tokens_per_batch: int = 2048
+    prompts_per_batch: int = 48
+    cache_dir: str | None = "~/.cache/simnpo_pl"
+
+    def __post_init__(self) -> None:
+        if self.retain_log and self.retrained:
+            raise UserError("--eval.retain_log and --eval.retrained both name the retrained model; give one of them")
+        for name in ("max_new_tokens", "tokens_per_batch", "prompts_per_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--eval.{name} must be at least 1, got {getattr(self, name)}")
+        if self.generate_rows is not None and self.generate_rows < 1:
+            raise UserError(
+                f"--eval.generate_rows must be at least 1, got {self.generate_rows}: model utility needs generations"
+            )

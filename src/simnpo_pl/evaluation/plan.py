@@ -1,0 +1,110 @@
+"""Which rows an evaluation scores and generates, cut into batches of like length and shared among processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from simnpo_pl.data.collate import collate
+from simnpo_pl.data.tokenization import TokenRow
+from simnpo_pl.metrics.base import RowMetric
+
+
+@dataclass
+class EvalSet:
+    """One split to measure.
+
+    Args:
+        name: Such as `forget`; first part of the names of its results.
+        texts: Question and answer of every row, for the logs.
+        answers: Tokens of every row's answers: the answer, then its paraphrase where there is one, then the
+            perturbed answers; the same number for every row.
+        metrics: What is computed from the rows' scores, by name.
+        generate: How many rows, from the first, are generated greedily.
+        has_paraphrase: Whether the second answer of a row is a paraphrase of the first.
+    """
+
+    name: str
+    texts: list[dict[str, str]]
+    answers: list[list[TokenRow]]
+    metrics: dict[str, RowMetric]
+    generate: int = 0
+    has_paraphrase: bool = False
+
+    @property
+    def kinds(self) -> int:
+        """Answers of each row."""
+        return len(self.answers[0])
+
+
+class EvalBatches(Dataset[dict[str, Any]]):
+    """The batches of one process; every process has equally many, the last ones repeated where needed.
+
+    Repeats do no harm: scores are held by row, so a row scored twice still counts once. Equal numbers are
+    what sharded models need, whose forward passes wait for each other.
+    """
+
+    def __init__(self, batches: Sequence[dict[str, Any]], rank: int = 0, world_size: int = 1) -> None:
+        missing = -len(batches) % world_size
+        padded = [*batches, *(batches[i % len(batches)] for i in range(missing))]
+        self.batches = padded[rank::world_size]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.batches[index]
+
+
+def scoring_batches(sets: Sequence[EvalSet], tokens: int, pad_id: int) -> list[dict[str, Any]]:
+    """All answers of all splits, longest first, in batches of at most `tokens` tokens.
+
+    Returns:
+        Batches with `input_ids`, `labels`, `attention_mask` `(B, T)` and `set`, `index`, `kind` `(B,)`.
+    """
+    flat = [
+        (s, i, k, row)
+        for s, part in enumerate(sets)
+        for i, answers in enumerate(part.answers)
+        for k, row in enumerate(answers)
+    ]
+    flat.sort(key=lambda item: -len(item[3].input_ids))
+    batches: list[list[tuple[int, int, int, TokenRow]]] = []
+    current: list[tuple[int, int, int, TokenRow]] = []
+    for item in flat:
+        # Longest first: the first row's length is the batch's width.
+        width = len(current[0][3].input_ids) if current else 0
+        if current and width * (len(current) + 1) > tokens:
+            batches.append(current)
+            current = []
+        current.append(item)
+    batches.append(current)
+    return [
+        {
+            **collate([item[3] for item in batch], pad_id),
+            "set": torch.tensor([item[0] for item in batch]),
+            "index": torch.tensor([item[1] for item in batch]),
+            "kind": torch.tensor([item[2] for item in batch]),
+        }
+        for batch in batches
+    ]
+
+
+def generation_batches(sets: Sequence[EvalSet], prompts: int) -> list[dict[str, Any]]:
+    """Prompts of the rows to generate, longest first, in batches of at most `prompts`.
+
+    Returns:
+        Batches with `prompts` (lists of token ids) and `set`, `index` `(B,)`.
+    """
+    flat = [(s, i, part.answers[i][0].prompt_ids) for s, part in enumerate(sets) for i in range(part.generate)]
+    flat.sort(key=lambda item: -len(item[2]))
+    return [
+        {
+            "prompts": [list(item[2]) for item in flat[start : start + prompts]],
+            "set": torch.tensor([item[0] for item in flat[start : start + prompts]]),
+            "index": torch.tensor([item[1] for item in flat[start : start + prompts]]),
+        }
+        for start in range(0, len(flat), prompts)
+    ]

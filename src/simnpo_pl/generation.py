@@ -1,0 +1,70 @@
+"""Greedy answers: a batched loop with key-value cache that drops rows as they finish."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+
+@torch.no_grad()
+def greedy(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int = 0,
+) -> list[list[int]]:
+    """Most probable continuation of each prompt, token by token.
+
+    Args:
+        model: Causal language model in eval mode.
+        prompts: Token ids, one list a prompt; none may be empty.
+        max_new_tokens: Tokens at most.
+        eos_ids: A row ends at the first of these, which is left out of the result.
+        pad_id: Any id of the vocabulary; fills the left, never attended to.
+
+    Returns:
+        New token ids of each prompt.
+    """
+    device = next(model.parameters()).device
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    ids, mask = _left_pad(prompts, pad_id, device)
+    done: list[list[int]] = [[] for _ in prompts]
+    rows = torch.arange(len(prompts), device=device)
+    stop = torch.tensor(list(eos_ids), device=device)
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    for step in range(max_new_tokens):
+        logits = _last_logits(model, ids, mask, positions, {cache_name: cache})
+        token = logits.argmax(dim=-1)
+        running = ~torch.isin(token, stop)
+        for row, value in zip(rows[running].tolist(), token[running].tolist(), strict=True):
+            done[row].append(value)
+        if step + 1 == max_new_tokens or not running.any():
+            break
+        if not running.all():
+            keep = running.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            rows, mask, positions, token = rows[keep], mask[keep], positions[keep], token[keep]
+        ids = token.unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return done
+
+
+def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: dict[str, Any]) -> Tensor:
+    """`(B, V)` logits of the last position."""
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **cache
+    )
+    return output.logits[:, -1]
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,232 @@
+"""From rows of tokens to answer log-probs: the only shift, mask and log-softmax in the package.
+
+Hidden states are taken at the scored positions alone, the head is applied to those, and the
+log-softmax runs in float32, in chunks where tokens times vocabulary is large.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from simnpo_pl.packing import ATTENTION, layout_of, packed_hidden
+
+IGNORE = -100
+"""Label of a position that is not scored."""
+
+LOGITS_BUDGET = 2**25
+"""Logits held at once (scored tokens times vocabulary); above it the head runs in chunks."""
+
+_log = logging.getLogger(__name__)
+
+Rows = Mapping[str, Tensor]
+"""`input_ids`, `labels` (-100 where not scored) and `attention_mask`, each `(B, T)`, right-padded."""
+
+
+class AnswerLogps(NamedTuple):
+    """Log-likelihood of B answers."""
+
+    total: Tensor
+    """`(B,)` sum of log-probs over the scored tokens, nats, at most 0."""
+    length: Tensor
+    """`(B,)` number of scored tokens, float."""
+
+    @property
+    def mean(self) -> Tensor:
+        """`(B,)` nats per token; 0 for a row without a scored token."""
+        return self.total / self.length.clamp(min=1)
+
+
+class TokenScores(NamedTuple):
+    """What teacher forcing says of every scored token."""
+
+    logps: Tensor
+    """`(S,)` log-prob of the label, nats."""
+    correct: Tensor
+    """`(S,)` whether the label is the most probable token, bool."""
+
+
+@dataclass(frozen=True)
+class AnswerStates:
+    """The S scored positions of B rows, flat and in row order."""
+
+    hidden: Tensor
+    """`(S, D)` hidden states, or `(S, V)` logits where `head` is the identity."""
+    labels: Tensor
+    """`(S,)` token to predict."""
+    rows: Tensor
+    """`(S,)` row of each position."""
+    size: int
+    """B."""
+    width: int
+    """T, the padded length of the rows."""
+    head: nn.Module
+    """Maps `hidden` to logits."""
+    vocabulary: int
+    """V."""
+
+    def logits(self) -> Tensor:
+        """`(S, V)` logits in float32."""
+        return self.head(self.hidden).float()
+
+    def token_logps(self) -> Tensor:
+        """`(S,)` log-prob of each label, nats."""
+        return torch.cat([self._label_logps(h, y) for h, y in self._chunks()])
+
+    def logps(self) -> AnswerLogps:
+        """Log-likelihood of every row's answer."""
+        return AnswerLogps(self.sum_rows(self.token_logps()), self.lengths())
+
+    def lengths(self) -> Tensor:
+        """`(B,)` number of scored tokens, float."""
+        return self.sum_rows(torch.ones_like(self.labels, dtype=torch.float32))
+
+    def sum_rows(self, values: Tensor) -> Tensor:
+        """Sum values `(S,)` of scored positions within each row: `(B,)`."""
+        return values.new_zeros(self.size).index_add(0, self.rows, values)
+
+    @torch.no_grad()
+    def token_scores(self) -> TokenScores:
+        """Log-prob and correctness of every scored token, without gradient."""
+        logps, correct = [], []
+        for hidden, labels in self._chunks():
+            logits = self.head(hidden).float()
+            logps.append(_pick(logits, labels))
+            correct.append(logits.argmax(dim=-1) == labels)
+        return TokenScores(torch.cat(logps), torch.cat(correct))
+
+    def _chunks(self) -> list[tuple[Tensor, Tensor]]:
+        step = max(1, LOGITS_BUDGET // self.vocabulary)
+        return list(zip(self.hidden.split(step), self.labels.split(step), strict=True))
+
+    def _label_logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        def head_logps(hidden: Tensor, labels: Tensor) -> Tensor:
+            return _pick(self.head(hidden).float(), labels)
+
+        if len(self.labels) * self.vocabulary <= LOGITS_BUDGET or not torch.is_grad_enabled():
+            return head_logps(hidden, labels)
+        # Logits of a chunk are computed again in the backward pass instead of being kept.
+        return checkpoint(head_logps, hidden, labels, use_reentrant=False)
+
+
+def _pick(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
+def join(parts: list[Rows]) -> dict[str, Tensor]:
+    """Stack right-padded rows of different widths into one batch `(sum of B, max of T)`."""
+    width = max(part["input_ids"].shape[1] for part in parts)
+    fill = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
+    return {
+        key: torch.cat([nn.functional.pad(p[key], (0, width - p[key].shape[1]), value=value) for p in parts])
+        for key, value in fill.items()
+    }
+
+
+class Scorer:
+    """Turns rows into `AnswerStates` with one causal language model.
+
+    Packs rows where the model's attention allows it and reads hidden states where its head is a
+    plain map of them; whether both hold is tried on two short rows, and a model that computes
+    something else (recurrent layers, attention of its own, scaled or capped logits) takes the
+    padded path through its whole forward.
+
+    Args:
+        model: A causal language model from transformers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+        self.body: nn.Module = model.base_model
+        self.head: Any = model.get_output_embeddings()
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.packs = self._pack_agrees()
+
+    def __call__(self, parts: Mapping[str, Rows]) -> dict[str, AnswerStates]:
+        """Scored positions of several sets of rows, from one forward pass.
+
+        Args:
+            parts: Rows by name, such as forget and retain.
+
+        Returns:
+            `AnswerStates` under the same names.
+        """
+        states = self._states(join(list(parts.values())))
+        bounds = [0]
+        for rows in parts.values():
+            bounds.append(bounds[-1] + rows["input_ids"].shape[0])
+        result = {}
+        for (name, rows), start, end in zip(parts.items(), bounds, bounds[1:], strict=False):
+            inside = slice(*torch.searchsorted(states.rows, states.rows.new_tensor([start, end])).tolist())
+            result[name] = AnswerStates(
+                hidden=states.hidden[inside],
+                labels=states.labels[inside],
+                rows=states.rows[inside] - start,
+                size=end - start,
+                width=rows["input_ids"].shape[1],
+                head=states.head,
+                vocabulary=self.vocabulary,
+            )
+        return result
+
+    def all_logits(self, rows: Rows) -> Tensor:
+        """`(B, T, V)` float32 logits at every position, padding included."""
+        output = self.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
+        return output.logits.float()
+
+    def _states(self, rows: Rows) -> AnswerStates:
+        input_ids, mask, size = rows["input_ids"], rows["attention_mask"], rows["input_ids"].shape[0]
+        # Position t predicts the label at t + 1.
+        targets = nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=IGNORE)
+        scored = (targets != IGNORE) & (mask != 0)
+        if self.packs:
+            layout = layout_of(mask)
+            hidden = packed_hidden(self.body, input_ids, layout)
+            hidden = hidden[scored.reshape(-1)[layout.cells]]
+            head = self.head
+        else:
+            output = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            hidden, head = output.logits[scored], nn.Identity()
+        return AnswerStates(
+            hidden=hidden,
+            labels=targets[scored],
+            rows=scored.nonzero()[:, 0],
+            size=size,
+            width=input_ids.shape[1],
+            head=head,
+            vocabulary=self.vocabulary,
+        )
+
+    @torch.no_grad()
+    def _pack_agrees(self) -> bool:
+        """Whether packed rows give the model's own logits; says so once where they do not."""
+        config: Any = self.model.config
+        usual, training = getattr(config, "_attn_implementation", None), self.model.training
+        if usual != "sdpa" or not isinstance(self.head, nn.Module):
+            return False
+        self.model.eval()
+        device: Any = self.head.weight.device
+        # Two rows of unlike lengths: a state that leaks from one row to the next would show.
+        ids = (torch.arange(12, device=device) * 7 + 3).reshape(2, 6) % self.vocabulary
+        mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], device=device)
+        try:
+            with torch.autocast(device.type, enabled=False):
+                expected = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                self.model.set_attn_implementation(ATTENTION)
+                packed = self.head(packed_hidden(self.body, ids, layout_of(mask)))
+            error = (packed - expected[mask.bool()]).abs().max()
+            tolerance = 1e-4 if packed.dtype == torch.float32 else 5e-2
+            agrees = bool(error <= tolerance * expected.abs().max().clamp(min=1.0))
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            agrees = False
+        finally:
+            self.model.train(training)
+        if not agrees:
+            self.model.set_attn_implementation(usual)
+            _log.info("%s: rows are padded, not packed (its forward differs)", type(self.model).__name__)
+        return agrees

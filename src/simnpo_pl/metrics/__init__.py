@@ -1,0 +1,1 @@
+"""Metrics: pure functions, and torchmetrics wrappers that are exact on any number of processes."""

@@ -1,0 +1,260 @@
+"""The TOFU metrics as torchmetrics classes: each keeps per-row scores and reduces them at the end.
+
+All of them take `update(index, kind, scores)` and return a dict with "value" and "n" from `compute`; keyword
+arguments not listed are torchmetrics.Metric's.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch  # noqa: F401 (the examples use it)
+from torch import Tensor
+from torch.nn import ModuleList
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.metrics import functional as F
+from simnpo_pl.metrics.base import RowMetric
+
+
+class AnswerProbability(RowMetric):
+    """Mean of exp(-nll) of the answers (forget and retain splits).
+
+    Args:
+        rows: number of rows of the split.
+
+    Example:
+        >>> metric = AnswerProbability(rows=2)
+        >>> metric.update(torch.tensor([0, 1]), torch.tensor([0, 0]), {"nll": torch.tensor([0.0, math.inf])})
+        >>> metric.compute()
+        {'value': 0.5, 'n': 2.0}
+    """
+
+    def __init__(self, rows: int, **kwargs: Any) -> None:
+        super().__init__(rows, **kwargs)
+
+    def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
+        """exp(-nll) of each answer."""
+        return F.answer_probability(values[:, 0])
+
+
+class ChoiceProbability(RowMetric):
+    """Mean probability of the true answer among itself and the wrong ones (authors and facts splits).
+
+    Args:
+        rows: number of rows of the split.
+        kinds: 1 + number of wrong answers; kind 0 is the true answer.
+
+    Example:
+        >>> metric = ChoiceProbability(rows=1, kinds=2)
+        >>> metric.update(torch.tensor([0, 0]), torch.tensor([0, 1]), {"nll": torch.tensor([2.0, 2.0])})
+        >>> metric.compute()
+        {'value': 0.5, 'n': 1.0}
+    """
+
+    higher_is_better = True
+
+    def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
+        """p / (p + sum of the wrong answers' p)."""
+        return F.choice_probability(values[:, 0], values[:, 1:])
+
+
+class RowMean(RowMetric):
+    """Mean of a score that each answer has, such as "rougeL_recall" or "extraction_strength".
+
+    Args:
+        feature: the score to average.
+        rows: number of rows of the split.
+
+    Example:
+        >>> metric = RowMean("rougeL_recall", rows=2)
+        >>> metric.update(torch.tensor([1]), torch.tensor([0]), {"rougeL_recall": torch.tensor([0.5])})
+        >>> metric.compute()
+        {'value': 0.5, 'n': 1.0}
+    """
+
+    def __init__(self, feature: str, rows: int, **kwargs: Any) -> None:
+        super().__init__(rows, **kwargs)
+        self.feature = feature
+
+
+class TruthRatio(RowMetric):
+    """Aggregated truth ratio of a split.
+
+    Args:
+        rows: number of rows of the split.
+        kinds: number of kinds, the wrong answers last.
+        convention: "geometric", "arithmetic" or "prob_mean", see `functional.truth_ratio`.
+        aggregate: "forget" averages min(R, 1/R), "utility" averages max(0, 1 - R); "prob_mean" ratios are
+            already between 0 and 1 and are simply averaged in both cases.
+        has_paraphrase: kind 1 is the paraphrase and 2 onwards are wrong answers; otherwise kind 0 takes the
+            paraphrase's place and 1 onwards are wrong answers.
+
+    Raises:
+        UserError: an unknown convention or aggregate, or too few kinds.
+
+    Example:
+        >>> metric = TruthRatio(rows=1, kinds=2, aggregate="utility", has_paraphrase=False)
+        >>> metric.update(torch.tensor([0, 0]), torch.tensor([0, 1]), {"nll": torch.tensor([0.0, math.inf])})
+        >>> metric.compute()
+        {'value': 1.0, 'n': 1.0}
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        kinds: int,
+        convention: str = "geometric",
+        aggregate: str = "forget",
+        has_paraphrase: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(rows, kinds, **kwargs)
+        if convention not in F.CONVENTIONS or aggregate not in ("forget", "utility"):
+            raise UserError(
+                f"{type(self).__name__}: expected a convention out of {', '.join(F.CONVENTIONS)} and an "
+                f"aggregate out of forget, utility, got {convention!r} and {aggregate!r}: choose from these"
+            )
+        self.right = int(has_paraphrase)
+        if kinds < self.right + 2:
+            raise UserError(
+                f"{type(self).__name__}: expected at least {self.right + 2} kinds, got {kinds}: "
+                "count the answer, the paraphrase if there is one, and at least one wrong answer"
+            )
+        self.convention = convention
+        self.goal = aggregate
+
+    def complete(self, seen: Tensor) -> Tensor:
+        """Rows with a right answer and every wrong one; beside a paraphrase the answer is not needed."""
+        return seen[:, self.right :].all(dim=1)
+
+    def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
+        """R of each row."""
+        return F.truth_ratio(values[:, self.right], values[:, self.right + 1 :], self.convention)
+
+    def aggregate(self, row_values: Tensor) -> dict[str, float]:
+        """Mean of the convention's score."""
+        if self.convention == "prob_mean":
+            return super().aggregate(row_values)
+        score = F.forget_truth_ratio if self.goal == "forget" else F.utility_truth_ratio
+        return {"value": score(row_values)}
+
+
+class ForgetQuality(TruthRatio):
+    """Kolmogorov-Smirnov p-value between the truth ratios of this model and of a retrained one.
+
+    Compares only rows that were fully scored here, with the same rows of the retrained model. Without a
+    retrained model, or with a NaN on either side, every entry but "n" and "m" is NaN.
+
+    Args:
+        rows: number of rows of the forget split.
+        kinds: number of kinds, the wrong answers last.
+        retrained: (rows,) geometric truth ratios of the retrained model, in row order, or None.
+        has_paraphrase: see `TruthRatio`.
+
+    Raises:
+        UserError: `retrained` does not hold one ratio a row.
+
+    Example:
+        >>> metric = ForgetQuality(rows=2, kinds=2, retrained=torch.ones(2), has_paraphrase=False)
+        >>> index, kind = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
+        >>> metric.update(index, kind, {"nll": torch.tensor([3.0, 3.0, 2.0, 2.0])})
+        >>> metric.compute()
+        {'value': 1.0, 'log10_p': 0.0, 'ks_statistic': 0.0, 'm': 2.0, 'n': 2.0}
+    """
+
+    higher_is_better = True
+    result_keys = ("value", "log10_p", "ks_statistic", "m")
+
+    def __init__(
+        self,
+        rows: int,
+        kinds: int,
+        retrained: Tensor | None = None,
+        has_paraphrase: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(rows, kinds, has_paraphrase=has_paraphrase, **kwargs)
+        if retrained is not None and tuple(retrained.shape) != (rows,):
+            raise UserError(
+                f"ForgetQuality: expected {rows} truth ratios of the retrained model, one a row, got shape "
+                f"{tuple(retrained.shape)}: use a log of the retrained model on the same forget split"
+            )
+        self.retrained = None if retrained is None else retrained.detach().double().cpu()
+
+    def aggregate(self, row_values: Tensor) -> dict[str, float]:
+        """The test's p-value as "value", its log10, the statistic, and the retrained sample's size."""
+        if self.retrained is None:
+            return {**dict.fromkeys(self.result_keys, math.nan), "m": 0.0}
+        retrained = self.retrained[list(self.rows)]
+        if row_values.isnan().any() or retrained.isnan().any():
+            return {**dict.fromkeys(self.result_keys, math.nan), "m": float(len(retrained))}
+        result = F.forget_quality(row_values, retrained)
+        return dict(
+            zip(
+                self.result_keys,
+                (result.p_value, result.log10_p, result.ks_statistic, float(result.m)),
+                strict=True,
+            )
+        )
+
+
+class ModelUtility(WrapperMetric):
+    """Harmonic mean of other metrics' values, NaN while any of them is.
+
+    The parts may be updated on their own or through `update`; syncing is theirs.
+
+    Args:
+        parts: name -> metric, such as "retain.probability"; "value" and "n" are taken.
+
+    Raises:
+        UserError: no part, or one named "value" or "n".
+
+    Example:
+        >>> metric = ModelUtility({"a": RowMean("s", rows=1), "b": RowMean("s", rows=1)})
+        >>> for part, score in {"a": 1.0, "b": 0.5}.items():
+        ...     metric.update(part, torch.tensor([0]), torch.tensor([0]), {"s": torch.tensor([score])})
+        >>> metric.compute()
+        {'value': 0.6666666666666666, 'n': 2.0, 'a': 1.0, 'b': 0.5}
+    """
+
+    higher_is_better = True
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, parts: Mapping[str, RowMetric], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if not parts or {"value", "n"} & set(parts):
+            raise UserError(
+                f"ModelUtility: expected parts with names other than value and n, got {sorted(parts)}: "
+                "name each part after its split and metric"
+            )
+        # Names apart from modules: a ModuleDict takes no dots in its keys.
+        self.names = tuple(parts)
+        self.parts = ModuleList(parts.values())
+
+    def update(self, part: str, index: Tensor, kind: Tensor, scores: dict[str, Tensor]) -> None:
+        """Pass a batch on to one part, see `RowMetric.update`.
+
+        Raises:
+            UserError: there is no such part.
+        """
+        if part not in self.names:
+            raise UserError(f"ModelUtility: expected a part out of {', '.join(self.names)}, got {part!r}: use one")
+        self._parts()[part].update(index, kind, scores)
+
+    def compute(self) -> dict[str, float]:
+        """The harmonic mean as "value", the number of parts as "n", and each part's value by its name."""
+        values = {name: part.compute()["value"] for name, part in self._parts().items()}
+        known = not any(math.isnan(value) for value in values.values())
+        return {"value": F.model_utility(values) if known else math.nan, "n": float(len(values)), **values}
+
+    def reset(self) -> None:
+        """Reset every part."""
+        super().reset()
+        for part in self._parts().values():
+            part.reset()
+
+    def _parts(self) -> dict[str, RowMetric]:
+        return dict(zip(self.names, cast(list[RowMetric], list(self.parts)), strict=True))

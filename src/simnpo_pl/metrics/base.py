@@ -1,0 +1,166 @@
+"""A torchmetrics base class for scores of a known set of rows.
+
+Every process keeps the same fixed table of cells, so syncing is one gather of equal shapes and a row that a
+distributed sampler repeats to fill its last batch lands in the same cell: nothing is counted twice.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torchmetrics import Metric
+
+from simnpo_pl.errors import UserError
+
+
+def first_seen(tables: Tensor) -> Tensor:
+    """Merge the tables of several processes, each cell from the first process that saw it.
+
+    Args:
+        tables: (world, 2, N, K), values and seen flags of each process.
+
+    Returns:
+        (2, N, K).
+
+    Example:
+        >>> one, two = torch.tensor([[[3.0, 0.0]], [[1.0, 0.0]]]), torch.tensor([[[5.0, 7.0]], [[1.0, 1.0]]])
+        >>> first_seen(torch.stack([one, two]).unsqueeze(-1)).squeeze()
+        tensor([[3., 7.],
+                [1., 1.]])
+    """
+    values, seen = tables.unbind(1)
+    seen, first = seen.max(dim=0, keepdim=True)
+    return torch.cat([values.gather(0, first), seen])
+
+
+class RowMetric(Metric):
+    """Scores of N rows x K kinds, reduced to one value a row and then to a few numbers.
+
+    Kind 0 is the answer, 1 the paraphrase and 2 onwards the wrong answers; where a split has no paraphrase,
+    1 onwards are the wrong answers. Subclasses override `row_values`, and where needed `complete`,
+    `aggregate` and `result_keys`. A cell scored twice holds one score: `update` keeps the latest, syncing the
+    lowest rank's and `forward` the earliest, which differ by rounding at most.
+
+    Attributes:
+        feature: the score this metric reads.
+        rows: after `compute`, row index -> per-row value over all processes; rows not fully seen are absent.
+
+    Args:
+        rows: number of rows N of the split.
+        kinds: number of kinds K read by this metric; higher kinds of a batch are ignored.
+        kwargs: passed on to `torchmetrics.Metric`.
+
+    Example:
+        >>> from simnpo_pl.metrics.base import RowMetric
+        >>> metric = RowMetric(rows=3)
+        >>> nll = torch.tensor([1.0, 2.0, 1.0])
+        >>> metric.update(torch.tensor([0, 1, 0]), torch.tensor([0, 0, 0]), {"nll": nll})
+        >>> metric.compute(), metric.rows
+        ({'value': 1.5, 'n': 2.0}, {0: 1.0, 1: 2.0})
+    """
+
+    feature: str = "nll"
+    result_keys: tuple[str, ...] = ("value",)
+    higher_is_better: bool | None = None
+    is_differentiable = False
+    full_state_update = False
+    table: Tensor
+
+    def __init__(self, rows: int, kinds: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if rows < 1 or kinds < 1:
+            raise UserError(
+                f"{type(self).__name__}: expected at least one row and one kind, got rows={rows} and "
+                f"kinds={kinds}: pass the sizes of the split"
+            )
+        self.size = rows
+        self.kinds = kinds
+        self.rows: dict[int, float] = {}
+        self.add_state("table", torch.zeros(2, rows, kinds), dist_reduce_fx=first_seen)
+
+    def update(self, index: Tensor, kind: Tensor, scores: dict[str, Tensor]) -> None:
+        """Store the scores of one batch.
+
+        Args:
+            index: (B,) row numbers within the split.
+            kind: (B,) which answer of the row was scored.
+            scores: name -> (B,) scores; only `feature` is read.
+
+        Raises:
+            UserError: `feature` is missing, or an index or kind is out of range.
+        """
+        name = type(self).__name__
+        if self.feature not in scores:
+            raise UserError(
+                f"{name}: expected a score named {self.feature!r}, got {sorted(scores)}: "
+                "switch on the scorer that makes it, or read another score"
+            )
+        device = self.table.device
+        index, kind = index.long().to(device), kind.long().to(device)
+        outside = index[(index < 0) | (index >= self.size)]
+        if outside.numel():
+            raise UserError(
+                f"{name}: expected row indices 0 to {self.size - 1}, got {outside[0].item()}: "
+                "build the metric with the number of rows of the split"
+            )
+        if (kind < 0).any():
+            raise UserError(f"{name}: expected kinds of 0 or more, got {kind.min().item()}: 0 is the answer")
+        used = kind < self.kinds
+        index, kind = index[used], kind[used]
+        # A copy, because a table that was reset in inference mode cannot be written to outside of it.
+        table = self.table.clone()
+        table[0, index, kind] = scores[self.feature].detach().to(table)[used]
+        table[1, index, kind] = 1
+        self.table = table
+
+    @final
+    def compute(self) -> dict[str, float]:
+        """Reduce all processes' rows; also fills `rows`.
+
+        Returns:
+            The entries of `aggregate`, "value" among them, and "n", the number of rows they rest on. Rows
+            not fully seen are left out; a NaN score of a seen row makes the value NaN. Without any row the
+            values are NaN and n is 0.
+        """
+        values, flags = self.table.detach().cpu().double().unbind(0)
+        seen = flags > 0
+        complete = self.complete(seen)
+        kept = self.row_values(values, seen)[complete]
+        self.rows = dict(zip(complete.nonzero().flatten().tolist(), kept.tolist(), strict=True))
+        result = self.aggregate(kept) if self.rows else dict.fromkeys(self.result_keys, math.nan)
+        return {**result, "n": float(len(self.rows))}
+
+    def complete(self, seen: Tensor) -> Tensor:
+        """Which rows have every score they need: (N, K) bool -> (N,) bool; by default all kinds."""
+        return seen.all(dim=1)
+
+    def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
+        """One value a row, by default the first kind's score.
+
+        Args:
+            values: (N, K) float64 scores, 0 where not seen.
+            seen: (N, K) bool.
+
+        Returns:
+            (N,) float64; entries of incomplete rows are not used.
+        """
+        return values[:, 0]
+
+    def aggregate(self, row_values: Tensor) -> dict[str, float]:
+        """Reduce the (n,) float64 values of the complete rows, n > 0, to the entries of `result_keys`."""
+        return {"value": row_values.mean().item()}
+
+    def reset(self) -> None:
+        """Forget all scores."""
+        super().reset()
+        self.rows = {}
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> Module:
+        # Moves between devices but never to another dtype: a model cast to bfloat16 would round the losses.
+        super()._apply(fn, exclude_state=("table", *exclude_state))
+        self.table = self.table.to(self.device)
+        self._defaults["table"] = self.table.new_zeros(self.table.shape)
+        return self

@@ -1,0 +1,250 @@
+"""Unlearning metrics as pure functions of per-row scores.
+
+Tensors in, tensors or floats out, computed in float64 and in log space where a probability could underflow.
+Losses are mean negative log-likelihoods in nats per token, the one end-of-sequence token included.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import ks_2samp
+from torch import Tensor
+
+from simnpo_pl.errors import UserError
+
+CONVENTIONS = ("geometric", "arithmetic", "prob_mean")
+
+
+class ForgetQualityResult(NamedTuple):
+    """Outcome of the two-sample Kolmogorov-Smirnov test of `forget_quality`.
+
+    `log10_p` is finite also where `p_value` underflows to 0; `ks_statistic` is the largest gap between the
+    two empirical distribution functions; `n` and `m` are the sizes of the unlearned and retrained samples.
+    """
+
+    p_value: float
+    log10_p: float
+    ks_statistic: float
+    n: int
+    m: int
+
+
+def answer_probability(nll: Tensor) -> Tensor:
+    """Length-normalised probability exp(-nll) of each answer, (N,) float64.
+
+    Args:
+        nll: (N,) losses, nats per token.
+
+    Example:
+        >>> answer_probability(torch.tensor([0.0, math.log(4)]))
+        tensor([1.0000, 0.2500], dtype=torch.float64)
+    """
+    return torch.exp(-nll.double())
+
+
+def choice_probability(true_nll: Tensor, wrong_nll: Tensor) -> Tensor:
+    """Probability of the true answer among the listed ones: p / (p + sum of the wrong ones' p), (N,) float64.
+
+    Args:
+        true_nll: (N,) losses of the true answers, nats per token.
+        wrong_nll: (N, K) losses of the wrong answers, nats per token.
+
+    Example:
+        >>> choice_probability(torch.tensor([math.log(2)]), torch.tensor([[math.log(4), math.log(4)]]))
+        tensor([0.5000], dtype=torch.float64)
+    """
+    _check_shapes(true_nll, wrong_nll)
+    return torch.softmax(-torch.cat([true_nll.double()[:, None], wrong_nll.double()], dim=1), dim=1)[:, 0]
+
+
+def truth_ratio(paraphrase_nll: Tensor, perturbed_nll: Tensor, kind: str = "geometric") -> Tensor:
+    """Truth ratio R of each row: how likely wrong answers are beside a right one in other words.
+
+    With P = exp(-paraphrase_nll): "geometric" is R = exp(-mean_k perturbed_nll) / P, "arithmetic" is
+    R = mean_k exp(-perturbed_nll) / P, and "prob_mean" is P / (P + exp(-mean_k perturbed_nll)).
+
+    Args:
+        paraphrase_nll: (N,) losses of the paraphrased (or, without one, the true) answers, nats per token.
+        perturbed_nll: (N, K) losses of the wrong answers, nats per token.
+        kind: which of the three public conventions.
+
+    Returns:
+        (N,) ratios, float64; infinite where P is 0, NaN where a loss is NaN.
+
+    Raises:
+        UserError: an unknown kind, or shapes that do not belong together.
+
+    Example:
+        >>> truth_ratio(torch.tensor([math.log(2)]), torch.tensor([[math.log(2), math.log(8)]]))
+        tensor([0.5000], dtype=torch.float64)
+    """
+    if kind not in CONVENTIONS:
+        raise UserError(
+            f"truth ratio: expected a kind out of {', '.join(CONVENTIONS)}, got {kind!r}: choose one of them"
+        )
+    _check_shapes(paraphrase_nll, perturbed_nll)
+    right, wrong = paraphrase_nll.double(), perturbed_nll.double()
+    if kind == "geometric":
+        return torch.exp(right - wrong.mean(dim=1))
+    if kind == "arithmetic":
+        return torch.exp(right + torch.logsumexp(-wrong, dim=1) - math.log(max(wrong.shape[1], 1)))
+    return torch.sigmoid(wrong.mean(dim=1) - right)
+
+
+def forget_truth_ratio(ratios: Tensor) -> float:
+    """Mean of min(R, 1/R): 1 when right and wrong answers are equally likely in every row.
+
+    R of 0 or infinity counts as 0; a NaN or an empty input gives NaN.
+
+    Example:
+        >>> forget_truth_ratio(torch.tensor([0.5, 4.0, 0.0, math.inf]))
+        0.1875
+    """
+    ratios = ratios.double()
+    return torch.minimum(ratios, 1 / ratios).mean().item()
+
+
+def utility_truth_ratio(ratios: Tensor) -> float:
+    """Mean of max(0, 1 - R): 1 when the wrong answers have no probability beside the right one.
+
+    A NaN or an empty input gives NaN.
+
+    Example:
+        >>> utility_truth_ratio(torch.tensor([0.5, 4.0]))
+        0.25
+    """
+    return torch.clamp(1 - ratios.double(), min=0).mean().item()
+
+
+def forget_quality(unlearned: Tensor, retrained: Tensor) -> ForgetQualityResult:
+    """Two-sided two-sample Kolmogorov-Smirnov test between two models' truth ratios on the forget split.
+
+    scipy's `ks_2samp` with method "auto" gives statistic and p. Where p underflows to 0, `log10_p` is the
+    first term 2 C(2n, n - nD) / C(2n, n) of the exact series for equal sizes (the rest is far smaller), and
+    the first term 2 exp(-2 D^2 nm / (n + m)) of Smirnov's asymptotic one for unequal sizes.
+
+    Args:
+        unlearned: (N,) truth ratios of the unlearned model; any monotone function of them gives the same p.
+        retrained: (M,) truth ratios of the retrained model, of the same questions.
+
+    Raises:
+        UserError: NaN in a sample, or an empty one.
+
+    Example:
+        >>> result = forget_quality(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+        >>> round(result.p_value, 4), result.ks_statistic
+        (0.3333, 1.0)
+    """
+    samples = {"unlearned": unlearned.double().cpu(), "retrained": retrained.double().cpu()}
+    for name, sample in samples.items():
+        bad = int(sample.isnan().sum())
+        if bad or not sample.numel():
+            found = f"{bad} NaN among {sample.numel()}" if bad else "none"
+            raise UserError(
+                f"forget quality: expected truth ratios of the {name} model, got {found}: "
+                "score the forget split again and look for rows whose loss is not finite"
+            )
+    n, m = unlearned.numel(), retrained.numel()
+    test = ks_2samp(*(sample.numpy() for sample in samples.values()))
+    p, statistic = float(test.pvalue), float(test.statistic)
+    if p > 0:
+        log10_p = math.log10(p)
+    elif n == m:
+        gap = round(statistic * n)
+        paths = 2 * math.lgamma(n + 1) - math.lgamma(n - gap + 1) - math.lgamma(n + gap + 1)
+        log10_p = (math.log(2) + paths) / math.log(10)
+    else:
+        log10_p = (math.log(2) - 2 * statistic**2 * n * m / (n + m)) / math.log(10)
+    return ForgetQualityResult(p, log10_p, statistic, n, m)
+
+
+def model_utility(parts: Mapping[str, float]) -> float:
+    """Harmonic mean of the parts, 0 if any part is 0.
+
+    Args:
+        parts: name -> value, each at least 0 (probabilities, ROUGE, truth ratios).
+
+    Raises:
+        UserError: no part, or one that is negative or NaN.
+
+    Example:
+        >>> model_utility({"retain": 1.0, "facts": 0.5, "authors": 0.5})
+        0.6
+    """
+    if not parts:
+        raise UserError("model utility: expected at least one part, got none: pass the parts to average")
+    for name, value in parts.items():
+        if not value >= 0:
+            raise UserError(
+                f"model utility: expected every part to be 0 or more, got {name} = {value}: "
+                "look for rows of that part whose score is not finite"
+            )
+    if min(parts.values()) == 0:
+        return 0.0
+    return len(parts) / sum(1 / value for value in parts.values())
+
+
+def rouge_l(prediction: str, target: str) -> dict[str, float]:
+    """ROUGE with stemming: "rougeL_recall", "rougeL_f1" and "rouge1_recall", each 0 to 1.
+
+    Example:
+        >>> rouge_l("the cat", "the cats sat here")["rougeL_recall"]
+        0.5
+    """
+    scores = _scorer().score(target, prediction)
+    return {
+        "rougeL_recall": float(scores["rougeL"].recall),
+        "rougeL_f1": float(scores["rougeL"].fmeasure),
+        "rouge1_recall": float(scores["rouge1"].recall),
+    }
+
+
+def rouge_l_recall(prediction: str, target: str) -> float:
+    """ROUGE-L recall with stemming, 0 to 1, of a generation against the true answer."""
+    return rouge_l(prediction, target)["rougeL_recall"]
+
+
+def extraction_strength(correct: Tensor) -> float:
+    """1 - k/T, where k is the shortest prefix from which all remaining tokens are predicted right.
+
+    Args:
+        correct: (T,) bool, whether the teacher-forced argmax is right at each answer token, without the EOS.
+
+    Returns:
+        0 (last token wrong) to 1 (all right); NaN for T = 0.
+
+    Example:
+        >>> extraction_strength(torch.tensor([True, False, True, True]))
+        0.5
+    """
+    if not correct.numel():
+        return math.nan
+    return correct.flip(0).long().cumprod(0).sum().item() / correct.numel()
+
+
+def exact_memorization(correct: Tensor) -> float:
+    """Share of answer tokens predicted right, 0 to 1; takes what `extraction_strength` takes, NaN for T = 0.
+
+    Example:
+        >>> exact_memorization(torch.tensor([True, False, True, True]))
+        0.75
+    """
+    return correct.double().mean().item()
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # here, because it takes a second to load
+
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+
+
+def _check_shapes(one: Tensor, many: Tensor) -> None:
+    if one.dim() != 1 or many.dim() != 2 or len(one) != len(many):
+        raise UserError(
+            f"expected losses of shapes (N,) and (N, K), got {tuple(one.shape)} and {tuple(many.shape)}: "
+            "pass one right answer and K wrong answers a row"
+        )

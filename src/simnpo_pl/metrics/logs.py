@@ -1,0 +1,279 @@
+"""Logs of retrained models, and the export to open-unlearning's format.
+
+Forget quality compares with a retrained model that was scored elsewhere, perhaps by other code: three formats
+are read, and a log that does not cover the same questions is refused.
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.metrics import functional as F
+
+LOG_NAMES = ("rows.jsonl", "TOFU_EVAL.json", "eval_log_aggregated.json")
+PREFIXES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+
+
+@dataclass(frozen=True)
+class RetainLog:
+    """The forget split as a retrained model scored it, by row index.
+
+    Attributes:
+        source: the file it was read from.
+        split: name of the forget split ("forget10") where the log says so.
+        truth_ratio: geometric R = W/P of every row.
+        paraphrase_nll: nats per token.
+        perturbed_nll: nats per token, one per wrong answer.
+        answers: true answers, for the rows where the log holds them.
+        questions: questions, possibly inside a prompt template, for the rows where the log holds them.
+        values: aggregates by metric name, where the log holds them.
+    """
+
+    source: str
+    split: str | None
+    truth_ratio: dict[int, float]
+    paraphrase_nll: dict[int, float] = field(default_factory=dict)
+    perturbed_nll: dict[int, list[float]] = field(default_factory=dict)
+    answers: dict[int, str] = field(default_factory=dict)
+    questions: dict[int, str] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+
+
+def read_retain_log(path: Path) -> RetainLog:
+    """Read a retrained model's log of the forget split.
+
+    Knows, by content: our `rows.jsonl` (rows may name the split under "forget_split"), open-unlearning's
+    `TOFU_EVAL.json`, also under a key "metrics", and TOFU's `eval_log_aggregated.json` or its forget part;
+    each may be gzipped, or lie in the folder that `path` names. R is computed from the losses, whatever the
+    log's own convention; an open-unlearning log without losses has its scores taken for geometric ones.
+
+    Raises:
+        UserError: no such file, an unknown format, or a row without the losses R needs.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in LOG_NAMES if (path / name).is_file()), path / LOG_NAMES[0])
+    if not path.is_file():
+        raise UserError(
+            f"retrained model's log: expected a run folder or a log file, got no file at {path}: "
+            "score the retrained model first and pass its run folder"
+        )
+    try:
+        raw = path.read_bytes()
+        return _parse(str(path), (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode())
+    except UserError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError, EOFError) as error:
+        raise UserError(
+            f"retrained model's log: expected the content of {' or '.join(LOG_NAMES)}, got {path}, which "
+            f"cannot be read as any of them ({error!r}): check that the file is complete"
+        ) from error
+
+
+def match_rows(log: RetainLog, questions: list[str], answers: list[str], split: str) -> Tensor:
+    """The log's truth ratios in row order, if it covers exactly these questions.
+
+    Texts are compared where the log holds them, without their whitespace, since public logs store cleaned-up
+    text ("," for " ,") and questions inside a prompt template.
+
+    Args:
+        log: what `read_retain_log` gave.
+        questions: (M,) questions of the forget split, in row order.
+        answers: (M,) true answers.
+        split: name of the forget split, such as "forget10".
+
+    Returns:
+        (M,) geometric R, float64.
+
+    Raises:
+        UserError: another split, other rows or other texts; the message names the first that differs.
+    """
+    advice = f"score the retrained model on all of {split} and pass that log"
+    start = f"retrained model's log {log.source}: expected"
+    if log.split is not None and log.split != split:
+        raise UserError(f"{start} the split {split}, got {log.split}: {advice}")
+    different = set(log.truth_ratio) ^ set(range(len(questions)))
+    if different:
+        side = "is missing from" if min(different) not in log.truth_ratio else "is only in"
+        raise UserError(
+            f"{start} the {len(questions)} rows of {split}, got {len(log.truth_ratio)}, row {min(different)} "
+            f"{side} the log: {advice}"
+        )
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        held = log.questions.get(row)
+        if held is not None and _squeeze(question) not in _squeeze(held):
+            raise UserError(f"{start} the question {question!r} at row {row}, got {held!r}: {advice}")
+        held = log.answers.get(row)
+        if held is not None and _squeeze(answer) != _squeeze(held):
+            raise UserError(f"{start} the answer {answer!r} at row {row}, got {held!r}: {advice}")
+    return torch.tensor([log.truth_ratio[row] for row in range(len(questions))], dtype=torch.float64)
+
+
+def open_unlearning_log(rows: list[dict[str, Any]], values: Mapping[str, float]) -> dict[str, Any]:
+    """The content of open-unlearning's TOFU_EVAL.json for the metrics held here.
+
+    A metric none of whose rows are there is left out. Extraction strength keeps our 0 for a row whose last
+    token is not even right, where the public code writes 1/n; truth ratios are not offset by its 1e-10.
+
+    Args:
+        rows: objects of our rows.jsonl, of splits "forget", "retain", "real_authors" and "world_facts".
+        values: aggregates written as they are, such as "forget_quality" and "model_utility".
+
+    Returns:
+        metric name -> {"agg_value": ..., "value_by_index": {"0": {...}}}.
+    """
+    log: dict[str, Any] = {}
+    for metric in _METRICS:
+        for split in metric.splits:
+            held = {}
+            for row in sorted((row for row in rows if row["split"] == split), key=lambda row: row["index"]):
+                if all(row.get(key) is not None for key in metric.needs):
+                    held[str(row["index"])] = metric.entry(row)
+            if held:
+                scores = torch.tensor([next(iter(entry.values())) for entry in held.values()]).double()
+                name = metric.name.format(PREFIXES[split])
+                log[name] = {"agg_value": metric.mean(scores), "value_by_index": held}
+    return {**log, **{name: {"agg_value": value} for name, value in values.items()}}
+
+
+class _Metric(NamedTuple):
+    """One metric of the export; the first value of an entry is the one that is averaged."""
+
+    name: str
+    splits: tuple[str, ...]
+    needs: tuple[str, ...]
+    entry: Callable[[dict[str, Any]], dict[str, Any]]
+    mean: Callable[[Tensor], float] = lambda scores: scores.mean().item()
+
+
+def _probability(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda row: {"prob": torch.exp(-_tensor(row[key])).tolist(), "avg_loss": row[key]}
+
+
+def _ratio(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda row: {"score": _truth_ratio(row[key], row["perturbed_nll"])}
+
+
+def _choice(row: dict[str, Any]) -> dict[str, Any]:
+    wrong = _tensor(row["perturbed_nll"])[None]
+    return {"prob": F.choice_probability(_tensor([row["answer_nll"]]), wrong).item()}
+
+
+def _rouge(row: dict[str, Any]) -> dict[str, Any]:
+    names = {"question": "input", "answer": "ground_truth"}
+    keys = ("rougeL_recall", "rougeL_f1", "rouge1_recall", "question", "answer", "generation")
+    return {names.get(key, key): row[key] for key in keys if row.get(key) is not None}
+
+
+def _score(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda row: {"score": row[key]}
+
+
+_ALL, _FORGET, _RETAIN, _CHOICE = tuple(PREFIXES), ("forget",), ("retain",), ("real_authors", "world_facts")
+_PARA, _PERT, _TRUE = ("paraphrase_nll",), ("perturbed_nll",), ("answer_nll",)
+_METRICS = (
+    _Metric("{}_Q_A_Prob", _ALL, _TRUE, _probability("answer_nll")),
+    _Metric("{}_Q_A_PARA_Prob", _FORGET + _RETAIN, _PARA, _probability("paraphrase_nll")),
+    _Metric("{}_Q_A_PERT_Prob", _ALL, _PERT, _probability("perturbed_nll")),
+    _Metric("{}_Q_A_Prob_normalised", _CHOICE, _TRUE + _PERT, _choice),
+    _Metric("{}_truth_ratio", _FORGET, _PARA + _PERT, _ratio("paraphrase_nll"), F.forget_truth_ratio),
+    _Metric("{}_Truth_Ratio", _RETAIN, _PARA + _PERT, _ratio("paraphrase_nll"), F.utility_truth_ratio),
+    _Metric("{}_Truth_Ratio", _CHOICE, _TRUE + _PERT, _ratio("answer_nll"), F.utility_truth_ratio),
+    _Metric("{}_Q_A_ROUGE", _ALL, ("rougeL_recall",), _rouge),
+    _Metric("exact_memorization", _FORGET, ("exact_memorization",), _score("exact_memorization")),
+    _Metric("extraction_strength", _FORGET, ("extraction_strength",), _score("extraction_strength")),
+)
+
+
+def _parse(source: str, text: str) -> RetainLog:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        content = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if isinstance(content, dict) and "index" not in content:
+        if "eval_log_forget.json" in content or "avg_paraphrased_loss" in content:
+            return _parse_tofu(source, content.get("eval_log_forget.json", content))
+        return _parse_open_unlearning(source, content.get("metrics", content), content.get("forget_split"))
+    return parse_rows(source, content if isinstance(content, list) else [content])
+
+
+def parse_rows(source: str, rows: list[dict[str, Any]]) -> RetainLog:
+    """The forget split among rows in our own format.
+
+    Args:
+        source: Where they come from, for messages.
+        rows: Objects of rows.jsonl, of any splits.
+    """
+    own = {int(row["index"]): row for row in rows if row["split"] == "forget"}
+    if len(own) != sum(row["split"] == "forget" for row in rows):
+        raise ValueError("a row index of the forget split occurs twice")
+    return _retain_log(
+        source,
+        next((row["forget_split"] for row in own.values() if "forget_split" in row), None),
+        {i: row["paraphrase_nll"] for i, row in own.items()},
+        {i: row["perturbed_nll"] for i, row in own.items()},
+        answers={i: row["answer"] for i, row in own.items() if "answer" in row},
+        questions={i: row["question"] for i, row in own.items() if "question" in row},
+    )
+
+
+def _parse_open_unlearning(source: str, metrics: dict[str, Any], split: str | None) -> RetainLog:
+    rows = {k: _by_index(v["value_by_index"]) for k, v in metrics.items() if "value_by_index" in v}
+    texts = rows.get("forget_Q_A_ROUGE", {})
+    values = {name: held.get("agg_value") for name, held in metrics.items()}
+    extras: dict[str, Any] = {
+        "answers": {i: row["ground_truth"] for i, row in texts.items() if "ground_truth" in row},
+        "questions": {i: row["input"] for i, row in texts.items() if "input" in row},
+        "values": {name: value for name, value in values.items() if isinstance(value, int | float)},
+    }
+    if "forget_Q_A_PARA_Prob" in rows and "forget_Q_A_PERT_Prob" in rows:
+        right, wrong = rows["forget_Q_A_PARA_Prob"], rows["forget_Q_A_PERT_Prob"]
+        right, wrong = ({i: row["avg_loss"] for i, row in part.items()} for part in (right, wrong))
+        return _retain_log(source, split, right, wrong, **extras)
+    scores = rows["forget_Truth_Ratio" if "forget_Truth_Ratio" in rows else "forget_truth_ratio"]
+    return RetainLog(source, split, {i: float(row["score"]) for i, row in scores.items()}, **extras)
+
+
+def _parse_tofu(source: str, part: dict[str, Any]) -> RetainLog:
+    # Each text is (prompt, generation, true answer).
+    texts = _by_index(part.get("generated_text", {}))
+    return _retain_log(
+        source,
+        None,
+        _by_index(part["avg_paraphrased_loss"]),
+        _by_index(part["average_perturb_loss"]),
+        answers={i: text[2] for i, text in texts.items()},
+        questions={i: text[0] for i, text in texts.items()},
+    )
+
+
+def _retain_log(
+    source: str, split: str | None, right: dict[int, float], wrong: dict[int, list[float]], **extras: Any
+) -> RetainLog:
+    ratios = {i: _truth_ratio(nll, wrong[i]) for i, nll in right.items()}
+    if not ratios:
+        raise ValueError("no row of the forget split")
+    return RetainLog(source, split, ratios, right, wrong, **extras)
+
+
+def _truth_ratio(right: float, wrong: list[float]) -> float:
+    return F.truth_ratio(_tensor([right]), _tensor(wrong)[None]).item()
+
+
+def _by_index(values: Any) -> dict[int, Any]:
+    return {int(i): v for i, v in (values.items() if isinstance(values, dict) else enumerate(values))}
+
+
+def _tensor(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())

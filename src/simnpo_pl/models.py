@@ -1,0 +1,126 @@
+"""Loading and saving models: safetensors only, no remote code, one clear line when a model is not to be had."""
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simnpo_pl.errors import UserError
+
+_LOCAL_ROOTS = ("/", "./", "../", "~")
+
+
+def load_tokenizer(name: str) -> Any:
+    """Tokenizer of a model.
+
+    Args:
+        name: Hub id or folder.
+
+    Raises:
+        UserError: The tokenizer cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(_resolve(name))
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unavailable(name, "tokenizer", error) from error
+
+
+def load_causal_lm(name: str, dtype: str = "float32", attn_implementation: str | None = None) -> Any:
+    """Causal language model, in eval mode as transformers gives it.
+
+    Args:
+        name: Hub id or folder with safetensors weights.
+        dtype: Type of the weights, `float32` or `bfloat16`.
+        attn_implementation: Attention of transformers; None lets it choose.
+
+    Raises:
+        UserError: The model cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if not os.environ.get("TRANSFORMERS_VERBOSITY"):
+        transformers_logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            _resolve(name),
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            low_cpu_mem_usage=True,
+            **options,
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unavailable(name, "model", error) from error
+
+
+def frozen_copy(model: Any) -> Any:
+    """A copy of a model in eval mode that asks for no gradients."""
+    import copy
+
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write a Hugging Face folder so that it is either whole or not there.
+
+    The files go to a folder beside it, which then takes its name; an earlier folder of that name is
+    kept until the new one is whole.
+
+    Args:
+        model: Model from transformers.
+        tokenizer: Saved with it.
+        folder: Where the model is to stand.
+        state: Weights to save in place of the model's own (gathered from several devices).
+    """
+    fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        model.save_pretrained(fresh, state_dict=state)
+        tokenizer.save_pretrained(fresh)
+        for file in fresh.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        replace_folder(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def replace_folder(fresh: Path, folder: Path) -> None:
+    """Give a finished folder its name; an earlier one of that name goes last."""
+    old = folder.with_name(f".{folder.name}-old-{uuid.uuid4().hex[:8]}")
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _resolve(name: str) -> str:
+    """A folder as it stands, or a hub id; a missing folder is told apart from an unknown hub id."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--model.name: {name} holds no config.json; expected a folder written by save_pretrained")
+        return str(folder)
+    if name.startswith(_LOCAL_ROOTS) or name.count("/") > 1:
+        raise UserError(f"--model.name: folder {name} does not exist; give a folder with a model or a hub id")
+    return name
+
+
+def _unavailable(name: str, what: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    if Path(name).expanduser().is_dir():
+        return UserError(f"--model.name: the {what} in {name} cannot be loaded ({reason[:300]})")
+    return UserError(
+        f"--model.name: {what} {name} is neither a folder here nor to be had from the hub "
+        f"({type(error).__name__}: {reason[:160]}); give --model.name FOLDER and --data.path FOLDER to work "
+        "without network, or run --config configs/demo.yaml, which needs none"
+    )

@@ -1,0 +1,344 @@
+"""The LightningModule: one policy, one forget objective, one retain loss, a reference only where one is needed.
+
+It names no objective and no benchmark: the objective says what it reads, the data module brings the
+batches and the evaluation.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import lazy_instance
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.evaluation.scoring import score_rows
+from simnpo_pl.generation import greedy
+from simnpo_pl.logprobs import AnswerStates, Scorer
+from simnpo_pl.models import frozen_copy, load_causal_lm
+from simnpo_pl.objectives import ForgetLogps, Objective, SimNPO
+from simnpo_pl.optimization import adamw, linear_schedule
+from simnpo_pl.reference import REFERENCE_KEY, Reference
+from simnpo_pl.retain import KL, NLL, RetainLoss
+
+Batch = Mapping[str, dict[str, Tensor]]
+DEFAULT_RETAIN_LOSS = lazy_instance(NLL)
+
+
+class UnlearningModule(pl.LightningModule):
+    """A causal language model that forgets one set of rows and keeps another.
+
+    Total loss: `forget_weight * forget loss + retain_weight * retain loss`.
+
+    Args:
+        name: Start model: hub id or folder with safetensors weights.
+        objective: Forget objective; a class of `simnpo_pl.objectives` by name, or any subclass of `Objective`.
+        retain_loss: Loss on the retain rows (`NLL`, `KL`), or null for none.
+        forget_weight: Coefficient of the forget loss; null takes the objective's own default.
+        retain_weight: Coefficient of the retain loss; null takes the objective's own default.
+        reference: Frozen reference: hub id or folder; null means the start model. Loaded only where the objective
+            or the retain loss needs one.
+        lr: Learning rate of AdamW at its peak.
+        weight_decay: Weight decay of AdamW.
+        warmup_epochs: Length of the linear warm-up, epochs; a linear decay to 0 follows.
+        betas: Decay rates of AdamW's first and second moment.
+        gradient_checkpointing: Whether activations are computed again in the backward pass: less memory, more time.
+        dtype: Type of the loaded weights. Train in float32 with `--trainer.precision bf16-mixed`; bfloat16 is for
+            evaluation, since small updates fall below its resolution.
+        attn_implementation: Attention of transformers, such as `sdpa` or `eager`; null lets it choose.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        objective: Objective | None = None,
+        retain_loss: RetainLoss | None = DEFAULT_RETAIN_LOSS,
+        forget_weight: float | None = None,
+        retain_weight: float | None = None,
+        reference: str | None = None,
+        lr: float = 1e-5,
+        weight_decay: float = 0.01,
+        warmup_epochs: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        gradient_checkpointing: bool = False,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.objective = objective or SimNPO()
+        self.retain_loss = retain_loss
+        self.forget_weight = self.objective.default_forget_weight if forget_weight is None else forget_weight
+        self.retain_weight = self.objective.default_retain_weight if retain_weight is None else retain_weight
+        self.reference_name = reference or name
+        self.lr, self.weight_decay, self.warmup_epochs, self.betas = lr, weight_decay, warmup_epochs, betas
+        self.gradient_checkpointing = gradient_checkpointing
+        self.dtype_name = dtype
+        self.attn_implementation = attn_implementation
+        self._check_settings()
+        self.policy: Any = None
+        self.evaluation: Evaluation | None = None
+        self.evaluation_result: EvalResult | None = None
+        # No submodules, so the reference is in no optimizer and no checkpoint.
+        self._policy_scorer: list[Scorer] = []
+        self._reference = Reference()
+        self._step_losses: dict[str, Tensor] = {}
+
+    # -- models ------------------------------------------------------------------------------------------
+
+    def like(self, name: str) -> "UnlearningModule":
+        """Another model in the same precision, to be evaluated only."""
+        return type(self)(name, dtype=self.dtype_name, attn_implementation=self.attn_implementation)
+
+    def configure_model(self) -> None:
+        """Load the policy; every stage calls this, the model is loaded once.
+
+        Raises:
+            UserError: The model cannot be loaded.
+        """
+        if self.policy is not None:
+            return
+        self.policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation)
+        if self.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def on_fit_start(self) -> None:
+        """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
+        parts = [name for name in ("forget", "alternate") if name in self.objective.needs]
+        if "reference" in self.objective.needs and not self._reference.totals and hasattr(self._data, "scoring_parts"):
+            moved = (self.transfer_batch_to_device(batch, self.device, 0) for batch in self._data.scoring_parts(parts))
+            self._reference.fill(moved, self._data.train_rows, self._reference_scorer(resident=False))
+        if self._keeps_reference:
+            self._reference_scorer()
+        self.policy.train()
+
+    def _scorer(self) -> Scorer:
+        assert self.policy is not None, "configure_model() comes first"
+        if not self._policy_scorer:
+            self._policy_scorer.append(Scorer(self.policy))
+        return self._policy_scorer[0]
+
+    @property
+    def _keeps_reference(self) -> bool:
+        """Whether every step runs the reference model."""
+        return self._retains and self.retain_loss is not None and self.retain_loss.needs_reference
+
+    def _reference_scorer(self, resident: bool = True) -> Scorer:
+        """Scorer of the reference; one that is not resident is dropped after its use.
+
+        A fresh run from the start model has the reference's weights in its policy and reads no second copy.
+        """
+        fresh = self._trainer is not None and self.trainer.ckpt_path is None and self.trainer.global_step == 0
+        policy_is_reference = fresh and self.reference_name == self.name
+        if policy_is_reference and not resident and not self._keeps_reference:
+            self.policy.eval()
+            return self._scorer()
+
+        def load() -> Any:
+            if policy_is_reference:
+                return frozen_copy(self.policy)
+            return load_causal_lm(self.reference_name, self.dtype_name, self.attn_implementation)
+
+        return self._reference.scorer(load, self.device, keep=resident or self._keeps_reference)
+
+    # -- training ----------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts a training batch must have, such as forget and retain."""
+        asked = self.objective.needs | ({"retain"} if self._retains else set())
+        # The forget rows set the epoch even where only their refusals are scored.
+        return ("forget", *sorted(asked - {"forget", "reference"}))
+
+    @property
+    def _retains(self) -> bool:
+        return self.retain_loss is not None and self.retain_weight != 0
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            batch: Parts `forget`, `retain` and, where the objective asks for it, `alternate`; each with
+                `input_ids`, `labels` (-100 where not scored) and `attention_mask`, `(B, T)`. A part may bring
+                `reference_logps` `(B,)`, nats; without them the reference model is run. It may bring the
+                weights of its rows in a larger batch, `row_share` and `token_share` `(B,)`.
+
+        Returns:
+            `loss`, `forget_loss` and `retain_loss`, scalars; the latter two before their weights.
+        """
+        needs = self.objective.needs
+        parts: dict[str, dict[str, Tensor]] = {name: batch[name] for name in ("forget", "alternate") if name in needs}
+        joint = self._retains and self.retain_loss is not None and not self.retain_loss.every_position
+        states = self._scorer()({**parts, "retain": batch["retain"]} if joint else parts)
+        logps = {name: states[name].logps() for name in parts}
+        references = {name: self._reference_totals(name, batch[name]) for name in parts if "reference" in needs}
+        per_row = self.objective(
+            ForgetLogps(
+                forget=logps.get("forget"),
+                alternate=logps.get("alternate"),
+                reference_forget=references.get("forget"),
+                reference_alternate=references.get("alternate"),
+            )
+        )
+        counted = "forget" if "forget" in parts else "alternate"
+        forget_loss = _average(per_row, batch[counted], logps[counted].length, self.objective.average_over)
+        retain_loss = (
+            self._retain_loss(batch["retain"], states.get("retain")) if self._retains else per_row.new_zeros(())
+        )
+        loss = self.forget_weight * forget_loss
+        if self._retains:
+            loss = loss + self.retain_weight * retain_loss
+        return {"loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss}
+
+    def _reference_totals(self, name: str, rows: dict[str, Tensor]) -> Tensor:
+        if REFERENCE_KEY in rows:
+            return rows[REFERENCE_KEY]
+        with torch.no_grad():
+            return self._reference_scorer()({name: rows})[name].logps().total
+
+    def _retain_loss(self, rows: dict[str, Tensor], policy: AnswerStates | None) -> Tensor:
+        assert self.retain_loss is not None
+        if isinstance(self.retain_loss, KL) and self.retain_loss.every_position:
+            per_row = self.retain_loss.over_all_positions(rows, self._scorer(), self._reference_scorer())
+            return _average(per_row, rows, per_row, self.retain_loss.average_over)
+        assert policy is not None
+        reference = None
+        if self.retain_loss.needs_reference:
+            with torch.no_grad():
+                reference = self._reference_scorer()({"retain": rows})["retain"]
+        per_row = self.retain_loss(policy, reference)
+        return _average(per_row, rows, policy.lengths(), self.retain_loss.average_over)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One forward pass; the batch's rows carry their shares of the effective batch."""
+        self._reference.add_to(batch)
+        losses = self.losses(batch)
+        self._require_finite(losses, batch)
+        for name, value in losses.items():
+            self._step_losses[name] = self._step_losses.get(name, 0.0) + value.detach()
+        # Shares already sum to one over micro-batches and processes, whose mean Lightning takes.
+        return losses["loss"] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the losses of the whole effective batch."""
+        names, values = zip(*self._step_losses.items(), strict=True)
+        total = self.trainer.strategy.reduce(torch.stack(values), reduce_op="sum")
+        self._step_losses = {}
+        for name, value in zip(names, total, strict=True):
+            self.log(f"train/{name}", value, prog_bar=True)
+
+    def _require_finite(self, losses: dict[str, Tensor], batch: Batch) -> None:
+        finite = bool(torch.isfinite(losses["loss"]))
+        if self.trainer.world_size > 1:
+            finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
+        if not finite:
+            rows = {name: part["index"].tolist() for name, part in batch.items() if "index" in part}
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+            raise UserError(
+                f"loss is not finite at optimizer step {self.trainer.global_step} ({values}), rows {rows}: "
+                "lower --model.lr, check the start model's weights, or look at these rows"
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and linear decay to 0."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        optimizer = adamw(self.policy, self.lr, self.betas, self.weight_decay)
+        schedule = LambdaLR(optimizer, linear_schedule(round(self.warmup_epochs * per_epoch), steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- evaluation --------------------------------------------------------------------------------------
+
+    @property
+    def _data(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    def _start_evaluation(self) -> None:
+        if not hasattr(self._data, "evaluation"):
+            raise UserError("evaluation needs a data module of simnpo_pl.benchmarks, which says what to measure")
+        self.evaluation = self._data.evaluation().to(self.device)
+        self.evaluation.reset()
+
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        assert self.evaluation is not None
+        if "prompts" in batch:
+            self.evaluation.add_generations(batch, self._generate(batch["prompts"]))
+        else:
+            self.evaluation.add_scores(batch, score_rows(self._scorer()({"rows": batch})["rows"]))
+
+    def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        own = getattr(self.policy.generation_config, "eos_token_id", None)
+        eos = {self._data.eos_id, *(own if isinstance(own, list) else [] if own is None else [own])}
+        return greedy(self.policy, prompts, self._data.eval.max_new_tokens, sorted(eos))
+
+    def _finish_evaluation(self, prefix: str) -> None:
+        assert self.evaluation is not None
+        self.evaluation_result = self.evaluation.compute()
+        for name, value in self.evaluation_result.values.items():
+            self.log(f"{prefix}{name}", value, rank_zero_only=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start an evaluation."""
+        self._start_evaluation()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score or generate one batch."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Finish the evaluation; `evaluation_result` holds it."""
+        self._finish_evaluation("")
+
+    def on_test_epoch_start(self) -> None:
+        """Start an evaluation."""
+        self._start_evaluation()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score or generate one batch."""
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Finish the evaluation; `evaluation_result` holds it."""
+        self._finish_evaluation("test/")
+
+    def on_predict_epoch_start(self) -> None:
+        """Start collecting generated answers."""
+        self._start_evaluation()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Generate one batch of answers."""
+        self._evaluate(batch)
+
+    def on_predict_epoch_end(self) -> None:
+        """Gather the generated answers; `evaluation_result` holds them."""
+        assert self.evaluation is not None
+        self.evaluation_result = self.evaluation.compute()
+
+    # -- checkpoints -------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the reference's log-probs: a resumed run must not take them from the trained policy."""
+        checkpoint["reference_logps"] = self._reference.totals
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the reference's log-probs."""
+        self._reference.totals = checkpoint["reference_logps"]
+
+    def _check_settings(self) -> None:
+        for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs"):
+            value = getattr(self, option)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
+
+
+def _average(per_row: Tensor, rows: Mapping[str, Tensor], lengths: Tensor, over: str) -> Tensor:
+    """Mean of per-row losses `(B,)` over examples or tokens, within the effective batch the rows belong to."""
+    if over == "tokens":
+        shares = rows["token_share"] if "token_share" in rows else lengths / lengths.sum()
+    else:
+        shares = rows["row_share"] if "row_share" in rows else torch.full_like(per_row, 1 / len(per_row))
+    return (per_row * shares).sum()

@@ -1,0 +1,65 @@
+"""The frozen reference: its answer log-probs where these suffice, a resident copy where they do not."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simnpo_pl.logprobs import Rows, Scorer
+
+REFERENCE_KEY = "reference_logps"
+"""Key under which a part of a batch brings the reference's summed answer log-probs, `(B,)` nats."""
+
+
+class Reference:
+    """A model that is only read; no submodule of the LightningModule, so in no optimizer and no checkpoint.
+
+    Attributes:
+        totals: Part of the batch (`forget`, `alternate`) to the reference's summed answer log-probs of every
+            forget row, `(N,)` nats, filled once before training. With these a step of NPO or DPO needs no second
+            model and no second forward pass.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self._resident: Scorer | None = None
+
+    def scorer(self, load: Callable[[], Any], device: torch.device, keep: bool) -> Scorer:
+        """Scorer of the model on a device.
+
+        Args:
+            load: Brings the model on first use.
+            device: Where it is to run.
+            keep: Whether the model stays in memory.
+        """
+        scorer = self._resident
+        if scorer is None:
+            scorer = Scorer(load().requires_grad_(False).eval().to(device))
+        scorer.model.to(device)
+        self._resident = scorer if keep else None
+        return scorer
+
+    @torch.no_grad()
+    def fill(self, batches: Iterable[Mapping[str, Rows]], rows: int, scorer: Scorer) -> None:
+        """Score all training rows.
+
+        Args:
+            batches: Parts of the training rows with their `index` `(B,)`.
+            rows: Number of training rows N.
+            scorer: Of the reference, in eval mode.
+        """
+        totals: dict[str, Tensor] = {}
+        for batch in batches:
+            for name, part in batch.items():
+                total = scorer({name: part})[name].logps().total
+                stored = totals.setdefault(name, torch.full((rows,), torch.nan))
+                stored[part["index"].cpu()] = total.float().cpu()
+        self.totals = totals
+
+    def add_to(self, batch: Mapping[str, dict[str, Tensor]]) -> None:
+        """Put the reference's log-probs `(B,)` into the parts of a training batch."""
+        for name, stored in self.totals.items():
+            if name in batch:
+                index = batch[name]["index"]
+                batch[name][REFERENCE_KEY] = stored[index.cpu()].to(index.device)

@@ -1,0 +1,68 @@
+"""Retain losses: what keeps the policy on the retain rows while it forgets."""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.logprobs import AnswerStates, Rows, Scorer
+
+
+class RetainLoss(nn.Module):
+    """Base of all retain losses; subclasses implement `forward`."""
+
+    needs_reference: ClassVar[bool] = False
+    """Whether the frozen reference model must be at hand in every step."""
+    average_over: Literal["examples", "tokens"] = "tokens"
+    """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
+    every_position: bool = False
+    """Whether questions and padding count too; `forward` is then given rows and scorers."""
+
+    def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
+        """Loss of each retain row, `(B,)`."""
+        raise TypeError(f"{type(self).__name__} must implement forward(policy, reference) -> Tensor (B,)")
+
+
+class NLL(RetainLoss):
+    """Cross-entropy on the retain answers, nats per token."""
+
+    def forward(self, policy: AnswerStates, reference: AnswerStates | None = None) -> Tensor:
+        """Mean negative log-likelihood of each retain answer, nats per token, `(B,)`."""
+        return -policy.logps().mean
+
+
+class KL(RetainLoss):
+    """Divergence KL(reference || policy) over the whole vocabulary on the retain rows, nats per token.
+
+    Args:
+        average_over: `answers` averages over the scored positions. `all` averages over every position,
+            questions and padding included, as public code does; it exists for comparison.
+    """
+
+    needs_reference = True
+
+    def __init__(self, average_over: Literal["answers", "all"] = "answers") -> None:
+        super().__init__()
+        if average_over not in ("answers", "all"):
+            raise UserError(f"--model.retain_loss.average_over must be answers or all, got {average_over!r}")
+        self.every_position = average_over == "all"
+        self.average_over = "examples" if self.every_position else "tokens"
+
+    def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
+        """Mean divergence of each retain row over its scored tokens, nats per token, `(B,)`."""
+        assert reference is not None
+        divergence = _divergence(reference.logits(), policy.logits())
+        return policy.sum_rows(divergence) / policy.lengths().clamp(min=1)
+
+    def over_all_positions(self, rows: Rows, policy: Scorer, reference: Scorer) -> Tensor:
+        """Mean divergence of each row over all T positions, `(B,)`."""
+        with torch.no_grad():
+            target = reference.all_logits(rows)
+        return _divergence(target, policy.all_logits(rows)).mean(dim=-1)
+
+
+def _divergence(reference: Tensor, policy: Tensor) -> Tensor:
+    """KL(reference || policy) of logits `(..., V)`: `(...)`, nats."""
+    target = reference.log_softmax(dim=-1)
+    return (target.exp() * (target - policy.log_softmax(dim=-1))).sum(dim=-1)

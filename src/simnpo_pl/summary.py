@@ -1,0 +1,60 @@
+"""What the terminal shows: the plan before a run and the table after it."""
+
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "forget_quality": "forget quality",
+    "model_utility": "model utility",
+    "forget/probability": "forget prob.",
+    "forget/rouge": "forget ROUGE",
+    "forget/truth_ratio": "forget truth ratio",
+    "retain/probability": "retain prob.",
+}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Start, retrained and unlearned model side by side, as Markdown.
+
+    Args:
+        record: Content of results.json.
+    """
+    last = "unlearned" if record["epochs"] or "start" in record else "model"
+    rows = {"start": record.get("start"), "retrained": record.get("retrained"), last: record.get("final")}
+    found = {name: entry["metrics"] for name, entry in rows.items() if entry}
+    names = [name for name in COLUMNS if any(name in metrics for metrics in found.values())]
+    lines = [
+        "| model | " + " | ".join(COLUMNS[name] for name in names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for model, metrics in found.items():
+        lines.append(f"| {model} | " + " | ".join(_number(metrics.get(name)) for name in names) + " |")
+    if "n" in record:
+        lines.append("")
+    lines += [f"{name}: not measured, {reason}" for name, reason in record.get("unavailable", {}).items()]
+    return "\n".join(lines)
+
+
+def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
+    """The run in a few lines: folder, model, device and, for a training run, objective and weights."""
+    lines = [
+        f"run: {folder}",
+        f"model: {module.name}, {trainer.strategy.root_device}, precision {trainer.precision}",
+    ]
+    if fit:
+        settings = ", ".join(
+            f"{k} {v}" for k, v in vars(module.objective).items() if not k.startswith("_") and k != "training"
+        )
+        retain = "no retain loss" if module.retain_loss is None else f"retain loss {type(module.retain_loss).__name__}"
+        lines.append(
+            f"objective: {type(module.objective).__name__} {f'({settings}) ' if settings else ''}"
+            f"x {module.forget_weight}, "
+            f"{retain} x {module.retain_weight}; lr {module.lr}, {trainer.max_epochs} epochs"
+        )
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    if value is None or value != value:
+        return "-"
+    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"

@@ -1,0 +1,271 @@
+"""Logs of retrained models in three formats, the check that rows match, and the export."""
+
+import gzip
+import json
+import math
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.metrics import functional as F
+from simnpo_pl.metrics.logs import match_rows, open_unlearning_log, read_retain_log
+
+SHARED = os.environ.get("SIMNPO_PL_SHARED")
+needs_goldens = pytest.mark.skipif(not SHARED, reason="SIMNPO_PL_SHARED names no folder with golden values")
+
+QUESTIONS = ["Who wrote it?", "Where, and when ?", "Why\u2028so?"]
+ANSWERS = ["Ann Bee.", "In Rome , in 1901.", "Nobody knows."]
+PARAPHRASE = [1.0, 2.0, 0.5]
+PERTURBED = [[1.0, 3.0], [2.0, 2.0], [0.25, 0.25]]
+# R = exp(paraphrase - mean of perturbed)
+RATIOS = [math.exp(-1), 1.0, math.exp(0.25)]
+
+
+def our_rows(**extra) -> list[dict]:
+    rows = [
+        {"split": "forget", "index": i, "question": QUESTIONS[i], "answer": ANSWERS[i], "answer_nll": 0.1 * i,
+         "paraphrase_nll": PARAPHRASE[i], "perturbed_nll": PERTURBED[i], **extra}
+        for i in (2, 0, 1)
+    ]  # fmt: skip
+    return [{"split": "retain", "index": 0, "answer_nll": 1.0}, *rows]
+
+
+def write_rows(folder: Path, rows: list[dict]) -> Path:
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
+    return folder
+
+
+def open_unlearning(score: float = 9.0, name: str = "forget_Truth_Ratio") -> dict:
+    by_index = {"value_by_index": {str(i): {"score": score} for i in range(3)}, "agg_value": 0.5}
+    return {
+        name: by_index,
+        "forget_Q_A_PARA_Prob": {"value_by_index": {str(i): {"avg_loss": v} for i, v in enumerate(PARAPHRASE)}},
+        "forget_Q_A_PERT_Prob": {"value_by_index": {str(i): {"avg_loss": v} for i, v in enumerate(PERTURBED)}},
+        "forget_Q_A_ROUGE": {"value_by_index": {"1": {"ground_truth": "In Rome, in 1901.", "rougeL_recall": 1.0}}},
+        "privleak": {"agg_value": None},
+    }
+
+
+def original() -> dict:
+    texts = {str(i): [f"[INST] {QUESTIONS[i]} [/INST]", "generated", ANSWERS[i]] for i in range(2)}
+    part = {
+        "avg_paraphrased_loss": dict(enumerate(PARAPHRASE)),
+        "average_perturb_loss": dict(enumerate(PERTURBED)),
+    }
+    return {"eval_log_forget.json": {**part, "generated_text": texts}}
+
+
+def check(log) -> None:
+    assert match_rows(log, QUESTIONS, ANSWERS, "forget10").tolist() == pytest.approx(RATIOS)
+    assert log.paraphrase_nll == dict(enumerate(PARAPHRASE))
+    assert log.perturbed_nll == dict(enumerate(PERTURBED))
+
+
+def test_our_format(tmp_path):
+    folder = write_rows(tmp_path, our_rows(forget_split="forget10"))
+    for path in (folder, folder / "rows.jsonl"):
+        log = read_retain_log(path)
+        check(log)
+        assert (log.split, log.answers[1], log.questions[2]) == ("forget10", ANSWERS[1], QUESTIONS[2])
+
+
+@pytest.mark.parametrize("name", ["forget_Truth_Ratio", "forget_truth_ratio"])
+@pytest.mark.parametrize("nested", [True, False])
+def test_open_unlearning_format(tmp_path, name, nested):
+    content = open_unlearning(name=name)
+    (tmp_path / "TOFU_EVAL.json").write_text(json.dumps({"metrics": content} if nested else content))
+    log = read_retain_log(tmp_path)
+    check(log)
+    assert log.answers == {1: "In Rome, in 1901."}
+    assert log.values == {name: 0.5}
+
+
+def test_open_unlearning_scores_serve_where_losses_are_missing(tmp_path):
+    (tmp_path / "log.json").write_text(json.dumps({"forget_truth_ratio": open_unlearning(0.25)["forget_Truth_Ratio"]}))
+    assert read_retain_log(tmp_path / "log.json").truth_ratio == {0: 0.25, 1: 0.25, 2: 0.25}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_original_format(tmp_path, whole):
+    content = original() if whole else original()["eval_log_forget.json"]
+    (tmp_path / "log.json.gz").write_bytes(gzip.compress(json.dumps(content).encode()))
+    log = read_retain_log(tmp_path / "log.json.gz")
+    check(log)
+    assert log.answers == {0: ANSWERS[0], 1: ANSWERS[1]}
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"got no file at .*rows.jsonl: score the retrained model first"):
+        read_retain_log(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", '{"a": {"agg_value": 1}}', "[1]", '{"split": "retain", "index": 0}', "3",
+     '{"avg_paraphrased_loss": {"0": 1.0}, "average_perturb_loss": {}}',
+     '{"avg_paraphrased_loss": {"0": null}, "average_perturb_loss": {"0": [1.0]}}'],
+)  # fmt: skip
+def test_unreadable_content(tmp_path, text):
+    (tmp_path / "log.json").write_text(text)
+    with pytest.raises(UserError, match=r"expected the content of rows.jsonl or .* got .*log.json") as error:
+        read_retain_log(tmp_path / "log.json")
+    assert "\n" not in str(error.value)
+
+
+def test_a_row_twice_is_refused(tmp_path):
+    with pytest.raises(UserError, match="occurs twice"):
+        read_retain_log(write_rows(tmp_path, our_rows() * 2))
+
+
+def test_mismatches_are_refused(tmp_path):
+    log = read_retain_log(write_rows(tmp_path, our_rows(forget_split="forget10")))
+    with pytest.raises(UserError, match=r"expected the split forget05, got forget10: score .* on all of forget05"):
+        match_rows(log, QUESTIONS, ANSWERS, "forget05")
+    with pytest.raises(UserError, match=r"the 4 rows of forget10, got 3, row 3 is missing from the log"):
+        match_rows(log, [*QUESTIONS, "More?"], [*ANSWERS, "No."], "forget10")
+    with pytest.raises(UserError, match=r"the 1 rows of forget10, got 3, row 1 is only in the log"):
+        match_rows(log, QUESTIONS[:1], ANSWERS[:1], "forget10")
+    with pytest.raises(UserError, match=r"the question 'Who\?' at row 1, got 'Where, and when \?'"):
+        match_rows(log, [QUESTIONS[0], "Who?", QUESTIONS[2]], ANSWERS, "forget10")
+    with pytest.raises(UserError, match=r"the answer 'Nobody.' at row 2, got 'Nobody knows.'"):
+        match_rows(log, QUESTIONS, [*ANSWERS[:2], "Nobody."], "forget10")
+    shifted = our_rows()
+    shifted[1]["index"] = 5
+    with pytest.raises(UserError, match=r"the 3 rows of forget10, got 3, row 2 is missing from the log"):
+        match_rows(read_retain_log(write_rows(tmp_path, shifted)), QUESTIONS, ANSWERS, "forget10")
+
+
+def test_export_round_trip(tmp_path):
+    rows = our_rows(rougeL_recall=0.5, generation="It is.", exact_memorization=0.25, extraction_strength=0.0)
+    log = open_unlearning_log(rows, {"forget_quality": 0.5, "model_utility": 0.25})
+    assert sorted(log) == [
+        "exact_memorization", "extraction_strength", "forget_Q_A_PARA_Prob", "forget_Q_A_PERT_Prob",
+        "forget_Q_A_Prob", "forget_Q_A_ROUGE", "forget_quality", "forget_truth_ratio", "model_utility",
+        "retain_Q_A_Prob",
+    ]  # fmt: skip
+    assert list(log["forget_Q_A_Prob"]["value_by_index"]) == ["0", "1", "2"]
+    (tmp_path / "TOFU_EVAL.json").write_text(json.dumps(log))
+    read = read_retain_log(tmp_path / "TOFU_EVAL.json")
+    check(read)
+    assert read.answers == dict(enumerate(ANSWERS))
+    assert read.questions == dict(enumerate(QUESTIONS))
+    assert (read.values["forget_quality"], read.values["extraction_strength"]) == (0.5, 0.0)
+
+
+# Golden values of a small model, scored by the public code.
+
+
+@cache
+def golden(model: str) -> dict:
+    return json.loads((Path(SHARED or ".") / "goldens" / "A" / f"metrics_{model}.json").read_text())
+
+
+def column(name: str, key: str, model: str = "policy") -> torch.Tensor:
+    by_index = golden(model)["metrics"][name]["value_by_index"]
+    return torch.tensor([by_index[str(i)][key] for i in range(len(by_index))], dtype=torch.float64)
+
+
+@needs_goldens
+@pytest.mark.parametrize("model", ["policy", "target"])
+def test_golden_forget_quality(model):
+    folder = Path(SHARED or ".")
+    lines = (folder / "tofu" / "forget10_perturbed.json").read_text().splitlines()
+    texts = [json.loads(line) for line in lines]
+    questions, answers = [text["question"] for text in texts], [text["answer"] for text in texts]
+    unlearned, retrained = (
+        match_rows(read_retain_log(folder / "goldens" / "A" / f"metrics_{name}.json"), questions, answers, "forget10")
+        for name in (model, "retain")
+    )
+    result = F.forget_quality(unlearned, retrained)
+    stored = golden(model)["forget_quality_ks"]
+    assert result.p_value == pytest.approx(stored["pvalue"], rel=1e-9)
+    assert result.ks_statistic == pytest.approx(stored["statistic"], abs=1e-12)
+    assert [result.n, result.m] == stored["n"]
+
+
+@needs_goldens
+def test_golden_aggregates():
+    """From the stored per-row values; the public code offsets a ratio's inverse by 1e-10, hence 1e-9."""
+    stored = golden("policy")["agg"]
+    values = {}
+    for prefix in ("forget", "retain", "ra", "wf"):
+        probability = F.answer_probability(column(f"{prefix}_Q_A_Prob", "avg_loss"))
+        values[f"{prefix}_Q_A_Prob"] = probability.mean().item()
+        values[f"{prefix}_Q_A_PERT_Prob"] = column(f"{prefix}_Q_A_PERT_Prob", "avg_loss").neg().exp().mean().item()
+        values[f"{prefix}_Q_A_ROUGE"] = column(f"{prefix}_Q_A_ROUGE", "rougeL_recall").mean().item()
+        name = "forget_truth_ratio" if prefix == "forget" else f"{prefix}_Truth_Ratio"
+        aggregate = F.forget_truth_ratio if prefix == "forget" else F.utility_truth_ratio
+        values[name] = aggregate(column(name, "score"))
+    for prefix in ("ra", "wf"):
+        true, wrong = (column(f"{prefix}_Q_A_{name}Prob", "avg_loss") for name in ("", "PERT_"))
+        values[f"{prefix}_Q_A_Prob_normalised"] = F.choice_probability(true, wrong).mean().item()
+    parts = [f"{prefix}_{name}" for prefix in ("retain", "ra", "wf") for name in ("Q_A_ROUGE", "Truth_Ratio")]
+    parts += ["retain_Q_A_Prob", "ra_Q_A_Prob_normalised", "wf_Q_A_Prob_normalised"]
+    values["model_utility"] = F.model_utility({part: values[part] for part in parts})
+    # The public code sums probabilities in float32.
+    loose = {name: stored[name] for name in values if "Prob" in name}
+    assert {name: values[name] for name in loose} == pytest.approx(loose, rel=1e-6)
+    tight = {name: stored[name] for name in values if "Prob" not in name}
+    assert {name: values[name] for name in tight} == pytest.approx(tight, abs=1e-9)
+
+
+@needs_goldens
+@pytest.mark.parametrize("prefix", ["forget", "retain", "ra", "wf"])
+def test_golden_truth_ratio_conventions(prefix):
+    right = column(f"{prefix}_Q_A_{'PARA_' if prefix in ('forget', 'retain') else ''}Prob", "avg_loss")
+    wrong = column(f"{prefix}_Q_A_PERT_Prob", "avg_loss")
+    stored = golden("policy")["truth_ratio_variants"][prefix]
+    aggregate = F.forget_truth_ratio if prefix == "forget" else F.utility_truth_ratio
+    assert F.truth_ratio(right, wrong, "prob_mean").mean().item() == pytest.approx(stored["prob_mean"], abs=1e-6)
+    for kind, name in (("arithmetic", "locuslab_utils_arith"), ("geometric", "locuslab_aggregate_geom")):
+        assert aggregate(F.truth_ratio(right, wrong, kind)) == pytest.approx(stored[name], abs=1e-8)
+
+
+@needs_goldens
+def test_golden_export():
+    """Rows rebuilt from the public log and exported again give its entries and aggregates."""
+    metrics, rows = golden("policy")["metrics"], []
+    for split, prefix in (
+        ("forget", "forget"),
+        ("retain", "retain"),
+        ("real_authors", "ra"),
+        ("world_facts", "wf"),
+    ):
+        for i, entry in metrics[f"{prefix}_Q_A_Prob"]["value_by_index"].items():
+            row = {"split": split, "index": int(i), "answer_nll": entry["avg_loss"]}
+            row["perturbed_nll"] = metrics[f"{prefix}_Q_A_PERT_Prob"]["value_by_index"][i]["avg_loss"]
+            if prefix in ("forget", "retain"):
+                row["paraphrase_nll"] = metrics[f"{prefix}_Q_A_PARA_Prob"]["value_by_index"][i]["avg_loss"]
+            text = dict(metrics[f"{prefix}_Q_A_ROUGE"]["value_by_index"].get(i, {}))
+            if text:
+                row |= {"answer": text.pop("ground_truth"), **text}
+            if split == "forget":
+                for name in ("exact_memorization", "extraction_strength"):
+                    row[name] = metrics[name]["value_by_index"][i]["score"]
+            rows.append(row)
+    log = open_unlearning_log(rows, {name: metrics[name]["agg_value"] for name in ("forget_quality", "model_utility")})
+    expected = {k for k in metrics if not k.startswith("mia_") and k != "privleak"}
+    assert set(log) == expected
+    for name in expected:
+        assert log[name]["agg_value"] == pytest.approx(metrics[name]["agg_value"], rel=2e-6), name
+        for i, entry in metrics[name].get("value_by_index", {}).items():
+            for key, value in entry.items():
+                held = log[name]["value_by_index"][i][key]
+                # R is divided by P + 1e-10 there, which shows where P is about 1e-5.
+                assert held == (value if isinstance(value, str) else pytest.approx(value, rel=1e-4)), (
+                    name,
+                    i,
+                    key,
+                )
+
+
+@needs_goldens
+def test_golden_rouge():
+    for prefix in ("forget", "ra"):
+        for row in golden("target")["metrics"][f"{prefix}_Q_A_ROUGE"]["value_by_index"].values():
+            scores = F.rouge_l(row["generation"], row["ground_truth"])
+            assert scores == pytest.approx({key: row[key] for key in scores}, abs=1e-12)

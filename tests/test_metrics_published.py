@@ -1,0 +1,134 @@
+"""Published logs of real models: the values their authors' code gives, from our functions.
+
+Needs the shared folder; skipped without it.
+"""
+
+import gzip
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.metrics import functional as F
+from simnpo_pl.metrics.logs import match_rows, read_retain_log
+
+SHARED = os.environ.get("SIMNPO_PL_SHARED")
+pytestmark = pytest.mark.skipif(not SHARED, reason="SIMNPO_PL_SHARED names no folder with published logs")
+
+PUBLISHED = Path(SHARED or ".") / "published"
+GOLDEN = json.loads((PUBLISHED / "golden.json").read_text()) if SHARED else {"models": {}, "forget_quality": {}}
+PARTS = ("retain", "real_authors", "world_facts")
+PAIRS = GOLDEN["forget_quality"]
+MATCHED = [name for name in PAIRS if not name.endswith("|asis")]
+MISMATCHED = [name for name in PAIRS if name.endswith("|asis")]
+
+
+@cache
+def parts(model: str) -> dict:
+    path = PUBLISHED / GOLDEN["models"][model]["file"]
+    return json.loads(gzip.decompress(path.read_bytes()))["parts"]
+
+
+def ratios(model: str, part: str, kind: str = "geometric") -> torch.Tensor:
+    logged = parts(model)[part]
+    right, wrong = (torch.tensor(logged[key]) for key in ("avg_paraphrased_loss", "average_perturb_loss"))
+    return F.truth_ratio(right, wrong, kind)
+
+
+def original_log(model: str, folder: Path) -> Path:
+    """The log in the layout its authors' code wrote, from the reduced one."""
+    forget = parts(model)["forget"]
+    log = {
+        key: {str(i): v for i, v in enumerate(forget[key])} for key in ("avg_paraphrased_loss", "average_perturb_loss")
+    }
+    log["generated_text"] = {
+        str(text["row"]): [text["question"], text["generated"], text["ground_truth"]] for text in forget["text_rows"]
+    }
+    path = folder / "eval_log_aggregated.json"
+    path.write_text(json.dumps({"eval_log_forget.json": log}))
+    return path
+
+
+def rows_of(split: str) -> tuple[list[str], list[str]]:
+    lines = (Path(SHARED or ".") / "tofu" / f"{split}.json").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [row["question"] for row in rows], [row["answer"] for row in rows]
+
+
+@pytest.mark.parametrize("model", GOLDEN["models"])
+@pytest.mark.parametrize(
+    ("kind", "entry"),
+    [("geometric", "geometric_tofu_aggregate_eval_stat"), ("arithmetic", "arithmetic_tofu_utils")],
+)
+def test_model_utility(model, kind, entry):
+    golden, values = GOLDEN["models"][model][entry], {}
+    for part, logged in parts(model).items():
+        nll = torch.tensor(logged["avg_gt_loss"])
+        assert len(nll) == GOLDEN["models"][model]["n"][part]
+        if part in ("real_authors", "world_facts"):
+            probability = F.choice_probability(nll, torch.tensor(logged["average_perturb_loss"]))
+        else:
+            probability = F.answer_probability(nll)
+        aggregate = F.forget_truth_ratio if part == "forget" else F.utility_truth_ratio
+        values[f"{part}.probability"] = probability.mean().item()
+        values[f"{part}.rougeL"] = torch.tensor(logged["rougeL_recall"]).double().mean().item()
+        values[f"{part}.truth_ratio"] = aggregate(ratios(model, part, kind))
+    values["model_utility"] = F.model_utility({k: v for k, v in values.items() if k.split(".")[0] in PARTS})
+    assert values == pytest.approx(golden, abs=1e-6, rel=0)
+
+
+@pytest.mark.parametrize("name", MATCHED)
+def test_forget_quality(name):
+    golden = PAIRS[name]
+    samples = []
+    for side in ("unlearned", "retain"):
+        start, stop = golden[f"{side}_rows"] or (0, None)
+        samples.append(ratios(golden[side], "forget")[start:stop])
+    result = F.forget_quality(*samples)
+    assert (result.n, result.m) == (golden["n_unlearned"], golden["n_retain"])
+    assert result.p_value == pytest.approx(golden["p_value"], rel=1e-6)
+    assert result.log10_p == pytest.approx(golden["log10_p"], abs=1e-6)
+    assert result.ks_statistic == pytest.approx(golden["ks_statistic"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", MISMATCHED)
+def test_mismatched_logs_are_refused(name, tmp_path):
+    """The unlearned model was scored on 300 rows of forget10, the retrained one on another split."""
+    golden = PAIRS[name]
+    log = read_retain_log(original_log(golden["retain"], tmp_path))
+    questions, answers = rows_of("forget10")
+    n = golden["n_unlearned"]
+    with pytest.raises(UserError, match=rf"{n} rows of forget10, got {golden['n_retain']}, row {golden['n_retain']}"):
+        match_rows(log, questions[:n], answers[:n], "forget10")
+
+
+@pytest.mark.parametrize(
+    ("model", "split"), [("retain95", "forget05"), ("retain99", "forget01"), ("retain90", "forget10")]
+)
+def test_matching_logs_are_accepted(model, split, tmp_path):
+    """forget10 was cut at 300 rows when these logs were made."""
+    model = f"llama2-7b_{model}_wd0.01"
+    log = read_retain_log(original_log(model, tmp_path))
+    questions, answers = (texts[:300] for texts in rows_of(split))
+    assert len(log.questions) == 40
+    matched = match_rows(log, questions, answers, split)
+    assert torch.allclose(matched, ratios(model, "forget"), rtol=1e-6)
+
+
+def test_as_many_but_other_questions_are_refused(tmp_path):
+    log = read_retain_log(original_log("llama2-7b_retain95_wd0.01", tmp_path))
+    questions, answers = (texts[:200] for texts in rows_of("forget10"))
+    with pytest.raises(UserError, match=r"the question .* at row 0, got '\[INST\] What is the full name"):
+        match_rows(log, questions, answers, "forget10")
+
+
+def test_rouge_of_the_sampled_texts():
+    for part, logged in parts("llama2-7b_retain99_wd0.01").items():
+        for text in logged["text_rows"]:
+            scores = F.rouge_l(text["generated"], text["ground_truth"])
+            for key in ("rougeL_recall", "rouge1_recall"):
+                assert scores[key] == pytest.approx(text[key], abs=1e-9), (part, text["row"])
