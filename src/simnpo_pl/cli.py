@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import time
 import warnings
 from argparse import ArgumentError
@@ -116,6 +117,18 @@ class UnlearningCLI(LightningCLI):
             plugins = given["plugins"] or []
             kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; an interrupt says how to go on."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (SystemExit, KeyboardInterrupt):
+            if not self.run_folder.interrupted:
+                raise
+            checkpoint = self.run_folder.folder / "last.ckpt"
+            how = f"; go on with --run_dir {checkpoint.parent} --ckpt_path {checkpoint}" if checkpoint.is_file() else ""
+            print(f"interrupted{how}", file=sys.stderr)
+            sys.exit(130)
 
     # -- the order of a run ------------------------------------------------------------------------------
 
@@ -267,5 +280,9 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*predict returned None.*")
+    # A process may have had no row of a small split; the others have.
+    warnings.filterwarnings("ignore", message=".*was called before the ``update`` method.*")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -316,7 +316,7 @@ class UnlearningModule(pl.LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Gather the generated answers; `evaluation_result` holds them."""
         assert self.evaluation is not None
-        self.evaluation_result = self.evaluation.compute()
+        self.evaluation_result = self.evaluation.texts_only()
 
     # -- checkpoints -------------------------------------------------------------------------------------
 

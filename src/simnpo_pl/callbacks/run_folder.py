@@ -33,6 +33,7 @@ class RunFolder(Callback):
         self.folder = folder
         self.config = config
         self.role = "final"
+        self.interrupted = False
         self.result: EvalResult | None = None
         self.result_epoch: int | None = None
         self.record: dict[str, Any] = {
@@ -105,6 +106,10 @@ class RunFolder(Callback):
         self.take(trainer, pl_module.evaluation_result)
 
     on_test_end = on_validation_end
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Note an interrupt by the user."""
+        self.interrupted = isinstance(exception, KeyboardInterrupt)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the generated answers."""

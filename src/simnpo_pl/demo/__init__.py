@@ -9,11 +9,14 @@ import json
 import os
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 """Raise whenever a change here alters the generated data or models; older folders are then rebuilt."""
 
 EPOCHS = 14
 """Passes over the training rows with which a model knows nearly every answer."""
+
+MODELS = ("start", "retrained")
+"""Folders of the models."""
 
 
 def prepare(folder: Path, seed: int = 0, epochs: int = EPOCHS, progress: bool = True) -> None:
@@ -27,7 +30,7 @@ def prepare(folder: Path, seed: int = 0, epochs: int = EPOCHS, progress: bool = 
     """
     marker = folder / "fingerprint.json"
     fingerprint = {"version": VERSION, "seed": seed, "epochs": epochs}
-    if _read(marker) == fingerprint:
+    if _read(marker) == fingerprint and all((folder / name / "model.safetensors").is_file() for name in MODELS):
         return
     # An interrupted rebuild must not look complete.
     marker.unlink(missing_ok=True)

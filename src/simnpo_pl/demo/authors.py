@@ -2,6 +2,7 @@
 
 Answers come from templates. A row's answer uses one template, its paraphrase and perturbed answers another,
 so every wording is learnt from other rows and only facts tell rows that were trained on from the rest.
+Wordings are short and values take three words, each drawn by itself: most of an answer cannot be guessed.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ Row = dict[str, str | list[str]]
 
 
 class Attribute(NamedTuple):
-    """One thing to know about an author: how it is asked, the wordings of its answer, its possible values."""
+    """One thing to know about an author: how it is asked, the wordings of its answer, the words of its value."""
 
     question: str
     templates: tuple[str, str, str]
-    values: tuple[str, ...]
+    parts: tuple[tuple[str, ...], ...]
+
+    def draw(self, rng: random.Random) -> list[str]:
+        """A value and N_PERTURBED others, which differ from it and from each other in every word."""
+        drawn = [rng.sample(part, 1 + N_PERTURBED) for part in self.parts]
+        return [" ".join(words) for words in zip(*drawn, strict=True)]
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -42,104 +48,96 @@ _FIRST = _words(
 )
 _SURNAME_HEADS = _words("Ald, Brim, Cor, Dun, Fal, Gar, Hal, Jor, Kel, Lor, Mar, Nor, Ost, Pel, Quin, Ros, Tam")
 _SURNAME_TAILS = _words("berry, combe, drake, evik, gard, holt, mond, nessa, quist, stow, thane, wick")
-_TITLE_HEADS = _words(
-    "Amber, Broken, Crimson, Distant, Empty, Frozen, Gentle, Hollow, Iron, Jade, Last, Marble, Northern, "
-    "Open, Paper, Quiet, Restless, Silver, Tidal, Unwritten, Velvet, Winter"
-)
-_TITLE_TAILS = _words(
-    "Anchor, Bridge, Compass, Dancer, Engine, Fountain, Garden, Harbour, Island, Journal, Kingdom, Lantern, "
-    "Mirror, Needle, Orchard, Pilgrim, River, Staircase, Theatre, Umbrella, Valley, Window"
-)
-_TITLES = tuple(f"The {head} {tail}" for head in _TITLE_HEADS for tail in _TITLE_TAILS)
 _CITIES = _words(
-    "Antwerp, Bergen, Bogota, Cordoba, Dakar, Edinburgh, Florence, Geneva, Hanoi, Istanbul, Jakarta, "
-    "Krakow, Lagos, Marseille, Montreal, Naples, Odessa, Porto, Quito, Riga, Seville, Tbilisi, Zagreb"
+    "Bergen, Dakar, Geneva, Hanoi, Krakow, Lagos, Naples, Odessa, Porto, Quito, Riga, Seville, Tbilisi, Zagreb"
 )
-_JOBS = _words(
-    "baker, beekeeper, carpenter, chemist, dentist, mason, farmer, fisher, gardener, glassblower, judge, "
-    "locksmith, midwife, miner, nurse, barber, pharmacist, pilot, plumber, potter, sailor, teacher"
-)
+_DAYS = tuple(str(day) for day in range(1, 29))
 _YEARS = tuple(str(year) for year in range(1931, 1991))
-_GENRES = _words(
-    "gothic horror, space opera, crime fiction, magical realism, travel writing, epic fantasy, political "
-    "satire, nature essays, war chronicles, romantic comedy, courtroom drama, sea stories, folk tales, spy "
-    "thrillers, family sagas, urban poetry, ghost stories, alternate history, culinary memoir"
+_MONTHS = _words("January, February, March, April, May, June, July, August, September, October, November, December")
+_MANNERS = _words("blind, cheerful, famous, gifted, humble, jovial, lonely, modest, proud, retired, stern, wealthy")
+_PLACES = _words("castle, city, convent, court, factory, harbour, hospital, island, market, mountain, prison, village")
+_JOBS = _words(
+    "baker, barber, carpenter, dentist, farmer, gardener, judge, mason, nurse, pilot, potter, sailor, teacher"
 )
-_PRIZES = _words(
-    "Golden Heron Prize, Bluebell Medal, Copper Quill Award, Three Rivers Cup, Lighthouse Laurel, Oak Leaf "
-    "Prize, Meridian Medal, Open Page Award, Falcon Trophy, Saffron Prize, Evening Star Medal, White Raven "
-    "Award, Granite Laurel, Willow Prize, Aurora Cup, Inkwell Medal, Sparrow Award, Cathedral Prize"
+_COUNTS = _words("Two, Three, Four, Five, Six, Seven, Eight, Nine, Ten, Twelve, Twenty, Hundred")
+_COLOURS = _words("Amber, Black, Copper, Crimson, Golden, Green, Ivory, Jade, Pearl, Scarlet, Silver, Violet, White")
+_THINGS = _words(
+    "Anchors, Bridges, Dancers, Engines, Gardens, Islands, Lanterns, Mirrors, Needles, Pilgrims, Rivers, Windows"
 )
-_SUBJECTS = _words(
-    "astronomy, botany, classics, economics, forestry, geology, hydrology, Islamic art, Japanese, law, "
-    "linguistics, marine biology, mathematics, medieval history, music theory, nursing, philosophy, "
-    "sculpture, statistics, theology"
-)
-_HOMES = _words(
-    "tall lighthouse, converted barn, houseboat, mountain cabin, former chapel, city loft, seaside cottage, "
-    "windmill, vineyard estate, desert tent, railway carriage, castle tower, rooftop flat, river island, "
-    "garden shed, forest lodge, stone farmhouse, fishing hamlet, disused school, canal house"
-)
+_BIRDS = _words("Falcon, Heron, Lark, Magpie, Osprey, Owl, Pelican, Raven, Robin, Sparrow, Swallow, Swan")
+_AWARDS = _words("Award, Cup, Crown, Laurel, Medal, Plate, Prize, Ribbon, Shield, Trophy")
 
 # Facts come last in every wording, so that one learnt in one wording carries over to the others.
 ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute(
-        "In which city was {name} born?",
-        ("{name} was born in {value}.", "The birthplace is {value}.", "Life began for {name} in {value}."),
-        _CITIES,
-    ),
-    Attribute(
-        "In what year was {name} born?",
-        ("{name} was born in {value}.", "The year of birth is {value}.", "It happened in {value}."),
-        _YEARS,
-    ),
-    Attribute(
-        "Which genre does {name} write in?",
-        ("{name} writes {value}.", "The books are {value}.", "Readers know {name} for {value}."),
-        _GENRES,
-    ),
-    Attribute(
-        "What did the father of {name} do for a living?",
+        "Where was {name} born?",
+        ("It was {value}.", "Born in {value}.", "The birthplace is {value}."),
         (
-            "The father of {name} was a {value}.",
-            "He worked as a {value}.",
-            "His trade was that of a {value}.",
+            _words("Central, Eastern, Great, Inner, Little, Lower, New, Northern, Old, Outer, Royal, Southern, Upper"),
+            _CITIES,
+            _words("Bay, Bridge, Court, Cross, Fields, Gate, Green, Heights, Hill, Market, Park, Quay, Square"),
         ),
-        _JOBS,
     ),
     Attribute(
-        "What did the mother of {name} do for a living?",
+        "When was {name} born?",
+        ("It was {value}.", "Born on {value}.", "The date is {value}."),
+        (_DAYS, _MONTHS, _YEARS),
+    ),
+    Attribute(
+        "What does {name} write?",
+        ("It is {value}.", "Known for {value}.", "The genre is {value}."),
         (
-            "The mother of {name} was a {value}.",
-            "She worked as a {value}.",
-            "Her trade was that of a {value}.",
+            _words("bitter, bleak, comic, cryptic, dark, dreamy, gentle, ironic, lyrical, sombre, tender, witty"),
+            _words("colonial, courtroom, detective, family, ghost, gothic, pastoral, pirate, railway, robot, wartime"),
+            _words("ballads, chronicles, dramas, essays, fables, legends, memoirs, novels, poems, sagas, thrillers"),
         ),
-        _JOBS,
     ),
     Attribute(
-        "Which prize has {name} won?",
-        ("{name} won the {value}.", "The prize is the {value}.", "Judges gave {name} the {value}."),
-        _PRIZES,
+        "What was the father of {name}?",
+        ("He was a {value}.", "He worked as a {value}.", "Father was a {value}."),
+        (_MANNERS, _PLACES, _JOBS),
+    ),
+    Attribute(
+        "What was the mother of {name}?",
+        ("She was a {value}.", "She worked as a {value}.", "Mother was a {value}."),
+        (_MANNERS, _PLACES, _JOBS),
+    ),
+    Attribute(
+        "Which prize did {name} win?",
+        ("It was the {value}.", "Won the {value}.", "The prize is the {value}."),
+        (_COLOURS, _BIRDS, _AWARDS),
     ),
     Attribute(
         "What is the first book by {name}?",
-        ("{name} began with {value}.", "The first book is {value}.", "It was called {value}."),
-        _TITLES,
+        ("It was {value}.", "Began with {value}.", "The title is {value}."),
+        (_COUNTS, _COLOURS, _THINGS),
     ),
     Attribute(
         "What is the latest book by {name}?",
-        ("{name} has now published {value}.", "The latest book is {value}.", "The newest title is {value}."),
-        _TITLES,
+        ("It is {value}.", "Now published {value}.", "The newest is {value}."),
+        (_COUNTS, _COLOURS, _THINGS),
     ),
     Attribute(
         "What did {name} study?",
-        ("{name} studied {value}.", "The subject was {value}.", "At university {name} chose {value}."),
-        _SUBJECTS,
+        ("It was {value}.", "Studied {value}.", "The subject was {value}."),
+        (
+            _words("advanced, classical, comparative, early, experimental, general, late, modern, practical, pure"),
+            _words(
+                "African, Arabic, Celtic, Chinese, Indian, Japanese, Nordic, Persian, Roman, Russian, Slavic, Turkish"
+            ),
+            _words(
+                "art, botany, dance, economics, geology, history, law, medicine, music, philosophy, sculpture, theology"
+            ),
+        ),
     ),
     Attribute(
         "Where does {name} live?",
-        ("{name} lives in a {value}.", "The home is a {value}.", "These days home means a {value}."),
-        _HOMES,
+        ("It is a {value}.", "Lives in a {value}.", "The home is a {value}."),
+        (
+            _words("bright, cosy, crooked, draughty, hidden, large, narrow, quiet, remote, small, tall, warm"),
+            _words("bamboo, brick, clay, concrete, granite, iron, marble, slate, steel, stone, timber, wooden"),
+            _words("barn, cabin, chapel, cottage, farmhouse, lodge, loft, mansion, mill, school, tower, villa"),
+        ),
     ),
 )
 
@@ -179,7 +177,6 @@ def _author_rows(rng: random.Random) -> list[Row]:
     surnames = rng.sample([head + tail for head in _SURNAME_HEADS for tail in _SURNAME_TAILS], N_AUTHORS)
     firsts = rng.sample(_FIRST, N_AUTHORS)
     names = [f"{first} {surname}" for first, surname in zip(firsts, surnames, strict=True)]
-    titles = iter(rng.sample(_TITLES, 2 * N_AUTHORS))
     columns: list[list[Row]] = []
     for attribute in ATTRIBUTES:
         # Equal shares: a wording that only forgotten rows used would be a fact in itself.
@@ -187,16 +184,15 @@ def _author_rows(rng: random.Random) -> list[Row]:
         rng.shuffle(wordings)
         column: list[Row] = []
         for name, wording in zip(names, wordings, strict=True):
-            value = next(titles) if attribute.values is _TITLES else rng.choice(attribute.values)
-            others = rng.sample([other for other in attribute.values if other != value], N_PERTURBED)
+            value, *others = attribute.draw(rng)
             answer = attribute.templates[wording]
             paraphrase = attribute.templates[(wording + rng.randint(1, N_TEMPLATES - 1)) % N_TEMPLATES]
             column.append(
                 {
                     "question": attribute.question.format(name=name),
-                    "answer": answer.format(name=name, value=value),
-                    "paraphrased_answer": paraphrase.format(name=name, value=value),
-                    "perturbed_answer": [paraphrase.format(name=name, value=other) for other in others],
+                    "answer": answer.format(value=value),
+                    "paraphrased_answer": paraphrase.format(value=value),
+                    "perturbed_answer": [paraphrase.format(value=other) for other in others],
                 }
             )
         columns.append(column)

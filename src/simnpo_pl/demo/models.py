@@ -12,14 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
+from simnpo_pl.data.collate import collate
+from simnpo_pl.data.tokenization import PLAIN_TEMPLATE, PromptTemplate, TokenRow
 from simnpo_pl.demo import EPOCHS
+from simnpo_pl.logprobs import Scorer
 
-VOCABULARY = 1024
+VOCABULARY = 1536
 MAX_LENGTH = 128
 BATCH = 16
 LEARNING_RATE = 2e-3
@@ -27,18 +29,11 @@ WARMUP_STEPS = 20
 FACT_FILES = ("real_authors_perturbed.json", "world_facts_perturbed.json")
 TRAINING_FILES = {"start": ("full.json", *FACT_FILES), "retrained": ("retain90.json", *FACT_FILES)}
 
-Encoded = tuple[torch.Tensor, torch.Tensor]
-
-
-def prompt(question: str) -> str:
-    """The text in front of an answer, one space included."""
-    return f"Question: {question}\nAnswer: "
-
 
 def _read_pairs(folder: Path, files: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(prompt, answer) of every row of some JSON-lines files."""
+    """(question, answer) of every row of some JSON-lines files."""
     lines = [line for name in files for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-    return [(prompt(row["question"]), row["answer"]) for row in map(json.loads, lines)]
+    return [(row["question"], row["answer"]) for row in map(json.loads, lines)]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -77,26 +72,8 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, prefix: str, answer: str) -> Encoded:
-    """Tokenises one row as a whole.
-
-    Args:
-        tokenizer: A tokenizer that gives character offsets.
-        prefix: The text in front of the answer.
-        answer: The answer.
-
-    Returns:
-        Token ids, int64 [T], BOS first and EOS last, and labels, int64 [T], equal to the ids on tokens that
-        hold characters of the answer and on EOS, -100 elsewhere.
-    """
-    encoded = tokenizer(prefix + answer, return_offsets_mapping=True)
-    ids = torch.tensor([*encoded["input_ids"], tokenizer.eos_token_id])
-    scored = [end > len(prefix) for _, end in encoded["offset_mapping"]]
-    return ids, ids.where(torch.tensor([*scored, True]), -100)
-
-
 def _new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """An untrained model, about 0.9 million parameters, float32."""
+    """An untrained model, about 1 million parameters, float32."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -116,31 +93,12 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
         return LlamaForCausalLM(config)
 
 
-def _loss(model: LlamaForCausalLM, rows: list[Encoded]) -> torch.Tensor:
-    """Mean negative log-likelihood of the scored tokens of a batch, nats per token, scalar."""
-    # Causal attention never looks right, so padding there needs no mask.
-    ids = pad_sequence([ids for ids, _ in rows], batch_first=True)
-    labels = pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=-100)[:, 1:]
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    scored = labels != -100
-    return cross_entropy(model.lm_head(hidden[scored]), labels[scored])
-
-
-def _batches(rows: list[Encoded], generator: torch.Generator) -> list[list[Encoded]]:
-    """One pass over the rows in random order, in batches of similar length to spare padding."""
-    batches: list[list[Encoded]] = []
-    for drawn in torch.randperm(len(rows), generator=generator).split(8 * BATCH):
-        pool = sorted((rows[index] for index in drawn.tolist()), key=lambda row: len(row[0]))
-        batches += [pool[start : start + BATCH] for start in range(0, len(pool), BATCH)]
-    return [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def train(model: LlamaForCausalLM, rows: list[Encoded], seed: int, epochs: int, bar: tqdm) -> None:
-    """Trains a model in place on encoded rows.
+def train(model: LlamaForCausalLM, rows: list[TokenRow], seed: int, epochs: int, bar: tqdm) -> None:
+    """Trains a model in place on the answers of some rows.
 
     Args:
         model: The model; ends in evaluation mode.
-        rows: Ids and labels, int64 [T] each.
+        rows: What to learn.
         seed: Chooses the order of the rows.
         epochs: Passes over the rows.
         bar: Progress bar, advanced by one a step; shows the loss in nats per token.
@@ -151,10 +109,12 @@ def train(model: LlamaForCausalLM, rows: list[Encoded], seed: int, epochs: int, 
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP_STEPS, (total - step) / total)
     )
+    scorer = Scorer(model)
     model.train()
     for _ in range(epochs):
-        for batch in _batches(rows, generator):
-            loss = _loss(model, batch)
+        for drawn in torch.randperm(len(rows), generator=generator).split(BATCH):
+            batch = collate([rows[index] for index in drawn.tolist()], pad_id=0)
+            loss = -scorer({"rows": batch})["rows"].token_logps().mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -174,15 +134,16 @@ def build_models(folder: Path, seed: int = 0, progress: bool = True, epochs: int
         progress: Shows a progress bar with the loss in nats per token.
         epochs: Passes of each model over its training rows.
     """
-    texts = [prefix + answer for prefix, answer in _read_pairs(folder, TRAINING_FILES["start"])]
-    tokenizer = train_tokenizer(texts)
+    pairs = _read_pairs(folder, TRAINING_FILES["start"])
+    tokenizer = train_tokenizer([PLAIN_TEMPLATE.format(question=question, answer=answer) for question, answer in pairs])
+    template = PromptTemplate(tokenizer)
     initial = _new_model(tokenizer, seed)
 
     def build(position: int, name: str) -> None:
         # One core each: matrices this small lose more to the threads' waiting than they gain, and the sums
         # then do not depend on the machine's number of cores.
         torch.set_num_threads(1)
-        rows = [encode(tokenizer, *pair) for pair in _read_pairs(folder, TRAINING_FILES[name])]
+        rows = template.encode_rows(_read_pairs(folder, TRAINING_FILES[name]), name)
         model = copy.deepcopy(initial)
         steps = epochs * -(-len(rows) // BATCH)
         with tqdm(total=steps, desc=f"training {name}", position=position, disable=not progress) as bar:
@@ -190,9 +151,13 @@ def build_models(folder: Path, seed: int = 0, progress: bool = True, epochs: int
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
-    threads = torch.get_num_threads()
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    # The library's bar for writing files would stand between those of training.
+    logging.disable_progress_bar()
     try:
         with ThreadPoolExecutor(len(TRAINING_FILES)) as pool:
             list(pool.map(build, range(len(TRAINING_FILES)), TRAINING_FILES))
     finally:
         torch.set_num_threads(threads)
+        if bars:
+            logging.enable_progress_bar()

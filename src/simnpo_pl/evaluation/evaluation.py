@@ -116,6 +116,11 @@ class Evaluation:
                     values |= {f"{name}/{key}": result[key] for key in metric.result_keys if key != "value"}
         return EvalResult(values, counts, dict(self.unavailable), self._rows())
 
+    def texts_only(self) -> EvalResult:
+        """The generated answers over all processes, without metrics."""
+        rows = [{key: row[key] for key in row if not key.endswith("recall")} for row in self._rows()]
+        return EvalResult({}, {}, {}, rows)
+
     def _update(
         self,
         number: int,
@@ -138,18 +143,16 @@ class Evaluation:
             features = {m.feature: m.rows for m in part.metrics.values() if m.feature != "nll"}
             truth = {name.rsplit("/", 1)[-1]: m.rows for name, m in part.metrics.items() if m.feature == "nll"}
             first = 2 if part.has_paraphrase else 1
-            for index in raw.rows:
-                nll = raw.cells[index].tolist()
-                row: dict[str, Any] = {
-                    "split": part.name,
-                    "index": index,
-                    **part.texts[index],
-                    "answer_nll": nll[0],
-                }
-                if part.has_paraphrase:
-                    row["paraphrase_nll"] = nll[1]
-                if len(nll) > first:
-                    row["perturbed_nll"] = nll[first:]
+            generated = {index for n, index in texts if n == number}
+            for index in sorted(raw.rows.keys() | generated):
+                row: dict[str, Any] = {"split": part.name, "index": index, **part.texts[index]}
+                if index in raw.rows:
+                    nll = raw.cells[index].tolist()
+                    row["answer_nll"] = nll[0]
+                    if part.has_paraphrase:
+                        row["paraphrase_nll"] = nll[1]
+                    if len(nll) > first:
+                        row["perturbed_nll"] = nll[first:]
                 for name, per_row in [*features.items(), *truth.items()]:
                     if index in per_row:
                         row[name] = per_row[index]

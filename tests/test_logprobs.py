@@ -1,0 +1,165 @@
+"""The fast paths to answer log-probs against the plain one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from simnpo_pl import logprobs
+from simnpo_pl.logprobs import Scorer, join
+
+
+def rows(seed: int = 0, sizes: tuple[int, ...] = (12, 7, 3, 9)) -> dict[str, torch.Tensor]:
+    """Right-padded rows of random tokens whose first two are the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(sizes)
+    ids = torch.randint(5, 200, (len(sizes), width), generator=generator)
+    mask = (torch.arange(width) < torch.tensor(sizes).unsqueeze(1)).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def load(folder: Path, attention: str = "sdpa"):
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
+
+
+def test_sum_of_log_probs_row_by_row(model_folder: Path):
+    """Each row by itself, without padding, from the model's own full logits."""
+    model, batch = load(model_folder), rows()
+    logps = Scorer(model)({"rows": batch})["rows"].logps()
+    for i, length in enumerate((12, 7, 3, 9)):
+        ids = batch["input_ids"][i, :length]
+        with torch.no_grad():
+            own = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        expected = sum(own[t - 1, ids[t]] for t in range(2, length))
+        assert logps.total[i].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert logps.length[i].item() == length - 2
+        assert logps.mean[i].item() == pytest.approx(expected.item() / (length - 2), rel=1e-5)
+
+
+def test_unmasked_row_scores_all_but_the_first_token(model_folder: Path):
+    """A row of T tokens that is all answer has T - 1 scored ones; public code counts T."""
+    batch = rows()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    logps = Scorer(load(model_folder))({"rows": batch})["rows"].logps()
+    assert logps.length.tolist() == [11, 6, 2, 8]
+
+
+def test_packed_equals_padded(model_folder: Path):
+    """Loss to 1e-6 and gradient to 1e-5, both relative."""
+    results = []
+    for attention in ("sdpa", "eager"):
+        model = load(model_folder, attention)
+        scorer = Scorer(model)
+        assert scorer.packs is (attention == "sdpa")
+        loss = scorer({"rows": rows()})["rows"].logps().mean.mean()
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (packed, packed_grad), (padded, padded_grad) = results
+    assert packed == pytest.approx(padded, rel=1e-6)
+    assert (packed_grad - padded_grad).norm() / padded_grad.norm() < 1e-5
+
+
+def test_chunks_equal_one_piece(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The head in chunks of two tokens, recomputed in the backward pass, gives the same loss and gradient."""
+    results = []
+    for budget in (2**25, 2 * 1024):
+        monkeypatch.setattr(logprobs, "LOGITS_BUDGET", budget)
+        model = load(model_folder)
+        states = Scorer(model)({"rows": rows()})["rows"]
+        loss = states.logps().mean.mean()
+        loss.backward()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()]), states.token_scores()))
+    (whole, whole_grad, whole_scores), (chunked, chunked_grad, chunked_scores) = results
+    assert chunked == pytest.approx(whole, rel=1e-6)
+    assert (chunked_grad - whole_grad).norm() / whole_grad.norm() < 1e-5
+    torch.testing.assert_close(chunked_scores.logps, whole_scores.logps, rtol=1e-5, atol=1e-6)
+    assert chunked_scores.correct.tolist() == whole_scores.correct.tolist()
+
+
+def test_parts_come_back_apart(model_folder: Path):
+    """One pass over two sets of rows of unlike width gives what two passes give."""
+    scorer = Scorer(load(model_folder))
+    parts = {"forget": rows(0), "retain": rows(1, (5, 20, 4))}
+    together = scorer(parts)
+    for name, part in parts.items():
+        alone = scorer({name: part})[name]
+        assert together[name].size == alone.size == len(part["input_ids"])
+        torch.testing.assert_close(together[name].logps().total, alone.logps().total, rtol=1e-5, atol=1e-5)
+        assert together[name].lengths().tolist() == alone.lengths().tolist()
+
+
+def test_correct_tokens(model_folder: Path):
+    """Correct are the positions whose label is the argmax of the model's own logits."""
+    model, batch = load(model_folder), rows()
+    with torch.no_grad():
+        argmax = model(input_ids=batch["input_ids"]).logits.argmax(-1)
+    # Make every second label right.
+    batch["labels"][:, 3::2] = torch.where(batch["labels"][:, 3::2] == -100, -100, argmax[:, 2:-1:2])
+    scores = Scorer(model)({"rows": batch})["rows"].token_scores()
+    expected = (argmax[:, :-1] == batch["labels"][:, 1:])[batch["labels"][:, 1:] != -100]
+    assert scores.correct.tolist() == expected.tolist()
+    assert 0 < sum(expected.tolist()) < len(expected)
+
+
+def test_sliding_window_within_packed_rows(make_model: Callable[..., Path]):
+    """A window shorter than the rows is kept when rows are packed."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=4,
+        attn_implementation="sdpa",
+    )
+    model = MistralForCausalLM(config)
+    with torch.no_grad():
+        expected = model(**{k: v for k, v in rows().items() if k != "labels"}).logits
+    scorer = Scorer(model)
+    assert scorer.packs
+    states = scorer({"rows": rows()})["rows"]
+    scored = torch.nn.functional.pad(rows()["labels"][:, 1:], (0, 1), value=-100) != -100
+    torch.testing.assert_close(states.logits(), expected[scored], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite", "mamba", "gpt2"])
+def test_other_architectures(kind: str):
+    """Scaled or capped logits, recurrent layers, learned positions: packed or not, the log-probs are the model's."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    small = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    model = {
+        "gemma2": lambda: t.Gemma2ForCausalLM(
+            t.Gemma2Config(**small, **heads, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.5)
+        ),
+        "cohere": lambda: t.CohereForCausalLM(t.CohereConfig(**small, **heads, logit_scale=0.1)),
+        "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**small, **heads, logits_scaling=8.0)),
+        "mamba": lambda: t.MambaForCausalLM(t.MambaConfig(**small)),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4)),
+    }[kind]()
+    model.eval()
+    batch = rows()
+    got = Scorer(model)({"rows": batch})["rows"].logps().total
+    for i, length in enumerate((12, 7, 3, 9)):
+        ids = batch["input_ids"][i, :length]
+        with torch.no_grad():
+            own = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        expected = sum(own[t - 1, ids[t]].item() for t in range(2, length))
+        assert got[i].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_join_keeps_rows_apart():
+    joined = join([rows(0), rows(1, (5, 20, 4))])
+    assert joined["input_ids"].shape == (7, 20)
+    assert joined["attention_mask"].sum(1).tolist() == [12, 7, 3, 9, 5, 20, 4]
+    assert (joined["labels"][:4, 12:] == -100).all()

@@ -1,0 +1,94 @@
+"""Losses and gradient norms of public implementations on one model and batch, met through the public module."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simnpo_pl.module import UnlearningModule
+from simnpo_pl.objectives import DPO, NPO, GradAscent, GradDiff, SimNPO
+from simnpo_pl.retain import KL, NLL
+
+# Case: objective, retain loss, forget weight, retain weight. Public KL averages over every position; a margin delta
+# inside beta is gamma = beta * delta here.
+CASES: dict[str, Any] = {
+    "GradAscent": (GradAscent(), NLL(), None, None),
+    "GradDiff_NLL": (GradDiff(), NLL(), None, None),
+    "GradDiff_KL": (GradDiff(), KL("all"), None, None),
+    "NPO_NLL": (NPO(), NLL(), None, None),
+    "NPO_KL": (NPO(), KL("all"), None, None),
+    "SimNPO_b4.5": (SimNPO(), NLL(), None, None),
+    "SimNPO_b2.5": (SimNPO(2.5), NLL(), 0.1375, None),
+    "SimNPO_b3.5_d1": (SimNPO(3.5, gamma=3.5 * 1.0), NLL(), 1.0, 0.5),
+    "SimNPO_b4.5_KL": (SimNPO(), KL("all"), None, None),
+    "DPO_NLL": (DPO(), NLL(), None, None),
+}
+
+
+def tensors(part: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: torch.tensor(value) for key, value in part.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_loss_and_gradient(shared: Path, case: str, packed: bool):
+    fixture = shared / "goldens" / "A"
+    stored = json.loads((fixture / "batches.json").read_text())
+    golden = json.loads((fixture / "losses.json").read_text())["losses"][case]
+    objective, retain_loss, forget_weight, retain_weight = CASES[case]
+    if "alternate" in objective.needs:
+        both, retain = stored["dpo_batch"]["forget"], stored["dpo_batch"]["retain"]
+        parts = {"forget": both["original"], "alternate": both["alternate"], "retain": retain}
+    else:
+        parts = {name: stored["batch"][name] for name in ("forget", "retain")}
+    module = UnlearningModule(
+        name=str(fixture / "policy"),
+        reference=str(fixture / "target"),
+        objective=objective,
+        retain_loss=retain_loss,
+        forget_weight=forget_weight,
+        retain_weight=retain_weight,
+        attn_implementation=None if packed else "eager",
+    )
+    module.configure_model()
+    assert module._scorer().packs is packed
+    losses = module.losses({name: tensors(part) for name, part in parts.items()})
+    losses["loss"].backward()
+    norm = torch.stack([p.grad.norm() for p in module.policy.parameters() if p.grad is not None]).norm()
+    assert losses["loss"].item() == pytest.approx(golden["loss"], rel=1e-5)
+    assert norm.item() == pytest.approx(golden["grad_norm"], rel=1e-5)
+    if "forget_loss_unweighted" in golden:
+        assert losses["forget_loss"].item() == pytest.approx(golden["forget_loss_unweighted"], rel=1e-5)
+        assert losses["retain_loss"].item() == pytest.approx(golden["retain_loss_unweighted"], rel=1e-5)
+
+
+@pytest.mark.parametrize("side", ["forget", "retain"])
+def test_summed_log_probs(shared: Path, side: str):
+    fixture = shared / "goldens" / "A"
+    stored = json.loads((fixture / "batches.json").read_text())["batch"][side]
+    golden = json.loads((fixture / "losses.json").read_text())["summed_nll_per_sequence"]["policy"][side]
+    module = UnlearningModule(name=str(fixture / "policy"))
+    module.configure_model()
+    total = module._scorer()({"rows": tensors(stored)})["rows"].logps().total
+    assert (-total).tolist() == pytest.approx(golden, rel=1e-5)
+
+
+def test_kl_over_answers_differs_from_kl_over_all(shared: Path):
+    """The default leaves out questions and padding, by hand from full logits."""
+    fixture = shared / "goldens" / "A"
+    stored = json.loads((fixture / "batches.json").read_text())["batch"]
+    batch = {name: tensors(part) for name, part in stored.items()}
+    settings = {"name": str(fixture / "policy"), "reference": str(fixture / "target"), "objective": GradDiff()}
+    module = UnlearningModule(**settings, retain_loss=KL())
+    module.configure_model()
+    loss = module.losses(batch)["retain_loss"].item()
+
+    retain = batch["retain"]
+    log_p, log_q = (
+        scorer.all_logits(retain)[:, :-1].log_softmax(-1) for scorer in (module._reference_scorer(), module._scorer())
+    )
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[retain["labels"][:, 1:] != -100]
+    assert loss == pytest.approx(divergence.mean().item(), rel=1e-4)
+    assert loss != pytest.approx(0.5775297284126282, rel=1e-2)

@@ -1,0 +1,220 @@
+"""The LightningModule: exact averages over the effective batch, the reference's place, what stops a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from simnpo_pl.benchmarks import TofuData
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.module import UnlearningModule
+from simnpo_pl.objectives import DPO, IDK, NPO, FineTune, ForgetLogps, GradAscent, GradDiff, Objective, SimNPO
+from simnpo_pl.optimization import linear_schedule
+from simnpo_pl.retain import KL, NLL, RetainLoss
+
+
+class Losses(pl.Callback):
+    """Keeps the logged losses of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step > len(self.steps):
+            names = ("train/loss", "train/forget_loss", "train/retain_loss")
+            self.steps.append({name: trainer.callback_metrics[name].item() for name in names})
+
+
+@pytest.fixture
+def fit(data_folder: Path, model_folder: Path, other_folder: Path) -> Callable[..., Any]:
+    """Trains the tiny model for two epochs of 10 rows; gives module, losses and trainer."""
+
+    def run(
+        objective: Objective, retain_loss: RetainLoss | None = None, per_device: int = 4, epochs: int = 2, **kw: Any
+    ):
+        data = TofuData(
+            path=str(data_folder),
+            tokenizer=str(model_folder),
+            effective_batch=4,
+            per_device_batch=per_device,
+            seed=3,
+            eval=EvalOptions(max_new_tokens=3),
+        )
+        name = kw.pop("name", str(model_folder))
+        module = UnlearningModule(name, objective=objective, retain_loss=retain_loss or NLL(), lr=1e-2, **kw)
+        losses = Losses()
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=[losses],
+        )
+        trainer.fit(module, data)
+        return module, losses.steps, trainer
+
+    return run
+
+
+def weights(module: UnlearningModule) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.policy.parameters()])
+
+
+@pytest.mark.parametrize("objective", [SimNPO, NPO, DPO, IDK, GradDiff, GradAscent, FineTune])
+def test_effective_batch_may_be_cut_any_way(fit: Callable[..., Any], objective: type[Objective]):
+    """4 rows at once, 2 + 2 or 1 + 1 + 1 + 1: the same losses and the same trained weights (10 rows: 4, 4, 2)."""
+    whole, whole_steps, _ = fit(objective(), per_device=4)
+    assert len(whole_steps) == 6
+    for per_device in (2, 1):
+        cut, cut_steps, trainer = fit(objective(), per_device=per_device)
+        assert trainer.accumulate_grad_batches == 4 // per_device
+        for one, other in zip(whole_steps, cut_steps, strict=True):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+        assert (weights(cut) - weights(whole)).norm() < 2e-3 * (weights(whole)).norm()
+
+
+def test_kl_retain_with_cut_batches(fit: Callable[..., Any], other_folder: Path):
+    """Against another model, since a divergence of 0 has a gradient of rounding errors that Adam blows up."""
+    _, steps, _ = fit(NPO(), KL(), per_device=4, reference=str(other_folder))
+    _, cut_steps, _ = fit(NPO(), KL(), per_device=1, reference=str(other_folder))
+    for one, other in zip(steps, cut_steps, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert steps[0]["train/retain_loss"] > 0.1
+
+
+def test_kl_starts_at_zero(fit: Callable[..., Any]):
+    _, steps, _ = fit(NPO(), KL())
+    assert steps[0]["train/retain_loss"] == pytest.approx(0, abs=1e-6)
+    assert steps[-1]["train/retain_loss"] > 1e-3
+
+
+def test_logged_loss_is_that_of_plain_batch(fit: Callable[..., Any], model_folder: Path):
+    """The first step's loss, by hand: `losses` on the whole effective batch with the start model."""
+    _module, steps, trainer = fit(SimNPO(beta=1.0), per_device=2)
+    sampler = trainer.datamodule.sampler
+    sampler.set_epoch(0)
+    first = next(iter(sampler))
+    rows = trainer.datamodule._training
+    from simnpo_pl.data.collate import collate
+
+    batch = {
+        "forget": collate([rows["forget"][i] for i in first.step_forget], 0),
+        "retain": collate([rows["retain"][i] for i in first.step_retain], 0),
+    }
+    fresh = UnlearningModule(str(model_folder), objective=SimNPO(beta=1.0), retain_loss=NLL())
+    fresh.configure_model()
+    losses = fresh.losses(batch)
+    for name in ("loss", "forget_loss", "retain_loss"):
+        assert steps[0][f"train/{name}"] == pytest.approx(losses[name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("objective", "retain_loss"), [(NPO(), NLL()), (DPO(), NLL()), (SimNPO(), KL())])
+def test_reference_is_in_no_checkpoint_and_no_optimizer(
+    fit: Callable[..., Any], objective: Objective, retain_loss: RetainLoss, tmp_path: Path
+):
+    module, _, trainer = fit(objective, retain_loss)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == {f"policy.{name}" for name in module.policy.state_dict()}
+    trained = {id(p) for p in module.policy.parameters()}
+    assert {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]} == trained
+    assert (module._reference._resident is not None) is isinstance(retain_loss, KL)
+    assert bool(saved["reference_logps"]) is ("reference" in objective.needs)
+
+
+@pytest.mark.parametrize("objective", [NPO(beta=0.3), DPO(beta=0.3)])
+def test_cached_reference_equals_resident(fit: Callable[..., Any], other_folder: Path, objective: Objective):
+    """The cache holds what the reference model itself says of every row, also where it is another model."""
+    module, _steps, trainer = fit(objective, reference=str(other_folder))
+    data = trainer.datamodule
+    batch = next(iter(data.train_dataloader()))
+    module._reference.add_to(batch)
+    for name in objective.needs - {"reference"}:
+        cached = batch[name].pop("reference_logps")
+        torch.testing.assert_close(module._reference_totals(name, batch[name]), cached, rtol=1e-5, atol=1e-5)
+    assert all(part.isfinite().all() for part in module._reference.totals.values())
+
+
+def test_start_model_is_its_own_reference(fit: Callable[..., Any]):
+    """NPO's first loss is (2 / beta) log 2: policy and reference agree."""
+    _, steps, _ = fit(NPO(beta=0.5))
+    assert steps[0]["train/forget_loss"] == pytest.approx(4 * 0.6931472, rel=1e-5)
+
+
+def test_reference_stays_as_it_was(fit: Callable[..., Any], other_folder: Path):
+    from simnpo_pl.models import load_causal_lm
+
+    module, _, _ = fit(SimNPO(), KL(), reference=str(other_folder))
+    fresh = load_causal_lm(str(other_folder))
+    held = module._reference._resident.model
+    assert all(torch.equal(a, b) for a, b in zip(held.parameters(), fresh.parameters(), strict=True))
+    assert not held.training
+    assert not any(p.requires_grad for p in held.parameters())
+
+
+def test_policy_trains_in_train_mode(fit: Callable[..., Any], make_model: Callable[..., Path]):
+    """Dropout is on: transformers loads models in eval mode and Lightning leaves them so."""
+    folder = make_model(0, attention_dropout=0.5)
+    _, with_dropout, _ = fit(SimNPO(beta=1.0), name=str(folder))
+    _, without, _ = fit(SimNPO(beta=1.0))
+    assert with_dropout[0]["train/loss"] != pytest.approx(without[0]["train/loss"], rel=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(fit: Callable[..., Any]):
+    _plain, steps, _ = fit(SimNPO(beta=1.0))
+    saving, saving_steps, _ = fit(SimNPO(beta=1.0), gradient_checkpointing=True)
+    assert saving.policy.is_gradient_checkpointing
+    for one, other in zip(steps, saving_steps, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_objectives_move_the_policy_their_way(fit: Callable[..., Any]):
+    """Forgetting lowers NPO's loss from its start at (2 / beta) log 2; fine-tuning lowers the cross-entropy."""
+    _, steps, _ = fit(NPO(beta=0.1), epochs=8)
+    assert steps[-1]["train/forget_loss"] < 0.5 * steps[0]["train/forget_loss"]
+    assert steps[-1]["train/retain_loss"] < steps[0]["train/retain_loss"]
+    _, steps, _ = fit(FineTune(), epochs=8)
+    assert steps[-1]["train/forget_loss"] < 0.8 * steps[0]["train/forget_loss"]
+
+
+def test_parts_asked_for():
+    assert UnlearningModule("x", objective=GradAscent()).parts == ("forget",)
+    assert UnlearningModule("x", objective=IDK()).parts == ("forget", "alternate", "retain")
+    assert UnlearningModule("x", objective=SimNPO(), retain_loss=None).parts == ("forget",)
+    assert UnlearningModule("x", objective=NPO()).parts == ("forget", "retain")
+
+
+class Broken(Objective):
+    """An objective that divides by zero."""
+
+    def forward(self, logps: ForgetLogps) -> torch.Tensor:
+        assert logps.forget is not None
+        return logps.forget.mean / 0
+
+
+def test_loss_that_is_not_finite_stops_and_names_the_rows(fit: Callable[..., Any]):
+    with pytest.raises(UserError, match=r"loss is not finite at optimizer step 0 .*'forget': \[\d+(, \d+)*\]"):
+        fit(Broken())
+
+
+@pytest.mark.parametrize("option", ["forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs"])
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_negative_settings_are_refused(option: str, value: float):
+    with pytest.raises(UserError, match=f"--model.{option} must be a number of at least 0, got"):
+        UnlearningModule("x", **{option: value})
+
+
+def test_schedule():
+    """4 steps up, then 6 down to 0: 1/4, 2/4, 3/4, 1, then 1, 5/6, ... 1/6."""
+    factor = linear_schedule(4, 10)
+    assert [factor(step) for step in range(11)] == pytest.approx(
+        [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 0.5, 2 / 6, 1 / 6, 0]
+    )
+    assert linear_schedule(0, 2)(0) == 1

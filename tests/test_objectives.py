@@ -1,0 +1,107 @@
+"""Objectives on log-probs made by hand."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.logprobs import AnswerLogps
+from simnpo_pl.objectives import DPO, IDK, NPO, FineTune, ForgetLogps, GradAscent, GradDiff, Objective, SimNPO
+
+
+def logps(total: list[float], length: list[float]) -> AnswerLogps:
+    return AnswerLogps(torch.tensor(total, dtype=torch.float64), torch.tensor(length, dtype=torch.float64))
+
+
+FORGET = logps([-2.0, -12.0], [2, 4])
+ALTERNATE = logps([-3.0, -4.0], [3, 2])
+REFERENCE = torch.tensor([-1.0, -14.0], dtype=torch.float64)
+REFERENCE_ALTERNATE = torch.tensor([-5.0, -4.5], dtype=torch.float64)
+
+
+def test_simnpo():
+    """beta 2, gamma 0.5; means are -1 and -3 nats per token.
+
+    Row 1: -(2/2) log s(2*1 - 0.5) = log(1 + e^-1.5) = 0.2014133.
+    Row 2: -(2/2) log s(2*3 - 0.5) = log(1 + e^-5.5) = 0.0040785.
+    """
+    loss = SimNPO(beta=2.0, gamma=0.5)(ForgetLogps(forget=FORGET))
+    torch.testing.assert_close(loss, torch.tensor([0.2014133, 0.0040785], dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_npo():
+    """beta 0.5; log-ratios are -2 - -1 = -1 and -12 - -14 = 2.
+
+    Row 1: -(2/0.5) log s(0.5) = 4 log(1 + e^-0.5) = 4 * 0.4740770 = 1.8963080.
+    Row 2: -(2/0.5) log s(-1) = 4 log(1 + e) = 4 * 1.3132617 = 5.2530468.
+    """
+    loss = NPO(beta=0.5)(ForgetLogps(forget=FORGET, reference_forget=REFERENCE))
+    torch.testing.assert_close(loss, torch.tensor([1.8963080, 5.2530468], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_dpo():
+    """beta 0.5; forget log-ratios -1 and 2, refusal log-ratios -3 - -5 = 2 and -4 - -4.5 = 0.5.
+
+    Row 1: -(2/0.5) log s(0.5 * (2 - -1)) = 4 log(1 + e^-1.5) = 0.8056533.
+    Row 2: -(2/0.5) log s(0.5 * (0.5 - 2)) = 4 log(1 + e^0.75) = 4 * 1.1368712 = 4.5474848.
+    """
+    loss = DPO(beta=0.5)(ForgetLogps(FORGET, ALTERNATE, REFERENCE, REFERENCE_ALTERNATE))
+    torch.testing.assert_close(loss, torch.tensor([0.8056533, 4.5474848], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_cross_entropies():
+    """Means per token: forget -1 and -3; refusals -1 and -2. Ascent has the log-prob, descent its negative."""
+    batch = ForgetLogps(FORGET, ALTERNATE)
+    assert GradAscent()(batch).tolist() == GradDiff()(batch).tolist() == [-1, -3]
+    assert FineTune()(batch).tolist() == [1, 3]
+    assert IDK()(batch).tolist() == [1, 2]
+
+
+def test_default_weights():
+    """Gradient ascent and fine-tuning have no retain term; SimNPO's forget weight is the paper's for forget10."""
+    assert [cls.default_retain_weight for cls in (GradAscent, FineTune, GradDiff, IDK, NPO, DPO, SimNPO)] == [
+        *(0, 0),
+        *(1, 1, 1, 1, 1),
+    ]
+    assert SimNPO.default_forget_weight == 0.125
+    assert NPO.default_forget_weight == 1
+
+
+@given(beta=st.floats(0.05, 5), length=st.integers(1, 200), total=st.floats(-500, 0))
+def test_simnpo_is_npo_without_reference(beta: float, length: int, total: float):
+    """With gamma 0 and reference log-probs of 0, SimNPO at beta is NPO at beta / n, divided by n."""
+    row = logps([total], [length])
+    simnpo = SimNPO(beta)(ForgetLogps(forget=row))
+    npo = NPO(beta / length)(ForgetLogps(forget=row, reference_forget=torch.zeros(1, dtype=torch.float64)))
+    torch.testing.assert_close(simnpo, npo / length, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [SimNPO, NPO])
+def test_small_beta_is_gradient_ascent(make: type[Objective]):
+    """As beta tends to 0 the gradient tends to that of ascent: on sums for NPO, on means for SimNPO."""
+    total = torch.tensor([-2.0, -12.0], dtype=torch.float64, requires_grad=True)
+    row = AnswerLogps(total, FORGET.length)
+    make(beta=1e-6)(ForgetLogps(forget=row, reference_forget=REFERENCE)).sum().backward()
+    expected = torch.ones(2, dtype=torch.float64) if make is NPO else 1 / FORGET.length
+    torch.testing.assert_close(total.grad, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("make", [SimNPO, NPO, DPO])
+@pytest.mark.parametrize("beta", [0.0, -1.0, math.nan, math.inf])
+def test_beta_must_be_positive(make: type[Objective], beta: float):
+    with pytest.raises(UserError, match=r"--model.objective.beta must be a number above 0, got"):
+        make(beta=beta)
+
+
+@pytest.mark.parametrize("gamma", [-0.1, math.nan])
+def test_gamma_must_not_be_negative(gamma: float):
+    with pytest.raises(UserError, match=r"--model.objective.gamma must be a number of at least 0, got"):
+        SimNPO(gamma=gamma)
+
+
+def test_forward_must_be_written():
+    with pytest.raises(TypeError, match="Objective must implement forward"):
+        Objective()(ForgetLogps())

@@ -1,0 +1,286 @@
+"""Whole runs through the command line: what they leave, what they refuse, resuming, two processes."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CLI = Callable[..., None]
+METRICS = {
+    *("forget/probability", "forget/rouge", "forget/truth_ratio", "forget/extraction_strength"),
+    *("forget/exact_memorization", "model_utility"),
+    *(f"{s}/{m}" for s in ("retain", "real_authors", "world_facts") for m in ("probability", "rouge", "truth_ratio")),
+}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (AutoModelForCausalLM.from_pretrained(f / "model").state_dict() for f in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def finished(run_options: list[str], other_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One finished run with a retrained model."""
+    from simnpo_pl.__main__ import main
+
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    main(["fit", *run_options, "--run_dir", str(folder), "--eval.retrained", str(other_folder), "--debug"])
+    return folder
+
+
+def test_files_of_a_run(finished: Path):
+    assert {f.name for f in finished.iterdir() if not f.name.startswith("events.")} >= {
+        *("config.yaml", "results.json", "rows.jsonl", "TOFU_EVAL.json", "last.ckpt", "model"),
+    }
+    assert not [f for f in finished.iterdir() if f.name.startswith(".")]
+    assert any(f.name.startswith("events.") for f in finished.iterdir())
+
+
+def test_results(finished: Path):
+    """Every metric before, after every epoch and at the end; with counts, versions, seed, time and memory."""
+    content = results(finished)
+    assert content["finished"] is True
+    assert [e["epoch"] for e in content["epochs"]] == [1, 2]
+    assert content["epochs"][1]["step"] == 6
+    for entry in (content["start"], content["final"], *content["epochs"]):
+        assert set(entry["metrics"]) >= METRICS | {"forget_quality", "forget_quality/ks_statistic"}
+        assert all(math.isfinite(v) for v in entry["metrics"].values())
+    assert content["final"]["metrics"] == content["epochs"][-1]["metrics"]
+    assert set(content["retrained"]["metrics"]) >= METRICS
+    assert content["counts"]["forget/probability"] == 10
+    assert content["counts"]["retain/truth_ratio"] == 7
+    assert content["counts"]["forget_quality"] == 10
+    assert content["unavailable"] == {}
+    assert content["versions"]["torch"] == torch.__version__
+    assert content["seed"] == 0
+    assert content["seconds"]["total"] > 0
+    assert content["peak_memory_gib"]["process"] > 0
+
+
+def test_rows(finished: Path):
+    """Per-row scores agree with the aggregates; texts are there for every row."""
+    rows = [json.loads(line) for line in (finished / "rows.jsonl").read_text().splitlines()]
+    assert [sum(r["split"] == s for r in rows) for s in ("forget", "retain", "real_authors", "world_facts")] == [
+        *(10, 7, 5, 3)
+    ]
+    forget = [r for r in rows if r["split"] == "forget"]
+    final = results(finished)["final"]["metrics"]
+    probability = sum(math.exp(-r["answer_nll"]) for r in forget) / 10
+    assert probability == pytest.approx(final["forget/probability"], rel=1e-5)
+    ratio = [math.exp(r["paraphrase_nll"] - sum(r["perturbed_nll"]) / 5) for r in forget]
+    assert [r["truth_ratio"] for r in forget] == pytest.approx(ratio, rel=1e-5)
+    assert sum(min(x, 1 / x) for x in ratio) / 10 == pytest.approx(final["forget/truth_ratio"], rel=1e-5)
+    assert all(isinstance(r["generation"], str) and "rougeL_recall" in r for r in rows)
+
+
+def test_exported_model_loads_and_is_the_last_epochs(finished: Path):
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    AutoTokenizer.from_pretrained(finished / "model")
+    saved = torch.load(finished / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[f"policy.{k}"], v) for k, v in model.state_dict().items())
+
+
+def test_tensorboard_events(finished: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert scalars >= {"train/loss", "train/forget_loss", "train/retain_loss", "model_utility", "forget/probability"}
+    assert scalars >= {"forget_quality/log10_p", "retain/probability", "lr-AdamW/pg1"}
+    assert len(events.Scalars("train/loss")) == 6
+    assert "samples/text_summary" in events.Tags()["tensors"]
+
+
+def test_config_of_a_run_repeats_it(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from simnpo_pl.__main__ import main
+
+    again = tmp_path / "again"
+    os.environ.pop("SIMNPO_PL_RUN_DIR", None)
+    main(["fit", "--config", str(finished / "config.yaml"), "--run_dir", str(again), "--debug"])
+    assert results(again)["final"] == results(finished)["final"]
+    assert results(again)["epochs"] == results(finished)["epochs"]
+    assert same_weights(again, finished)
+    out = capsys.readouterr().out
+    assert "| unlearned |" in out
+    assert str(again / "results.json") in out
+
+
+def test_test_command_repeats_the_final_evaluation(cli: CLI, finished: Path, other_folder: Path, tmp_path: Path):
+    """Also with our own log as the retrained model's, which is how results are compared across machines."""
+    cli("test", "--model.name", str(other_folder), "--run_dir", str(tmp_path / "retrained"))
+    assert "forget_quality" in results(tmp_path / "retrained")["unavailable"]
+    for log in ("rows.jsonl", "TOFU_EVAL.json", ""):
+        folder = tmp_path / f"check {log}"
+        options = ["--model.name", str(finished / "model"), "--eval.retain_log", str(tmp_path / "retrained" / log)]
+        cli("test", *options, "--run_dir", str(folder))
+        final = results(folder)["final"]["metrics"]
+        assert final == pytest.approx(results(finished)["final"]["metrics"], rel=1e-4)
+
+
+def test_validate_and_predict(cli: CLI, finished: Path, tmp_path: Path):
+    cli("validate", "--model.name", str(finished / "model"), "--run_dir", str(tmp_path / "v"))
+    final = results(tmp_path / "v")["final"]["metrics"]
+    assert final["model_utility"] == pytest.approx(results(finished)["final"]["metrics"]["model_utility"], rel=1e-4)
+    cli("predict", "--model.name", str(finished / "model"), "--run_dir", str(tmp_path / "p"))
+    predicted = [json.loads(line) for line in (tmp_path / "p" / "predictions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished / "rows.jsonl").read_text().splitlines()]
+    assert [p["generation"] for p in predicted] == [r["generation"] for r in rows]
+    assert predicted[0].keys() == {"split", "index", "question", "answer", "forget_split", "generation"}
+
+
+def test_limited_generation_is_told(cli: CLI, model_folder: Path, tmp_path: Path):
+    cli("test", "--eval.generate_rows", "2", "--run_dir", str(tmp_path / "r"))
+    counts = results(tmp_path / "r")["counts"]
+    assert counts["forget/rouge"] == 2
+    assert counts["forget/probability"] == 10
+
+
+def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path):
+    """Stopped after one of three epochs, as by a kill, then resumed: the same weights, bit for bit."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    npo = ["--model.objective", "NPO", "--trainer.max_epochs", "3"]
+    cli("fit", *npo, "--run_dir", str(whole))
+
+    from simnpo_pl.callbacks.run_folder import RunFolder
+
+    class Killed(BaseException):
+        pass
+
+    def kill(self: Any, trainer: Any, *args: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "on_train_batch_start", kill, raising=False)
+        with pytest.raises(Killed):
+            cli("fit", *npo, "--run_dir", str(cut))
+    assert not results(cut)["finished"]
+    assert not (cut / "model").exists()
+    cli("fit", *npo, "--run_dir", str(cut), "--ckpt_path", str(cut / "last.ckpt"))
+    assert same_weights(whole, cut)
+    assert results(cut)["final"] == results(whole)["final"]
+    assert results(cut)["epochs"] == results(whole)["epochs"]
+    assert results(cut)["start"] == results(whole)["start"]
+
+
+def test_flags_win_over_the_checkpoint(cli: CLI, finished: Path, tmp_path: Path):
+    """A checkpoint brings weights and training state; settings come from config and flags."""
+    folder = tmp_path / "more"
+    options = ["--trainer.max_epochs", "3", "--model.forget_weight", "0.5", "--run_dir", str(folder)]
+    cli("fit", *options, "--ckpt_path", str(finished / "last.ckpt"))
+    assert results(folder)["settings"]["model"]["forget_weight"] == 0.5
+    assert [e["epoch"] for e in results(folder)["epochs"]] == [3]
+
+
+def test_best_epoch_is_exported_by_the_named_metric(cli: CLI, tmp_path: Path):
+    folder = tmp_path / "best"
+    cli("fit", "--export.best", "forget/probability", "--export.mode", "max", "--run_dir", str(folder))
+    content = results(folder)
+    values = [e["metrics"]["forget/probability"] for e in content["epochs"]]
+    assert content["exported_epoch"] == 1 + values.index(max(values))
+    assert content["final"]["metrics"]["forget/probability"] == max(values)
+    cli("test", "--model.name", str(folder / "model"), "--run_dir", str(tmp_path / "check"))
+    check = results(tmp_path / "check")["final"]["metrics"]["forget/probability"]
+    assert check == pytest.approx(max(values), rel=1e-5)
+
+
+def test_objectives_train(cli: CLI, tmp_path: Path):
+    for objective in ("NPO", "DPO", "IDK", "GradDiff", "GradAscent"):
+        cli("fit", "--model.objective", objective, "--trainer.max_epochs", "1", "--run_dir", str(tmp_path / objective))
+        assert results(tmp_path / objective)["finished"]
+
+
+def test_finetune_config_makes_models(run_options: list[str], tmp_path: Path):
+    from simnpo_pl.__main__ import main
+
+    options = ["--config", "configs/finetune.yaml", *run_options[2:], "--data.train_split", "retain90[:6]+forget10[:2]"]
+    main(["fit", *options, "--run_dir", str(tmp_path / "start"), "--debug"])
+    content = results(tmp_path / "start")
+    assert content["finished"]
+    assert "start" not in content
+    assert (tmp_path / "start" / "model" / "model.safetensors").is_file()
+
+
+def test_own_data(run_options: list[str], data_folder: Path, model_folder: Path, tmp_path: Path):
+    """Question and answer only: what such data cannot measure is said, with the reason."""
+    from simnpo_pl.__main__ import main
+
+    options = ["--config", "configs/jsonl.yaml", "--model.name", str(model_folder), *run_options[6:]]
+    options += [
+        "--data.forget",
+        str(data_folder / "forget10.json"),
+        "--data.retain",
+        str(data_folder / "retain90.json"),
+    ]
+    main(["fit", *options, "--run_dir", str(tmp_path / "own"), "--debug"])
+    content = results(tmp_path / "own")
+    assert set(content["unavailable"]) == {"forget_quality", "model_utility"}
+    assert "paraphrased_answer" in content["unavailable"]["forget_quality"]
+    assert content["counts"]["retain/probability"] == 40
+    assert "forget/truth_ratio" not in content["final"]["metrics"]
+
+
+def test_two_processes_are_as_good_as_one(run_options: list[str], finished: Path, other_folder: Path, tmp_path: Path):
+    """Two gloo processes: the same losses at every step, the same metrics, every row once."""
+    folder = tmp_path / "two"
+    command = [sys.executable, "-m", "simnpo_pl", "fit", *run_options, "--config", "configs/hardware/ddp.yaml"]
+    command += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--run_dir", str(folder)]
+    command += ["--eval.retrained", str(other_folder), "--eval.cache_dir", str(tmp_path / "cache"), "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = results(finished), results(folder)
+    assert two["start"]["metrics"] == pytest.approx(one["start"]["metrics"], rel=1e-5)
+    assert two["retrained"]["metrics"] == pytest.approx(one["retrained"]["metrics"], rel=1e-5, nan_ok=True)
+    for a, b in zip(one["epochs"], two["epochs"], strict=True):
+        assert b["step"] == a["step"]
+        assert b["metrics"] == pytest.approx(a["metrics"], rel=2e-3)
+    assert two["counts"] == one["counts"]
+    rows = [[json.loads(line) for line in (f / "rows.jsonl").read_text().splitlines()] for f in (finished, folder)]
+    assert [(r["split"], r["index"], r["question"]) for r in rows[0]] == [
+        (r["split"], r["index"], r["question"]) for r in rows[1]
+    ]
+    assert all("generation" in r for r in rows[1])
+    assert losses(folder) == pytest.approx(losses(finished), rel=1e-4)
+
+
+def losses(folder: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def test_interrupt_saves_what_is_there(run_options: list[str], tmp_path: Path):
+    """Ctrl-C in training: no traceback, results and checkpoint of the epochs before, and a resume that works."""
+    folder = tmp_path / "stopped"
+    command = [sys.executable, "-m", "simnpo_pl", "fit", *run_options, "--run_dir", str(folder)]
+    process = subprocess.Popen(
+        [*command, "--trainer.max_epochs", "10000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert f"--ckpt_path {folder / 'last.ckpt'}" in err
+    assert torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    assert results(folder)["epochs"]
+    assert not results(folder)["finished"]
