@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from simnpo_pl.demo import authors, prepare
+from simnpo_pl.demo import MODELS, authors, prepare
 from simnpo_pl.demo.authors import ATTRIBUTES, N_AUTHORS, N_FORGET_AUTHORS, write_dataset
 
 PERTURBED = {
@@ -111,7 +111,8 @@ def test_a_seed_fixes_every_byte(folder: Path, tmp_path: Path) -> None:
 def test_prepared_models_load_and_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setattr(authors, "N_AUTHORS", 15)
+    monkeypatch.setattr(authors, "N_AUTHORS", 7)
+    monkeypatch.setattr(authors, "N_RETAIN_PERTURBED", 5)
     prepare(tmp_path, seed=3, epochs=1, progress=False)
     for name in ("start", "retrained"):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
@@ -124,7 +125,7 @@ def test_prepared_models_load_and_are_not_made_again(tmp_path: Path, monkeypatch
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     prepare(tmp_path, seed=3, epochs=1, progress=False)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
-    # Neither a change of version nor a lost model goes unnoticed, and the same models come out.
+    # A change of version does not go unnoticed, and the same models come out.
     fingerprint, weights = tmp_path / "fingerprint.json", tmp_path / "start" / "model.safetensors"
     complete, trained = fingerprint.read_text(encoding="utf-8"), weights.read_bytes()
     fingerprint.write_text(json.dumps({**json.loads(complete), "version": -1}), encoding="utf-8")
@@ -132,9 +133,21 @@ def test_prepared_models_load_and_are_not_made_again(tmp_path: Path, monkeypatch
     prepare(tmp_path, seed=3, epochs=1, progress=False)
     assert fingerprint.read_text(encoding="utf-8") == complete
     assert weights.read_bytes() == trained
-    weights.unlink()
-    prepare(tmp_path, seed=3, epochs=1, progress=False)
-    assert weights.read_bytes() == trained
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_lost_model_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def build(folder: Path, seed: int, progress: bool, epochs: int) -> None:
+        for model in MODELS:
+            (folder / model).mkdir(exist_ok=True)
+            (folder / model / "model.safetensors").touch()
+
+    monkeypatch.setattr("simnpo_pl.demo.models.build_models", build)
+    prepare(tmp_path)
+    lost = tmp_path / name / "model.safetensors"
+    lost.unlink()
+    prepare(tmp_path)
+    assert lost.is_file()
 
 
 def test_only_tokens_of_the_answer_and_the_end_are_scored(folder: Path) -> None:

@@ -143,6 +143,28 @@ def test_validate_and_predict(cli: CLI, finished: Path, tmp_path: Path):
     assert predicted[0].keys() == {"split", "index", "question", "answer", "forget_split", "generation"}
 
 
+def test_start_evaluation_is_kept_and_depends_on_the_retrained_model(
+    cli: CLI, run_options: list[str], other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A second run takes the start model's results from the cache; with a retrained model they are others."""
+    from simnpo_pl.module import UnlearningModule
+
+    scored = []
+    step = UnlearningModule.validation_step
+    monkeypatch.setattr(UnlearningModule, "validation_step", lambda *a: (scored.append(1), step(*a))[1])
+    options = ["--eval.cache_dir", str(tmp_path / "cache"), "--trainer.max_steps", "1", "--eval.final", "false"]
+    counts = []
+    for number, more in enumerate(([], [], ["--eval.retrained", str(other_folder)])):
+        scored.clear()
+        cli("fit", *options, *more, "--run_dir", str(tmp_path / str(number)))
+        counts.append(len(scored))
+    first, second, third = (results(tmp_path / str(n))["start"]["metrics"] for n in range(3))
+    assert first == second
+    assert "forget_quality" not in first
+    assert third["forget_quality"] < 1
+    assert counts[1] < counts[0] < counts[2]
+
+
 def test_limited_generation_is_told(cli: CLI, model_folder: Path, tmp_path: Path):
     cli("test", "--eval.generate_rows", "2", "--run_dir", str(tmp_path / "r"))
     counts = results(tmp_path / "r")["counts"]

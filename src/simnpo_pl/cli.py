@@ -79,7 +79,9 @@ class UnlearningCLI(LightningCLI):
             for option, base in (("objective", Objective), ("retain_loss", RetainLoss)):
                 name = re.search(r"Expected a dot import path string: (\S+)", str(error))
                 if f'"model.{option}"' in str(error) and name:
-                    known = ", ".join(sorted(cls.__name__ for cls in _subclasses(base)))
+                    known = ", ".join(
+                        sorted(cls.__name__ for cls in _subclasses(base) if cls.__module__ == base.__module__)
+                    )
                     raise UserError(
                         f"--model.{option} {name[1]}: no such class; known are {known}, "
                         "or give the class path of your own"
@@ -134,9 +136,9 @@ class UnlearningCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Evaluate the retrained model, where one is named, and the start model."""
-        self._open()
+        self._open(fit=True)
         if self._ckpt_path is None and self.datamodule.eval.start:
-            self._evaluate_once("start", self.model, self.datamodule.eval.retain_log or "")
+            self._evaluate_once("start", self.model)
 
     def after_fit(self) -> None:
         """Evaluate the exported model, unless its epoch was, and print what came of it."""
@@ -182,25 +184,31 @@ class UnlearningCLI(LightningCLI):
     def _ckpt_path(self) -> str | None:
         return self.config[self.subcommand].get("ckpt_path")
 
-    def _open(self) -> None:
+    def _open(self, fit: bool = False) -> None:
         if self._ckpt_path is not None and not Path(self._ckpt_path).is_file():
             raise UserError(f"--ckpt_path {self._ckpt_path} does not exist; a run keeps it as RUN_DIR/last.ckpt")
         if self.trainer.is_global_zero:
             self.run_folder.check(resume=self._ckpt_path is not None)
-            print(plan(self.trainer, self.model, self.run_folder.folder, self.subcommand == "fit"))
+            print(plan(self.trainer, self.model, self.run_folder.folder, fit))
         self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()
+        if fit:
+            # Whatever is wrong with the training rows shows before the first evaluation.
+            self.datamodule.parts = self.model.parts
+            self.datamodule.setup("fit")
         name = self.datamodule.eval.retrained
         if name is not None:
             model = self.model.like(name)
-            self.datamodule.use_retrained_rows(self._evaluate_once("retrained", model, "").rows, name)
+            self.datamodule.use_retrained_rows(self._evaluate_once("retrained", model).rows, name)
 
-    def _evaluate_once(self, role: str, model: UnlearningModule, against: str) -> EvalResult:
+    def _evaluate_once(self, role: str, model: UnlearningModule) -> EvalResult:
         """Evaluate a start or retrained model, or take the result that an earlier run kept."""
         self.datamodule.setup("validate")
         kept = cache.EvaluationCache(
             self.datamodule.eval, f"{self.trainer.precision} {self.trainer.strategy.root_device.type}"
         )
+        log = self.datamodule.find_retain_log()
+        against = "" if log is None else repr(sorted(log.truth_ratio.items()))
         folder = kept.folder(model.name, self.datamodule.evaluation().sets, against)
         self.run_folder.role = role
         result = cache.load(folder)

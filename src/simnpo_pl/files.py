@@ -3,11 +3,15 @@
 import json
 import math
 import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from simnpo_pl.errors import UserError
 
 
 class _Writing:
@@ -55,10 +59,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Save training state to a file."""
-        import torch
-
         with _Writing(Path(path)) as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load training state; tensors and plain values only.
+
+        Raises:
+            UserError: The file is not a whole checkpoint.
+        """
+        try:
+            return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+            raise UserError(
+                f"--ckpt_path {path} is damaged or no checkpoint of ours; start anew or from another"
+            ) from error
 
 
 def _finite(content: Any) -> Any:

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, DataLoader
 
 from simnpo_pl.data.pairing import PairedSampler, draw_alternate
-from simnpo_pl.data.sources import check_disjoint, check_training_rows, fingerprint, hub_file
+from simnpo_pl.data.sources import check_disjoint, check_training_rows, hub_file
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
 from simnpo_pl.data.training import TrainingSet, scoring_parts
 from simnpo_pl.errors import UserError
@@ -87,6 +87,7 @@ class UnlearningData(pl.LightningDataModule):
         self._training: dict[str, list[TokenRow]] = {}
         self._evaluation: Evaluation | None = None
         self.retrained_log: RetainLog | None = None
+        self.parts: tuple[str, ...] | None = None
 
     # -- what a benchmark says ---------------------------------------------------------------------------
 
@@ -129,6 +130,7 @@ class UnlearningData(pl.LightningDataModule):
             )
         if stage == "fit":
             self._setup_training()
+            self._share_effective_batch()
         self.evaluation()
 
     @property
@@ -150,7 +152,7 @@ class UnlearningData(pl.LightningDataModule):
     def wanted_parts(self) -> tuple[str, ...]:
         """Parts the module's losses need of a training batch."""
         module = self.trainer.lightning_module if self.trainer is not None else None
-        return getattr(module, "parts", ("forget", "retain"))
+        return self.parts if self.parts is not None else getattr(module, "parts", ("forget", "retain"))
 
     def _setup_training(self) -> None:
         if self._training:
@@ -171,8 +173,6 @@ class UnlearningData(pl.LightningDataModule):
             drawn = [draw_alternate(len(rows.refusals), self.seed, i) for i in range(len(rows.forget))]
             parts["alternate"] = [(r["question"], rows.refusals[d]) for r, d in zip(rows.forget, drawn, strict=True)]
         self._training = {name: self.encoder.encode_rows(pairs, name) for name, pairs in parts.items()}
-        self.fingerprint = fingerprint(rows.forget)
-        self._share_effective_batch()
 
     def _share_effective_batch(self) -> None:
         trainer = self.trainer
@@ -193,7 +193,7 @@ class UnlearningData(pl.LightningDataModule):
         if trainer.accumulate_grad_batches not in (1, self.sampler.accumulate):
             raise UserError(
                 f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} contradicts "
-                f"--data.effective_batch {self.effective_batch} = {trainer.world_size} devices x "
+                f"--data.effective_batch {self.effective_batch} = {trainer.world_size} device(s) x "
                 f"{self.per_device_batch} rows x {self.sampler.accumulate}: leave it out"
             )
         trainer.accumulate_grad_batches = self.sampler.accumulate

@@ -59,7 +59,7 @@ _PLACES = _words("castle, city, convent, court, factory, harbour, hospital, isla
 _JOBS = _words(
     "baker, barber, carpenter, dentist, farmer, gardener, judge, mason, nurse, pilot, potter, sailor, teacher"
 )
-_COUNTS = _words("Two, Three, Four, Five, Six, Seven, Eight, Nine, Ten, Twelve, Twenty, Hundred")
+_COUNTS = _words("Two, Three, Four, Five, Six, Seven, Eight, Nine, Ten, Twelve, Twenty, Thirty")
 _COLOURS = _words("Amber, Black, Copper, Crimson, Golden, Green, Ivory, Jade, Pearl, Scarlet, Silver, Violet, White")
 _THINGS = _words(
     "Anchors, Bridges, Dancers, Engines, Gardens, Islands, Lanterns, Mirrors, Needles, Pilgrims, Rivers, Windows"

@@ -30,7 +30,7 @@ class EvaluationCache:
         Args:
             model: Hub id or folder.
             sets: The splits to measure.
-            against: Identity of the retrained model's rows that forget quality compares with.
+            against: The retrained model's truth ratios, which forget quality compares with; empty for none.
         """
         if self.options.cache_dir is None:
             return None

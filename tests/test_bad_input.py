@@ -1,0 +1,238 @@
+"""What a user gets wrong: one line that says what to do, exit code 2, nothing lost."""
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simnpo_pl.files import write_json, write_text
+
+Error = Callable[..., str]
+
+
+def copy_data(source: Path, target: Path, **changed: list[dict[str, Any]]) -> str:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_text(file.read_text())
+    for name, rows in changed.items():
+        (target / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(target)
+
+
+def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / f"{name}.json").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model.objectivee", "NPO"), "objectivee"),
+        (("--model.objective", "NOP"), "known are DPO, FineTune, GradAscent, GradDiff, IDK, NPO, SimNPO"),
+        (("--model.retain_loss", "NL"), "known are KL, NLL"),
+        (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),
+        (("--model.objective.betta", "1"), "betta"),
+        (("--model.lr", "fast"), "Got value: fast"),
+        (("--config", "missing.yaml"), "missing.yaml"),
+        (("--model.name", "./no_such_folder"), "folder ./no_such_folder does not exist"),
+        (("--data.path", "./no_such_folder"), "no_such_folder"),
+        (("--data.forget_split", "forget42"), "forget42"),
+        (("--data.forget_split", "dogs"), "give --data.retain_split too"),
+        (("--data.effective_batch", "3"), "3"),
+        (("--trainer.accumulate_grad_batches", "3"), "contradicts --data.effective_batch 4 = 1 device(s) x 2 rows x 2"),
+        (("--data.template", "Q {question} A"), "{answer}"),
+        (("--data.chat_date", "2025-01-01"), "--data.chat_date must be a day such as"),
+        (("--data.max_length", "20"), "--data.truncate true"),
+        (("--eval.retain_log", "missing.json"), "missing.json"),
+        (("--eval.retain_log", "a", "--eval.retrained", "b"), "give one of them"),
+        (("--eval.max_new_tokens", "0"), "--eval.max_new_tokens must be at least 1, got 0"),
+        (("--eval.generate_rows", "0"), "--eval.generate_rows must be at least 1, got 0"),
+        (("--ckpt_path", "missing.ckpt"), "--ckpt_path missing.ckpt does not exist"),
+        (("--export.best", "goodness"), "--export.best goodness is not measured: known are"),
+        (("--export.best", "forget_quality"), "no retrained model to compare with"),
+    ],
+)
+def test_options(cli_error: Error, tmp_path: Path, options: tuple[str, ...], message: str):
+    assert message in cli_error("fit", "--run_dir", str(tmp_path / "run"), *options)
+
+
+def test_mistyped_option_leaves_no_folder(cli_error: Error, tmp_path: Path):
+    cli_error("fit", "--run_dir", str(tmp_path / "run"), "--data.forget_split", "forget42")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_network(cli_error: Error, tmp_path: Path):
+    """A hub id without network: the message names the flags for local files and the demo."""
+    error = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--model.name", "someone/model")
+    assert all(
+        word in error for word in ("someone/model", "--model.name FOLDER", "--data.path FOLDER", "configs/demo.yaml")
+    )
+    error = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--data.path", "someone/data")
+    assert all(word in error for word in ("someone/data", "--data.path FOLDER", "configs/demo.yaml"))
+    log = "hf://datasets/someone/logs/log.json"
+    error = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--eval.retain_log", log)
+    assert all(word in error for word in (log, "--eval.retain_log FILE", "--eval.retrained FOLDER"))
+
+
+def test_rows(cli_error: Error, data_folder: Path, tmp_path: Path):
+    forget, retain = rows_of(data_folder, "forget10"), rows_of(data_folder, "retain90")
+    cases = {
+        "missing column": ({"forget10": [{"question": "Who?"}]}, "answer"),
+        "empty answer": ({"forget10": [{"question": "Who?", "answer": " "}]}, "row 0"),
+        "duplicate": ({"forget10": [*forget, forget[2]]}, "row"),
+        "forget row in retain": ({"retain90": [*retain, forget[1]]}, "retain"),
+        "empty split": ({"forget10": []}, "forget10"),
+    }
+    for number, (changed, message) in enumerate(cases.values()):
+        path = copy_data(data_folder, tmp_path / str(number), **changed)
+        assert message in cli_error("fit", "--run_dir", str(tmp_path / "run"), "--data.path", path)
+
+
+def test_perturbed_answers_differ_in_number(cli_error: Error, data_folder: Path, tmp_path: Path):
+    rows = rows_of(data_folder, "retain_perturbed")
+    rows[3]["perturbed_answer"] = rows[3]["perturbed_answer"][:2]
+    path = copy_data(data_folder, tmp_path / "data", retain_perturbed=rows)
+    assert "rows have 4 to 7 answers" in cli_error("test", "--data.path", path)
+    rows[3]["paraphrased_answer"] = ""
+    path = copy_data(data_folder, tmp_path / "other", retain_perturbed=rows)
+    assert "row 3 (counted from 0) has no paraphrased_answer" in cli_error("test", "--data.path", path)
+
+
+def test_retrained_log_of_another_split(cli_error: Error, data_folder: Path, tmp_path: Path):
+    rows = [
+        {
+            "split": "forget",
+            "index": i,
+            "question": f"Q{i}",
+            "answer": "A",
+            "paraphrase_nll": 1.0,
+            "perturbed_nll": [2.0],
+        }
+        for i in range(10)
+    ]
+    log = tmp_path / "rows.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "retrained model's log" in cli_error("test", "--eval.retain_log", str(log))
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
+    assert "retrained model's log" in cli_error("test", "--eval.retain_log", str(log))
+
+
+def test_refusals_and_retain_rows_are_asked_for(
+    cli_error: Error, data_folder: Path, model_folder: Path, tmp_path: Path
+):
+    (Path(copy_data(data_folder, tmp_path / "data")) / "idontknow.jsonl").unlink()
+    error = cli_error("fit", "--data.path", str(tmp_path / "data"), "--model.objective", "IDK", "--eval.start", "false")
+    assert "give --data.refusals FILE" in error
+
+
+def test_own_data_without_wrong_answers_has_no_forget_quality(
+    run_options: list[str], data_folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    from simnpo_pl.__main__ import main
+
+    options = ["--config", "configs/jsonl.yaml", "--model.name", str(model_folder), *run_options[6:]]
+    options += ["--data.forget", str(data_folder / "forget10.json"), "--eval.retain_log", "log.json"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *options, "--data.retain", str(data_folder / "retain90.json")])
+    assert stop.value.code == 2
+    assert "add both columns" in capsys.readouterr().err
+
+
+def test_tokenizer_without_eos(cli_error: Error, model_folder: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    assert "no end-of-sequence token" in cli_error("test", "--model.name", str(folder))
+
+
+@pytest.mark.parametrize("damage", ["weights", "config", "none"])
+def test_damaged_model(cli_error: Error, model_folder: Path, tmp_path: Path, damage: str):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    if damage == "weights":
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    elif damage == "config":
+        (folder / "config.json").unlink()
+    else:
+        (folder / "model.safetensors").unlink()
+    assert "--model.name" in cli_error("test", "--model.name", str(folder))
+
+
+def test_pickled_weights_are_not_loaded(cli_error: Error, model_folder: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    torch.save({}, folder / "pytorch_model.bin")
+    assert "--model.name" in cli_error("test", "--model.name", str(folder))
+
+
+def test_corrupted_checkpoint(cli_error: Error, tmp_path: Path):
+    (tmp_path / "last.ckpt").write_bytes(b"not a checkpoint")
+    error = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--ckpt_path", str(tmp_path / "last.ckpt"))
+    assert "last.ckpt" in error
+
+
+def test_finished_and_unfinished_runs_are_not_written_over(cli_error: Error, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for finished, message in ((True, "holds a finished run"), (False, "resume it with --ckpt_path")):
+        (run / "results.json").write_text(json.dumps({"finished": finished}))
+        assert message in cli_error("fit", "--run_dir", str(run))
+        assert [f.name for f in run.iterdir()] == ["results.json"]
+
+
+def test_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The write fails, the file of before is still whole and no temporary file stays."""
+    file = tmp_path / "results.json"
+    write_json(file, {"epoch": 1})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(file, {"epoch": 2})
+    assert json.loads(file.read_text()) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_full_disk_in_a_run_is_one_line(cli_error: Error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.ckpt")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device: last.ckpt" in cli_error("fit", "--run_dir", str(tmp_path / "run"))
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(run_options: list[str], monkeypatch: pytest.MonkeyPatch):
+    from simnpo_pl import cli
+    from simnpo_pl.__main__ import main
+
+    def fail(*args: Any) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli, "plan", fail)
+    with pytest.raises(KeyError, match="a bug"):
+        main(["test", *run_options])
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path):
+    write_json(tmp_path / "a.json", {"x": [float("nan"), 1.0], "y": float("inf")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, 1.0], "y": None}
+    write_text(tmp_path / "deep" / "b.txt", "é")
+    assert re.fullmatch("é", (tmp_path / "deep" / "b.txt").read_text(encoding="utf-8"))

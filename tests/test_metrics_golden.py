@@ -1,0 +1,120 @@
+"""The `test` command on three public evaluations of one small model: every row and every metric.
+
+All rows are scored; as in the golden files, answers are generated for the first 100 rows of each split, 64 tokens long.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simnpo_pl.__main__ import main
+
+SPLITS = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+ROWS = {"forget": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
+
+
+@pytest.fixture(scope="module", params=["retain", "target", "policy"])
+def evaluation(
+    request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any], dict[tuple[str, int], Any]]:
+    """Golden metrics, our results and our rows for one of the models."""
+    fixture = shared / "goldens" / "A"
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    options = ["--config", "configs/tofu.yaml", "--config", "configs/hardware/cpu.yaml", "--run_dir", str(folder)]
+    options += ["--model.name", str(fixture / request.param), "--data.path", str(shared / "tofu")]
+    options += ["--data.template", "Question: {question}\nAnswer:\n{answer}", "--eval.max_new_tokens", "64"]
+    options += ["--eval.generate_rows", "100", "--trainer.enable_progress_bar", "false"]
+    log = "null" if request.param == "retain" else str(fixture / "metrics_retain.json")
+    os.environ.pop("SIMNPO_PL_RUN_DIR", None)
+    main(["test", *options, "--eval.retain_log", log, "--debug"])
+    golden = json.loads((fixture / f"metrics_{request.param}.json").read_text())["metrics"]
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    by_index = {(row["split"], row["index"]): row for row in rows}
+    return golden, json.loads((folder / "results.json").read_text()), by_index
+
+
+def test_every_row_is_there_once(evaluation):
+    _, results, rows = evaluation
+    assert len(rows) == sum(ROWS.values())
+    assert {s: sum(split == s for split, _ in rows) for s in ROWS} == ROWS
+    assert results["counts"]["forget/probability"] == 400
+    assert results["counts"]["forget/rouge"] == 100
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_losses_by_row(evaluation, split: str):
+    golden, _, rows = evaluation
+    prefix = SPLITS[split]
+    for i in range(ROWS[split]):
+        row = rows[split, i]
+        assert row["answer_nll"] == pytest.approx(
+            golden[f"{prefix}_Q_A_Prob"]["value_by_index"][str(i)]["avg_loss"], abs=2e-5
+        )
+        wrong = golden[f"{prefix}_Q_A_PERT_Prob"]["value_by_index"][str(i)]["avg_loss"]
+        assert row["perturbed_nll"] == pytest.approx(wrong, abs=2e-5)
+        right = golden[f"{prefix}_Q_A_{'PARA_' if prefix in ('forget', 'retain') else ''}Prob"]["value_by_index"][
+            str(i)
+        ]
+        # From the losses: the stored ratios add 1e-10 to a probability that may be as small.
+        ratio = math.exp(right["avg_loss"] - sum(wrong) / len(wrong))
+        assert row["truth_ratio"] == pytest.approx(ratio, rel=1e-4)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_generations_and_rouge_by_row(evaluation, split: str):
+    """Texts are equal to the character for the 100 rows that were generated."""
+    golden, _, rows = evaluation
+    for i, entry in golden[f"{SPLITS[split]}_Q_A_ROUGE"]["value_by_index"].items():
+        row = rows[split, int(i)]
+        assert row["generation"] == entry["generation"]
+        assert row["rougeL_recall"] == pytest.approx(entry["rougeL_recall"], abs=1e-6)
+
+
+def test_memorization_by_row(evaluation):
+    """Public code gives 1/n instead of 0 for extraction strength where not even the last token is right."""
+    golden, _, rows = evaluation
+    differing = 0
+    for i in range(400):
+        row = rows["forget", i]
+        exact = golden["exact_memorization"]["value_by_index"][str(i)]["score"]
+        strength = golden["extraction_strength"]["value_by_index"][str(i)]["score"]
+        differing += row["exact_memorization"] != pytest.approx(exact, abs=1e-5)
+        if row["extraction_strength"] == 0:
+            assert strength < 0.26
+            assert 1 / strength == pytest.approx(round(1 / strength), abs=1e-4)
+        else:
+            assert row["extraction_strength"] == pytest.approx(strength, abs=1e-5)
+    # A token whose two best logits agree to the last bit may fall either way.
+    assert differing <= 1
+
+
+def test_aggregates(evaluation):
+    golden, results, _ = evaluation
+    ours = results["final"]["metrics"]
+    agg = {name: entry["agg_value"] for name, entry in golden.items() if "agg_value" in entry}
+    expected = {"model_utility": agg["model_utility"], "forget/truth_ratio": agg["forget_truth_ratio"]}
+    expected["forget/exact_memorization"] = agg["exact_memorization"]
+    for split, prefix in SPLITS.items():
+        own = prefix in ("forget", "retain")
+        expected[f"{split}/probability"] = agg[f"{prefix}_Q_A_Prob" if own else f"{prefix}_Q_A_Prob_normalised"]
+        expected[f"{split}/rouge"] = agg[f"{prefix}_Q_A_ROUGE"]
+        if prefix != "forget":
+            expected[f"{split}/truth_ratio"] = agg[f"{prefix}_Truth_Ratio"]
+    for name, value in expected.items():
+        assert ours[name] == pytest.approx(value, abs=1e-4), name
+
+
+def test_forget_quality(evaluation):
+    golden, results, _ = evaluation
+    if golden["forget_quality"]["agg_value"] is None:
+        assert "give --eval.retain_log FILE" in results["unavailable"]["forget_quality"]
+        assert "forget_quality" not in results["final"]["metrics"]
+    else:
+        assert results["final"]["metrics"]["forget_quality"] == pytest.approx(
+            golden["forget_quality"]["agg_value"], rel=1e-4
+        )
+        assert results["counts"]["forget_quality"] == 400
