@@ -23,7 +23,7 @@ from simnpo_pl.models import frozen_copy, load_causal_lm
 from simnpo_pl.objectives import ForgetLogps, Objective, SimNPO
 from simnpo_pl.optimization import adamw, linear_schedule
 from simnpo_pl.reference import REFERENCE_KEY, Reference
-from simnpo_pl.retain import KL, NLL, RetainLoss
+from simnpo_pl.retain import NLL, RetainLoss
 
 Batch = Mapping[str, dict[str, Tensor]]
 DEFAULT_RETAIN_LOSS = lazy_instance(NLL)
@@ -202,7 +202,7 @@ class UnlearningModule(pl.LightningModule):
 
     def _retain_loss(self, rows: dict[str, Tensor], policy: AnswerStates | None) -> Tensor:
         assert self.retain_loss is not None
-        if isinstance(self.retain_loss, KL) and self.retain_loss.every_position:
+        if self.retain_loss.every_position:
             per_row = self.retain_loss.over_all_positions(rows, self._scorer(), self._reference_scorer())
             return _average(per_row, rows, per_row, self.retain_loss.average_over)
         assert policy is not None

@@ -17,11 +17,15 @@ class RetainLoss(nn.Module):
     average_over: Literal["examples", "tokens"] = "tokens"
     """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
     every_position: bool = False
-    """Whether questions and padding count too; `forward` is then given rows and scorers."""
+    """Whether questions and padding count too; then `over_all_positions` takes the place of `forward`."""
 
     def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
         """Loss of each retain row, `(B,)`."""
         raise TypeError(f"{type(self).__name__} must implement forward(policy, reference) -> Tensor (B,)")
+
+    def over_all_positions(self, rows: Rows, policy: Scorer, reference: Scorer) -> Tensor:
+        """Loss of each row over all T positions, `(B,)`."""
+        raise TypeError(f"{type(self).__name__} must implement over_all_positions(rows, policy, reference)")
 
 
 class NLL(RetainLoss):
