@@ -52,6 +52,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--eval.retain_log", "a", "--eval.retrained", "b"), "give one of them"),
         (("--eval.max_new_tokens", "0"), "--eval.max_new_tokens must be at least 1, got 0"),
         (("--eval.generate_rows", "0"), "--eval.generate_rows must be at least 1, got 0"),
+        (("--run_dir", "null", "--ckpt_path", "last"), "--ckpt_path last needs --run_dir FOLDER"),
         (("--ckpt_path", "missing.ckpt"), "--ckpt_path missing.ckpt does not exist"),
         (("--export.best", "goodness"), "--export.best goodness is not measured: known are"),
         (("--export.best", "forget_quality"), "no retrained model to compare with"),
@@ -120,6 +121,12 @@ def test_retrained_log_of_another_split(cli_error: Error, data_folder: Path, tmp
     assert "retrained model's log" in cli_error("test", "--eval.retain_log", str(log))
     log.write_text("".join(json.dumps(row) + "\n" for row in rows[:7]))
     assert "retrained model's log" in cli_error("test", "--eval.retain_log", str(log))
+
+
+def test_longer_than_the_models_context(cli_error: Error, make_model: Callable[..., Path]):
+    """The tokenizer has no such limit: the model's config sets it."""
+    error = cli_error("test", "--model.name", str(make_model(0, max_position_embeddings=24)))
+    assert re.search(r"\d+ .*24.*--data.truncate true", error)
 
 
 def test_refusals_and_retain_rows_are_asked_for(

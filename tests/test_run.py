@@ -193,7 +193,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path):
             cli("fit", *npo, "--run_dir", str(cut))
     assert not results(cut)["finished"]
     assert not (cut / "model").exists()
-    cli("fit", *npo, "--run_dir", str(cut), "--ckpt_path", str(cut / "last.ckpt"))
+    cli("fit", *npo, "--run_dir", str(cut), "--ckpt_path", "last")
     assert same_weights(whole, cut)
     assert results(cut)["final"] == results(whole)["final"]
     assert results(cut)["epochs"] == results(whole)["epochs"]
@@ -302,7 +302,7 @@ def test_interrupt_saves_what_is_there(run_options: list[str], tmp_path: Path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert f"--ckpt_path {folder / 'last.ckpt'}" in err
+    assert f"--run_dir {folder} --ckpt_path last" in err
     assert torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
     assert results(folder)["epochs"]
     assert not results(folder)["finished"]

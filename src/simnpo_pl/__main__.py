@@ -1,8 +1,10 @@
 """`python -m simnpo_pl`: runs the command line; a mistake of the user is one line and exit code 2."""
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 HELP = """usage: python -m simnpo_pl COMMAND --config FILE [--config OVERLAY ...] [--OPTION VALUE ...]
 
@@ -35,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if debug:
         arguments.remove("--debug")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not hub_has_a_name():
+        # Without network the hub's client would retry for half a minute before it looks into its cache.
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         from simnpo_pl.cli import run
 
@@ -47,6 +52,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def hub_has_a_name() -> bool:
+    """Whether the hub's host name resolves; behind a proxy that is for the proxy to know."""
+    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        return bool(socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
 
 
 def user_message(error: BaseException) -> str | None:

@@ -89,9 +89,14 @@ class UnlearningCLI(LightningCLI):
             raise
 
     def before_instantiate_classes(self) -> None:
-        """Our table takes the place of Lightning's."""
-        if "verbose" in self.config[self.subcommand]:
-            self.config[self.subcommand].verbose = False
+        """Our table takes the place of Lightning's; the last checkpoint is the run folder's."""
+        config = self.config[self.subcommand]
+        if "verbose" in config:
+            config.verbose = False
+        if config.ckpt_path == "last":
+            if config.run_dir is None:
+                raise UserError("--ckpt_path last needs --run_dir FOLDER, the run to go on with")
+            config.ckpt_path = str(Path(config.run_dir).expanduser() / "last.ckpt")
 
     def _parse_ckpt_path(self) -> None:
         """Flags and config stand; a checkpoint brings weights and training state only."""
@@ -128,7 +133,7 @@ class UnlearningCLI(LightningCLI):
             if not self.run_folder.interrupted:
                 raise
             checkpoint = self.run_folder.folder / "last.ckpt"
-            how = f"; go on with --run_dir {checkpoint.parent} --ckpt_path {checkpoint}" if checkpoint.is_file() else ""
+            how = f"; go on with --run_dir {checkpoint.parent} --ckpt_path last" if checkpoint.is_file() else ""
             print(f"interrupted{how}", file=sys.stderr)
             sys.exit(130)
 

@@ -32,6 +32,27 @@ def load_tokenizer(name: str) -> Any:
         raise _unavailable(name, "tokenizer", error) from error
 
 
+def context_length(name: str) -> int | None:
+    """Longest sequence a model was made for, tokens; None where its config does not say.
+
+    Args:
+        name: Hub id or folder.
+
+    Raises:
+        UserError: The config cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(_resolve(name)).get_text_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unavailable(name, "config", error) from error
+    length = getattr(config, "max_position_embeddings", None)
+    return int(length) if length else None
+
+
 def load_causal_lm(name: str, dtype: str = "float32", attn_implementation: str | None = None) -> Any:
     """Causal language model, in eval mode as transformers gives it.
 

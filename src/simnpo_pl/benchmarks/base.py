@@ -20,7 +20,7 @@ from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalBatches, generation_batches, scoring_batches
 from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log
-from simnpo_pl.models import load_tokenizer
+from simnpo_pl.models import context_length, load_tokenizer
 
 QA = Mapping[str, Any]
 
@@ -52,7 +52,7 @@ class UnlearningData(pl.LightningDataModule):
         system_prompt: System message, where the chat template is used; null for that template's own.
         chat_date: Date that chat templates write into the prompt, such as "26 Jul 2024"; fixed, so that results
             do not change by day.
-        max_length: Longest sequence, tokens; null takes the tokenizer's limit.
+        max_length: Longest sequence, tokens; null takes the limit of tokenizer and model.
         truncate: Whether longer sequences are cut at the end of the answer instead of being refused.
         effective_batch: Forget rows per optimizer step, over all devices; as many retain rows come with them.
         per_device_batch: Forget rows per forward pass on one device, at most.
@@ -119,11 +119,10 @@ class UnlearningData(pl.LightningDataModule):
             if self.tokenizer_name is None:
                 raise UserError("no tokenizer: give --model.name, or tokenizer= to the data module in Python")
             self.tokenizer = load_tokenizer(self.tokenizer_name)
-            limit = self.tokenizer.model_max_length
             self.encoder = PromptTemplate(
                 self.tokenizer,
                 self.template,
-                self.max_length or (limit if limit < 10**9 else None),
+                self.max_length or self._context(self.tokenizer_name),
                 self.truncate,
                 system_prompt=self.system_prompt,
                 date=self.chat_date,
@@ -132,6 +131,12 @@ class UnlearningData(pl.LightningDataModule):
             self._setup_training()
             self._share_effective_batch()
         self.evaluation()
+
+    def _context(self, name: str) -> int | None:
+        """The shorter of the tokenizer's and the model's limit, tokens; None where neither has one."""
+        limits = [self.tokenizer.model_max_length, context_length(name)]
+        # Tokenizers without a limit report an astronomical one.
+        return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 
     @property
     def pad_id(self) -> int:

@@ -62,8 +62,8 @@ class RunFolder(Callback):
                 )
             if not resume:
                 raise UserError(
-                    f"--run_dir {self.folder} holds an unfinished run; resume it with --ckpt_path "
-                    f"{self.folder / 'last.ckpt'}, or give another folder"
+                    f"--run_dir {self.folder} holds an unfinished run; resume it with --ckpt_path last, "
+                    "or give another folder"
                 )
             for key in ("start", "retrained", "epochs", "seconds", "data"):
                 if key in earlier:
