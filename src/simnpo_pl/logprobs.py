@@ -90,6 +90,10 @@ class AnswerStates:
         """Sum values `(S,)` of scored positions within each row: `(B,)`."""
         return values.new_zeros(self.size).index_add(0, self.rows, values)
 
+    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy of logits `(S, V)` against distributions `(S, V)`: `(S,)` nats."""
+        return logits.logsumexp(dim=-1) - (target * logits).sum(dim=-1)
+
     @torch.no_grad()
     def token_scores(self) -> TokenScores:
         """Log-prob and correctness of every scored token, without gradient."""

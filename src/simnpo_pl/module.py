@@ -20,7 +20,7 @@ from simnpo_pl.evaluation.scoring import score_rows
 from simnpo_pl.generation import greedy
 from simnpo_pl.logprobs import AnswerStates, Scorer
 from simnpo_pl.models import frozen_copy, load_causal_lm
-from simnpo_pl.objectives import ForgetLogps, Objective, SimNPO
+from simnpo_pl.objectives import ForgetInputs, Objective, SimNPO
 from simnpo_pl.optimization import adamw, linear_schedule
 from simnpo_pl.reference import REFERENCE_KEY, Reference
 from simnpo_pl.retain import NLL, RetainLoss
@@ -108,9 +108,11 @@ class UnlearningModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
-        parts = [name for name in ("forget", "alternate") if name in self.objective.needs]
         if "reference" in self.objective.needs and not self._reference.totals and hasattr(self._data, "scoring_parts"):
-            moved = (self.transfer_batch_to_device(batch, self.device, 0) for batch in self._data.scoring_parts(parts))
+            moved = (
+                self.transfer_batch_to_device(batch, self.device, 0)
+                for batch in self._data.scoring_parts(self._scored_parts)
+            )
             self._reference.fill(moved, self._data.train_rows, self._reference_scorer(resident=False))
         if self._keeps_reference:
             self._reference_scorer()
@@ -125,7 +127,8 @@ class UnlearningModule(pl.LightningModule):
     @property
     def _keeps_reference(self) -> bool:
         """Whether every step runs the reference model."""
-        return self._retains and self.retain_loss is not None and self.retain_loss.needs_reference
+        retains = self._retains and self.retain_loss is not None and self.retain_loss.needs_reference
+        return retains or "reference_logits" in self.objective.needs
 
     def _reference_scorer(self, resident: bool = True) -> Scorer:
         """Scorer of the reference; one that is not resident is dropped after its use.
@@ -150,9 +153,9 @@ class UnlearningModule(pl.LightningModule):
     @property
     def parts(self) -> tuple[str, ...]:
         """Parts a training batch must have, such as forget and retain."""
-        asked = self.objective.needs | ({"retain"} if self._retains else set())
         # The forget rows set the epoch even where only their refusals are scored.
-        return ("forget", *sorted(asked - {"forget", "reference"}))
+        alternate = ("alternate",) if "alternate" in self.objective.needs else ()
+        return ("forget", *alternate, *(("retain",) if self._retains else ()))
 
     @property
     def _retains(self) -> bool:
@@ -165,27 +168,20 @@ class UnlearningModule(pl.LightningModule):
             batch: Parts `forget`, `retain` and, where the objective asks for it, `alternate`; each with
                 `input_ids`, `labels` (-100 where not scored) and `attention_mask`, `(B, T)`. A part may bring
                 `reference_logps` `(B,)`, nats; without them the reference model is run. It may bring the
-                weights of its rows in a larger batch, `row_share` and `token_share` `(B,)`.
+                weights of its rows in a larger batch, see `TrainingSet`.
 
         Returns:
             `loss`, `forget_loss` and `retain_loss`, scalars; the latter two before their weights.
         """
-        needs = self.objective.needs
-        parts: dict[str, dict[str, Tensor]] = {name: batch[name] for name in ("forget", "alternate") if name in needs}
+        scored = self._scored_parts
+        parts: dict[str, dict[str, Tensor]] = {name: batch[name] for name in scored}
         joint = self._retains and self.retain_loss is not None and not self.retain_loss.every_position
         states = self._scorer()({**parts, "retain": batch["retain"]} if joint else parts)
-        logps = {name: states[name].logps() for name in parts}
-        references = {name: self._reference_totals(name, batch[name]) for name in parts if "reference" in needs}
-        per_row = self.objective(
-            ForgetLogps(
-                forget=logps.get("forget"),
-                alternate=logps.get("alternate"),
-                reference_forget=references.get("forget"),
-                reference_alternate=references.get("alternate"),
-            )
-        )
-        counted = "forget" if "forget" in parts else "alternate"
-        forget_loss = _average(per_row, batch[counted], logps[counted].length, self.objective.average_over)
+        per_row = self.objective(self._objective_inputs(parts, states))
+        counted = scored[0]
+        lengths = states[counted].lengths()
+        average_over, skipped = self.objective.average_over, self.objective.skipped_tokens
+        forget_loss = _average(per_row, batch[counted], lengths, average_over, skipped)
         retain_loss = (
             self._retain_loss(batch["retain"], states.get("retain")) if self._retains else per_row.new_zeros(())
         )
@@ -193,6 +189,29 @@ class UnlearningModule(pl.LightningModule):
         if self._retains:
             loss = loss + self.retain_weight * retain_loss
         return {"loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss}
+
+    @property
+    def _scored_parts(self) -> list[str]:
+        """Parts of which the policy scores the answers for the objective; the first sets the averages."""
+        needs = self.objective.needs
+        return [name for name in ("forget", "alternate") if name in needs or (name == "forget" and "states" in needs)]
+
+    def _objective_inputs(self, parts: dict[str, dict[str, Tensor]], states: dict[str, AnswerStates]) -> ForgetInputs:
+        needs = self.objective.needs
+        logps = {name: states[name].logps() for name in parts if name in needs}
+        totals = {name: self._reference_totals(name, parts[name]) for name in logps if "reference" in needs}
+        reference_logits = None
+        if "reference_logits" in needs:
+            with torch.no_grad():
+                reference_logits = self._reference_scorer()({"forget": parts["forget"]})["forget"].logits()
+        return ForgetInputs(
+            forget=logps.get("forget"),
+            alternate=logps.get("alternate"),
+            reference_forget=totals.get("forget"),
+            reference_alternate=totals.get("alternate"),
+            states=states["forget"] if "states" in needs else None,
+            reference_logits=reference_logits,
+        )
 
     def _reference_totals(self, name: str, rows: dict[str, Tensor]) -> Tensor:
         if REFERENCE_KEY in rows:
@@ -335,10 +354,19 @@ class UnlearningModule(pl.LightningModule):
                 raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
 
 
-def _average(per_row: Tensor, rows: Mapping[str, Tensor], lengths: Tensor, over: str) -> Tensor:
-    """Mean of per-row losses `(B,)` over examples or tokens, within the effective batch the rows belong to."""
-    if over == "tokens":
-        shares = rows["token_share"] if "token_share" in rows else lengths / lengths.sum()
-    else:
-        shares = rows["row_share"] if "row_share" in rows else torch.full_like(per_row, 1 / len(per_row))
-    return (per_row * shares).sum()
+def _average(per_row: Tensor, rows: Mapping[str, Tensor], lengths: Tensor, over: str, skipped: int = 0) -> Tensor:
+    """Mean of per-row losses `(B,)` over examples or tokens, within the effective batch the rows belong to.
+
+    Args:
+        per_row: Loss of each row.
+        rows: A part of a batch; alone, or with `weight`, `step_rows` and `step_tokens`.
+        lengths: Scored tokens of each row.
+        over: `examples` or `tokens`.
+        skipped: Tokens of each row that the loss leaves out.
+    """
+    weights = rows["weight"] if "weight" in rows else torch.ones_like(per_row)
+    count = rows["step_rows"] if "step_rows" in rows else weights.sum()
+    if over == "examples":
+        return (per_row * weights).sum() / count
+    tokens = rows["step_tokens"] if "step_tokens" in rows else lengths.sum()
+    return (per_row * weights * (lengths - skipped)).sum() / (tokens - skipped * count)

@@ -1,4 +1,4 @@
-"""Training rows as batches: each micro-batch brings its rows' shares of the whole effective batch."""
+"""Training rows as batches: each micro-batch says how large the effective batch it is part of."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,10 +16,10 @@ Part = dict[str, Tensor]
 class TrainingSet(Dataset[dict[str, Part]]):
     """Makes the batch of a `MicroBatch`.
 
-    A part holds `input_ids`, `labels`, `attention_mask` `(B, T)`, `index` `(B,)`, and each row's weight in the
-    mean over the effective batch: `row_share` in the mean over examples and `token_share` in the mean over scored
-    tokens, `(B,)`. Over all micro-batches and processes of an optimizer step either sums to one, so the loss
-    does not depend on how the effective batch is cut.
+    A part holds `input_ids`, `labels`, `attention_mask` `(B, T)` and `index` `(B,)`; and, so that a mean over the
+    effective batch does not depend on how it is cut: `weight` `(B,)`, 0 for a filler row and else 1, and
+    `step_rows` and `step_tokens`, the rows and scored tokens of the whole effective batch, scalars. Sums weighted by
+    these add up over micro-batches and processes to the mean.
 
     Args:
         rows: `forget` rows, and `retain` and `alternate` rows where the losses need them; alternates are one
@@ -38,13 +38,12 @@ class TrainingSet(Dataset[dict[str, Part]]):
 
     def _part(self, name: str, indices: Sequence[int], step: Sequence[int], real: Sequence[bool]) -> Part:
         rows = self.rows[name]
-        weight = torch.tensor(real, dtype=torch.float32)
-        lengths = torch.tensor([rows[i].length for i in indices], dtype=torch.float32)
         return {
             **collate([rows[i] for i in indices], self.pad_id),
             "index": torch.tensor(indices),
-            "row_share": weight / len(step),
-            "token_share": weight * lengths / sum(rows[i].length for i in step),
+            "weight": torch.tensor(real, dtype=torch.float32),
+            "step_rows": torch.tensor(float(len(step))),
+            "step_tokens": torch.tensor(float(sum(rows[i].length for i in step))),
         }
 
 

@@ -1,0 +1,22 @@
+"""Forget objectives, one class each; a config names one by its class, so a new one needs no other change."""
+
+from simnpo_pl.objectives.base import ForgetInputs, Objective
+from simnpo_pl.objectives.likelihood import IDK, FineTune, GradAscent, GradDiff
+from simnpo_pl.objectives.preference import DPO, NPO, SimNPO
+from simnpo_pl.objectives.tokens import CEU, UNDIAL, WGA, SatImp
+
+__all__ = [
+    "CEU",
+    "DPO",
+    "IDK",
+    "NPO",
+    "UNDIAL",
+    "WGA",
+    "FineTune",
+    "ForgetInputs",
+    "GradAscent",
+    "GradDiff",
+    "Objective",
+    "SatImp",
+    "SimNPO",
+]

@@ -1,0 +1,84 @@
+"""What an objective is: from scored answers to one loss per forget row.
+
+It knows no model, tokenizer or data. It states in `needs` what it reads and in `average_over` how rows are averaged.
+"""
+
+import math
+from typing import ClassVar, Literal, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.logprobs import AnswerLogps, AnswerStates
+
+T = TypeVar("T")
+Need = Literal["forget", "alternate", "reference", "states", "reference_logits"]
+
+
+class ForgetInputs(NamedTuple):
+    """What an objective may read of a forget batch of B rows with S scored tokens; None where it did not ask for it."""
+
+    forget: AnswerLogps | None = None
+    """Policy, forget answers."""
+    alternate: AnswerLogps | None = None
+    """Policy, refusals in place of the forget answers."""
+    reference_forget: Tensor | None = None
+    """`(B,)` reference, forget answers: sum of log-probs, nats."""
+    reference_alternate: Tensor | None = None
+    """`(B,)` reference, refusals: sum of log-probs, nats."""
+    states: AnswerStates | None = None
+    """Policy, every scored token of the forget answers."""
+    reference_logits: Tensor | None = None
+    """`(S, V)` reference, logits at these tokens."""
+
+
+class Objective(nn.Module):
+    """Base of all forget objectives; subclasses implement `forward`.
+
+    `forward(inputs: ForgetInputs) -> Tensor` gives the loss of each row, `(B,)`, which is minimised.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"forget"})
+    """Fields of `ForgetInputs` it reads; `reference` gives those of the reference beside `forget` and `alternate`."""
+    average_over: ClassVar[Literal["examples", "tokens"]] = "examples"
+    """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
+    skipped_tokens: ClassVar[int] = 0
+    """Scored tokens at the start of every answer that a mean over tokens leaves out."""
+    default_forget_weight: ClassVar[float] = 1.0
+    """Coefficient of the forget loss where the user names none."""
+    default_retain_weight: ClassVar[float] = 1.0
+    """Coefficient of the retain loss where the user names none; 0 drops the retain term."""
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        """Loss of each row, `(B,)`."""
+        raise TypeError(f"{type(self).__name__} must implement forward(inputs) -> Tensor (B,)")
+
+
+def positive(name: str, value: float) -> float:
+    """A hyper-parameter that must be above 0.
+
+    Raises:
+        UserError: It is not, or is not finite.
+    """
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(
+            f"--model.objective.{name} must be a number above 0, got {value}: the usual range is 0.05 to 10"
+        )
+    return value
+
+
+def not_negative(name: str, value: float) -> float:
+    """A hyper-parameter that must be at least 0.
+
+    Raises:
+        UserError: It is not, or is not finite.
+    """
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"--model.objective.{name} must be a number of at least 0, got {value}")
+    return value
+
+
+def given(value: T | None) -> T:
+    """An input that the objective asked for."""
+    assert value is not None, "an objective read what its `needs` does not name"
+    return value

@@ -1,0 +1,50 @@
+"""Objectives on the likelihood of whole answers: ascent, descent, refusals."""
+
+from torch import Tensor
+
+from simnpo_pl.objectives.base import ForgetInputs, Objective, given
+
+
+class GradDiff(Objective):
+    """Gradient difference: ascend on forget answers, descend on the retain loss.
+
+    Loss of a row is its mean log-prob per token; averaged over tokens this is minus the
+    cross-entropy of the forget batch (Liu et al. 2022; TOFU, Maini et al. 2024, section 4).
+    """
+
+    average_over = "tokens"
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        """Mean log-prob of each forget answer, nats per token, `(B,)`."""
+        return given(inputs.forget).mean
+
+
+class GradAscent(GradDiff):
+    """Gradient ascent on forget answers alone; no retain term (SimNPO paper, section 3)."""
+
+    default_retain_weight = 0.0
+
+
+class FineTune(Objective):
+    """Plain fine-tuning: cross-entropy on the answers of the training rows.
+
+    Makes start models and retrained models, and is the relearning attack (SimNPO paper, section 6).
+    """
+
+    average_over = "tokens"
+    default_retain_weight = 0.0
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        """Mean negative log-likelihood of each answer, nats per token, `(B,)`."""
+        return -given(inputs.forget).mean
+
+
+class IDK(Objective):
+    """Cross-entropy on a refusal in place of the forget answer (TOFU, section 4)."""
+
+    needs = frozenset({"alternate"})
+    average_over = "tokens"
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        """Mean negative log-likelihood of each refusal, nats per token, `(B,)`."""
+        return -given(inputs.alternate).mean

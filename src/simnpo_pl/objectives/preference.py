@@ -1,0 +1,77 @@
+"""Preference objectives: a log-sigmoid bounds how far an answer is pushed down."""
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from simnpo_pl.objectives.base import ForgetInputs, Objective, given, not_negative, positive
+
+
+class NPO(Objective):
+    """Negative preference optimization (Zhang et al. 2024, equation 3; SimNPO paper, equation 2).
+
+    `-(2 / beta) * log sigmoid(-beta * (L - L_ref))` with L and L_ref the answer's log-prob under
+    policy and reference, summed over tokens, in nats.
+
+    Args:
+        beta: Inverse temperature, above 0, per nat of the summed log-ratio. Towards 0 the loss
+            becomes gradient ascent.
+    """
+
+    needs = frozenset({"forget", "reference"})
+
+    def __init__(self, beta: float = 0.1) -> None:
+        super().__init__()
+        self.beta = positive("beta", beta)
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        """NPO loss of each forget row, `(B,)`."""
+        log_ratio = given(inputs.forget).total - given(inputs.reference_forget)
+        return -2 / self.beta * logsigmoid(-self.beta * log_ratio)
+
+
+class DPO(Objective):
+    """Direct preference optimization with a refusal preferred to the forget answer.
+
+    `-(2 / beta) * log sigmoid(beta * [(L_a - L_ref_a) - (L - L_ref)])`, log-probs summed over tokens,
+    in nats; a is the refusal (Rafailov et al. 2023, equation 7, scaled as NPO is).
+
+    Args:
+        beta: Inverse temperature, above 0, per nat of the summed log-ratio.
+    """
+
+    needs = frozenset({"forget", "alternate", "reference"})
+
+    def __init__(self, beta: float = 0.1) -> None:
+        super().__init__()
+        self.beta = positive("beta", beta)
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        """DPO loss of each forget row, `(B,)`."""
+        forget = given(inputs.forget).total - given(inputs.reference_forget)
+        alternate = given(inputs.alternate).total - given(inputs.reference_alternate)
+        return -2 / self.beta * logsigmoid(self.beta * (alternate - forget))
+
+
+class SimNPO(Objective):
+    """Simple NPO: no reference, log-probs normalised by answer length (SimNPO paper, equation 4).
+
+    `-(2 / beta) * log sigmoid(-(beta / n) * L - gamma)` with L the answer's summed log-prob in nats and
+    n its number of scored tokens. Defaults are the paper's for TOFU forget10; for forget05 it uses
+    beta 2.5 and forget_weight 0.1375.
+
+    Args:
+        beta: Inverse temperature, above 0, per nat per token.
+        gamma: Margin, added outside beta and at least 0. A margin `delta` that stands inside beta, as in
+            the official TOFU code and open-unlearning, is `gamma = beta * delta`.
+    """
+
+    default_forget_weight = 0.125
+
+    def __init__(self, beta: float = 4.5, gamma: float = 0.0) -> None:
+        super().__init__()
+        self.beta = positive("beta", beta)
+        self.gamma = not_negative("gamma", gamma)
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        """SimNPO loss of each forget row, `(B,)`."""
+        return -2 / self.beta * logsigmoid(-self.beta * given(inputs.forget).mean - self.gamma)
