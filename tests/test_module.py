@@ -190,11 +190,17 @@ def test_gradient_checkpointing_changes_nothing(fit: Callable[..., Any]):
 
 def test_objectives_move_the_policy_their_way(fit: Callable[..., Any]):
     """Forgetting lowers NPO's loss from its start at (2 / beta) log 2; fine-tuning lowers the cross-entropy."""
+
+    def first_and_last_epoch(name: str, steps: list[dict[str, float]]) -> tuple[float, float]:
+        values = [step[f"train/{name}"] for step in steps]
+        return sum(values[:3]) / 3, sum(values[-3:]) / 3
+
     _, steps, _ = fit(NPO(beta=0.1), epochs=8)
-    assert steps[-1]["train/forget_loss"] < 0.5 * steps[0]["train/forget_loss"]
-    assert steps[-1]["train/retain_loss"] < steps[0]["train/retain_loss"]
-    _, steps, _ = fit(FineTune(), epochs=8)
-    assert steps[-1]["train/forget_loss"] < 0.95 * steps[0]["train/forget_loss"]
+    first, last = first_and_last_epoch("forget_loss", steps)
+    assert last < 0.5 * first
+    _, steps, _ = fit(FineTune(), epochs=12)
+    first, last = first_and_last_epoch("forget_loss", steps)
+    assert last < 0.8 * first
 
 
 def test_parts_asked_for():
