@@ -59,6 +59,9 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--ckpt_path", "missing.ckpt"), "--ckpt_path missing.ckpt does not exist"),
         (("--export.best", "goodness"), "--export.best goodness is not measured: known are"),
         (("--export.best", "forget_quality"), "no retrained model to compare with"),
+        (("--export.best", "model_utility", "--trainer.check_val_every_n_epoch", "9"), "evaluates none of 2"),
+        (("--trainer.limit_val_batches", "0"), "above 0"),
+        (("--trainer.accelerator", "gpu"), "gpu backend"),
     ],
 )
 def test_options(cli_error: Error, tmp_path: Path, options: tuple[str, ...], message: str):
@@ -195,6 +198,17 @@ def test_corrupted_checkpoint(cli_error: Error, tmp_path: Path):
     (tmp_path / "last.ckpt").write_bytes(b"not a checkpoint")
     error = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--ckpt_path", str(tmp_path / "last.ckpt"))
     assert "last.ckpt" in error
+
+
+def test_answers_are_not_written_over(cli_error: Error, tmp_path: Path):
+    (tmp_path / "predictions.jsonl").write_text("")
+    assert "holds predictions.jsonl" in cli_error("predict", "--run_dir", str(tmp_path))
+
+
+def test_weights_are_no_checkpoint(cli_error: Error, model_folder: Path, tmp_path: Path):
+    weights = str(model_folder / "model.safetensors")
+    error = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--ckpt_path", weights, "--eval.start", "false")
+    assert "is damaged or no checkpoint of ours" in error
 
 
 def test_finished_and_unfinished_runs_are_not_written_over(cli_error: Error, tmp_path: Path):

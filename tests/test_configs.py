@@ -47,7 +47,7 @@ def included(part: Any, whole: Any) -> bool:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda f: str(f.relative_to(ROOT)))
 def test_header_has_its_command(config: Path):
     head = "".join(line for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert "python -m simnpo_pl" in head or "Overlay" in head
+    assert "python -m simnpo_pl" in head or (head.startswith("# Overlay: ") and "hardware" in config.parts)
 
 
 def test_another_objective_starts_from_its_own_defaults(capsys: pytest.CaptureFixture[str]):
@@ -61,6 +61,14 @@ def test_another_objective_starts_from_its_own_defaults(capsys: pytest.CaptureFi
     assert npo["forget_weight"] is None
     npo = resolved([*forget05, "--model.objective=NPO", "--model.objective.beta=0.2"], capsys)["model"]
     assert npo["objective"]["init_args"] == {"beta": 0.2}
+
+
+def test_flags_outlive_a_change_of_objective(capsys: pytest.CaptureFixture[str]):
+    forget05 = ["fit", "--config", "configs/tofu.yaml", "--config", "configs/tofu_forget05.yaml"]
+    npo = resolved([*forget05, "--model.forget_weight", "0.3", "--model.objective", "NPO"], capsys)["model"]
+    assert npo["forget_weight"] == 0.3
+    npo = resolved([*forget05, "--model.objective.class_path", "NPO"], capsys)["model"]
+    assert npo["objective"]["init_args"] == {"beta": 0.1}
 
 
 def test_overlay_that_names_another_objective(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -103,6 +103,11 @@ def test_tensorboard_events(finished: Path):
     assert scalars >= {"train/loss", "train/forget_loss", "train/retain_loss", "model_utility", "forget/probability"}
     assert scalars >= {"forget_quality/log10_p", "retain/probability", "lr-AdamW/pg1"}
     assert len(events.Scalars("train/loss")) == 6
+    start = results(finished)["start"]["metrics"]
+    for name in ("forget/probability", "model_utility"):
+        logged = events.Scalars(name)
+        assert [event.step for event in logged] == [0, 2, 5]
+        assert logged[0].value == pytest.approx(start[name], rel=1e-5)
     assert "samples/text_summary" in events.Tags()["tensors"]
 
 
@@ -130,6 +135,64 @@ def test_test_command_repeats_the_final_evaluation(cli: CLI, finished: Path, oth
         cli("test", *options, "--run_dir", str(folder))
         final = results(folder)["final"]["metrics"]
         assert final == pytest.approx(results(finished)["final"]["metrics"], rel=1e-4)
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_compare_with_a_retrained_model(cli: CLI, finished: Path, other_folder: Path, tmp_path: Path, command: str):
+    """The two models' numbers are kept apart, with the retrained one evaluated now or taken from the cache."""
+    for number in range(2):
+        folder = tmp_path / str(number)
+        options = ["--eval.retrained", str(other_folder), "--eval.cache_dir", str(tmp_path / "cache")]
+        cli(command, "--model.name", str(finished / "model"), *options, "--run_dir", str(folder))
+        content = results(folder)
+        assert content["finished"]
+        assert content["retrained"]["metrics"] == pytest.approx(results(finished)["retrained"]["metrics"], nan_ok=True)
+        assert content["final"]["metrics"] == pytest.approx(results(finished)["final"]["metrics"], rel=1e-4)
+        assert (folder / "rows.jsonl").is_file()
+
+
+def test_limited_evaluation_is_not_kept(cli: CLI, tmp_path: Path):
+    options = ["--eval.cache_dir", str(tmp_path / "cache"), "--trainer.max_steps", "1", "--eval.final", "false"]
+    cli("fit", *options, "--trainer.limit_val_batches", "1", "--run_dir", str(tmp_path / "limited"))
+    cli("fit", *options, "--run_dir", str(tmp_path / "whole"))
+    assert set(results(tmp_path / "whole")["start"]["metrics"]) >= METRICS
+    assert all(value is not None for value in results(tmp_path / "whole")["start"]["metrics"].values())
+
+
+def test_resume_with_other_rows_scores_the_reference_again(cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The checkpoint's reference log-probs serve the same rows and model only."""
+    from simnpo_pl.reference import Reference
+
+    fills = []
+    fill = Reference.fill
+    monkeypatch.setattr(Reference, "fill", lambda *a: (fills.append(1), fill(*a))[1])
+    npo = ["--model.objective", "NPO", "--eval.start", "false", "--eval.final", "false"]
+    cli("fit", *npo, "--run_dir", str(tmp_path / "first"))
+    assert len(fills) == 1
+    more = ["--ckpt_path", str(tmp_path / "first" / "last.ckpt"), "--trainer.max_epochs", "3"]
+    cli("fit", *npo, *more, "--run_dir", str(tmp_path / "same"))
+    assert len(fills) == 1
+    cli("fit", *npo, *more, "--run_dir", str(tmp_path / "other"), "--data.train_split", "forget10[:6]")
+    assert len(fills) == 2
+
+
+def test_steps_instead_of_epochs(cli: CLI, tmp_path: Path):
+    steps = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "4", "--eval.start", "false"]
+    cli("fit", *steps, "--run_dir", str(tmp_path / "run"))
+    assert results(tmp_path / "run")["finished"]
+
+
+def test_model_of_nan_is_told(cli: CLI, model_folder: Path, tmp_path: Path):
+    """Weights that are not numbers give no numbers, and a warning that names a row."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "nan")
+    with pytest.warns(UserWarning, match="the model's loss on forget row 0 is not finite"):
+        cli("test", "--model.name", str(tmp_path / "nan"), "--run_dir", str(tmp_path / "run"))
+    final = results(tmp_path / "run")["final"]["metrics"]
+    assert final["forget/probability"] is final["forget/extraction_strength"] is final["model_utility"] is None
 
 
 def test_validate_and_predict(cli: CLI, finished: Path, tmp_path: Path):
@@ -198,6 +261,33 @@ def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path):
     assert results(cut)["final"] == results(whole)["final"]
     assert results(cut)["epochs"] == results(whole)["epochs"]
     assert results(cut)["start"] == results(whole)["start"]
+
+
+def test_run_that_was_stopped_before_its_export_is_completed(cli: CLI, tmp_path: Path):
+    """Stopped between the last epoch and the export: resuming trains nothing, exports and evaluates."""
+    import shutil
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cli("fit", "--run_dir", str(whole))
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "model")
+    (cut / "results.json").write_text(json.dumps({**results(whole), "finished": False, "final": None}))
+    cli("fit", "--run_dir", str(cut), "--ckpt_path", "last")
+    assert same_weights(whole, cut)
+    assert results(cut)["final"]["metrics"] == pytest.approx(results(whole)["final"]["metrics"], rel=1e-6)
+    assert results(cut)["epochs"] == results(whole)["epochs"]
+
+
+def test_stop_in_the_middle_of_an_epoch(cli: CLI, tmp_path: Path):
+    """The final evaluation is of the weights after the last step, not of the epoch before."""
+    folder = tmp_path / "run"
+    cli("fit", "--trainer.max_steps", "5", "--run_dir", str(folder))
+    content = results(folder)
+    assert [e["step"] for e in content["epochs"]] == [3]
+    assert content["final"]["metrics"]["forget/probability"] != content["epochs"][0]["metrics"]["forget/probability"]
+    cli("test", "--model.name", str(folder / "model"), "--run_dir", str(tmp_path / "check"))
+    final, check = content["final"]["metrics"], results(tmp_path / "check")["final"]["metrics"]
+    assert final == pytest.approx(check, rel=1e-5)
 
 
 def test_flags_win_over_the_checkpoint(cli: CLI, finished: Path, tmp_path: Path):

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 from simnpo_pl.data.sources import (
     check_disjoint,
     check_training_rows,
-    fingerprint,
     load_jsonl,
     load_lines,
     load_split,
@@ -241,13 +239,6 @@ def test_overlap_of_forget_and_retain_is_refused() -> None:
     message = "2 of 4 forget rows are also retain rows; the first is forget row 2 = retain row 1, counted from 0"
     with pytest.raises(UserError, match=message):
         check_disjoint(rows(4), [{"question": "q9", "answer": "a"}, *rows(2, start=2), *rows(1, start=2)])
-
-
-def test_fingerprint_follows_content_and_order_only() -> None:
-    assert fingerprint([{"question": "q", "answer": "é"}]) == fingerprint([{"answer": "é", "question": "q"}])
-    text = b'{"answer": "a0", "question": "q0"}\n{"answer": "a1", "question": "q1"}\n'
-    assert fingerprint(rows(2)) == hashlib.sha256(text).hexdigest()[:16]
-    assert len({fingerprint(r) for r in (rows(2), rows(2)[::-1], rows(3), [], [{"question": "q0a0"}])}) == 5
 
 
 @pytest.mark.skipif(SHARED is None, reason="SIMNPO_PL_SHARED is not set")

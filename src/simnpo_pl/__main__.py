@@ -76,7 +76,8 @@ def user_message(error: BaseException) -> str | None:
         if isinstance(seen, UserError):
             return _line(str(seen))
         seen = seen.__cause__ or seen.__context__
-    if isinstance(error, ArgumentError):
+    # Lightning is not imported for its name: a run that fails before has not loaded it either.
+    if isinstance(error, ArgumentError) or type(error).__name__ == "MisconfigurationException":
         return _line(str(error))
     if isinstance(error, OSError) and error.errno is not None:
         where = f": {error.filename}" if error.filename else ""

@@ -24,12 +24,16 @@ def clear_changed_classes(arguments: list[str]) -> list[str]:
         arguments: Of the command line, in order.
     """
     current: dict[str, str] = {}
+    flags: set[str] = set()
     result: list[str] = []
     for name, value, words in _options(arguments):
         for option, named in _named(name, value):
             if option in current and current[option] != named:
-                result += [word for cleared in CLEARED[option] for word in (f"--{cleared}", "null")]
+                # A weight that a flag set stays: the user said it of this very run.
+                cleared = [c for c in CLEARED[option] if c == option or c not in flags]
+                result += [word for c in cleared for word in (f"--{c}", "null")]
             current[option] = named
+        flags.add(name)
         result += words
     return result
 
@@ -40,7 +44,8 @@ def _options(arguments: list[str]) -> Iterator[tuple[str, str, list[str]]]:
     while position < len(arguments):
         word = arguments[position]
         name, equals, value = word.partition("=")
-        takes_next = word.startswith("-") and not equals and position + 1 < len(arguments)
+        following = arguments[position + 1 : position + 2]
+        takes_next = word.startswith("-") and not equals and bool(following) and not following[0].startswith("--")
         words = arguments[position : position + 2] if takes_next else [word]
         yield name.lstrip("-"), words[1] if takes_next else value, words
         position += len(words)
@@ -48,8 +53,8 @@ def _options(arguments: list[str]) -> Iterator[tuple[str, str, list[str]]]:
 
 def _named(name: str, value: str) -> Iterator[tuple[str, str]]:
     """Options whose class one source names, with that class."""
-    if name in CLEARED:
-        yield name, _class_name(value)
+    if name.removesuffix(".class_path") in CLEARED:
+        yield name.removesuffix(".class_path"), _class_name(value)
     elif name in ("config", "c"):
         content = _read(value)
         for option in CLEARED:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -21,7 +22,7 @@ import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short
 from simnpo_pl.arguments import clear_changed_classes
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.callbacks.export import ExportModel, ExportOptions
-from simnpo_pl.callbacks.run_folder import RunFolder
+from simnpo_pl.callbacks.run_folder import PREDICTIONS, RunFolder
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation import cache
 from simnpo_pl.evaluation.evaluation import EvalResult
@@ -79,9 +80,8 @@ class UnlearningCLI(LightningCLI):
             for option, base in (("objective", Objective), ("retain_loss", RetainLoss)):
                 name = re.search(r"Expected a dot import path string: (\S+)", str(error))
                 if f'"model.{option}"' in str(error) and name:
-                    known = ", ".join(
-                        sorted(cls.__name__ for cls in _subclasses(base) if cls.__module__ == base.__module__)
-                    )
+                    names = (cls.__name__ for cls in _subclasses(base) if cls.__module__.startswith("simnpo_pl."))
+                    known = ", ".join(sorted(name for name in names if not name.startswith("Lazy")))
                     raise UserError(
                         f"--model.{option} {name[1]}: no such class; known are {known}, "
                         "or give the class path of your own"
@@ -108,6 +108,8 @@ class UnlearningCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         if given["logger"] in (None, True):
             kwargs["logger"] = TensorBoardLogger(str(folder), name="", version="")
+        if given["precision"] is None and _trains_in_bfloat16(given["accelerator"]):
+            kwargs["precision"] = "bf16-mixed"
         self.run_folder = RunFolder(folder, self._resolved(config), self._settings(config), int(config.seed_everything))
         callbacks: list[Any] = [*(given["callbacks"] or []), self.run_folder]
         if self.subcommand == "fit":
@@ -142,29 +144,36 @@ class UnlearningCLI(LightningCLI):
     def before_fit(self) -> None:
         """Evaluate the retrained model, where one is named, and the start model."""
         self._open(fit=True)
+        self.export.check(self.trainer, self.datamodule.evaluation())
         if self._ckpt_path is None and self.datamodule.eval.start:
             self._evaluate_once("start", self.model)
 
     def after_fit(self) -> None:
         """Evaluate the exported model, unless its epoch was, and print what came of it."""
-        if not self.datamodule.eval.final:
-            self.run_folder.finish(self.trainer, self.datamodule, None, self.export.epoch)
-            self._report()
-            return
-        if self.export.options.best is None:
-            epoch, result = self.run_folder.result_epoch, self.run_folder.result
-            result = result if epoch == self.trainer.current_epoch else None
-        else:
-            epoch, result = self.export.epoch, self.export.result
+        if not (self.export.folder / "model.safetensors").is_file():
+            # A run that was stopped after its last epoch has nothing left to train when it goes on.
+            self.export.save_last(self.trainer, self.model)
+        result = self._final_result() if self.datamodule.eval.final else None
+        self.run_folder.finish(self.trainer, self.datamodule, result, self.export.epoch)
+        self._report()
+
+    def _final_result(self) -> EvalResult:
+        """Evaluation of the exported model, made now unless it was made after its last step."""
+        best = self.export.options.best is not None
+        newest = self.run_folder.result if self.run_folder.result_step == self.trainer.global_step else None
+        result = self.export.result if best else newest
         if result is None:
-            if self.export.options.best is not None:
+            if best:
                 load_model(self.model.policy, self.export.folder / "model.safetensors")
             self.run_folder.role = "final"
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-            result = self.run_folder.result
-        assert result is not None
-        self.run_folder.finish(self.trainer, self.datamodule, result, epoch)
-        self._report()
+            result = self._measured()
+        return result
+
+    def _measured(self) -> EvalResult:
+        if self.run_folder.result is None:
+            raise UserError("nothing was evaluated: leave --trainer.limit_val_batches and limit_test_batches above 0")
+        return self.run_folder.result
 
     def before_validate(self) -> None:
         """Evaluate the retrained model where one is named."""
@@ -172,18 +181,23 @@ class UnlearningCLI(LightningCLI):
 
     def after_validate(self) -> None:
         """Write and print the results."""
-        assert self.run_folder.result is not None
-        self.run_folder.finish(self.trainer, self.datamodule, self.run_folder.result, None)
+        self.run_folder.finish(self.trainer, self.datamodule, self._measured(), None)
         self._report()
 
     before_test = before_validate
     after_test = after_validate
-    before_predict = before_validate
+
+    def before_predict(self) -> None:
+        """See that no answers are written over; they are compared with nothing."""
+        if (self.run_folder.folder / PREDICTIONS).exists():
+            raise UserError(f"--run_dir {self.run_folder.folder} holds {PREDICTIONS}; give another folder")
+        self.datamodule.eval.retain_log = self.datamodule.eval.retrained = None
+        self._open()
 
     def after_predict(self) -> None:
         """Say where the answers are."""
         if self.trainer.is_global_zero:
-            print(f"answers: {self.run_folder.folder / 'predictions.jsonl'}")
+            print(f"answers: {self.run_folder.folder / PREDICTIONS}")
 
     @property
     def _ckpt_path(self) -> str | None:
@@ -209,23 +223,31 @@ class UnlearningCLI(LightningCLI):
     def _evaluate_once(self, role: str, model: UnlearningModule) -> EvalResult:
         """Evaluate a start or retrained model, or take the result that an earlier run kept."""
         self.datamodule.setup("validate")
-        kept = cache.EvaluationCache(
-            self.datamodule.eval, f"{self.trainer.precision} {self.trainer.strategy.root_device.type}"
-        )
+        run_in = (self.trainer.precision, self.trainer.strategy.root_device.type, model.dtype_name)
+        kept = cache.EvaluationCache(self.datamodule.eval, " ".join(run_in))
         log = self.datamodule.find_retain_log()
         against = "" if log is None else repr(sorted(log.truth_ratio.items()))
-        folder = kept.folder(model.name, self.datamodule.evaluation().sets, against)
+        whole = (
+            self.trainer.limit_val_batches == 1.0
+            and not getattr(self.trainer, "fast_dev_run", 0)
+            and self.trainer.num_nodes == 1
+        )
+        folder = kept.folder(model.name, self.datamodule.evaluation().sets, against) if whole else None
         self.run_folder.role = role
         result = cache.load(folder)
         if result is None:
             self.trainer.validate(model, datamodule=self.datamodule, verbose=False)
+            if model.evaluation_result is None:
+                raise UserError(f"the {role} model was not evaluated: leave --trainer.limit_val_batches above 0")
             result = model.evaluation_result
-            assert result is not None
             if folder is not None and self.trainer.is_global_zero:
                 cache.store(folder, result)
             self.trainer.strategy.barrier()
         else:
             self.run_folder.take(self.trainer, result)
+            if model.logs_metrics and self.trainer.logger is not None:
+                self.trainer.logger.log_metrics(result.values, step=0)
+        self.run_folder.role = "final"
         return result
 
     def _report(self) -> None:
@@ -254,6 +276,12 @@ class UnlearningCLI(LightningCLI):
     def _settings(self, config: Any) -> dict[str, Any]:
         model = config.model.clone().as_dict()
         return {"model": model, "data": config.data.clone().as_dict(), "eval": config.eval.clone().as_dict()}
+
+
+def _trains_in_bfloat16(accelerator: Any) -> bool:
+    """Whether the devices of a run compute in bfloat16: GPUs since 2020 do."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _subclasses(base: type[Any]) -> Iterator[type[Any]]:

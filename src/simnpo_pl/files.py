@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -70,7 +69,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         try:
             return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        except FileNotFoundError:
+            raise
+        except Exception as error:
             raise UserError(
                 f"--ckpt_path {path} is damaged or no checkpoint of ours; start anew or from another"
             ) from error

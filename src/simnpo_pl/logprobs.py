@@ -211,7 +211,7 @@ class Scorer:
         """Whether packed rows give the model's own logits; says so once where they do not."""
         config: Any = self.model.config
         usual, training = getattr(config, "_attn_implementation", None), self.model.training
-        if usual != "sdpa" or not isinstance(self.head, nn.Module):
+        if usual not in ("sdpa", ATTENTION) or getattr(self.head, "weight", None) is None:
             return False
         self.model.eval()
         device: Any = self.head.weight.device
@@ -231,6 +231,6 @@ class Scorer:
         finally:
             self.model.train(training)
         if not agrees:
-            self.model.set_attn_implementation(usual)
+            self.model.set_attn_implementation("sdpa")
             _log.info("%s: rows are padded, not packed (its forward differs)", type(self.model).__name__)
         return agrees

@@ -22,7 +22,7 @@ from simnpo_pl.logprobs import AnswerStates, Scorer
 from simnpo_pl.models import frozen_copy, load_causal_lm
 from simnpo_pl.objectives import ForgetInputs, Objective, SimNPO
 from simnpo_pl.optimization import adamw, linear_schedule
-from simnpo_pl.reference import REFERENCE_KEY, Reference
+from simnpo_pl.reference import REFERENCE_KEY, Reference, fingerprint
 from simnpo_pl.retain import NLL, RetainLoss
 
 Batch = Mapping[str, dict[str, Tensor]]
@@ -83,6 +83,7 @@ class UnlearningModule(pl.LightningModule):
         self.policy: Any = None
         self.evaluation: Evaluation | None = None
         self.evaluation_result: EvalResult | None = None
+        self.logs_metrics = True
         # No submodules, so the reference is in no optimizer and no checkpoint.
         self._policy_scorer: list[Scorer] = []
         self._reference = Reference()
@@ -91,8 +92,10 @@ class UnlearningModule(pl.LightningModule):
     # -- models ------------------------------------------------------------------------------------------
 
     def like(self, name: str) -> "UnlearningModule":
-        """Another model in the same precision, to be evaluated only."""
-        return type(self)(name, dtype=self.dtype_name, attn_implementation=self.attn_implementation)
+        """Another model in the same precision, to be evaluated only; its metrics are not this run's."""
+        other = type(self)(name, dtype=self.dtype_name, attn_implementation=self.attn_implementation)
+        other.logs_metrics = False
+        return other
 
     def configure_model(self) -> None:
         """Load the policy; every stage calls this, the model is loaded once.
@@ -108,12 +111,15 @@ class UnlearningModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
-        if "reference" in self.objective.needs and not self._reference.totals and hasattr(self._data, "scoring_parts"):
-            moved = (
-                self.transfer_batch_to_device(batch, self.device, 0)
-                for batch in self._data.scoring_parts(self._scored_parts)
-            )
-            self._reference.fill(moved, self._data.train_rows, self._reference_scorer(resident=False))
+        if "reference" in self.objective.needs and hasattr(self._data, "scoring_parts"):
+            batches = self._data.scoring_parts(self._scored_parts)
+            # Of another model or other rows, log-probs of an earlier run or a checkpoint would be wrong.
+            identity = f"{self.reference_name} {fingerprint(batches)}"
+            if self._reference.identity != identity:
+                moved = (self.transfer_batch_to_device(batch, self.device, 0) for batch in batches)
+                with self.trainer.precision_plugin.forward_context():
+                    self._reference.fill(moved, self._data.train_rows, self._reference_scorer(resident=False))
+                self._reference.identity = identity
         if self._keeps_reference:
             self._reference_scorer()
         self.policy.train()
@@ -265,6 +271,8 @@ class UnlearningModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and linear decay to 0."""
         steps = int(self.trainer.estimated_stepping_batches)
+        # With steps in place of epochs the loader is not set up yet.
+        self.trainer.fit_loop.setup_data()
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         optimizer = adamw(self.policy, self.lr, self.betas, self.weight_decay)
         schedule = LambdaLR(optimizer, linear_schedule(round(self.warmup_epochs * per_epoch), steps))
@@ -297,6 +305,8 @@ class UnlearningModule(pl.LightningModule):
     def _finish_evaluation(self, prefix: str) -> None:
         assert self.evaluation is not None
         self.evaluation_result = self.evaluation.compute()
+        if not self.logs_metrics:
+            return
         for name, value in self.evaluation_result.values.items():
             self.log(f"{prefix}{name}", value, rank_zero_only=True)
 
@@ -341,11 +351,12 @@ class UnlearningModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the reference's log-probs: a resumed run must not take them from the trained policy."""
-        checkpoint["reference_logps"] = self._reference.totals
+        checkpoint["reference_logps"] = {"totals": self._reference.totals, "identity": self._reference.identity}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the reference's log-probs."""
-        self._reference.totals = checkpoint["reference_logps"]
+        self._reference.totals = checkpoint["reference_logps"]["totals"]
+        self._reference.identity = checkpoint["reference_logps"]["identity"]
 
     def _check_settings(self) -> None:
         for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs"):
@@ -369,4 +380,4 @@ def _average(per_row: Tensor, rows: Mapping[str, Tensor], lengths: Tensor, over:
     if over == "examples":
         return (per_row * weights).sum() / count
     tokens = rows["step_tokens"] if "step_tokens" in rows else lengths.sum()
-    return (per_row * weights * (lengths - skipped)).sum() / (tokens - skipped * count)
+    return (per_row * weights * (lengths - skipped)).sum() / (tokens - skipped * count).clamp(min=1)

@@ -1,5 +1,6 @@
 """The frozen reference: its answer log-probs where these suffice, a resident copy where they do not."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,17 @@ REFERENCE_KEY = "reference_logps"
 """Key under which a part of a batch brings the reference's summed answer log-probs, `(B,)` nats."""
 
 
+def fingerprint(batches: Iterable[Mapping[str, Rows]]) -> str:
+    """Identity of rows of tokens: hash of their ids and labels."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, part in sorted(batch.items()):
+            digest.update(name.encode())
+            for key in ("input_ids", "labels"):
+                digest.update(part[key].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Reference:
     """A model that is only read; no submodule of the LightningModule, so in no optimizer and no checkpoint.
 
@@ -19,10 +31,12 @@ class Reference:
         totals: Part of the batch (`forget`, `alternate`) to the reference's summed answer log-probs of every
             forget row, `(N,)` nats, filled once before training. With these a step of NPO or DPO needs no second
             model and no second forward pass.
+        identity: Which model and rows these are of.
     """
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
+        self.identity = ""
         self._resident: Scorer | None = None
 
     def scorer(self, load: Callable[[], Any], device: torch.device, keep: bool) -> Scorer:

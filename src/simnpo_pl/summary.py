@@ -23,14 +23,14 @@ def table(record: dict[str, Any]) -> str:
     rows = {"start": record.get("start"), "retrained": record.get("retrained"), last: record.get("final")}
     found = {name: entry["metrics"] for name, entry in rows.items() if entry}
     names = [name for name in COLUMNS if any(name in metrics for metrics in found.values())]
+    if not names:
+        return "nothing was evaluated"
     lines = [
         "| model | " + " | ".join(COLUMNS[name] for name in names) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
     for model, metrics in found.items():
         lines.append(f"| {model} | " + " | ".join(_number(metrics.get(name)) for name in names) + " |")
-    if "n" in record:
-        lines.append("")
     lines += [f"{name}: not measured, {reason}" for name, reason in record.get("unavailable", {}).items()]
     return "\n".join(lines)
 

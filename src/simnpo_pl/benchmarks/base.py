@@ -4,7 +4,7 @@ A benchmark is a subclass that says which rows are trained on and what is measur
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -220,10 +220,9 @@ class UnlearningData(pl.LightningDataModule):
         dataset = TrainingSet(self._training, self.pad_id)
         return DataLoader(dataset, batch_size=None, sampler=self.sampler)
 
-    def scoring_parts(self, parts: list[str]) -> Iterator[dict[str, Any]]:
+    def scoring_parts(self, parts: list[str]) -> list[dict[str, Any]]:
         """All forget rows (and their refusals) once, for the reference's log-probs."""
-        for name in parts:
-            yield from scoring_parts(self._training[name], name, self.pad_id)
+        return [batch for name in parts for batch in scoring_parts(self._training[name], name, self.pad_id)]
 
     def use_retrained_rows(self, rows: list[dict[str, Any]], source: str) -> None:
         """Compare with a retrained model's rows, as `EvalResult.rows` holds them."""

@@ -4,14 +4,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
 from simnpo_pl.benchmarks.base import TrainingRows, UnlearningData
 from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, qa_set
-from simnpo_pl.data.sources import load_lines, load_split
+from simnpo_pl.data.sources import hub_file, load_lines, load_split
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.metrics.answers import ModelUtility
-from simnpo_pl.metrics.logs import open_unlearning_log
+from simnpo_pl.metrics.logs import RetainLog, open_unlearning_log, read_retain_log
 
 
 class TofuData(UnlearningData):
@@ -57,6 +59,7 @@ class TofuData(UnlearningData):
             "world_facts": world_facts_split,
         }
         self.refusals = refusals
+        self._sought_log = False
 
     def training_rows(self) -> TrainingRows:
         """Forget rows, retain rows where the losses ask for them, and refusals."""
@@ -73,6 +76,18 @@ class TofuData(UnlearningData):
             return load_lines(self.refusals)
         own = Path(self.path).expanduser() / "idontknow.jsonl"
         return load_lines(str(own)) if own.is_file() else []
+
+    def find_retain_log(self) -> RetainLog | None:
+        """As in any benchmark; for a published start model the log of its published retrained twin."""
+        published = re.fullmatch(r"open-unlearning/(tofu_.+)_full", self.tokenizer_name or "")
+        if published and not (self._sought_log or self.eval.retain_log or self.eval.retrained):
+            self._sought_log = True
+            log = f"hf://datasets/open-unlearning/eval/{published[1]}_{_complement(self.forget_split)}/TOFU_EVAL.json"
+            try:
+                self.retrained_log = read_retain_log(hub_file(log))
+            except UserError as error:
+                rank_zero_warn(f"no forget quality: {error}")
+        return super().find_retain_log()
 
     def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
         """The four splits with TOFU's metrics; forget quality where a retrained model is known."""

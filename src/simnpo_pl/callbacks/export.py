@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from simnpo_pl.errors import UserError
-from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.models import save_model
 
 
@@ -40,25 +40,46 @@ class ExportModel(Callback):
         self.result: EvalResult | None = None
         self._best: float | None = None
 
+    def check(self, trainer: pl.Trainer, evaluation: Evaluation) -> None:
+        """See that the metric will be there to pick an epoch by.
+
+        Raises:
+            UserError: It is not measured, or no epoch is evaluated.
+        """
+        best = self.options.best
+        if best is None:
+            return
+        if best not in evaluation.names():
+            reason = evaluation.unavailable.get(best, f"known are {', '.join(evaluation.names())}")
+            raise UserError(f"--export.best {best} is not measured: {reason}")
+        every = trainer.check_val_every_n_epoch
+        if every is not None and trainer.max_epochs is not None and 0 <= trainer.max_epochs < every:
+            raise UserError(
+                f"--export.best {best} picks among evaluated epochs, but --trainer.check_val_every_n_epoch {every} "
+                f"evaluates none of {trainer.max_epochs}"
+            )
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save an epoch that is better than all before it."""
         if self.options.best is None or trainer.state.fn != "fit":
             return
         result: EvalResult = pl_module.evaluation_result
-        value = result.values.get(self.options.best)
-        if value is None:
-            reason = result.unavailable.get(self.options.best, f"known are {', '.join(sorted(result.values))}")
-            raise UserError(f"--export.best {self.options.best} is not measured: {reason}")
+        value = result.values[self.options.best]
         sign = 1 if self.options.mode == "max" else -1
-        if self._best is None or sign * value > sign * self._best:
+        # A value that is not a number is never the best one.
+        if value == value and (self._best is None or sign * value > sign * self._best):
             self._best, self.epoch, self.result = value, trainer.current_epoch + 1, result
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save the last epoch where no metric picks one."""
         if self.options.best is None:
-            self.epoch = trainer.current_epoch
-            self._save(trainer, pl_module)
+            self.save_last(trainer, pl_module)
+
+    def save_last(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Save the policy as it is now."""
+        self.epoch = trainer.current_epoch
+        self._save(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know of the epochs before."""

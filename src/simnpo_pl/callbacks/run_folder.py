@@ -16,6 +16,7 @@ from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.files import write_json, write_json_lines, write_text
 
 RESULTS = "results.json"
+PREDICTIONS = "predictions.jsonl"
 SAMPLES = 5
 
 
@@ -35,7 +36,7 @@ class RunFolder(Callback):
         self.role = "final"
         self.interrupted = False
         self.result: EvalResult | None = None
-        self.result_epoch: int | None = None
+        self.result_step: int | None = None
         self.record: dict[str, Any] = {
             "finished": False,
             "command": sys.argv,
@@ -46,6 +47,7 @@ class RunFolder(Callback):
             "seconds": {},
         }
         self._started = time.monotonic()
+        self._before: dict[str, Any] = {}
 
     def check(self, resume: bool) -> None:
         """See that nothing is written over, and take up the records of a run that is resumed.
@@ -65,9 +67,10 @@ class RunFolder(Callback):
                     f"--run_dir {self.folder} holds an unfinished run; resume it with --ckpt_path last, "
                     "or give another folder"
                 )
-            for key in ("start", "retrained", "epochs", "seconds", "data"):
+            for key in ("start", "retrained", "epochs", "seconds"):
                 if key in earlier:
                     self.record[key] = earlier[key]
+            self._before = earlier
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Write the config once the data has been read, so that a mistyped option leaves no folder behind."""
@@ -115,28 +118,22 @@ class RunFolder(Callback):
         """Write the generated answers."""
         result: EvalResult = pl_module.evaluation_result
         if trainer.is_global_zero:
-            write_json_lines(self.folder / "predictions.jsonl", result.rows)
+            write_json_lines(self.folder / PREDICTIONS, result.rows)
 
     def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
         """Record a result under the present role."""
         entry: dict[str, Any] = {"metrics": result.values}
         if self.role == "epoch":
-            epoch = trainer.current_epoch + 1
-            self.record["epochs"].append({"epoch": epoch, "step": trainer.global_step, **entry})
-            self.keep(result, epoch)
-        elif self.role == "final":
-            self.keep(result, trainer.current_epoch)
-        else:
+            self.record["epochs"].append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **entry})
+        elif self.role != "final":
             self.record[self.role] = entry
+        if self.role in ("epoch", "final"):
+            self.result, self.result_step = result, trainer.global_step
         if self.role != "retrained":
             self.record["counts"] = result.counts
             self.record["unavailable"] = result.unavailable
             self._log_samples(trainer, result)
         self._write(trainer)
-
-    def keep(self, result: EvalResult, epoch: int) -> None:
-        """Hold the newest evaluation; the final one is of the exported model."""
-        self.result, self.result_epoch = result, epoch
 
     def finish(self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None) -> None:
         """Write the final results: all metrics, per-row logs and the benchmark's own files.
@@ -161,9 +158,13 @@ class RunFolder(Callback):
     # -- helpers -----------------------------------------------------------------------------------------
 
     def _write(self, trainer: pl.Trainer) -> None:
-        self.record["seconds"]["total"] = round(time.monotonic() - self._started, 1)
-        self.record["cpu_seconds"] = round(time.process_time(), 1)
-        self.record["peak_memory_gib"] = _peak_memory(trainer)
+        # A resumed run adds to what its earlier processes took.
+        before = self._before
+        total = before.get("seconds", {}).get("total", 0.0) + time.monotonic() - self._started
+        peaks = before.get("peak_memory_gib", {})
+        self.record["seconds"] = {**self.record["seconds"], "total": round(total, 1)}
+        self.record["cpu_seconds"] = round(before.get("cpu_seconds", 0.0) + time.process_time(), 1)
+        self.record["peak_memory_gib"] = {k: max(v, peaks.get(k, 0.0)) for k, v in _peak_memory(trainer).items()}
         if trainer.is_global_zero:
             write_json(self.folder / RESULTS, self.record)
 

@@ -6,11 +6,10 @@ to do, because a wrong row found after an hour of training costs that hour.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +112,6 @@ def check_disjoint(forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping
             f"{len(shared)} of {len(forget)} forget rows are also retain rows; the first is forget row "
             f"{shared[0][0]} = retain row {shared[0][1]}, counted from 0; remove them from one of the sets"
         )
-
-
-def fingerprint(rows: Iterable[Mapping[str, Any]]) -> str:
-    """16 hexadecimal digits from the content and order of rows of JSON values, equal in every run."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=repr).encode("ascii") + b"\n")
-    return digest.hexdigest()[:16]
 
 
 def _pair(row: Mapping[str, Any]) -> tuple[str, str]:

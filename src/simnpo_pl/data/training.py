@@ -42,8 +42,9 @@ class TrainingSet(Dataset[dict[str, Part]]):
             **collate([rows[i] for i in indices], self.pad_id),
             "index": torch.tensor(indices),
             "weight": torch.tensor(real, dtype=torch.float32),
-            "step_rows": torch.tensor(float(len(step))),
-            "step_tokens": torch.tensor(float(sum(rows[i].length for i in step))),
+            # Whole numbers, since half precision would round floats of a batch.
+            "step_rows": torch.tensor(len(step)),
+            "step_tokens": torch.tensor(sum(rows[i].length for i in step)),
         }
 
 

@@ -17,7 +17,7 @@ class EvaluationCache:
 
     Args:
         options: Where to keep results and what is measured.
-        precision: Precision and device the evaluation runs in.
+        precision: Precision, device and type of the weights the evaluation runs with.
     """
 
     def __init__(self, options: EvalOptions, precision: str) -> None:

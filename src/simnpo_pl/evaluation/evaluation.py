@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -69,6 +70,11 @@ class Evaluation:
         self._raw = [_RawScores(len(part.answers), part.kinds) for part in sets]
         self._texts: dict[tuple[int, int], str] = {}
 
+    def names(self) -> list[str]:
+        """Metrics that are measured."""
+        named = {name for part in self.sets for name in part.metrics} | set(self.summary)
+        return sorted(named - set(self.unavailable))
+
     def to(self, device: torch.device) -> "Evaluation":
         """Move the metrics' states to the device of the model."""
         for metric in self._all_metrics():
@@ -114,7 +120,15 @@ class Evaluation:
                 values[name], counts[name] = result["value"], int(result["n"])
                 if isinstance(metric, RowMetric):
                     values |= {f"{name}/{key}": result[key] for key in metric.result_keys if key != "value"}
-        return EvalResult(values, counts, dict(self.unavailable), self._rows())
+        rows = self._rows()
+        for row in rows:
+            if not math.isfinite(row.get("answer_nll", 0.0)):
+                rank_zero_warn(
+                    f"the model's loss on {row['split']} row {row['index']} is not finite, nor are the metrics it "
+                    "enters: look for weights that are not numbers"
+                )
+                break
+        return EvalResult(values, counts, dict(self.unavailable), rows)
 
     def texts_only(self) -> EvalResult:
         """The generated answers over all processes, without metrics."""

@@ -22,8 +22,12 @@ def score_rows(states: AnswerStates) -> dict[str, Tensor]:
     lengths = states.lengths()
     nll = -states.sum_rows(tokens.logps) / lengths
     correct = [row[:-1] for row in tokens.correct.cpu().split(lengths.long().tolist())]
+    # Where the loss is not a number, no token is right or wrong.
+    broken = ~nll.isfinite()
+    exact = nll.new_tensor([exact_memorization(row) for row in correct])
+    strength = nll.new_tensor([extraction_strength(row) for row in correct])
     return {
         "nll": nll,
-        "exact_memorization": nll.new_tensor([exact_memorization(row) for row in correct]),
-        "extraction_strength": nll.new_tensor([extraction_strength(row) for row in correct]),
+        "exact_memorization": exact.masked_fill(broken, torch.nan),
+        "extraction_strength": strength.masked_fill(broken, torch.nan),
     }
