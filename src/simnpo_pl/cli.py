@@ -227,11 +227,9 @@ class UnlearningCLI(LightningCLI):
         kept = cache.EvaluationCache(self.datamodule.eval, " ".join(run_in))
         log = self.datamodule.find_retain_log()
         against = "" if log is None else repr(sorted(log.truth_ratio.items()))
-        whole = (
-            self.trainer.limit_val_batches == 1.0
-            and not getattr(self.trainer, "fast_dev_run", 0)
-            and self.trainer.num_nodes == 1
-        )
+        limit = self.trainer.limit_val_batches
+        all_rows = isinstance(limit, float) and limit == 1.0 and not getattr(self.trainer, "fast_dev_run", 0)
+        whole = all_rows and self.trainer.num_nodes == 1
         folder = kept.folder(model.name, self.datamodule.evaluation().sets, against) if whole else None
         self.run_folder.role = role
         result = cache.load(folder)

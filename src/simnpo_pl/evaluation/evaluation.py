@@ -37,12 +37,13 @@ class _RawScores(RowMetric):
     """Keeps every cell of a split's scores, for the logs."""
 
     cells: Tensor
+    seen: Tensor
 
     def complete(self, seen: Tensor) -> Tensor:
         return seen.any(dim=1)
 
     def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
-        self.cells = values.masked_fill(~seen, math.nan)
+        self.cells, self.seen = values.masked_fill(~seen, math.nan), seen
         return values[:, 0]
 
 
@@ -122,13 +123,18 @@ class Evaluation:
                     values |= {f"{name}/{key}": result[key] for key in metric.result_keys if key != "value"}
         rows = self._rows()
         for row in rows:
-            if not math.isfinite(row.get("answer_nll", 0.0)):
+            if not math.isfinite(row.get("answer_nll", 0.0)) and self._scored(row):
                 rank_zero_warn(
                     f"the model's loss on {row['split']} row {row['index']} is not finite, nor are the metrics it "
                     "enters: look for weights that are not numbers"
                 )
                 break
         return EvalResult(values, counts, dict(self.unavailable), rows)
+
+    def _scored(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row's answer was scored; an evaluation may be limited to some batches."""
+        number = next(n for n, part in enumerate(self.sets) if part.name == row["split"])
+        return bool(self._raw[number].seen[row["index"], 0])
 
     def texts_only(self) -> EvalResult:
         """The generated answers over all processes, without metrics."""
