@@ -211,11 +211,11 @@ def test_start_evaluation_is_kept_and_depends_on_the_retrained_model(
     cli: CLI, run_options: list[str], other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A second run takes the start model's results from the cache; with a retrained model they are others."""
-    from simnpo_pl.module import UnlearningModule
+    from simnpo_pl.policy import PolicyModule
 
     scored = []
-    step = UnlearningModule.validation_step
-    monkeypatch.setattr(UnlearningModule, "validation_step", lambda *a: (scored.append(1), step(*a))[1])
+    step = PolicyModule.validation_step
+    monkeypatch.setattr(PolicyModule, "validation_step", lambda *a: (scored.append(1), step(*a))[1])
     options = ["--eval.cache_dir", str(tmp_path / "cache"), "--trainer.max_steps", "1", "--eval.final", "false"]
     counts = []
     for number, more in enumerate(([], [], ["--eval.retrained", str(other_folder)])):

@@ -30,6 +30,7 @@ from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.files import AtomicCheckpointIO
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import Objective
+from simnpo_pl.policy import PolicyModule
 from simnpo_pl.retain import RetainLoss
 from simnpo_pl.summary import plan, table
 
@@ -220,7 +221,7 @@ class UnlearningCLI(LightningCLI):
             model = self.model.like(name)
             self.datamodule.use_retrained_rows(self._evaluate_once("retrained", model).rows, name)
 
-    def _evaluate_once(self, role: str, model: UnlearningModule) -> EvalResult:
+    def _evaluate_once(self, role: str, model: PolicyModule) -> EvalResult:
         """Evaluate a start or retrained model, or take the result that an earlier run kept."""
         self.datamodule.setup("validate")
         run_in = (self.trainer.precision, self.trainer.strategy.root_device.type, model.dtype_name)

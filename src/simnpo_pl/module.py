@@ -8,20 +8,17 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 from jsonargparse import lazy_instance
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from simnpo_pl.errors import UserError
-from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
-from simnpo_pl.evaluation.scoring import score_rows
-from simnpo_pl.generation import greedy
 from simnpo_pl.logprobs import AnswerStates, Scorer
 from simnpo_pl.models import frozen_copy, load_causal_lm
 from simnpo_pl.objectives import ForgetInputs, Objective, SimNPO
 from simnpo_pl.optimization import adamw, linear_schedule
+from simnpo_pl.policy import PolicyModule
 from simnpo_pl.reference import REFERENCE_KEY, Reference, fingerprint
 from simnpo_pl.retain import NLL, RetainLoss
 
@@ -29,7 +26,7 @@ Batch = Mapping[str, dict[str, Tensor]]
 DEFAULT_RETAIN_LOSS = lazy_instance(NLL)
 
 
-class UnlearningModule(pl.LightningModule):
+class UnlearningModule(PolicyModule):
     """A causal language model that forgets one set of rows and keeps another.
 
     Total loss: `forget_weight * forget loss + retain_weight * retain loss`.
@@ -68,46 +65,19 @@ class UnlearningModule(pl.LightningModule):
         dtype: Literal["float32", "bfloat16"] = "float32",
         attn_implementation: str | None = None,
     ) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name, dtype, attn_implementation, gradient_checkpointing)
         self.objective = objective or SimNPO()
         self.retain_loss = retain_loss
         self.forget_weight = self.objective.default_forget_weight if forget_weight is None else forget_weight
         self.retain_weight = self.objective.default_retain_weight if retain_weight is None else retain_weight
         self.reference_name = reference or name
         self.lr, self.weight_decay, self.warmup_epochs, self.betas = lr, weight_decay, warmup_epochs, betas
-        self.gradient_checkpointing = gradient_checkpointing
-        self.dtype_name = dtype
-        self.attn_implementation = attn_implementation
         self._check_settings()
-        self.policy: Any = None
-        self.evaluation: Evaluation | None = None
-        self.evaluation_result: EvalResult | None = None
-        self.logs_metrics = True
-        # No submodules, so the reference is in no optimizer and no checkpoint.
-        self._policy_scorer: list[Scorer] = []
+        # No submodule, so the reference is in no optimizer and no checkpoint.
         self._reference = Reference()
         self._step_losses: dict[str, Tensor] = {}
 
-    # -- models ------------------------------------------------------------------------------------------
-
-    def like(self, name: str) -> "UnlearningModule":
-        """Another model in the same precision, to be evaluated only; its metrics are not this run's."""
-        other = type(self)(name, dtype=self.dtype_name, attn_implementation=self.attn_implementation)
-        other.logs_metrics = False
-        return other
-
-    def configure_model(self) -> None:
-        """Load the policy; every stage calls this, the model is loaded once.
-
-        Raises:
-            UserError: The model cannot be loaded.
-        """
-        if self.policy is not None:
-            return
-        self.policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation)
-        if self.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # -- reference ---------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
@@ -123,12 +93,6 @@ class UnlearningModule(pl.LightningModule):
         if self._keeps_reference:
             self._reference_scorer()
         self.policy.train()
-
-    def _scorer(self) -> Scorer:
-        assert self.policy is not None, "configure_model() comes first"
-        if not self._policy_scorer:
-            self._policy_scorer.append(Scorer(self.policy))
-        return self._policy_scorer[0]
 
     @property
     def _keeps_reference(self) -> bool:
@@ -277,75 +241,6 @@ class UnlearningModule(pl.LightningModule):
         optimizer = adamw(self.policy, self.lr, self.betas, self.weight_decay)
         schedule = LambdaLR(optimizer, linear_schedule(round(self.warmup_epochs * per_epoch), steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    # -- evaluation --------------------------------------------------------------------------------------
-
-    @property
-    def _data(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
-
-    def _start_evaluation(self) -> None:
-        if not hasattr(self._data, "evaluation"):
-            raise UserError("evaluation needs a data module of simnpo_pl.benchmarks, which says what to measure")
-        self.evaluation = self._data.evaluation().to(self.device)
-        self.evaluation.reset()
-
-    def _evaluate(self, batch: dict[str, Any]) -> None:
-        assert self.evaluation is not None
-        if "prompts" in batch:
-            self.evaluation.add_generations(batch, self._generate(batch["prompts"]))
-        else:
-            self.evaluation.add_scores(batch, score_rows(self._scorer()({"rows": batch})["rows"]))
-
-    def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
-        own = getattr(self.policy.generation_config, "eos_token_id", None)
-        eos = {self._data.eos_id, *(own if isinstance(own, list) else [] if own is None else [own])}
-        return greedy(self.policy, prompts, self._data.eval.max_new_tokens, sorted(eos))
-
-    def _finish_evaluation(self, prefix: str) -> None:
-        assert self.evaluation is not None
-        self.evaluation_result = self.evaluation.compute()
-        if not self.logs_metrics:
-            return
-        for name, value in self.evaluation_result.values.items():
-            self.log(f"{prefix}{name}", value, rank_zero_only=True)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start an evaluation."""
-        self._start_evaluation()
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score or generate one batch."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Finish the evaluation; `evaluation_result` holds it."""
-        self._finish_evaluation("")
-
-    def on_test_epoch_start(self) -> None:
-        """Start an evaluation."""
-        self._start_evaluation()
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score or generate one batch."""
-        self._evaluate(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Finish the evaluation; `evaluation_result` holds it."""
-        self._finish_evaluation("test/")
-
-    def on_predict_epoch_start(self) -> None:
-        """Start collecting generated answers."""
-        self._start_evaluation()
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Generate one batch of answers."""
-        self._evaluate(batch)
-
-    def on_predict_epoch_end(self) -> None:
-        """Gather the generated answers; `evaluation_result` holds them."""
-        assert self.evaluation is not None
-        self.evaluation_result = self.evaluation.texts_only()
 
     # -- checkpoints -------------------------------------------------------------------------------------
 

@@ -1,0 +1,142 @@
+"""A causal language model that Lightning can evaluate: loading, scoring and generating.
+
+What is measured comes from the data module; how the model is trained is for a subclass to say.
+"""
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.evaluation.scoring import score_rows
+from simnpo_pl.generation import greedy
+from simnpo_pl.logprobs import Scorer
+from simnpo_pl.models import load_causal_lm
+
+
+class PolicyModule(pl.LightningModule):
+    """Holds the policy and runs its evaluation.
+
+    Args:
+        name: Hub id or folder with safetensors weights.
+        dtype: Type of the loaded weights.
+        attn_implementation: Attention of transformers; None lets it choose.
+        gradient_checkpointing: Whether activations are computed again in the backward pass.
+
+    Attributes:
+        policy: The model; None before `configure_model`.
+        evaluation_result: What the newest evaluation found.
+        logs_metrics: Whether its metrics go to the logger.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.dtype_name = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.policy: Any = None
+        self.evaluation: Evaluation | None = None
+        self.evaluation_result: EvalResult | None = None
+        self.logs_metrics = True
+        self._policy_scorer: Scorer | None = None
+
+    def like(self, name: str) -> "PolicyModule":
+        """Another model in the same precision, to be evaluated only; its metrics are not this run's."""
+        other = PolicyModule(name, self.dtype_name, self.attn_implementation)
+        other.logs_metrics = False
+        return other
+
+    def configure_model(self) -> None:
+        """Load the policy; every stage calls this, the model is loaded once.
+
+        Raises:
+            UserError: The model cannot be loaded.
+        """
+        if self.policy is not None:
+            return
+        self.policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation)
+        if self.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def _scorer(self) -> Scorer:
+        assert self.policy is not None, "configure_model() comes first"
+        if self._policy_scorer is None:
+            self._policy_scorer = Scorer(self.policy)
+        return self._policy_scorer
+
+    # -- evaluation --------------------------------------------------------------------------------------
+
+    @property
+    def _data(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    def _start_evaluation(self) -> None:
+        if not hasattr(self._data, "evaluation"):
+            raise UserError("evaluation needs a data module of simnpo_pl.benchmarks, which says what to measure")
+        self.evaluation = self._data.evaluation().to(self.device)
+        self.evaluation.reset()
+
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        assert self.evaluation is not None
+        if "prompts" in batch:
+            self.evaluation.add_generations(batch, self._generate(batch["prompts"]))
+        else:
+            self.evaluation.add_scores(batch, score_rows(self._scorer()({"rows": batch})["rows"]))
+
+    def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        own = getattr(self.policy.generation_config, "eos_token_id", None)
+        eos = {self._data.eos_id, *(own if isinstance(own, list) else [] if own is None else [own])}
+        return greedy(self.policy, prompts, self._data.eval.max_new_tokens, sorted(eos))
+
+    def _finish_evaluation(self, prefix: str) -> None:
+        assert self.evaluation is not None
+        self.evaluation_result = self.evaluation.compute()
+        if not self.logs_metrics:
+            return
+        for name, value in self.evaluation_result.values.items():
+            self.log(f"{prefix}{name}", value, rank_zero_only=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start an evaluation."""
+        self._start_evaluation()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score or generate one batch."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Finish the evaluation; `evaluation_result` holds it."""
+        self._finish_evaluation("")
+
+    def on_test_epoch_start(self) -> None:
+        """Start an evaluation."""
+        self._start_evaluation()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score or generate one batch."""
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Finish the evaluation; `evaluation_result` holds it."""
+        self._finish_evaluation("test/")
+
+    def on_predict_epoch_start(self) -> None:
+        """Start collecting generated answers."""
+        self._start_evaluation()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Generate one batch of answers."""
+        self._evaluate(batch)
+
+    def on_predict_epoch_end(self) -> None:
+        """Gather the generated answers; `evaluation_result` holds them."""
+        assert self.evaluation is not None
+        self.evaluation_result = self.evaluation.texts_only()
