@@ -21,8 +21,8 @@ install: $(INSTALLED) ## make .venv and install the package with its test tools
 demo: $(INSTALLED) ## unlearn on generated data with a small model: no network, no GPU, under three minutes
 	$(BIN)/python -m simnpo_pl fit --config configs/demo.yaml
 
-test: $(INSTALLED) ## all fast tests
-	$(BIN)/python -m pytest
+test: $(INSTALLED) ## all fast tests, on two cores
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(INSTALLED) ## slow tests too
 	$(BIN)/python -m pytest -m 'not gpu and not network'

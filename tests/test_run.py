@@ -384,7 +384,12 @@ def test_interrupt_saves_what_is_there(run_options: list[str], tmp_path: Path):
     folder = tmp_path / "stopped"
     command = [sys.executable, "-m", "simnpo_pl", "fit", *run_options, "--run_dir", str(folder)]
     process = subprocess.Popen(
-        [*command, "--trainer.max_epochs", "10000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--trainer.max_epochs", "10000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell that runs the tests in the background has them ignore interrupts, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (folder / "last.ckpt").exists() and time.monotonic() < deadline:
