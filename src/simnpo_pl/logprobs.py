@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from simnpo_pl.data.tokenization import IGNORE_INDEX
 from simnpo_pl.packing import ATTENTION, layout_of, packed_hidden
-
-IGNORE = -100
-"""Label of a position that is not scored."""
 
 LOGITS_BUDGET = 2**25
 """Logits held at once (scored tokens times vocabulary); above it the head runs in chunks."""
@@ -125,7 +123,7 @@ def _pick(logits: Tensor, labels: Tensor) -> Tensor:
 def join(parts: list[Rows]) -> dict[str, Tensor]:
     """Stack right-padded rows of different widths into one batch `(sum of B, max of T)`."""
     width = max(part["input_ids"].shape[1] for part in parts)
-    fill = {"input_ids": 0, "labels": IGNORE, "attention_mask": 0}
+    fill = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0}
     return {
         key: torch.cat([nn.functional.pad(p[key], (0, width - p[key].shape[1]), value=value) for p in parts])
         for key, value in fill.items()
@@ -186,8 +184,8 @@ class Scorer:
     def _states(self, rows: Rows) -> AnswerStates:
         input_ids, mask, size = rows["input_ids"], rows["attention_mask"], rows["input_ids"].shape[0]
         # Position t predicts the label at t + 1.
-        targets = nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=IGNORE)
-        scored = (targets != IGNORE) & (mask != 0)
+        targets = nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+        scored = (targets != IGNORE_INDEX) & (mask != 0)
         if self.packs:
             layout = layout_of(mask)
             hidden = packed_hidden(self.body, input_ids, layout)

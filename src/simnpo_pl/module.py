@@ -203,13 +203,13 @@ class UnlearningModule(PolicyModule):
         return _average(per_row, rows, policy.lengths(), self.retain_loss.average_over)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One forward pass; the batch's rows carry their shares of the effective batch."""
+        """One forward pass; the batch says how large the effective batch is."""
         self._reference.add_to(batch)
         losses = self.losses(batch)
         self._require_finite(losses, batch)
         for name, value in losses.items():
             self._step_losses[name] = self._step_losses.get(name, 0.0) + value.detach()
-        # Shares already sum to one over micro-batches and processes, whose mean Lightning takes.
+        # These parts already add up over micro-batches and processes, whose mean Lightning takes.
         return losses["loss"] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
