@@ -18,6 +18,7 @@ LAYERS = [
     ["policy", "benchmarks", "callbacks", "summary", "arguments"],
     ["module"],
     ["cli"],
+    ["commands"],
     ["__main__"],
 ]
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -6,15 +6,21 @@ import sys
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from simnpo_pl.commands import COMMANDS
+from simnpo_pl.commands import run as run_command
+
+RUNS = {
+    "fit": "evaluate the start model, unlearn, export the model, evaluate it",
+    "validate": "evaluate a model",
+    "test": "evaluate a model",
+    "predict": "write a model's greedy answers",
+}
 HELP = """usage: python -m simnpo_pl COMMAND --config FILE [--config OVERLAY ...] [--OPTION VALUE ...]
 
 Makes a causal language model forget question-answer pairs, and measures what it forgot and what it kept.
 
 commands:
-  fit       evaluate the start model, unlearn, export the model, evaluate it
-  validate  evaluate a model
-  test      evaluate a model
-  predict   write a model's greedy answers
+{commands}
 
   --debug   show the traceback of an error
 
@@ -31,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP, end="")
+        print(usage(), end="")
         return
     debug = "--debug" in arguments
     if debug:
@@ -41,9 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Without network the hub's client would retry for half a minute before it looks into its cache.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        from simnpo_pl.cli import run
+        if arguments[0] in COMMANDS:
+            run_command(arguments[0], arguments[1:])
+        else:
+            from simnpo_pl.cli import run
 
-        run(arguments)
+            run(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -52,6 +61,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def usage() -> str:
+    """Help over all commands."""
+    known = {**RUNS, **COMMANDS}
+    width = max(map(len, known))
+    return HELP.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in known.items()))
 
 
 def hub_has_a_name() -> bool:

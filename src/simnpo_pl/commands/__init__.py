@@ -1,0 +1,42 @@
+"""Commands beside `fit`, `validate`, `test` and `predict`: one module each, imported when it is called.
+
+A module has `add_arguments(parser)` and `run(options)`; what is slow to import goes inside `run`.
+"""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from simnpo_pl.errors import UserError
+
+COMMANDS = {
+    "task-vector": "unlearn without training: take off what fine-tuning on the forget rows adds to the weights",
+}
+"""Name of a command to what it does, in one line; its module has the name with underscores."""
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Run a command.
+
+    Args:
+        name: Key of `COMMANDS`.
+        arguments: What follows the name.
+
+    Raises:
+        UserError: The arguments are not the command's, or what it says itself.
+    """
+    module = import_module(f"{__name__}.{name.replace('-', '_')}")
+    parser = _Parser(
+        prog=f"python -m simnpo_pl {name}",
+        description=module.__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    module.run(parser.parse_args(arguments))

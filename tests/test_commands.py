@@ -1,0 +1,60 @@
+"""Commands beside Lightning's own: how they are found, what they say of mistakes, and the task vector."""
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simnpo_pl.__main__ import main, usage
+from simnpo_pl.commands import COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    module = import_module(f"simnpo_pl.commands.{name.replace('-', '_')}")
+    assert module.__doc__.split("\n")[0] in shown
+    assert re.search(rf"^  {name} +{re.escape(COMMANDS[name])}$", usage(), re.MULTILINE)
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_mistyped_option(capsys: pytest.CaptureFixture[str]):
+    said = error(capsys, "task-vector", "--start", "a", "--overfit", "b", "--out", "c", "--alhpa", "1")
+    assert said == "error: unrecognized arguments: --alhpa 1; --help lists the options\n"
+
+
+def test_task_vector(model_folder: Path, other_folder: Path, tmp_path: Path):
+    """By hand: start - 0.5 (overfit - start) = 1.5 start - 0.5 overfit."""
+    out = tmp_path / "unlearned"
+    options = ["--start", str(model_folder), "--overfit", str(other_folder), "--out", str(out)]
+    main(["task-vector", *options, "--alpha", "0.5"])
+    start, overfit, found = (load_file(f / "model.safetensors") for f in (model_folder, other_folder, out))
+    assert start.keys() == found.keys()
+    for name, weight in found.items():
+        torch.testing.assert_close(weight, 1.5 * start[name] - 0.5 * overfit[name])
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_task_vector_refuses(
+    model_folder: Path, make_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    options = ["task-vector", "--start", str(model_folder), "--overfit", str(make_model(1, num_hidden_layers=1))]
+    assert "differ in model.layers.1" in error(capsys, *options, "--out", str(tmp_path / "new"))
+    assert not list(tmp_path.iterdir())
+    assert "is there already" in error(capsys, *options, "--out", str(tmp_path))
+    assert "--alpha must be a number of at least 0, got -1.0" in error(
+        capsys, *options, "--out", str(tmp_path / "new"), "--alpha=-1"
+    )
