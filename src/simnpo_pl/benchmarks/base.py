@@ -4,40 +4,21 @@ A benchmark is a subclass that says which rows are trained on and what is measur
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 from torch.utils.data import ConcatDataset, DataLoader
 
-from simnpo_pl.data.pairing import PairedSampler, draw_alternate
-from simnpo_pl.data.sources import check_disjoint, check_training_rows, hub_file
+from simnpo_pl.data.pairing import PairedSampler
+from simnpo_pl.data.sources import hub_file
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
-from simnpo_pl.data.training import TrainingSet, scoring_parts
+from simnpo_pl.data.training import TrainingRows, TrainingSet, scoring_parts
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalBatches, generation_batches, scoring_batches
 from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log
 from simnpo_pl.models import context_length, load_tokenizer
-
-QA = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class TrainingRows:
-    """Rows with `question` and `answer`.
-
-    Args:
-        forget: What the objective is applied to.
-        retain: What the retain loss is applied to; may be empty.
-        refusals: Answers that may stand in for a forget answer; may be empty.
-    """
-
-    forget: list[dict[str, Any]]
-    retain: list[dict[str, Any]] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
 
 
 class UnlearningData(pl.LightningDataModule):
@@ -160,24 +141,8 @@ class UnlearningData(pl.LightningDataModule):
         return self.parts if self.parts is not None else getattr(module, "parts", ("forget", "retain"))
 
     def _setup_training(self) -> None:
-        if self._training:
-            return
-        wanted = self.wanted_parts
-        rows = self.training_rows()
-        check_training_rows(rows.forget, "forget")
-        parts = {"forget": [(r["question"], r["answer"]) for r in rows.forget]}
-        if "retain" in wanted:
-            if not rows.retain:
-                raise UserError("the retain loss needs retain rows, got none: name them or set --model.retain_weight 0")
-            check_training_rows(rows.retain, "retain")
-            check_disjoint(rows.forget, rows.retain)
-            parts["retain"] = [(r["question"], r["answer"]) for r in rows.retain]
-        if "alternate" in wanted:
-            if not rows.refusals:
-                raise UserError("this objective needs refusals, got none: give --data.refusals FILE, one a line")
-            drawn = [draw_alternate(len(rows.refusals), self.seed, i) for i in range(len(rows.forget))]
-            parts["alternate"] = [(r["question"], rows.refusals[d]) for r, d in zip(rows.forget, drawn, strict=True)]
-        self._training = {name: self.encoder.encode_rows(pairs, name) for name, pairs in parts.items()}
+        if not self._training:
+            self._training = self.training_rows().encode(self.encoder, self.wanted_parts, self.seed)
 
     def _share_effective_batch(self) -> None:
         trainer = self.trainer

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from simnpo_pl.benchmarks.base import TrainingRows, UnlearningData
+from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, qa_set
 from simnpo_pl.data.sources import load_jsonl, load_lines
 from simnpo_pl.data.tokenization import PromptTemplate
+from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
 

@@ -6,10 +6,11 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from simnpo_pl.benchmarks.base import TrainingRows, UnlearningData
+from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, qa_set
 from simnpo_pl.data.sources import hub_file, load_lines, load_split
 from simnpo_pl.data.tokenization import PromptTemplate
+from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.metrics.answers import ModelUtility

@@ -95,12 +95,12 @@ def check_training_rows(rows: Sequence[Mapping[str, Any]], name: str) -> None:
             raise UserError(f"{where} have the same question and answer: remove one")
 
 
-def check_disjoint(forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping[str, Any]]) -> None:
+def check_disjoint(forget: Sequence[Mapping[str, Any] | str], retain: Sequence[Mapping[str, Any] | str]) -> None:
     """Refuses data that would be forgotten and retained at once.
 
     Args:
-        forget: Rows with the columns `question` and `answer`.
-        retain: Rows with the same columns.
+        forget: Rows with the columns `question` and `answer`, or plain texts.
+        retain: The same.
 
     Raises:
         UserError: A forget row is also a retain row, white space around the texts aside.
@@ -114,9 +114,9 @@ def check_disjoint(forget: Sequence[Mapping[str, Any]], retain: Sequence[Mapping
         )
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[str, str]:
-    """Question and answer without surrounding white space."""
-    return row["question"].strip(), row["answer"].strip()
+def _pair(row: Mapping[str, Any] | str) -> tuple[str, str]:
+    """Question and answer without surrounding white space; a plain text has no question."""
+    return ("", row.strip()) if isinstance(row, str) else (row["question"].strip(), row["answer"].strip())
 
 
 def _load_named(path: str, name: str) -> list[dict[str, Any]]:

@@ -131,7 +131,7 @@ class PromptTemplate:
         prompts = [self._prompt(question) for question, _ in pairs]
         texts = [prompt + answer for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
         for text, where in zip(texts, wheres, strict=True):
-            _check_unicode(text, where)
+            check_unicode(text, where)
         encoded = self.tokenizer(
             texts,
             # The text of a chat template carries its own special tokens.
@@ -226,7 +226,7 @@ def _split_template(template: str) -> tuple[str, str]:
     return before, between
 
 
-def _check_unicode(text: str, where: str) -> None:
+def check_unicode(text: str, where: str) -> None:
     """Refuses halves of surrogate pairs, which JSON escapes can smuggle in and no tokenizer takes."""
     try:
         text.encode("utf-8")

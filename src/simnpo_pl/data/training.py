@@ -1,16 +1,85 @@
-"""Training rows as batches: each micro-batch says how large the effective batch it is part of."""
+"""What is trained on: rows of questions and answers or of plain text, in tokens, in batches.
 
-from collections.abc import Iterator, Mapping, Sequence
+Each micro-batch says how large the effective batch is that it is part of.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from simnpo_pl.data.collate import collate
-from simnpo_pl.data.pairing import MicroBatch
-from simnpo_pl.data.tokenization import TokenRow
+from simnpo_pl.data.pairing import MicroBatch, draw_alternate
+from simnpo_pl.data.sources import check_disjoint, check_training_rows
+from simnpo_pl.data.text import Texts
+from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
+from simnpo_pl.errors import UserError
 
 Part = dict[str, Tensor]
+Rows = list[dict[str, Any]] | Texts
+"""Rows with `question` and `answer`, or plain text."""
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What a benchmark trains on.
+
+    Args:
+        forget: What the objective is applied to.
+        retain: What the retain loss is applied to; may be empty.
+        refusals: Answers that may stand in for a forget answer; may be empty.
+    """
+
+    forget: Rows
+    retain: Rows = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)
+
+    def encode(self, encoder: PromptTemplate, parts: Collection[str], seed: int) -> dict[str, list[TokenRow]]:
+        """Rows in tokens.
+
+        Args:
+            encoder: Tokenises questions and answers, and brings the tokenizer for text.
+            parts: What the losses need: `forget`, `retain`, `alternate`.
+            seed: Chooses the refusal of each forget row.
+
+        Returns:
+            Part to its rows; alternates are one for each forget row.
+
+        Raises:
+            UserError: Rows are missing or unusable.
+        """
+        encoded = {"forget": _encode(self.forget, encoder, "forget")}
+        if "retain" in parts:
+            if not _items(self.retain):
+                raise UserError("the retain loss needs retain rows, got none: name them or set --model.retain_weight 0")
+            encoded["retain"] = _encode(self.retain, encoder, "retain")
+            check_disjoint(_items(self.forget), _items(self.retain))
+        if "alternate" in parts:
+            encoded["alternate"] = encoder.encode_rows(self._alternates(seed), "alternate")
+        return encoded
+
+    def _alternates(self, seed: int) -> list[tuple[str, str]]:
+        """Every forget question with a refusal."""
+        if isinstance(self.forget, Texts):
+            raise UserError("this objective answers questions with refusals, but the forget rows are plain text")
+        if not self.refusals:
+            raise UserError("this objective needs refusals, got none: give --data.refusals FILE, one a line")
+        drawn = [draw_alternate(len(self.refusals), seed, row) for row in range(len(self.forget))]
+        return [(row["question"], self.refusals[d]) for row, d in zip(self.forget, drawn, strict=True)]
+
+
+def _encode(rows: Rows, encoder: PromptTemplate, name: str) -> list[TokenRow]:
+    if isinstance(rows, Texts):
+        return rows.encode(encoder, name)
+    check_training_rows(rows, name)
+    return encoder.encode_rows([(row["question"], row["answer"]) for row in rows], name)
+
+
+def _items(rows: Rows) -> Sequence[Any]:
+    return rows.documents if isinstance(rows, Texts) else rows
 
 
 class TrainingSet(Dataset[dict[str, Part]]):
