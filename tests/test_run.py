@@ -45,6 +45,7 @@ def finished(run_options: list[str], other_folder: Path, tmp_path_factory: pytes
 def test_files_of_a_run(finished: Path):
     assert {f.name for f in finished.iterdir() if not f.name.startswith("events.")} >= {
         *("config.yaml", "results.json", "rows.jsonl", "TOFU_EVAL.json", "last.ckpt", "model"),
+        *("start_rows.jsonl", "retrained_rows.jsonl", "history.jsonl"),
     }
     assert not [f for f in finished.iterdir() if f.name.startswith(".")]
     assert any(f.name.startswith("events.") for f in finished.iterdir())
@@ -85,6 +86,32 @@ def test_rows(finished: Path):
     assert [r["truth_ratio"] for r in forget] == pytest.approx(ratio, rel=1e-5)
     assert sum(min(x, 1 / x) for x in ratio) / 10 == pytest.approx(final["forget/truth_ratio"], rel=1e-5)
     assert all(isinstance(r["generation"], str) and "rougeL_recall" in r for r in rows)
+
+
+def test_rows_of_the_models_it_is_compared_with(finished: Path):
+    for name in ("start", "retrained"):
+        rows = [json.loads(line) for line in (finished / f"{name}_rows.jsonl").read_text().splitlines()]
+        forget = [math.exp(-row["answer_nll"]) for row in rows if row["split"] == "forget"]
+        measured = results(finished)[name]["metrics"]["forget/probability"]
+        assert sum(forget) / 10 == pytest.approx(measured, rel=1e-5)
+        assert all(isinstance(row["generation"], str) for row in rows)
+
+
+def test_history_and_objective(finished: Path):
+    """A line a step; the learning rate is the step's own, in a warm-up of three steps."""
+    history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["epoch"]) for line in history] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
+    assert all(math.isfinite(line[key]) for line in history for key in ("loss", "forget_loss", "retain_loss"))
+    weighted = [0.125 * line["forget_loss"] + line["retain_loss"] for line in history]
+    assert [line["loss"] for line in history] == pytest.approx(weighted, rel=1e-5)
+    assert [line["lr"] for line in history[:3]] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert results(finished)["objective"] == {
+        "name": "SimNPO",
+        "settings": {"beta": 4.5, "gamma": 0.0},
+        "forget_weight": 0.125,
+        "retain_loss": "NLL",
+        "retain_weight": 1.0,
+    }
 
 
 def test_exported_model_loads_and_is_the_last_epochs(finished: Path):
@@ -262,6 +289,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path):
     assert results(cut)["final"] == results(whole)["final"]
     assert results(cut)["epochs"] == results(whole)["epochs"]
     assert results(cut)["start"] == results(whole)["start"]
+    assert (cut / "history.jsonl").read_text() == (whole / "history.jsonl").read_text()
 
 
 def test_run_that_was_stopped_before_its_export_is_completed(cli: CLI, tmp_path: Path):

@@ -22,6 +22,7 @@ import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short
 from simnpo_pl.arguments import clear_changed_classes
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.callbacks.export import ExportModel, ExportOptions
+from simnpo_pl.callbacks.history import HISTORY, History
 from simnpo_pl.callbacks.run_folder import PREDICTIONS, RunFolder
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation import cache
@@ -117,6 +118,7 @@ class UnlearningCLI(LightningCLI):
             self.export = ExportModel(folder / "model", self._get(self.config_init, "export"))
             callbacks += [
                 self.export,
+                History(folder),
                 ModelCheckpoint(
                     folder, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
                 ),
@@ -301,6 +303,7 @@ def written(folder: Path) -> str:
         "results.json": "all metrics, versions, times",
         "rows.jsonl": "scores and generated answers by row",
         "TOFU_EVAL.json": "the same in open-unlearning's format",
+        HISTORY: "losses by step",
         "config.yaml": "resolved config",
         "last.ckpt": "training state, for --ckpt_path",
     }

@@ -1,5 +1,6 @@
 """What the terminal shows: the plan before a run and the table after it."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,32 @@ def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
         f"model: {module.name}, {trainer.strategy.root_device}, precision {trainer.precision}",
     ]
     if fit:
-        settings = ", ".join(
-            f"{k} {v}" for k, v in vars(module.objective).items() if not k.startswith("_") and k != "training"
-        )
-        retain = "no retain loss" if module.retain_loss is None else f"retain loss {type(module.retain_loss).__name__}"
+        found = describe_objective(module)
+        settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
+        retain = "no retain loss" if found["retain_loss"] is None else f"retain loss {found['retain_loss']}"
         lines.append(
-            f"objective: {type(module.objective).__name__} {f'({settings}) ' if settings else ''}"
-            f"x {module.forget_weight}, "
-            f"{retain} x {module.retain_weight}; lr {module.lr}, {trainer.max_epochs} epochs"
+            f"objective: {found['name']} {f'({settings}) ' if settings else ''}x {found['forget_weight']}, "
+            f"{retain} x {found['retain_weight']}; lr {module.lr}, {trainer.max_epochs} epochs"
         )
     return "\n".join(lines)
+
+
+def describe_objective(module: Any) -> dict[str, Any]:
+    """Name, settings and weights of a module's objective and retain loss, as they are after all defaults."""
+    objective = module.objective
+    names = [name for name in inspect.signature(type(objective).__init__).parameters if hasattr(objective, name)]
+    return {
+        "name": _class_name(objective),
+        "settings": {name: getattr(objective, name) for name in names},
+        "forget_weight": module.forget_weight,
+        "retain_loss": None if module.retain_loss is None else _class_name(module.retain_loss),
+        "retain_weight": module.retain_weight,
+    }
+
+
+def _class_name(thing: Any) -> str:
+    # The parser's stand-in for a default is a class of its own.
+    return next(c.__name__ for c in type(thing).__mro__ if not c.__name__.startswith(("LazyInstance", "_LazyInit")))
 
 
 def _number(value: float | None) -> str:

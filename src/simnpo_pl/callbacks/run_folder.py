@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.files import write_json, write_json_lines, write_text
+from simnpo_pl.metrics.logs import RetainLog
+from simnpo_pl.summary import describe_objective
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
@@ -83,6 +85,7 @@ class RunFolder(Callback):
         """Forget the epochs that a resumed run goes through again."""
         self.role = "epoch"
         self.record["epochs"] = [e for e in self.record["epochs"] if e["epoch"] <= trainer.current_epoch]
+        self.record["objective"] = describe_objective(pl_module)
         self._train_started = time.monotonic()
         if trainer.is_global_zero:
             print(trainer.datamodule.describe())
@@ -127,6 +130,8 @@ class RunFolder(Callback):
             self.record["epochs"].append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **entry})
         elif self.role != "final":
             self.record[self.role] = entry
+            if trainer.is_global_zero:
+                write_json_lines(self.folder / f"{self.role}_rows.jsonl", result.rows)
         if self.role in ("epoch", "final"):
             self.result, self.result_step = result, trainer.global_step
         if self.role != "retrained":
@@ -151,11 +156,19 @@ class RunFolder(Callback):
         self.record["finished"] = True
         if trainer.is_global_zero and result is not None:
             write_json_lines(self.folder / "rows.jsonl", result.rows)
+            self._write_retrained(data.find_retain_log())
             for name, content in data.export(result).items():
                 write_json(self.folder / name, content)
         self._write(trainer)
 
     # -- helpers -----------------------------------------------------------------------------------------
+
+    def _write_retrained(self, log: RetainLog | None) -> None:
+        """Keep what the retrained model was compared by, where its rows were read from a log and not scored here."""
+        file = self.folder / "retrained_rows.jsonl"
+        if log is not None and not file.exists():
+            ratios = sorted(log.truth_ratio.items())
+            write_json_lines(file, ({"split": "forget", "index": i, "truth_ratio": r} for i, r in ratios))
 
     def _write(self, trainer: pl.Trainer) -> None:
         # A resumed run adds to what its earlier processes took.
