@@ -35,7 +35,8 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--model.objectivee", "NPO"), "objectivee"),
         (
             ("--model.objective", "NOP"),
-            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, NPO, SatImp, SimNPO, UNDIAL, WGA",
+            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, NPO, NPORawLogits, SatImp, SimNPO, "
+            "SimNPORawLogits, UNDIAL, WGA",
         ),
         (("--model.retain_loss", "NL"), "known are KL, NLL"),
         (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),

@@ -8,7 +8,19 @@ import pytest
 import torch
 
 from simnpo_pl.module import UnlearningModule
-from simnpo_pl.objectives import CEU, DPO, NPO, UNDIAL, WGA, GradAscent, GradDiff, SatImp, SimNPO
+from simnpo_pl.objectives import (
+    CEU,
+    DPO,
+    NPO,
+    UNDIAL,
+    WGA,
+    GradAscent,
+    GradDiff,
+    NPORawLogits,
+    SatImp,
+    SimNPO,
+    SimNPORawLogits,
+)
 from simnpo_pl.retain import KL, NLL
 
 # Case: objective, retain loss, forget weight, retain weight. Public KL averages over every position; a margin delta
@@ -65,6 +77,40 @@ def test_loss_and_gradient(shared: Path, case: str, packed: bool):
     if "forget_loss_unweighted" in golden:
         assert losses["forget_loss"].item() == pytest.approx(golden["forget_loss_unweighted"], rel=1e-5)
         assert losses["retain_loss"].item() == pytest.approx(golden["retain_loss_unweighted"], rel=1e-5)
+
+
+def value_and_gradient_norm(module: UnlearningModule, batch: dict[str, Any]) -> tuple[float, float]:
+    loss = module.losses({name: tensors(part) for name, part in batch.items()})["loss"]
+    loss.backward()
+    norms = [p.grad.norm() for p in module.policy.parameters() if p.grad is not None]
+    return loss.item(), torch.stack(norms).norm().item()
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7])
+@pytest.mark.parametrize("kind", ["npo", "npo_gdr", "simnpo", "simnpo_gdr"])
+@pytest.mark.parametrize("delta", [0.0, 0.1])
+def test_raw_logits_of_public_muse_code(shared: Path, kind: str, beta: float, delta: float):
+    golden = json.loads((shared / "goldens" / "muse" / "A" / "losses.json").read_text())
+    simnpo = kind.startswith("simnpo")
+    if delta and not simnpo:
+        pytest.skip("NPO has no margin")
+    wanted = {"loss_type": kind, "beta": beta, **({"gamma": delta} if simnpo else {})}
+    case = next(c for c in golden["repository"] if wanted.items() <= c.items())
+    module = UnlearningModule(
+        name=str(shared / "goldens" / "A" / "target"),
+        reference=str(shared / "goldens" / "A" / "retain"),
+        objective=SimNPORawLogits(beta, delta) if simnpo else NPORawLogits(beta),
+        forget_weight=case.get("npo_coeff"),
+        retain_weight=case.get("coeff", 1.0) if kind.endswith("gdr") else 0.0,
+    )
+    module.configure_model()
+    batch = {}
+    for side in ("forget", "retain"):
+        ids = golden["batch"][f"{side}_input_ids"]
+        batch[side] = {"input_ids": ids, "labels": ids, "attention_mask": [[1] * len(row) for row in ids]}
+    value, norm = value_and_gradient_norm(module, batch)
+    assert value == pytest.approx(case["value"], rel=1e-5)
+    assert norm == pytest.approx(case["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("side", ["forget", "retain"])

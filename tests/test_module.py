@@ -23,6 +23,7 @@ from simnpo_pl.objectives import (
     ForgetInputs,
     GradAscent,
     GradDiff,
+    NPORawLogits,
     Objective,
     SimNPO,
 )
@@ -82,7 +83,7 @@ def weights(module: UnlearningModule) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.policy.parameters()])
 
 
-@pytest.mark.parametrize("objective", [SimNPO, NPO, DPO, IDK, GradDiff, FineTune, WGA, CEU, UNDIAL])
+@pytest.mark.parametrize("objective", [SimNPO, NPO, DPO, IDK, GradDiff, FineTune, WGA, CEU, UNDIAL, NPORawLogits])
 def test_effective_batch_may_be_cut_any_way(fit: Callable[..., Any], objective: type[Objective]):
     """4 rows at once, 2 + 2 or 1 + 1 + 1 + 1: the same losses and the same trained weights (10 rows: 4, 4, 2)."""
     whole, whole_steps, _ = fit(objective(), per_device=4)
@@ -130,7 +131,9 @@ def test_logged_loss_is_that_of_plain_batch(fit: Callable[..., Any], model_folde
         assert steps[0][f"train/{name}"] == pytest.approx(losses[name].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("objective", "retain_loss"), [(NPO(), NLL()), (DPO(), NLL()), (SimNPO(), KL())])
+@pytest.mark.parametrize(
+    ("objective", "retain_loss"), [(NPO(), NLL()), (DPO(), NLL()), (SimNPO(), KL()), (NPORawLogits(), NLL())]
+)
 def test_reference_is_in_no_checkpoint_and_no_optimizer(
     fit: Callable[..., Any], objective: Objective, retain_loss: RetainLoss, tmp_path: Path
 ):
@@ -140,7 +143,9 @@ def test_reference_is_in_no_checkpoint_and_no_optimizer(
     assert set(saved["state_dict"]) == {f"policy.{name}" for name in module.policy.state_dict()}
     trained = {id(p) for p in module.policy.parameters()}
     assert {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]} == trained
-    assert (module._reference._resident is not None) is isinstance(retain_loss, KL)
+    assert (module._reference._resident is not None) is (
+        isinstance(retain_loss, KL) or isinstance(objective, NPORawLogits)
+    )
     assert bool(saved["reference_logps"]["totals"]) is ("reference" in objective.needs)
 
 
@@ -153,7 +158,9 @@ def test_cached_reference_equals_resident(fit: Callable[..., Any], other_folder:
     module._reference.add_to(batch)
     for name in objective.needs - {"reference"}:
         cached = batch[name].pop("reference_logps")
-        torch.testing.assert_close(module._reference_totals(name, batch[name]), cached, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            module._batch_losses.reference_totals(name, batch[name]), cached, rtol=1e-5, atol=1e-5
+        )
     assert all(part.isfinite().all() for part in module._reference.totals.values())
 
 

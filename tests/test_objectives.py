@@ -20,9 +20,12 @@ from simnpo_pl.objectives import (
     ForgetInputs,
     GradAscent,
     GradDiff,
+    NPORawLogits,
     Objective,
+    Positions,
     SatImp,
     SimNPO,
+    SimNPORawLogits,
 )
 
 
@@ -126,8 +129,39 @@ def test_undial():
     assert loss.tolist() == pytest.approx([0.8369882, 0.6931472], rel=1e-6)
 
 
-@pytest.mark.parametrize(("make", "name"), [(WGA, "beta"), (SatImp, "beta1"), (SatImp, "beta2")])
-def test_exponents_must_not_be_negative(make: type[Objective], name: str):
+# Row 1 has two tokens with logits (0, 1) and (-1, 2), row 2 one with (0, 0) and padding whose logits must not count.
+POSITIONS = Positions(
+    logits=torch.tensor([[[0.0, 1.0], [-1.0, 2.0]], [[0.0, 0.0], [99.0, 99.0]]]),
+    labels=torch.tensor([[0, 1], [0, -100]]),
+    mask=torch.tensor([[1, 1], [1, 0]]),
+)
+
+
+def test_simnpo_raw_logits():
+    """beta 2, delta 0.5: -(2/2) log s(2 (-z - 0.5)) = log(1 + e^(2z + 1)), averaged over tokens and vocabulary.
+
+    Row 1: log(1 + e^1) = 1.3132617, log(1 + e^3) = 3.0485873, log(1 + e^-1) = 0.3132617, log(1 + e^5) = 5.0067153;
+    their mean is 2.4204565. Row 2: log(1 + e^1).
+    """
+    loss = SimNPORawLogits(beta=2.0, delta=0.5)(ForgetInputs(positions=POSITIONS))
+    assert loss.tolist() == pytest.approx([2.4204565, 1.3132617], rel=1e-6)
+
+
+def test_npo_raw_logits():
+    """beta 1, reference logits 1: -2 log s(1 - z) = 2 log(1 + e^(z - 1)), averaged over tokens and vocabulary.
+
+    Row 1: log(1 + e^-1) = 0.3132617, log 2 = 0.6931472, log(1 + e^-2) = 0.1269280, log(1 + e^1) = 1.3132617; twice
+    their mean is 1.2232993. Row 2: 2 * 0.3132617.
+    """
+    inputs = ForgetInputs(positions=POSITIONS, reference_positions=torch.ones(2, 2, 2))
+    loss = NPORawLogits(beta=1.0)(inputs)
+    assert loss.tolist() == pytest.approx([1.2232993, 0.6265234], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(WGA, "beta"), (SatImp, "beta1"), (SatImp, "beta2"), (SimNPORawLogits, "delta")]
+)
+def test_settings_must_not_be_negative(make: type[Objective], name: str):
     with pytest.raises(UserError, match=f"--model.objective.{name} must be a number of at least 0, got -1"):
         make(**{name: -1.0})
 
@@ -161,7 +195,7 @@ def test_small_beta_is_gradient_ascent(make: type[Objective]):
     torch.testing.assert_close(total.grad, expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("make", [SimNPO, NPO, DPO])
+@pytest.mark.parametrize("make", [SimNPO, NPO, DPO, UNDIAL, SimNPORawLogits, NPORawLogits])
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan, math.inf])
 def test_beta_must_be_positive(make: type[Objective], beta: float):
     with pytest.raises(UserError, match=r"--model.objective.beta must be a number above 0, got"):

@@ -15,7 +15,7 @@ LAYERS = [
     ["files", "packing", "optimization"],
     ["logprobs", "models", "generation", "data", "metrics"],
     ["objectives", "retain", "reference", "evaluation", "demo"],
-    ["policy", "benchmarks", "callbacks", "summary", "arguments"],
+    ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments"],
     ["module"],
     ["cli"],
     ["commands"],
@@ -61,11 +61,12 @@ def test_no_benchmark_below(lower: str):
         assert not {name for name in imported(file) if name.split(".")[0] in ("benchmarks", "callbacks", "cli")}
 
 
-def test_module_names_no_objective_and_no_benchmark():
+@pytest.mark.parametrize("file", ["module", "losses"])
+def test_module_names_no_objective_and_no_benchmark(file: str):
     """The one objective it names is its default."""
     from simnpo_pl import benchmarks, objectives
 
-    text = (PACKAGE / "module.py").read_text()
+    text = (PACKAGE / f"{file}.py").read_text()
     code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("#", '"""')))
     names = [c.__name__ for c in objectives.Objective.__subclasses__() if c.__module__.startswith(objectives.__name__)]
     assert len(names) >= 6

@@ -130,6 +130,18 @@ def join(parts: list[Rows]) -> dict[str, Tensor]:
     }
 
 
+def scored_targets(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Token that each position predicts, and whether it is scored: `(B, T)` both."""
+    # Position t predicts the label at t + 1.
+    targets = nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    return targets, (targets != IGNORE_INDEX) & (rows["attention_mask"] != 0)
+
+
+def answer_lengths(rows: Rows) -> Tensor:
+    """`(B,)` number of scored tokens, float."""
+    return scored_targets(rows)[1].sum(dim=-1).float()
+
+
 class Scorer:
     """Turns rows into `AnswerStates` with one causal language model.
 
@@ -183,9 +195,7 @@ class Scorer:
 
     def _states(self, rows: Rows) -> AnswerStates:
         input_ids, mask, size = rows["input_ids"], rows["attention_mask"], rows["input_ids"].shape[0]
-        # Position t predicts the label at t + 1.
-        targets = nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
-        scored = (targets != IGNORE_INDEX) & (mask != 0)
+        targets, scored = scored_targets(rows)
         if self.packs:
             layout = layout_of(mask)
             hidden = packed_hidden(self.body, input_ids, layout)

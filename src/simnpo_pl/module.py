@@ -5,7 +5,6 @@ batches and the evaluation.
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,15 +13,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from simnpo_pl.errors import UserError
-from simnpo_pl.logprobs import AnswerStates, Scorer
+from simnpo_pl.logprobs import Scorer
+from simnpo_pl.losses import Batch, BatchLosses
 from simnpo_pl.models import frozen_copy, load_causal_lm
-from simnpo_pl.objectives import ForgetInputs, Objective, SimNPO
+from simnpo_pl.objectives import Objective, SimNPO
 from simnpo_pl.optimization import adamw, linear_schedule
 from simnpo_pl.policy import PolicyModule
-from simnpo_pl.reference import REFERENCE_KEY, Reference, fingerprint
+from simnpo_pl.reference import Reference, fingerprint
 from simnpo_pl.retain import NLL, RetainLoss
 
-Batch = Mapping[str, dict[str, Tensor]]
 DEFAULT_RETAIN_LOSS = lazy_instance(NLL)
 
 
@@ -75,14 +74,18 @@ class UnlearningModule(PolicyModule):
         self._check_settings()
         # No submodule, so the reference is in no optimizer and no checkpoint.
         self._reference = Reference()
+        retains = retain_loss is not None and self.retain_weight != 0
+        self._batch_losses = BatchLosses(
+            self.objective, retain_loss if retains else None, self._scorer, self._reference_scorer
+        )
         self._step_losses: dict[str, Tensor] = {}
 
     # -- reference ---------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
-        if "reference" in self.objective.needs and hasattr(self._data, "scoring_parts"):
-            batches = self._data.scoring_parts(self._scored_parts)
+        if self._batch_losses.caches_reference and hasattr(self._data, "scoring_parts"):
+            batches = self._data.scoring_parts(self._batch_losses.scored_parts)
             # Of another model or other rows, log-probs of an earlier run or a checkpoint would be wrong.
             identity = f"{self.reference_name} {fingerprint(batches)}"
             if self._reference.identity != identity:
@@ -90,15 +93,9 @@ class UnlearningModule(PolicyModule):
                 with self.trainer.precision_plugin.forward_context():
                     self._reference.fill(moved, self._data.train_rows, self._reference_scorer(resident=False))
                 self._reference.identity = identity
-        if self._keeps_reference:
+        if self._batch_losses.keeps_reference:
             self._reference_scorer()
         self.policy.train()
-
-    @property
-    def _keeps_reference(self) -> bool:
-        """Whether every step runs the reference model."""
-        retains = self._retains and self.retain_loss is not None and self.retain_loss.needs_reference
-        return retains or "reference_logits" in self.objective.needs
 
     def _reference_scorer(self, resident: bool = True) -> Scorer:
         """Scorer of the reference; one that is not resident is dropped after its use.
@@ -107,7 +104,7 @@ class UnlearningModule(PolicyModule):
         """
         fresh = self._trainer is not None and self.trainer.ckpt_path is None and self.trainer.global_step == 0
         policy_is_reference = fresh and self.reference_name == self.name
-        if policy_is_reference and not resident and not self._keeps_reference:
+        if policy_is_reference and not resident and not self._batch_losses.keeps_reference:
             self.policy.eval()
             return self._scorer()
 
@@ -116,20 +113,14 @@ class UnlearningModule(PolicyModule):
                 return frozen_copy(self.policy)
             return load_causal_lm(self.reference_name, self.dtype_name, self.attn_implementation)
 
-        return self._reference.scorer(load, self.device, keep=resident or self._keeps_reference)
+        return self._reference.scorer(load, self.device, keep=resident or self._batch_losses.keeps_reference)
 
     # -- training ----------------------------------------------------------------------------------------
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Parts a training batch must have, such as forget and retain."""
-        # The forget rows set the epoch even where only their refusals are scored.
-        alternate = ("alternate",) if "alternate" in self.objective.needs else ()
-        return ("forget", *alternate, *(("retain",) if self._retains else ()))
-
-    @property
-    def _retains(self) -> bool:
-        return self.retain_loss is not None and self.retain_weight != 0
+        return self._batch_losses.parts
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of one batch.
@@ -143,64 +134,11 @@ class UnlearningModule(PolicyModule):
         Returns:
             `loss`, `forget_loss` and `retain_loss`, scalars; the latter two before their weights.
         """
-        scored = self._scored_parts
-        parts: dict[str, dict[str, Tensor]] = {name: batch[name] for name in scored}
-        joint = self._retains and self.retain_loss is not None and not self.retain_loss.every_position
-        states = self._scorer()({**parts, "retain": batch["retain"]} if joint else parts)
-        per_row = self.objective(self._objective_inputs(parts, states))
-        counted = scored[0]
-        lengths = states[counted].lengths()
-        average_over, skipped = self.objective.average_over, self.objective.skipped_tokens
-        forget_loss = _average(per_row, batch[counted], lengths, average_over, skipped)
-        retain_loss = (
-            self._retain_loss(batch["retain"], states.get("retain")) if self._retains else per_row.new_zeros(())
-        )
+        forget_loss, retain_loss = self._batch_losses(batch)
         loss = self.forget_weight * forget_loss
-        if self._retains:
+        if self._batch_losses.retain_loss is not None:
             loss = loss + self.retain_weight * retain_loss
         return {"loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss}
-
-    @property
-    def _scored_parts(self) -> list[str]:
-        """Parts of which the policy scores the answers for the objective; the first sets the averages."""
-        needs = self.objective.needs
-        return [name for name in ("forget", "alternate") if name in needs or (name == "forget" and "states" in needs)]
-
-    def _objective_inputs(self, parts: dict[str, dict[str, Tensor]], states: dict[str, AnswerStates]) -> ForgetInputs:
-        needs = self.objective.needs
-        logps = {name: states[name].logps() for name in parts if name in needs}
-        totals = {name: self._reference_totals(name, parts[name]) for name in logps if "reference" in needs}
-        reference_logits = None
-        if "reference_logits" in needs:
-            with torch.no_grad():
-                reference_logits = self._reference_scorer()({"forget": parts["forget"]})["forget"].logits()
-        return ForgetInputs(
-            forget=logps.get("forget"),
-            alternate=logps.get("alternate"),
-            reference_forget=totals.get("forget"),
-            reference_alternate=totals.get("alternate"),
-            states=states["forget"] if "states" in needs else None,
-            reference_logits=reference_logits,
-        )
-
-    def _reference_totals(self, name: str, rows: dict[str, Tensor]) -> Tensor:
-        if REFERENCE_KEY in rows:
-            return rows[REFERENCE_KEY]
-        with torch.no_grad():
-            return self._reference_scorer()({name: rows})[name].logps().total
-
-    def _retain_loss(self, rows: dict[str, Tensor], policy: AnswerStates | None) -> Tensor:
-        assert self.retain_loss is not None
-        if self.retain_loss.every_position:
-            per_row = self.retain_loss.over_all_positions(rows, self._scorer(), self._reference_scorer())
-            return _average(per_row, rows, per_row, self.retain_loss.average_over)
-        assert policy is not None
-        reference = None
-        if self.retain_loss.needs_reference:
-            with torch.no_grad():
-                reference = self._reference_scorer()({"retain": rows})["retain"]
-        per_row = self.retain_loss(policy, reference)
-        return _average(per_row, rows, policy.lengths(), self.retain_loss.average_over)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass; the batch says how large the effective batch is."""
@@ -258,21 +196,3 @@ class UnlearningModule(PolicyModule):
             value = getattr(self, option)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
-
-
-def _average(per_row: Tensor, rows: Mapping[str, Tensor], lengths: Tensor, over: str, skipped: int = 0) -> Tensor:
-    """Mean of per-row losses `(B,)` over examples or tokens, within the effective batch the rows belong to.
-
-    Args:
-        per_row: Loss of each row.
-        rows: A part of a batch; alone, or with `weight`, `step_rows` and `step_tokens`.
-        lengths: Scored tokens of each row.
-        over: `examples` or `tokens`.
-        skipped: Tokens of each row that the loss leaves out.
-    """
-    weights = rows["weight"] if "weight" in rows else torch.ones_like(per_row)
-    count = rows["step_rows"] if "step_rows" in rows else weights.sum()
-    if over == "examples":
-        return (per_row * weights).sum() / count
-    tokens = rows["step_tokens"] if "step_tokens" in rows else lengths.sum()
-    return (per_row * weights * (lengths - skipped)).sum() / (tokens - skipped * count).clamp(min=1)

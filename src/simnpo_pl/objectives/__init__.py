@@ -1,8 +1,9 @@
 """Forget objectives, one class each; a config names one by its class, so a new one needs no other change."""
 
-from simnpo_pl.objectives.base import ForgetInputs, Objective
+from simnpo_pl.objectives.base import ForgetInputs, Objective, Positions
 from simnpo_pl.objectives.likelihood import IDK, FineTune, GradAscent, GradDiff
 from simnpo_pl.objectives.preference import DPO, NPO, SimNPO
+from simnpo_pl.objectives.raw_logits import NPORawLogits, SimNPORawLogits
 from simnpo_pl.objectives.tokens import CEU, UNDIAL, WGA, SatImp
 
 __all__ = [
@@ -16,7 +17,10 @@ __all__ = [
     "ForgetInputs",
     "GradAscent",
     "GradDiff",
+    "NPORawLogits",
     "Objective",
+    "Positions",
     "SatImp",
     "SimNPO",
+    "SimNPORawLogits",
 ]

@@ -12,7 +12,18 @@ from simnpo_pl.errors import UserError
 from simnpo_pl.logprobs import AnswerLogps, AnswerStates
 
 T = TypeVar("T")
-Need = Literal["forget", "alternate", "reference", "states", "reference_logits"]
+Need = Literal["forget", "alternate", "reference", "states", "reference_logits", "positions", "reference_positions"]
+
+
+class Positions(NamedTuple):
+    """Every position of B rows padded to T tokens: questions, answers and padding."""
+
+    logits: Tensor
+    """`(B, T, V)` logits in float32."""
+    labels: Tensor
+    """`(B, T)` label of the token at each position, not of the one it predicts; -100 where not scored."""
+    mask: Tensor
+    """`(B, T)` 1 on a row's own tokens, 0 on padding."""
 
 
 class ForgetInputs(NamedTuple):
@@ -30,6 +41,10 @@ class ForgetInputs(NamedTuple):
     """Policy, every scored token of the forget answers."""
     reference_logits: Tensor | None = None
     """`(S, V)` reference, logits at these tokens."""
+    positions: Positions | None = None
+    """Policy, every position of the forget rows."""
+    reference_positions: Tensor | None = None
+    """`(B, T, V)` reference, logits at these positions."""
 
 
 class Objective(nn.Module):
