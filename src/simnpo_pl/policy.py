@@ -87,14 +87,14 @@ class PolicyModule(pl.LightningModule):
     def _evaluate(self, batch: dict[str, Any]) -> None:
         assert self.evaluation is not None
         if "prompts" in batch:
-            self.evaluation.add_generations(batch, self._generate(batch["prompts"]))
+            self.evaluation.add_generations(batch, self._generate(batch["prompts"], batch["max_new_tokens"]))
         else:
             self.evaluation.add_scores(batch, score_rows(self._scorer()({"rows": batch})["rows"]))
 
-    def _generate(self, prompts: list[list[int]]) -> list[list[int]]:
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
         own = getattr(self.policy.generation_config, "eos_token_id", None)
         eos = {self._data.eos_id, *(own if isinstance(own, list) else [] if own is None else [own])}
-        return greedy(self.policy, prompts, self._data.eval.max_new_tokens, sorted(eos))
+        return greedy(self.policy, prompts, max_new_tokens, sorted(eos))
 
     def _finish_evaluation(self, prefix: str) -> None:
         assert self.evaluation is not None

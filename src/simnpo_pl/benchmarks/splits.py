@@ -6,7 +6,7 @@ from typing import Any
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.evaluation.plan import EvalSet, Generation
 from simnpo_pl.metrics.answers import AnswerProbability, ChoiceProbability, ForgetQuality, RowMean, TruthRatio
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.logs import RetainLog, match_rows
@@ -47,6 +47,7 @@ def qa_set(
             f"{split}: rows have {sizes[0]} to {sizes[-1]} answers; give every row the same number of perturbed answers"
         )
     count, kinds = len(rows), sizes[0]
+    generated = count if options.generate_rows is None else min(count, options.generate_rows)
     pairs = [(row["question"], answer) for row, answers in zip(rows, texts, strict=True) for answer in answers]
     encoded = encode.encode_rows(pairs, split)
     choice = perturbed and not paraphrased
@@ -65,12 +66,13 @@ def qa_set(
     if name == "forget":
         metrics["forget/extraction_strength"] = RowMean("extraction_strength", count)
         metrics["forget/exact_memorization"] = RowMean("exact_memorization", count)
+    answers = [encoded[i * kinds : (i + 1) * kinds] for i in range(count)]
     return EvalSet(
         name=name,
         texts=[{"question": row["question"], "answer": row["answer"]} for row in rows],
-        answers=[encoded[i * kinds : (i + 1) * kinds] for i in range(count)],
+        answers=answers,
         metrics=metrics,
-        generate=count if options.generate_rows is None else min(count, options.generate_rows),
+        generation=Generation([row[0].prompt_ids for row in answers[:generated]], options.max_new_tokens),
         has_paraphrase=paraphrased,
     )
 

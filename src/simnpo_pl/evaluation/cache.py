@@ -36,11 +36,13 @@ class EvaluationCache:
             return None
         digest = hashlib.sha256(model_fingerprint(model).encode())
         for part in sets:
-            digest.update(f"{part.name} {part.generate} {sorted(part.metrics)}".encode())
+            digest.update(f"{part.name} {sorted(part.metrics)}".encode())
+            if part.generation is not None:
+                digest.update(f"{part.generation.prompts} {part.generation.max_new_tokens}".encode())
             for answers in part.answers:
                 digest.update(repr([(row.input_ids, row.labels) for row in answers]).encode())
         versions = [version(name) for name in ("simnpo_pl", "torch", "transformers", "rouge-score")]
-        settings = (self.options.max_new_tokens, self.options.truth_ratio, against, self.precision, versions)
+        settings = (self.options.truth_ratio, against, self.precision, versions)
         digest.update(repr(settings).encode())
         return Path(self.options.cache_dir).expanduser() / "evaluations" / digest.hexdigest()[:24]
 

@@ -13,7 +13,6 @@ from torchmetrics import Metric
 
 from simnpo_pl.evaluation.plan import EvalSet
 from simnpo_pl.metrics.base import RowMetric
-from simnpo_pl.metrics.functional import rouge_l
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Evaluation:
         self.summary = dict(summary)
         self.unavailable = dict(unavailable)
         self._decode = decode
-        self._raw = [_RawScores(len(part.answers), part.kinds) for part in sets]
+        self._raw = [_RawScores(len(part.texts), part.kinds) for part in sets]
         self._texts: dict[tuple[int, int], str] = {}
 
     def names(self) -> list[str]:
@@ -96,15 +95,16 @@ class Evaluation:
                 self._update(number, part, batch["index"][inside], batch["kind"][inside], scores, inside)
 
     def add_generations(self, batch: Mapping[str, Any], tokens: list[list[int]]) -> None:
-        """Take the generated answers of a generation batch and score them by ROUGE."""
+        """Take the generated answers of a generation batch and score them as their splits say."""
         sets, indices = batch["set"].tolist(), batch["index"].tolist()
         for number, index, ids in zip(sets, indices, tokens, strict=True):
-            text = self._decode(ids).strip()
-            self._texts[number, index] = text
-            rouge = rouge_l(text, self.sets[number].texts[index]["answer"])
+            part = self.sets[number]
+            assert part.generation is not None
+            text = self._texts[number, index] = part.generation.finish(self._decode(ids))
+            found = part.generation.score(text, part.texts[index]["answer"])
             row = torch.tensor([index]), torch.tensor([0])
-            scores = {name: torch.tensor([value]) for name, value in rouge.items()}
-            self._update(number, self.sets[number], *row, scores, torch.tensor([True]))
+            scores = {name: torch.tensor([value]) for name, value in found.items()}
+            self._update(number, part, *row, scores, torch.tensor([True]))
 
     def compute(self) -> EvalResult:
         """Numbers and rows over all processes; every process gets the same.
@@ -138,8 +138,8 @@ class Evaluation:
 
     def texts_only(self) -> EvalResult:
         """The generated answers over all processes, without metrics."""
-        rows = [{key: row[key] for key in row if not key.endswith("recall")} for row in self._rows()]
-        return EvalResult({}, {}, {}, rows)
+        kept = {"split", "index", "generation"}.union(*(part.texts[0] for part in self.sets))
+        return EvalResult({}, {}, {}, [{key: row[key] for key in row if key in kept} for row in self._rows()])
 
     def _update(
         self,

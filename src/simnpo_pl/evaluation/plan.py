@@ -1,6 +1,6 @@
 """Which rows an evaluation scores and generates, cut into batches of like length and shared among processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,24 @@ from torch.utils.data import Dataset
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.metrics.base import RowMetric
+from simnpo_pl.metrics.functional import rouge_l
+
+
+@dataclass
+class Generation:
+    """What is generated greedily for the rows of a split, and how it is scored.
+
+    Args:
+        prompts: Token ids before the generated ones, of the first rows; the rest is not generated.
+        max_new_tokens: Generated tokens at most.
+        finish: Makes of the decoded text what is kept and scored, such as its part before a stop word.
+        score: Scores of (kept text, the row's answer), by name.
+    """
+
+    prompts: list[list[int]]
+    max_new_tokens: int
+    finish: Callable[[str], str] = str.strip
+    score: Callable[[str, str], dict[str, float]] = rouge_l
 
 
 @dataclass
@@ -20,9 +38,9 @@ class EvalSet:
         name: Such as `forget`; first part of the names of its results.
         texts: Question and answer of every row, for the logs.
         answers: Tokens of every row's answers: the answer, then its paraphrase where there is one, then the
-            perturbed answers; the same number for every row.
+            perturbed answers; the same number for every row. Empty where no answer is scored.
         metrics: What is computed from the rows' scores, by name.
-        generate: How many rows, from the first, are generated greedily.
+        generation: What is generated; None for nothing.
         has_paraphrase: Whether the second answer of a row is a paraphrase of the first.
     """
 
@@ -30,13 +48,18 @@ class EvalSet:
     texts: list[dict[str, str]]
     answers: list[list[TokenRow]]
     metrics: dict[str, RowMetric]
-    generate: int = 0
+    generation: Generation | None = None
     has_paraphrase: bool = False
 
     @property
     def kinds(self) -> int:
-        """Answers of each row."""
-        return len(self.answers[0])
+        """Answers of each row, at least 1."""
+        return len(self.answers[0]) if self.answers else 1
+
+    @property
+    def generate(self) -> int:
+        """Rows, from the first, that are generated."""
+        return len(self.generation.prompts) if self.generation is not None else 0
 
 
 class EvalBatches(Dataset[dict[str, Any]]):
@@ -80,7 +103,8 @@ def scoring_batches(sets: Sequence[EvalSet], tokens: int, pad_id: int) -> list[d
             batches.append(current)
             current = []
         current.append(item)
-    batches.append(current)
+    if current:
+        batches.append(current)
     return [
         {
             **collate([item[3] for item in batch], pad_id),
@@ -96,15 +120,18 @@ def generation_batches(sets: Sequence[EvalSet], prompts: int) -> list[dict[str, 
     """Prompts of the rows to generate, longest first, in batches of at most `prompts`.
 
     Returns:
-        Batches with `prompts` (lists of token ids) and `set`, `index` `(B,)`.
+        Batches with `prompts` (lists of token ids), `max_new_tokens` and `set`, `index` `(B,)`.
     """
-    flat = [(s, i, part.answers[i][0].prompt_ids) for s, part in enumerate(sets) for i in range(part.generate)]
-    flat.sort(key=lambda item: -len(item[2]))
-    return [
-        {
-            "prompts": [list(item[2]) for item in flat[start : start + prompts]],
-            "set": torch.tensor([item[0] for item in flat[start : start + prompts]]),
-            "index": torch.tensor([item[1] for item in flat[start : start + prompts]]),
-        }
-        for start in range(0, len(flat), prompts)
-    ]
+    by_limit: dict[int, list[tuple[int, int, list[int]]]] = {}
+    for number, part in enumerate(sets):
+        if part.generation is not None:
+            rows = by_limit.setdefault(part.generation.max_new_tokens, [])
+            rows += [(number, index, ids) for index, ids in enumerate(part.generation.prompts)]
+    batches = []
+    for limit, rows in by_limit.items():
+        rows.sort(key=lambda row: -len(row[2]))
+        for start in range(0, len(rows), prompts):
+            numbers, indices, ids = zip(*rows[start : start + prompts], strict=True)
+            batch = {"prompts": [list(i) for i in ids], "max_new_tokens": limit}
+            batches.append({**batch, "set": torch.tensor(numbers), "index": torch.tensor(indices)})
+    return batches

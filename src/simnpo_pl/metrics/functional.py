@@ -187,14 +187,19 @@ def model_utility(parts: Mapping[str, float]) -> float:
     return len(parts) / sum(1 / value for value in parts.values())
 
 
-def rouge_l(prediction: str, target: str) -> dict[str, float]:
-    """ROUGE with stemming: "rougeL_recall", "rougeL_f1" and "rouge1_recall", each 0 to 1.
+def rouge_l(prediction: str, target: str, stem: bool = True) -> dict[str, float]:
+    """ROUGE: "rougeL_recall", "rougeL_f1" and "rouge1_recall", each 0 to 1.
+
+    Args:
+        prediction: Generated text.
+        target: The right text.
+        stem: Whether words are compared without their endings, as TOFU does and MUSE does not.
 
     Example:
         >>> rouge_l("the cat", "the cats sat here")["rougeL_recall"]
         0.5
     """
-    scores = _scorer().score(target, prediction)
+    scores = _scorer(stem).score(target, prediction)
     return {
         "rougeL_recall": float(scores["rougeL"].recall),
         "rougeL_f1": float(scores["rougeL"].fmeasure),
@@ -236,10 +241,10 @@ def exact_memorization(correct: Tensor) -> float:
 
 
 @cache
-def _scorer() -> Any:
+def _scorer(stem: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # here, because it takes a second to load
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
 
 
 def _check_shapes(one: Tensor, many: Tensor) -> None:
