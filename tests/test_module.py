@@ -27,7 +27,7 @@ from simnpo_pl.objectives import (
     Objective,
     SimNPO,
 )
-from simnpo_pl.optimization import linear_schedule
+from simnpo_pl.optimization import schedule
 from simnpo_pl.retain import KL, NLL, RetainLoss
 
 
@@ -250,8 +250,12 @@ def test_negative_settings_are_refused(option: str, value: float):
 
 def test_schedule():
     """4 steps up, then 6 down to 0: 1/4, 2/4, 3/4, 1, then 1, 5/6, ... 1/6."""
-    factor = linear_schedule(4, 10)
+    factor = schedule("linear", 4, 10)
     assert [factor(step) for step in range(11)] == pytest.approx(
         [0.25, 0.5, 0.75, 1, 1, 5 / 6, 4 / 6, 0.5, 2 / 6, 1 / 6, 0]
     )
-    assert linear_schedule(0, 2)(0) == 1
+    assert schedule("linear", 0, 2)(0) == 1
+    constant = schedule("constant", 2, 5)
+    assert [constant(step) for step in range(5)] == [0.5, 1, 1, 1, 1]
+    with pytest.raises(UserError, match="--model.schedule must be linear or constant, got 'cosine'"):
+        UnlearningModule("x", schedule="cosine")

@@ -17,7 +17,7 @@ from simnpo_pl.logprobs import Scorer
 from simnpo_pl.losses import Batch, BatchLosses
 from simnpo_pl.models import frozen_copy, load_causal_lm
 from simnpo_pl.objectives import Objective, SimNPO
-from simnpo_pl.optimization import adamw, linear_schedule
+from simnpo_pl.optimization import Shape, adamw, schedule
 from simnpo_pl.policy import PolicyModule
 from simnpo_pl.reference import Reference, fingerprint
 from simnpo_pl.retain import NLL, RetainLoss
@@ -40,7 +40,8 @@ class UnlearningModule(PolicyModule):
             or the retain loss needs one.
         lr: Learning rate of AdamW at its peak.
         weight_decay: Weight decay of AdamW.
-        warmup_epochs: Length of the linear warm-up, epochs; a linear decay to 0 follows.
+        warmup_epochs: Length of the linear warm-up, epochs.
+        schedule: What follows the warm-up: `linear` decay to 0, or a `constant` learning rate.
         betas: Decay rates of AdamW's first and second moment.
         gradient_checkpointing: Whether activations are computed again in the backward pass: less memory, more time.
         dtype: Type of the loaded weights. Train in float32 with `--trainer.precision bf16-mixed`; bfloat16 is for
@@ -59,6 +60,7 @@ class UnlearningModule(PolicyModule):
         lr: float = 1e-5,
         weight_decay: float = 0.01,
         warmup_epochs: float = 1.0,
+        schedule: Shape = "linear",
         betas: tuple[float, float] = (0.9, 0.999),
         gradient_checkpointing: bool = False,
         dtype: Literal["float32", "bfloat16"] = "float32",
@@ -70,7 +72,8 @@ class UnlearningModule(PolicyModule):
         self.forget_weight = self.objective.default_forget_weight if forget_weight is None else forget_weight
         self.retain_weight = self.objective.default_retain_weight if retain_weight is None else retain_weight
         self.reference_name = reference or name
-        self.lr, self.weight_decay, self.warmup_epochs, self.betas = lr, weight_decay, warmup_epochs, betas
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.warmup_epochs, self.schedule = warmup_epochs, schedule
         self._check_settings()
         # No submodule, so the reference is in no optimizer and no checkpoint.
         self._reference = Reference()
@@ -171,14 +174,14 @@ class UnlearningModule(PolicyModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """AdamW with linear warm-up and linear decay to 0."""
+        """AdamW with linear warm-up and the schedule after it."""
         steps = int(self.trainer.estimated_stepping_batches)
         # With steps in place of epochs the loader is not set up yet.
         self.trainer.fit_loop.setup_data()
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         optimizer = adamw(self.policy, self.lr, self.betas, self.weight_decay)
-        schedule = LambdaLR(optimizer, linear_schedule(round(self.warmup_epochs * per_epoch), steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        factor = schedule(self.schedule, round(self.warmup_epochs * per_epoch), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     # -- checkpoints -------------------------------------------------------------------------------------
 
@@ -196,3 +199,5 @@ class UnlearningModule(PolicyModule):
             value = getattr(self, option)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
+        if self.schedule not in ("linear", "constant"):
+            raise UserError(f"--model.schedule must be linear or constant, got {self.schedule!r}")

@@ -1,9 +1,12 @@
-"""AdamW and its learning-rate schedule, as the paper's recipe has them."""
+"""AdamW and its learning-rate schedule, as the paper's recipes have them."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+Shape = Literal["linear", "constant"]
 
 
 def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
@@ -18,12 +21,13 @@ def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay:
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
-def linear_schedule(warmup: int, total: int) -> Callable[[int], float]:
-    """Factor of the learning rate at each optimizer step: a linear rise, then a linear fall to 0.
+def schedule(shape: Shape, warmup: int, total: int) -> Callable[[int], float]:
+    """Factor of the learning rate at each optimizer step: a linear rise, then what `shape` says.
 
     The first step already moves (factor 1 / warmup) and the last one still does.
 
     Args:
+        shape: `linear` falls to 0 after the rise, `constant` stays at 1.
         warmup: Optimizer steps of the rise.
         total: Optimizer steps of the run.
     """
@@ -31,6 +35,6 @@ def linear_schedule(warmup: int, total: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return max(0.0, (total - step) / max(1, total - warmup))
+        return 1.0 if shape == "constant" else max(0.0, (total - step) / max(1, total - warmup))
 
     return factor
