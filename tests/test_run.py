@@ -397,6 +397,12 @@ def test_two_processes_are_as_good_as_one(run_options: list[str], finished: Path
     ]
     assert all("generation" in r for r in rows[1])
     assert losses(folder) == pytest.approx(losses(finished), rel=1e-4)
+    weights = [
+        [json.loads(line) for line in (f / "weights.jsonl").read_text().splitlines()] for f in (finished, folder)
+    ]
+    assert len(weights[1]) == 20
+    for a, b in zip(*weights, strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
 
 
 def losses(folder: Path) -> list[float]:

@@ -24,6 +24,7 @@ from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.callbacks.export import ExportModel, ExportOptions
 from simnpo_pl.callbacks.history import HISTORY, History
 from simnpo_pl.callbacks.run_folder import PREDICTIONS, RunFolder
+from simnpo_pl.callbacks.weights import WEIGHTS, GradientWeights
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation import cache
 from simnpo_pl.evaluation.evaluation import EvalResult
@@ -119,6 +120,7 @@ class UnlearningCLI(LightningCLI):
             callbacks += [
                 self.export,
                 History(folder),
+                GradientWeights(folder),
                 ModelCheckpoint(
                     folder, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
                 ),
@@ -304,6 +306,7 @@ def written(folder: Path) -> str:
         "rows.jsonl": "scores and generated answers by row",
         "TOFU_EVAL.json": "the same in open-unlearning's format",
         HISTORY: "losses by step",
+        WEIGHTS: "gradient weights by forget row and epoch",
         "config.yaml": "resolved config",
         "last.ckpt": "training state, for --ckpt_path",
     }

@@ -25,6 +25,10 @@ class BatchLosses:
         retain_loss: None where nothing is retained.
         policy: Gives the scorer of the policy.
         reference: Gives the scorer of the frozen reference; called only where something reads it.
+
+    Attributes:
+        forget_scores: Of the newest batch's forget answers, each `(B,)`: `weight`, see `Objective.gradient_weights`;
+            `logp`, summed, nats; `length`, tokens. Empty where the objective has no such weight.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class BatchLosses:
         self.retain_loss = retain_loss
         self.policy = policy
         self.reference = reference
+        self.forget_scores: dict[str, Tensor] = {}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -71,7 +76,12 @@ class BatchLosses:
             rows["retain"] = batch["retain"]
         # One forward pass for all of them.
         states = self.policy()(rows) if rows else {}
-        per_row = self.objective(self._inputs(batch, states))
+        inputs = self._inputs(batch, states)
+        per_row = self.objective(inputs)
+        weights = self.objective.gradient_weights(inputs)
+        if weights is not None and inputs.forget is not None:
+            logp = inputs.forget.total.detach()
+            self.forget_scores = {"weight": weights, "logp": logp, "length": inputs.forget.length}
         counted = batch[(self.scored_parts or ["forget"])[0]]
         forget_loss = _average(per_row, counted, self.objective.average_over, self.objective.skipped_tokens)
         return forget_loss, self._retain(batch, states, per_row)

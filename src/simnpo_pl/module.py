@@ -143,6 +143,11 @@ class UnlearningModule(PolicyModule):
             loss = loss + self.retain_weight * retain_loss
         return {"loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss}
 
+    @property
+    def forget_scores(self) -> dict[str, Tensor]:
+        """Gradient weight, log-prob and length of the newest batch's forget answers, see `BatchLosses`."""
+        return self._batch_losses.forget_scores
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass; the batch says how large the effective batch is."""
         self._reference.add_to(batch)

@@ -6,6 +6,7 @@ It knows no model, tokenizer or data. It states in `needs` what it reads and in 
 import math
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from simnpo_pl.errors import UserError
@@ -67,6 +68,26 @@ class Objective(nn.Module):
     def forward(self, inputs: ForgetInputs) -> Tensor:
         """Loss of each row, `(B,)`."""
         raise TypeError(f"{type(self).__name__} must implement forward(inputs) -> Tensor (B,)")
+
+    def gradient_weights(self, inputs: ForgetInputs) -> Tensor | None:
+        """How strongly each forget answer is pushed down: the derivative of a row's loss by the answer's log-prob.
+
+        The gradient of a row's loss is this number times the gradient of `inputs.forget.total`, where the loss reads
+        the answer through that sum: W of NPO and W' of SimNPO (SimNPO paper, section 4). The model is not run again.
+
+        Args:
+            inputs: What `forward` reads.
+
+        Returns:
+            `(B,)`, per nat of the summed log-prob, below 0 where the answer is pushed up; None for an objective that
+            reads refusals alone or single tokens.
+        """
+        if inputs.forget is None or not self.needs <= {"forget", "alternate", "reference"}:
+            return None
+        with torch.enable_grad():
+            total = inputs.forget.total.detach().requires_grad_()
+            losses = self(inputs._replace(forget=inputs.forget._replace(total=total)))
+            return torch.autograd.grad(losses.sum(), total)[0]
 
 
 def positive(name: str, value: float) -> float:

@@ -1,0 +1,185 @@
+"""Gradient weights: the paper's formulas by hand, the derivative of the model itself, one line a row and epoch."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simnpo_pl.logprobs import AnswerLogps
+from simnpo_pl.module import UnlearningModule
+from simnpo_pl.objectives import DPO, IDK, NPO, WGA, FineTune, ForgetInputs, GradDiff, Objective, SimNPO
+
+CLI = Callable[..., None]
+LN3 = math.log(3)
+
+
+def inputs(total: list[float], length: list[float], reference: list[float] | None = None) -> ForgetInputs:
+    forget = AnswerLogps(*(torch.tensor(v, dtype=torch.float64) for v in (total, length)))
+    held = None if reference is None else torch.tensor(reference, dtype=torch.float64)
+    return ForgetInputs(forget=forget, reference_forget=held)
+
+
+def weights(objective: Objective, rows: ForgetInputs) -> list[float]:
+    found = objective.gradient_weights(rows)
+    assert found is not None
+    return found.tolist()
+
+
+def test_npo_weight():
+    """beta 1/2. Policy equal to its reference: 1, whatever the answer. L - L_ref = -2 log 3, so the ratio of the
+    powers is 1/3 and W = 2 (1/3) / (1/3 + 1) = 1/2. L - L_ref = 2 log 3: W = 2 * 3 / (3 + 1) = 3/2."""
+    rows = inputs([-7.0, -1 - 2 * LN3, -1.0], [3, 4, 5], [-7.0, -1.0, -1 - 2 * LN3])
+    assert weights(NPO(beta=0.5), rows) == pytest.approx([1.0, 0.5, 1.5], rel=1e-12)
+
+
+def test_simnpo_weight():
+    """beta 2. n 4, L = -2 log 3: pi^(beta/n) = 1/3, W' = (2/4) (1/3) / (4/3) = 1/8. L = 0, n 5: (2/5) / 2 = 1/5.
+
+    gamma log 3 moves the logit of the first row from -log 3 to 0: (2/4) / 2 = 1/4; of the second to log 3: (2/5) 3/4.
+    """
+    rows = inputs([-2 * LN3, 0.0], [4, 5])
+    assert weights(SimNPO(beta=2.0), rows) == pytest.approx([0.125, 0.2], rel=1e-12)
+    assert weights(SimNPO(beta=2.0, gamma=LN3), rows) == pytest.approx([0.25, 0.3], rel=1e-12)
+
+
+def test_other_weights():
+    """Ascent weighs an answer by 1 / n, fine-tuning by minus that.
+
+    DPO at beta 1/2 with log-ratios 2 of the refusal and 2 - 2 log 3 of the answer: 2 s(-log 3) = 1/2.
+    """
+    rows = inputs([-2.0, -3.0], [2, 4])
+    assert weights(GradDiff(), rows) == [0.5, 0.25]
+    assert weights(FineTune(), rows) == [-0.5, -0.25]
+    answers = inputs([-1.0 - 2 * LN3], [3], [-3.0])
+    refusals = inputs([-4.0], [2]).forget
+    dpo = answers._replace(alternate=refusals, reference_alternate=torch.tensor([-6.0], dtype=torch.float64))
+    assert weights(DPO(beta=0.5), dpo) == pytest.approx([0.5], rel=1e-12)
+
+
+def test_objectives_without_weight():
+    assert IDK().gradient_weights(ForgetInputs(alternate=inputs([-1.0], [2]).forget)) is None
+    assert "forget" not in WGA.needs
+
+
+@given(beta=st.floats(0.05, 5), length=st.integers(1, 200), total=st.floats(-500, 0), reference=st.floats(-500, 0))
+def test_weights_are_the_papers(beta: float, length: int, total: float, reference: float):
+    """SimNPO paper: W = 2 pi^beta / (pi^beta + pi_ref^beta), W' = (2 / n) pi^(beta/n) / (1 + pi^(beta/n))."""
+    row = inputs([total], [length], [reference])
+    npo = 2 / (1 + math.exp(min(beta * (reference - total), 700)))
+    simnpo = 2 / length / (1 + math.exp(-beta / length * total))
+    assert weights(NPO(beta), row) == pytest.approx([npo], rel=1e-9, abs=1e-300)
+    assert weights(SimNPO(beta), row) == pytest.approx([simnpo], rel=1e-9)
+    assert 0 < simnpo <= 1 / length
+    # With no reference NPO at beta / n is SimNPO but for 1 / n.
+    free = inputs([total], [length], [0.0])
+    assert weights(NPO(beta / length), free) == pytest.approx([length * simnpo], rel=1e-9)
+
+
+@pytest.mark.parametrize("objective", [NPO(beta=0.3), SimNPO(beta=1.0, gamma=0.2)])
+def test_weight_scales_the_gradient_of_the_log_prob(
+    model_folder: Path, data_folder: Path, other_folder: Path, objective: Objective
+):
+    """Through the model: the forget loss's gradient is the mean over rows of weight times the log-prob's gradient."""
+    from simnpo_pl.benchmarks import TofuData
+    from simnpo_pl.data.collate import collate
+
+    data = TofuData(path=str(data_folder), tokenizer=str(model_folder))
+    data.parts = ("forget",)
+    data.setup("test")
+    data._setup_training()
+    rows = data._training["forget"][:3]
+    module = UnlearningModule(
+        str(model_folder), objective=objective, retain_loss=None, forget_weight=1.0, reference=str(other_folder)
+    )
+    module.configure_model()
+    parameters = list(module.policy.parameters())
+    losses = module.losses({"forget": collate(rows, 0)})
+    whole = torch.autograd.grad(losses["loss"], parameters)
+    scores = module.forget_scores
+    assert not any(value.requires_grad for value in scores.values())
+    expected = [torch.zeros_like(p) for p in parameters]
+    for number, row in enumerate(rows):
+        logps = module._scorer()({"rows": collate([row], 0)})["rows"].logps()
+        assert scores["logp"][number].item() == pytest.approx(logps.total.item(), rel=1e-5)
+        assert scores["length"][number].item() == row.length
+        for held, gradient in zip(expected, torch.autograd.grad(logps.total.sum(), parameters), strict=True):
+            held += scores["weight"][number] * gradient / len(rows)
+    for got, wanted in zip(whole, expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-6)
+
+
+# -- weights.jsonl -------------------------------------------------------------------------------------------
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "weights.jsonl").read_text().splitlines()]
+
+
+QUICK = ("--eval.start", "false", "--eval.final", "false", "--trainer.check_val_every_n_epoch", "100")
+
+
+@pytest.fixture(scope="module")
+def npo_rows(run_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of NPO on 10 forget rows, 4 a step in micro-batches of 2."""
+    from simnpo_pl.__main__ import main
+
+    folder = tmp_path_factory.mktemp("weights") / "npo"
+    main(["fit", *run_options, *QUICK, "--model.objective", "NPO", "--run_dir", str(folder), "--debug"])
+    return folder
+
+
+def test_one_line_a_row_and_epoch(npo_rows: Path):
+    rows = read(npo_rows)
+    assert sorted((r["epoch"], r["index"]) for r in rows) == [(e, i) for e in (1, 2) for i in range(10)]
+    assert [sum(r["step"] == s for r in rows) for s in range(1, 7)] == [4, 4, 2, 4, 4, 2]
+    first = {r["index"]: r for r in rows if r["epoch"] == 1}
+    for row in rows:
+        assert row["probability"] == pytest.approx(math.exp(row["logp"] / row["length"]), rel=1e-5)
+        start = first[row["index"]]
+        assert row["difficulty"] == pytest.approx(-start["logp"] / start["length"], rel=1e-5)
+        assert row["length"] == start["length"]
+    # Before the first step the policy is its own reference; the pushed-down rows of the second epoch weigh less.
+    assert [r["weight"] for r in rows if r["step"] == 1] == pytest.approx([1.0] * 4, abs=1e-4)
+    assert all(r["weight"] < 0.99 for r in rows if r["epoch"] == 2)
+
+
+def test_weights_follow_from_the_written_log_probs(cli: CLI, tmp_path: Path):
+    cli("fit", *QUICK, "--run_dir", str(tmp_path / "run"), "--model.objective.beta", "3", "--trainer.max_epochs", "1")
+    for row in read(tmp_path / "run"):
+        power = math.exp(3 * row["logp"] / row["length"])
+        assert row["weight"] == pytest.approx(2 / row["length"] * power / (1 + power), rel=1e-4)
+
+
+def test_tensorboard_has_the_weights(npo_rows: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(npo_rows), {"histograms": 0, "scalars": 0})
+    events.Reload()
+    rows = read(npo_rows)
+    logged = events.Scalars("train/gradient_weight")
+    assert [event.step for event in logged] == list(range(6))
+    for event in logged:
+        own = [r["weight"] for r in rows if r["step"] == event.step + 1]
+        assert event.value == pytest.approx(sum(own) / len(own), rel=1e-5)
+    assert [event.step for event in events.Histograms("gradient_weight")] == [3, 6]
+
+
+def test_resumed_run_has_every_epoch(npo_rows: Path, cli: CLI, tmp_path: Path):
+    folder = tmp_path / "run"
+    options = ("fit", *QUICK, "--model.objective", "NPO", "--run_dir", str(folder))
+    cli(*options, "--trainer.max_steps", "3")
+    (folder / "results.json").unlink()
+    cli(*options, "--ckpt_path", "last")
+    assert [(r["epoch"], r["index"]) for r in read(folder)] == [(e, i) for e in (1, 2) for i in range(10)]
+    assert read(folder)[:10] == read(npo_rows)[:10]
+
+
+def test_no_file_without_weights(cli: CLI, tmp_path: Path):
+    cli("fit", *QUICK, "--run_dir", str(tmp_path / "run"), "--model.objective", "IDK", "--trainer.max_epochs", "1")
+    assert not (tmp_path / "run" / "weights.jsonl").exists()
