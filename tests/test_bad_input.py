@@ -55,7 +55,13 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--eval.retain_log", "missing.json"), "missing.json"),
         (("--eval.retain_log", "a", "--eval.retrained", "b"), "give one of them"),
         (("--eval.max_new_tokens", "0"), "--eval.max_new_tokens must be at least 1, got 0"),
-        (("--eval.generate_rows", "0"), "--eval.generate_rows must be at least 1, got 0"),
+        (("--eval.generate_rows", "-1"), "--eval.generate_rows must be at least 0, got -1"),
+        (("--eval.splits", "[]"), "--eval.splits names no split"),
+        (
+            ("--eval.splits", "[forgot]"),
+            "--eval.splits forgot: no such split; this benchmark measures forget, retain, real_authors, world_facts",
+        ),
+        (("--data.forget_rows", "[3, 10]"), "--data.forget_rows names row 10, but there are 10, counted from 0"),
         (("--run_dir", "null", "--ckpt_path", "last"), "--ckpt_path last needs --run_dir FOLDER"),
         (("--ckpt_path", "missing.ckpt"), "--ckpt_path missing.ckpt does not exist"),
         (("--export.best", "goodness"), "--export.best goodness is not measured: known are"),
@@ -67,6 +73,11 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 )
 def test_options(cli_error: Error, tmp_path: Path, options: tuple[str, ...], message: str):
     assert message in cli_error("fit", "--run_dir", str(tmp_path / "run"), *options)
+
+
+def test_predict_without_generation(cli_error: Error, tmp_path: Path):
+    said = cli_error("predict", "--run_dir", str(tmp_path / "run"), "--eval.generate_rows", "0")
+    assert "predict writes generated answers: leave --eval.generate_rows above 0" in said
 
 
 def test_mistyped_option_leaves_no_folder(cli_error: Error, tmp_path: Path):

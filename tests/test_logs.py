@@ -73,6 +73,13 @@ def test_our_format(tmp_path):
         assert (log.split, log.answers[1], log.questions[2]) == ("forget10", ANSWERS[1], QUESTIONS[2])
 
 
+def test_ratios_serve_where_losses_are_missing(tmp_path):
+    """As a run keeps them of a retrained model whose log held no losses."""
+    rows = [{"split": "forget", "index": i, "truth_ratio": RATIOS[i]} for i in (1, 0, 2)]
+    log = read_retain_log(write_rows(tmp_path, rows))
+    assert match_rows(log, QUESTIONS, ANSWERS, "forget10").tolist() == RATIOS
+
+
 @pytest.mark.parametrize("name", ["forget_Truth_Ratio", "forget_truth_ratio"])
 @pytest.mark.parametrize("nested", [True, False])
 def test_open_unlearning_format(tmp_path, name, nested):

@@ -263,6 +263,34 @@ def test_limited_generation_is_told(cli: CLI, model_folder: Path, tmp_path: Path
     assert counts["forget/probability"] == 10
 
 
+def test_chosen_splits_and_no_generation(cli: CLI, tmp_path: Path):
+    """The scores that are left do not change; what rests on the others is said to be missing."""
+    for name, options in {
+        "all": (),
+        "forget": ("--eval.splits", "[forget]"),
+        "silent": ("--eval.generate_rows", "0"),
+    }.items():
+        cli("test", *options, "--run_dir", str(tmp_path / name))
+    metrics, missing = {}, {}
+    for name in ("all", "forget", "silent"):
+        content = results(tmp_path / name)
+        metrics[name], missing[name] = content["final"]["metrics"], content["unavailable"]
+    for name, left in {"forget": lambda m: m.startswith("forget/"), "silent": lambda m: "rouge" not in m}.items():
+        expected = {m: value for m, value in metrics["all"].items() if left(m) and m != "model_utility"}
+        assert metrics[name] == pytest.approx(expected, rel=1e-6)
+    assert missing["forget"]["model_utility"] == "it rests on splits that --eval.splits leaves out"
+    for name in ("model_utility", "forget/rouge", "retain/rouge"):
+        assert missing["silent"][name] == "no answers are generated, see --eval.generate_rows"
+
+
+def test_chosen_forget_rows(cli: CLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Only these are trained on; all are measured."""
+    options = ["--trainer.max_epochs", "1", "--eval.start", "false", "--run_dir", str(tmp_path / "r")]
+    cli("fit", *options, "--data.forget_rows", "[7, 2, 5]")
+    assert "data: 3 forget rows, 40 retain rows" in capsys.readouterr().out
+    assert results(tmp_path / "r")["counts"]["forget/probability"] == 10
+
+
 def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path):
     """Stopped after one of three epochs, as by a kill, then resumed: the same weights, bit for bit."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

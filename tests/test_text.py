@@ -23,6 +23,15 @@ def ids_of(tokenizer, words: str) -> list[int]:
     return tokenizer(words, add_special_tokens=False)["input_ids"]
 
 
+def test_some_of_the_rows():
+    """Rows of questions by their place; of text, documents, before they are joined."""
+    pairs = [{"question": q, "answer": q} for q in "abc"]
+    assert TrainingRows(pairs, retain=pairs).only([2, 0]) == TrainingRows([pairs[2], pairs[0]], retain=pairs)
+    assert TrainingRows(Texts(["x", "y", "z"])).only([1]) == TrainingRows(Texts(["y"]))
+    with pytest.raises(UserError, match=r"--data.forget_rows names row 3, but there are 3, counted from 0"):
+        TrainingRows(pairs).only([3])
+
+
 @given(st.text(alphabet="ab é\n", min_size=1, max_size=60), st.integers(2, 9), st.booleans())
 def test_blocks_hold_the_text_in_order(words: str, length: int, bos: bool):
     """Every token once; all but a row's first scored; with BOS so is every token of the text."""

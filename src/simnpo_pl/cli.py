@@ -26,7 +26,7 @@ from simnpo_pl.callbacks.history import HISTORY, History
 from simnpo_pl.callbacks.run_folder import PREDICTIONS, RunFolder
 from simnpo_pl.callbacks.weights import WEIGHTS, GradientWeights
 from simnpo_pl.errors import UserError
-from simnpo_pl.evaluation import cache
+from simnpo_pl.evaluation.cache import evaluate_once
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.files import AtomicCheckpointIO
@@ -196,6 +196,8 @@ class UnlearningCLI(LightningCLI):
         """See that no answers are written over; they are compared with nothing."""
         if (self.run_folder.folder / PREDICTIONS).exists():
             raise UserError(f"--run_dir {self.run_folder.folder} holds {PREDICTIONS}; give another folder")
+        if self.datamodule.eval.generate_rows == 0:
+            raise UserError("predict writes generated answers: leave --eval.generate_rows above 0, or null for all")
         self.datamodule.eval.retain_log = self.datamodule.eval.retrained = None
         self._open()
 
@@ -226,27 +228,10 @@ class UnlearningCLI(LightningCLI):
             self.datamodule.use_retrained_rows(self._evaluate_once("retrained", model).rows, name)
 
     def _evaluate_once(self, role: str, model: PolicyModule) -> EvalResult:
-        """Evaluate a start or retrained model, or take the result that an earlier run kept."""
-        self.datamodule.setup("validate")
-        run_in = (self.trainer.precision, self.trainer.strategy.root_device.type, model.dtype_name)
-        kept = cache.EvaluationCache(self.datamodule.eval, " ".join(run_in))
-        log = self.datamodule.find_retain_log()
-        against = "" if log is None else repr(sorted(log.truth_ratio.items()))
-        limit = self.trainer.limit_val_batches
-        all_rows = isinstance(limit, float) and limit == 1.0 and not getattr(self.trainer, "fast_dev_run", 0)
-        whole = all_rows and self.trainer.num_nodes == 1
-        folder = kept.folder(model.name, self.datamodule.evaluation().sets, against) if whole else None
+        """Evaluate a start or retrained model, or take up the result that an earlier run kept."""
         self.run_folder.role = role
-        result = cache.load(folder)
-        if result is None:
-            self.trainer.validate(model, datamodule=self.datamodule, verbose=False)
-            if model.evaluation_result is None:
-                raise UserError(f"the {role} model was not evaluated: leave --trainer.limit_val_batches above 0")
-            result = model.evaluation_result
-            if folder is not None and self.trainer.is_global_zero:
-                cache.store(folder, result)
-            self.trainer.strategy.barrier()
-        else:
+        result, kept = evaluate_once(self.trainer, model, self.datamodule)
+        if kept:
             self.run_folder.take(self.trainer, result)
             if model.logs_metrics and self.trainer.logger is not None:
                 self.trainer.logger.log_metrics(result.values, step=0)

@@ -11,6 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.sources import hub_file
+from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
 from simnpo_pl.data.training import TrainingRows, TrainingSet, scoring_parts
 from simnpo_pl.errors import UserError
@@ -37,6 +38,7 @@ class UnlearningData(pl.LightningDataModule):
         truncate: Whether longer sequences are cut at the end of the answer instead of being refused.
         effective_batch: Forget rows per optimizer step, over all devices; as many retain rows come with them.
         per_device_batch: Forget rows per forward pass on one device, at most.
+        forget_rows: Rows the objective is applied to, by their place in the forget set from 0; null for all.
         seed: Seed of order, retain partners and refusals; the command line takes it from `--seed_everything`.
         eval: What is measured; the command line takes it from `--eval`.
     """
@@ -51,6 +53,7 @@ class UnlearningData(pl.LightningDataModule):
         truncate: bool = False,
         effective_batch: int = 32,
         per_device_batch: int = 8,
+        forget_rows: list[int] | None = None,
         seed: int = 0,
         eval: EvalOptions | None = None,
     ) -> None:
@@ -63,6 +66,7 @@ class UnlearningData(pl.LightningDataModule):
         self.truncate = truncate
         self.effective_batch = effective_batch
         self.per_device_batch = per_device_batch
+        self.forget_rows = forget_rows
         self.seed = int(seed)
         self.eval = eval or EvalOptions()
         self._training: dict[str, list[TokenRow]] = {}
@@ -96,22 +100,26 @@ class UnlearningData(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Read and tokenise what the stage needs."""
-        if not hasattr(self, "encoder"):
-            if self.tokenizer_name is None:
-                raise UserError("no tokenizer: give --model.name, or tokenizer= to the data module in Python")
-            self.tokenizer = load_tokenizer(self.tokenizer_name)
-            self.encoder = PromptTemplate(
-                self.tokenizer,
-                self.template,
-                self.max_length or self._context(self.tokenizer_name),
-                self.truncate,
-                system_prompt=self.system_prompt,
-                date=self.chat_date,
-            )
+        self._setup_encoder()
         if stage == "fit":
             self._setup_training()
             self._share_effective_batch()
         self.evaluation()
+
+    def _setup_encoder(self) -> None:
+        if hasattr(self, "encoder"):
+            return
+        if self.tokenizer_name is None:
+            raise UserError("no tokenizer: give --model.name, or tokenizer= to the data module in Python")
+        self.tokenizer = load_tokenizer(self.tokenizer_name)
+        self.encoder = PromptTemplate(
+            self.tokenizer,
+            self.template,
+            self.max_length or self._context(self.tokenizer_name),
+            self.truncate,
+            system_prompt=self.system_prompt,
+            date=self.chat_date,
+        )
 
     def _context(self, name: str) -> int | None:
         """The shorter of the tokenizer's and the model's limit, tokens; None where neither has one."""
@@ -142,7 +150,21 @@ class UnlearningData(pl.LightningDataModule):
 
     def _setup_training(self) -> None:
         if not self._training:
-            self._training = self.training_rows().encode(self.encoder, self.wanted_parts, self.seed)
+            rows = self.training_rows()
+            chosen = rows if self.forget_rows is None else rows.only(self.forget_rows)
+            self._training = chosen.encode(self.encoder, self.wanted_parts, self.seed)
+
+    def forget_lengths(self) -> list[int]:
+        """Scored tokens of each of the rows that `forget_rows` chooses from.
+
+        Raises:
+            UserError: The rows are text cut in blocks, which belong to no row.
+        """
+        self._setup_encoder()
+        rows = self.training_rows()
+        if isinstance(rows.forget, Texts) and rows.forget.rows == "blocks":
+            raise UserError("rows to forget have no length of their own where their text is cut in blocks")
+        return [row.length for row in rows.encode(self.encoder, ("forget",), self.seed)["forget"]]
 
     def _share_effective_batch(self) -> None:
         trainer = self.trainer
@@ -203,7 +225,8 @@ class UnlearningData(pl.LightningDataModule):
     def evaluation(self) -> Evaluation:
         """The splits and metrics, built once."""
         if self._evaluation is None:
-            self._evaluation = self.build_evaluation(self.encoder)
+            built = self.build_evaluation(self.encoder)
+            self._evaluation = built if self.eval.splits is None else built.only(self.eval.splits)
         return self._evaluation
 
     def val_dataloader(self) -> DataLoader:

@@ -4,7 +4,7 @@ Each micro-batch says how large the effective batch is that it is part of.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,19 @@ class TrainingRows:
     forget: Rows
     retain: Rows = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+
+    def only(self, chosen: Sequence[int]) -> "TrainingRows":
+        """Some of the forget rows (of text: documents), by their place from 0; everything else as it is.
+
+        Raises:
+            UserError: There is no such row.
+        """
+        items = _items(self.forget)
+        for row in chosen:
+            if not 0 <= row < len(items):
+                raise UserError(f"--data.forget_rows names row {row}, but there are {len(items)}, counted from 0")
+        kept = [items[row] for row in chosen]
+        return replace(self, forget=replace(self.forget, documents=kept) if isinstance(self.forget, Texts) else kept)
 
     def encode(self, encoder: PromptTemplate, parts: Collection[str], seed: int) -> dict[str, list[TokenRow]]:
         """Rows in tokens.

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet
@@ -45,6 +46,42 @@ class EvaluationCache:
         settings = (self.options.truth_ratio, against, self.precision, versions)
         digest.update(repr(settings).encode())
         return Path(self.options.cache_dir).expanduser() / "evaluations" / digest.hexdigest()[:24]
+
+
+def evaluate_once(trainer: Any, model: Any, data: Any) -> tuple[EvalResult, bool]:
+    """Evaluate a model that does not change, or take the result that an earlier run kept.
+
+    Args:
+        trainer: Lightning Trainer; its `validate` runs the evaluation.
+        model: `PolicyModule` of the model.
+        data: `UnlearningData`, which says what is measured and where results are kept.
+
+    Returns:
+        The result, and whether it was kept from an earlier run.
+
+    Raises:
+        UserError: The Trainer is told to evaluate nothing.
+    """
+    data.setup("validate")
+    run_in = (trainer.precision, trainer.strategy.root_device.type, model.dtype_name)
+    kept = EvaluationCache(data.eval, " ".join(run_in))
+    log = data.find_retain_log()
+    against = "" if log is None else repr(sorted(log.truth_ratio.items()))
+    limit = trainer.limit_val_batches
+    all_rows = isinstance(limit, float) and limit == 1.0 and not getattr(trainer, "fast_dev_run", 0)
+    whole = all_rows and trainer.num_nodes == 1
+    folder = kept.folder(model.name, data.evaluation().sets, against) if whole else None
+    result = load(folder)
+    if result is not None:
+        return result, True
+    trainer.validate(model, datamodule=data, verbose=False)
+    result = model.evaluation_result
+    if result is None:
+        raise UserError(f"{model.name} was not evaluated: leave --trainer.limit_val_batches above 0")
+    if folder is not None and trainer.is_global_zero:
+        store(folder, result)
+    trainer.strategy.barrier()
+    return result, False
 
 
 def load(folder: Path | None) -> EvalResult | None:

@@ -1,7 +1,7 @@
 """Collects the scores of an evaluation on every process and turns them into numbers and per-row logs."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.plan import EvalSet
 from simnpo_pl.metrics.base import RowMetric
+from simnpo_pl.metrics.functional import ROUGE
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,42 @@ class Evaluation:
         self._decode = decode
         self._raw = [_RawScores(len(part.texts), part.kinds) for part in sets]
         self._texts: dict[tuple[int, int], str] = {}
+        silent = [metric for part in sets if not part.generate for metric in part.metrics.values()]
+        self._withhold([m for m in silent if m.feature in ROUGE], "no answers are generated, see --eval.generate_rows")
+
+    def only(self, splits: Collection[str]) -> "Evaluation":
+        """The same over some of its splits; what rests on another one is unavailable.
+
+        Args:
+            splits: Names of the splits to keep.
+
+        Raises:
+            UserError: There is no such split.
+        """
+        known = [part.name for part in self.sets]
+        for name in splits:
+            if name not in known:
+                raise UserError(f"--eval.splits {name}: no such split; this benchmark measures {', '.join(known)}")
+        kept = [part for part in self.sets if part.name in splits]
+        result = Evaluation(kept, self.summary, self.unavailable, self._decode)
+        dropped = [metric for part in self.sets if part.name not in splits for metric in part.metrics.values()]
+        result._withhold(dropped, "it rests on splits that --eval.splits leaves out")
+        return result
+
+    def _withhold(self, lost: list[RowMetric], reason: str) -> None:
+        """Mark metrics that rest on lost ones as unavailable."""
+        # By identity: metrics overload comparison.
+        gone = {id(metric) for metric in lost}
+        for name, metric in self._named():
+            if any(id(part) in gone for part in metric.modules()):
+                self.unavailable.setdefault(name, reason)
+
+    def _named(self) -> list[tuple[str, Metric]]:
+        return [*(item for part in self.sets for item in part.metrics.items()), *self.summary.items()]
 
     def names(self) -> list[str]:
         """Metrics that are measured."""
-        named = {name for part in self.sets for name in part.metrics} | set(self.summary)
-        return sorted(named - set(self.unavailable))
+        return sorted({name for name, _ in self._named()} - set(self.unavailable))
 
     def to(self, device: torch.device) -> "Evaluation":
         """Move the metrics' states to the device of the model."""
@@ -114,8 +147,7 @@ class Evaluation:
         """
         values: dict[str, float] = {}
         counts: dict[str, int] = {}
-        named = [item for part in self.sets for item in part.metrics.items()]
-        for name, metric in [*named, *self.summary.items()]:
+        for name, metric in self._named():
             if name not in self.unavailable:
                 result = metric.compute()
                 values[name], counts[name] = result["value"], int(result["n"])

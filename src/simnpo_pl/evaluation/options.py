@@ -18,7 +18,8 @@ class EvalOptions:
         start: Whether `fit` evaluates the start model before training.
         final: Whether `fit` evaluates the exported model.
         max_new_tokens: Length of a generated answer at most, tokens.
-        generate_rows: Rows of each split that are generated for ROUGE, from the first; None for all.
+        splits: Splits to measure, such as `forget`; null for all of the benchmark's.
+        generate_rows: Rows of each split that are generated for ROUGE, from the first; 0 for none, null for all.
         truth_ratio: Convention of the truth ratio; `geometric` is the one behind published tables.
         tokens_per_batch: Tokens scored in one forward pass at most; rows are sorted by length.
         prompts_per_batch: Prompts generated together at most.
@@ -30,6 +31,7 @@ class EvalOptions:
     start: bool = True
     final: bool = True
     max_new_tokens: int = 200
+    splits: list[str] | None = None
     generate_rows: int | None = None
     truth_ratio: Literal["geometric", "arithmetic", "prob_mean"] = "geometric"
     tokens_per_batch: int = 2048
@@ -42,7 +44,7 @@ class EvalOptions:
         for name in ("max_new_tokens", "tokens_per_batch", "prompts_per_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"--eval.{name} must be at least 1, got {getattr(self, name)}")
-        if self.generate_rows is not None and self.generate_rows < 1:
-            raise UserError(
-                f"--eval.generate_rows must be at least 1, got {self.generate_rows}: model utility needs generations"
-            )
+        if self.generate_rows is not None and self.generate_rows < 0:
+            raise UserError(f"--eval.generate_rows must be at least 0, got {self.generate_rows}")
+        if self.splits == []:
+            raise UserError("--eval.splits names no split: name one, or leave it null for all")

@@ -17,6 +17,9 @@ from simnpo_pl.errors import UserError
 
 CONVENTIONS = ("geometric", "arithmetic", "prob_mean")
 
+ROUGE = ("rougeL_recall", "rougeL_f1", "rouge1_recall")
+"""Scores of a generated answer."""
+
 
 class ForgetQualityResult(NamedTuple):
     """Outcome of the two-sample Kolmogorov-Smirnov test of `forget_quality`.

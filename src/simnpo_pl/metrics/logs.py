@@ -209,19 +209,20 @@ def parse_rows(source: str, rows: list[dict[str, Any]]) -> RetainLog:
 
     Args:
         source: Where they come from, for messages.
-        rows: Objects of rows.jsonl, of any splits.
+        rows: Objects of rows.jsonl, of any splits; without losses their geometric `truth_ratio` is taken.
     """
     own = {int(row["index"]): row for row in rows if row["split"] == "forget"}
     if len(own) != sum(row["split"] == "forget" for row in rows):
         raise ValueError("a row index of the forget split occurs twice")
-    return _retain_log(
-        source,
-        next((row["forget_split"] for row in own.values() if "forget_split" in row), None),
-        {i: row["paraphrase_nll"] for i, row in own.items()},
-        {i: row["perturbed_nll"] for i, row in own.items()},
-        answers={i: row["answer"] for i, row in own.items() if "answer" in row},
-        questions={i: row["question"] for i, row in own.items() if "question" in row},
-    )
+    split = next((row["forget_split"] for row in own.values() if "forget_split" in row), None)
+    texts: dict[str, Any] = {
+        "answers": {i: row["answer"] for i, row in own.items() if "answer" in row},
+        "questions": {i: row["question"] for i, row in own.items() if "question" in row},
+    }
+    if own and all("paraphrase_nll" not in row and "truth_ratio" in row for row in own.values()):
+        return RetainLog(source, split, {i: float(row["truth_ratio"]) for i, row in own.items()}, **texts)
+    right, wrong = ({i: row[key] for i, row in own.items()} for key in ("paraphrase_nll", "perturbed_nll"))
+    return _retain_log(source, split, right, wrong, **texts)
 
 
 def _parse_open_unlearning(source: str, metrics: dict[str, Any], split: str | None) -> RetainLog:
