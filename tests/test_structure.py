@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parents[1] / "src" / "simnpo_pl"
 LAYERS = [
     ["errors"],
     ["files", "packing", "optimization"],
-    ["logprobs", "models", "generation", "data", "metrics"],
+    ["checkpoints", "logprobs", "models", "generation", "data", "metrics"],
     ["objectives", "retain", "reference", "evaluation", "demo"],
-    ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments"],
+    ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments", "report"],
     ["module"],
     ["cli"],
     ["commands"],

@@ -25,11 +25,11 @@ from simnpo_pl.callbacks.export import ExportModel, ExportOptions
 from simnpo_pl.callbacks.history import HISTORY, History
 from simnpo_pl.callbacks.run_folder import PREDICTIONS, RunFolder
 from simnpo_pl.callbacks.weights import WEIGHTS, GradientWeights
+from simnpo_pl.checkpoints import AtomicCheckpointIO
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.cache import evaluate_once
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.files import AtomicCheckpointIO
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import Objective
 from simnpo_pl.policy import PolicyModule

@@ -7,13 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from simnpo_pl.errors import UserError
-
-
-class _Writing:
+class Writing:
     """A temporary file beside the target that takes its name once it is whole on disk."""
 
     def __init__(self, path: Path) -> None:
@@ -39,7 +34,7 @@ class _Writing:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    with _Writing(path) as file:
+    with Writing(path) as file:
         file.write(text.encode())
 
 
@@ -51,30 +46,6 @@ def write_json(path: Path, content: Any) -> None:
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     """Write JSON lines atomically; numbers that are not finite become null."""
     write_text(path, "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its name and renames it; an earlier one stays until the new one is whole."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save training state to a file."""
-        with _Writing(Path(path)) as file:
-            torch.save(checkpoint, file)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load training state; tensors and plain values only.
-
-        Raises:
-            UserError: The file is not a whole checkpoint.
-        """
-        try:
-            return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"--ckpt_path {path} is damaged or no checkpoint of ours; start anew or from another"
-            ) from error
 
 
 def _finite(content: Any) -> Any:

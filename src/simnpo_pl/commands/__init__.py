@@ -11,6 +11,7 @@ from typing import NoReturn
 from simnpo_pl.errors import UserError
 
 COMMANDS = {
+    "report": "write a page, Markdown or LaTeX rows over finished runs",
     "task-vector": "unlearn without training: take off what fine-tuning on the forget rows adds to the weights",
 }
 """Name of a command to what it does, in one line; its module has the name with underscores."""
