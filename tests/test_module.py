@@ -257,5 +257,5 @@ def test_schedule():
     assert schedule("linear", 0, 2)(0) == 1
     constant = schedule("constant", 2, 5)
     assert [constant(step) for step in range(5)] == [0.5, 1, 1, 1, 1]
-    with pytest.raises(UserError, match="--model.schedule must be linear or constant, got 'cosine'"):
+    with pytest.raises(UserError, match=r"--model.schedule must be linear or constant, got 'cosine'"):
         UnlearningModule("x", schedule="cosine")

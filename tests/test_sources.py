@@ -253,3 +253,37 @@ def test_the_real_tofu_splits_pass_every_check(forget: str, retain: str) -> None
     check_disjoint(forget_rows, retain_rows)
     refusals = load_lines(f"{folder}/idontknow.jsonl")
     assert len(refusals) == 100
+
+
+def test_text_of_three_formats(tmp_path: Path):
+    """A list of strings, lines of objects, and a text file whose documents stand between blank lines."""
+    documents = ["one\ntwo", "three\n\n", "four"]
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "list.json").write_text(json.dumps(documents))
+    (tmp_path / "raw" / "lines.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    (tmp_path / "raw" / "plain.txt").write_text("\n\n".join(documents))
+    for name in ("list", "lines", "plain"):
+        assert load_split(str(tmp_path), f"raw/{name}", ("text",)) == [{"text": d} for d in documents]
+    assert load_split(str(tmp_path), "raw/plain[1:]+raw/list[:1]", ("text",)) == [
+        {"text": d} for d in ("three\n\n", "four", "one\ntwo")
+    ]
+    with pytest.raises(
+        UserError, match=r"no split 'raw/plain' .* expected raw/plain.json or raw/plain.jsonl; .*: lines, list"
+    ):
+        load_split(str(tmp_path), "raw/plain", ("question",))
+    with pytest.raises(UserError, match=r"no split 'other/x' .*or other/x.txt; the splits there are: none"):
+        load_split(str(tmp_path), "other/x", ("text",))
+    (tmp_path / "raw" / "blank.txt").write_text("\n \n")
+    with pytest.raises(UserError, match=r"split 'raw/blank' .* has no rows"):
+        load_split(str(tmp_path), "raw/blank", ("text",))
+
+
+def test_configuration_and_split_of_the_hub(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or [{"text": "t"}])
+    assert load_split("muse-bench/MUSE-News", "raw/forget", ("text",)) == [{"text": "t"}]
+    load_split("some/set", "forget10", ("text",))
+    assert asked == [
+        (("muse-bench/MUSE-News", "raw"), {"split": "forget"}),
+        (("some/set", "forget10"), {"split": "train"}),
+    ]

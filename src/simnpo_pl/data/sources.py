@@ -1,4 +1,4 @@
-"""Reads question-answer rows from local files or the Hugging Face hub and refuses unusable ones.
+"""Reads rows, of questions and answers or of text, from local files or the Hugging Face hub and refuses unusable ones.
 
 Every mistake a user can make here ends in one line that says what was expected, what was found and what
 to do, because a wrong row found after an hour of training costs that hour.
@@ -16,7 +16,10 @@ from typing import Any
 from simnpo_pl.errors import UserError
 
 _SUFFIXES = (".json", ".jsonl")
-_PART = re.compile(r"(?P<name>\w[\w.-]*)(\[((?P<start>-?\d+)(?P<start_pct>%)?)?:((?P<stop>-?\d+)(?P<stop_pct>%)?)?\])?")
+_TEXT_SUFFIXES = (*_SUFFIXES, ".txt")
+_PART = re.compile(
+    r"(?P<name>\w[\w./-]*)(\[((?P<start>-?\d+)(?P<start_pct>%)?)?:((?P<stop>-?\d+)(?P<stop_pct>%)?)?\])?"
+)
 _HUB_PACKAGES = ("datasets", "huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
 
 
@@ -24,9 +27,11 @@ def load_split(path: str, split: str, columns: Sequence[str]) -> list[dict[str, 
     """Reads the rows of a split expression.
 
     Args:
-        path: A folder holding `NAME.json` or `NAME.jsonl` files (one JSON object per line, or one array of
-            objects), or else the id of a hub data set whose configurations are the split names.
-        split: Names with optional slices, joined by `+`: `forget10`, `retain99[:200]`, `retain99[10:20]`,
+        path: A folder holding `NAME.json` or `NAME.jsonl` files (one JSON object or string per line, or one array of
+            them), for the column `text` also `NAME.txt` files of documents between blank lines; or else the id of a
+            hub data set whose configurations are the split names, or whose configuration and split are joined by
+            `/`. A string or document becomes the column `text`.
+        split: Names with optional slices, joined by `+`: `forget10`, `retain99[:200]`, `raw/retain1[10:20]`,
             `forget01+retain99[-10%:]`. Slices follow the `datasets` package: counted from 0, the end
             excluded, cut at the number of rows, percentages rounded to the nearest row.
         columns: Columns every row must have; other columns are kept.
@@ -40,7 +45,7 @@ def load_split(path: str, split: str, columns: Sequence[str]) -> list[dict[str, 
     """
     rows: list[dict[str, Any]] = []
     for match in [_match_part(part.strip(), split) for part in split.split("+")]:
-        found = _load_named(path, match["name"])
+        found = _load_named(path, match["name"], _TEXT_SUFFIXES if "text" in columns else _SUFFIXES)
         _check_columns(found, columns, f"split {match['name']!r} of {path}")
         start, stop = _bounds(match, len(found))
         if start >= stop:
@@ -50,7 +55,7 @@ def load_split(path: str, split: str, columns: Sequence[str]) -> list[dict[str, 
 
 
 def load_jsonl(file: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Reads one file of JSON objects, one per line or as one array, all with the given columns.
+    """Reads one file of rows, as `load_split` does, all with the given columns.
 
     Raises:
         UserError: The file is missing, empty or not JSON, or a row lacks a column.
@@ -119,15 +124,17 @@ def _pair(row: Mapping[str, Any] | str) -> tuple[str, str]:
     return ("", row.strip()) if isinstance(row, str) else (row["question"].strip(), row["answer"].strip())
 
 
-def _load_named(path: str, name: str) -> list[dict[str, Any]]:
+def _load_named(path: str, name: str, suffixes: Sequence[str]) -> list[dict[str, Any]]:
     """All rows of one split, from a local folder or the hub."""
     folder = Path(os.path.expanduser(path))
     if folder.is_dir():
-        files = [file for suffix in _SUFFIXES if (file := folder / f"{name}{suffix}").is_file()]
+        files = [file for suffix in suffixes if (file := folder / f"{name}{suffix}").is_file()]
         if not files:
-            names = sorted({f.stem for f in folder.iterdir() if f.suffix in _SUFFIXES and f.is_file()})
+            inside = (folder / name).parent
+            there = sorted(inside.iterdir()) if inside.is_dir() else []
+            names = {f.stem: None for f in there if f.suffix in suffixes and f.is_file()}
             raise UserError(
-                f"no split {name!r} in {path}: expected {name}.json or {name}.jsonl; "
+                f"no split {name!r} in {path}: expected {' or '.join(name + suffix for suffix in suffixes)}; "
                 f"the splits there are: {', '.join(names) or 'none'}"
             )
         return _read_rows(files[0])
@@ -139,11 +146,12 @@ def _load_named(path: str, name: str) -> list[dict[str, Any]]:
 
 
 def _load_hub(path: str, name: str) -> list[dict[str, Any]]:
-    """All rows of one configuration of a hub data set."""
+    """All rows of one configuration of a hub data set, of its split where one is named, else of its training split."""
     import datasets
 
+    configuration, _, split = name.partition("/")
     try:
-        return [dict(row) for row in datasets.load_dataset(path, name, split="train")]
+        return [dict(row) for row in datasets.load_dataset(path, configuration, split=split or "train")]
     except Exception as error:
         if not _is_hub_failure(error):
             raise
@@ -176,14 +184,19 @@ def _read_text(file: Path) -> str:
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON array or of JSON lines."""
+    """The objects of a JSON array or of JSON lines; strings, and the documents of a text file, as column `text`."""
     text = _read_text(file)
-    if text.lstrip().startswith("["):
+    rows: list[Any]
+    if file.suffix == ".txt":
+        # More than one blank line belongs to the document before it, so that joining gives the file again.
+        rows = re.split(r"\n\n(?=\S)", text.lstrip("\n")) if text.strip() else []
+    elif text.lstrip().startswith("["):
         rows = _parse(text, file, 1)
     else:
         # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
         lines = enumerate(text.split("\n"), start=1)
         rows = [_parse(line, file, number) for number, line in lines if line.strip()]
+    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             where = f"{file} row {index}, counted from 0"
