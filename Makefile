@@ -20,6 +20,7 @@ install: $(INSTALLED) ## make .venv and install the package with its test tools
 
 demo: $(INSTALLED) ## unlearn on generated data with a small model: no network, no GPU, under three minutes
 	$(BIN)/python -m simnpo_pl fit --config configs/demo.yaml
+	$(BIN)/python -m simnpo_pl report
 
 test: $(INSTALLED) ## all fast tests, on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -40,6 +40,13 @@ def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
             truth_ratios(runs),
         ),
         ("losses", "Losses by optimizer step", "Before their weights, over the effective batch.", losses(runs)),
+        (
+            "weights",
+            "Gradient weights by epoch",
+            "How hard the forget objective pulls at a row: median over the forget rows, their middle half as a band. "
+            "Near 1 whatever the row, the objective acts as plain gradient ascent.",
+            weights(runs),
+        ),
     ]
     return [
         {"id": key, "title": title, "caption": caption, "figure": figure.to_plotly_json()}
@@ -149,4 +156,39 @@ def losses(runs: Sequence[Run]) -> go.Figure | None:
         return None
     return figure.update_layout(
         xaxis={"title": {"text": "optimizer step"}}, yaxis={"title": {"text": "loss"}, "type": "linear"}
+    )
+
+
+def weights(runs: Sequence[Run]) -> go.Figure | None:
+    """Median and quartiles of the gradient weights over epochs."""
+    figure = go.Figure()
+    for number, run in enumerate(runs):
+        quartiles = series.weight_quartiles(run.weights)
+        if not quartiles:
+            continue
+        epochs = [q.epoch for q in quartiles]
+        band = {
+            "mode": "lines",
+            "line": {"width": 0},
+            "legendgroup": run.name,
+            "showlegend": False,
+            "hoverinfo": "skip",
+        }
+        figure.add_scatter(x=epochs, y=[q.low for q in quartiles], **band)
+        figure.add_scatter(
+            x=epochs, y=[q.high for q in quartiles], fill="tonexty", fillcolor=colour(number) + "33", **band
+        )
+        figure.add_scatter(
+            x=epochs,
+            y=[q.median for q in quartiles],
+            name=run.name,
+            legendgroup=run.name,
+            mode="lines+markers",
+            line={"color": colour(number), "width": 2},
+            hovertemplate="epoch %{x}<br>median %{y:.3g}",
+        )
+    if not figure.data:
+        return None
+    return figure.update_layout(
+        xaxis={"title": {"text": "epoch"}}, yaxis={"title": {"text": "gradient weight"}, "rangemode": "tozero"}
     )

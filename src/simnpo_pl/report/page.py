@@ -26,6 +26,8 @@ def html(runs: Sequence[Run]) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    # Runs stay in the order they were named.
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     return environment.get_template("report.html").render(
         runs=[{**_run(run), "colour": colour(number)} for number, run in enumerate(runs)],
         columns=words.COLUMNS,

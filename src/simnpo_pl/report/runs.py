@@ -55,6 +55,11 @@ class Run:
         """Losses of every optimizer step."""
         return _lines(self.folder / "history.jsonl")
 
+    @cached_property
+    def weights(self) -> list[Row]:
+        """Gradient weights of every forget row and epoch."""
+        return _lines(self.folder / "weights.jsonl")
+
     @property
     def config(self) -> str:
         """The resolved config, YAML."""

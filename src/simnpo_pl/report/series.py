@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import quantiles
 from typing import NamedTuple
 
 from simnpo_pl.report.runs import Row, Run
@@ -22,6 +23,15 @@ class Gap(NamedTuple):
 
     at: float
     low: float
+    high: float
+
+
+class Quartiles(NamedTuple):
+    """Spread of the gradient weights of one epoch."""
+
+    epoch: int
+    low: float
+    median: float
     high: float
 
 
@@ -76,3 +86,15 @@ def largest_gap(one: Sequence[float], other: Sequence[float]) -> Gap:
     at = max(places, key=lambda x: abs(share(one, x) - share(other, x)))
     low, high = sorted((share(one, at), share(other, at)))
     return Gap(at, low, high)
+
+
+def weight_quartiles(rows: Sequence[Row]) -> list[Quartiles]:
+    """Quartiles of the rows' gradient weights, epoch by epoch."""
+    by_epoch: dict[int, list[float]] = {}
+    for row in rows:
+        by_epoch.setdefault(row["epoch"], []).append(row["weight"])
+    found = []
+    for epoch, weights in sorted(by_epoch.items()):
+        parts = quantiles(weights, n=4, method="inclusive") if len(weights) > 1 else weights * 3
+        found.append(Quartiles(epoch, *parts))
+    return found

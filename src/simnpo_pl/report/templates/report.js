@@ -18,8 +18,9 @@ function paint() {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour("--text"), family: "system-ui, sans-serif" },
-      margin: { l: 60, r: 15, t: 15, b: 50 },
+      margin: { l: 60, r: 15, t: 35, b: 50 },
       legend: narrow ? { orientation: "h", y: -0.25 } : { x: 1.02, y: 1 },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--faint"), activecolor: colour("--text") },
       hoverlabel: { bgcolor: colour("--raised"), font: { color: colour("--text") } },
     };
     for (const key of Object.keys(plot.figure.layout)) {
@@ -128,10 +129,10 @@ if (names.length === 0) {
 } else {
   options(byId("run"), names);
   splits();
+  const again = () => { shown = STEP; browse(); };
   byId("run").addEventListener("change", splits);
-  for (const id of ["run", "split", "order", "search"]) {
-    byId(id).addEventListener("input", () => { shown = STEP; browse(); });
-  }
+  for (const id of ["run", "split", "order"]) byId(id).addEventListener("change", again);
+  byId("search").addEventListener("input", again);
   byId("more").addEventListener("click", () => { shown += STEP; browse(); });
   browse();
 }
