@@ -22,9 +22,8 @@ class GradientWeights(Callback):
     fills its rows of one table, so every row is there once on any number of processes and under accumulation.
 
     A line of `weights.jsonl` has `index` (of the forget row), `epoch` and `step` (epoch and optimizer step of the pass,
-    from 1), `weight` (see `Objective.gradient_weights`), `length` (n, scored tokens), `logp` (their sum, nats),
-    `probability` (exp(logp / n)) and `difficulty` (-logp / n of the row's first pass, nats per token: low for rows that
-    the start model knows by heart).
+    from 1), `weight` (see `Objective.gradient_weights`), `length` (n, scored tokens), `logp` (their sum, nats) and
+    `probability` (exp(logp / n)).
 
     Args:
         folder: Where the file goes.
@@ -80,8 +79,7 @@ class GradientWeights(Callback):
 
     def _epoch_rows(self, table: Tensor, epoch: int) -> list[dict[str, Any]]:
         """Rows of an epoch from the table `(N, 5)` of count, step, weight, logp, length."""
-        first = {row["index"]: row["difficulty"] for row in self.rows}
-        mean = table[:, 3] / table[:, 4].clamp(min=1)
+        probability = (table[:, 3] / table[:, 4].clamp(min=1)).exp()
         fresh = []
         for index in table[:, 0].nonzero().flatten().tolist():
             _, step, weight, logp, length = table[index].tolist()
@@ -93,8 +91,7 @@ class GradientWeights(Callback):
                     "weight": weight,
                     "length": int(length),
                     "logp": logp,
-                    "probability": mean[index].exp().item(),
-                    "difficulty": first.get(index, -mean[index].item()),
+                    "probability": probability[index].item(),
                 }
             )
         return fresh
