@@ -35,10 +35,10 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--model.objectivee", "NPO"), "objectivee"),
         (
             ("--model.objective", "NOP"),
-            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, NPO, NPORawLogits, SatImp, SimNPO, "
+            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, NPO, NPORawLogits, RMU, SatImp, SimNPO, "
             "SimNPORawLogits, UNDIAL, WGA",
         ),
-        (("--model.retain_loss", "NL"), "known are KL, NLL"),
+        (("--model.retain_loss", "NL"), "known are EmbedDiff, KL, NLL"),
         (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),
         (("--model.objective.betta", "1"), "betta"),
         (("--model.lr", "fast"), "Got value: fast"),

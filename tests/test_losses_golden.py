@@ -12,6 +12,7 @@ from simnpo_pl.objectives import (
     CEU,
     DPO,
     NPO,
+    RMU,
     UNDIAL,
     WGA,
     GradAscent,
@@ -21,7 +22,7 @@ from simnpo_pl.objectives import (
     SimNPO,
     SimNPORawLogits,
 )
-from simnpo_pl.retain import KL, NLL
+from simnpo_pl.retain import KL, NLL, EmbedDiff, RetainLoss
 
 # Case: objective, retain loss, forget weight, retain weight. Public KL averages over every position; a margin delta
 # inside beta is gamma = beta * delta here.
@@ -86,20 +87,72 @@ def value_and_gradient_norm(module: UnlearningModule, batch: dict[str, Any]) -> 
     return loss.item(), torch.stack(norms).norm().item()
 
 
+@pytest.mark.parametrize(("case", "retain_loss"), [("RMU_EMBED_DIFF", EmbedDiff(1, "crossed")), ("RMU_NLL", NLL())])
+def test_rmu(shared: Path, case: str, retain_loss: RetainLoss):
+    """Public code divides every row's sum by every row's length.
+
+    The stored attention mask hides the last answer token, whose state counts; such a token runs only when padded.
+    """
+    fixture = shared / "goldens" / "A"
+    golden = json.loads((fixture / "losses.json").read_text())["losses"][case]
+    objective = RMU(layer=1, coefficient=2.0, seed=0, average_over="crossed")
+    vector = objective.coefficient * objective.direction(64)
+    assert vector.tolist() == pytest.approx(golden["control_vec"], rel=1e-6)
+    module = UnlearningModule(
+        name=str(fixture / "policy"),
+        reference=str(fixture / "target"),
+        objective=objective,
+        retain_loss=retain_loss,
+        trainable=[".*"],
+        attn_implementation="eager",
+    )
+    module.configure_model()
+    batch = json.loads((fixture / "batches.json").read_text())["batch"]
+    losses = module.losses({name: tensors(part) for name, part in batch.items()})
+    assert losses["forget_loss"].item() == pytest.approx(golden["forget_loss_unweighted"], rel=1e-5)
+    assert losses["retain_loss"].item() == pytest.approx(golden["retain_loss_unweighted"], rel=1e-5)
+    value, norm = value_and_gradient_norm(module, batch)
+    assert value == pytest.approx(golden["loss"], rel=1e-5)
+    assert norm == pytest.approx(golden["grad_norm"], rel=1e-5)
+
+
+def test_rmu_packed_and_padded(shared: Path):
+    """With every token in the attention mask, packed rows give what padded ones give."""
+    fixture = shared / "goldens" / "A"
+    batch = json.loads((fixture / "batches.json").read_text())["batch"]
+    for part in batch.values():
+        for mask, labels in zip(part["attention_mask"], part["labels"], strict=True):
+            mask[:] = [int(bool(m) or y != -100) for m, y in zip(mask, labels, strict=True)]
+    found = []
+    for attention in (None, "eager"):
+        module = UnlearningModule(
+            name=str(fixture / "policy"),
+            reference=str(fixture / "target"),
+            objective=RMU(layer=0, coefficient=2.0),
+            retain_loss=EmbedDiff(layer=1),
+            attn_implementation=attention,
+        )
+        module.configure_model()
+        assert module._scorer().packs is (attention is None)
+        found.append(value_and_gradient_norm(module, batch))
+        trained = {name for name, p in module.policy.named_parameters() if p.grad is not None}
+        assert trained == {"model.layers.0.mlp.down_proj.weight"}
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("beta", [0.1, 0.7])
-@pytest.mark.parametrize("kind", ["npo", "npo_gdr", "simnpo", "simnpo_gdr"])
-@pytest.mark.parametrize("delta", [0.0, 0.1])
-def test_raw_logits_of_public_muse_code(shared: Path, kind: str, beta: float, delta: float):
+@pytest.mark.parametrize(
+    ("kind", "delta"),
+    [("npo", None), ("npo_gdr", None), *((kind, delta) for kind in ("simnpo", "simnpo_gdr") for delta in (0.0, 0.1))],
+)
+def test_raw_logits_of_public_muse_code(shared: Path, kind: str, delta: float | None, beta: float):
     golden = json.loads((shared / "goldens" / "muse" / "A" / "losses.json").read_text())
-    simnpo = kind.startswith("simnpo")
-    if delta and not simnpo:
-        pytest.skip("NPO has no margin")
-    wanted = {"loss_type": kind, "beta": beta, **({"gamma": delta} if simnpo else {})}
+    wanted = {"loss_type": kind, "beta": beta, **({} if delta is None else {"gamma": delta})}
     case = next(c for c in golden["repository"] if wanted.items() <= c.items())
     module = UnlearningModule(
         name=str(shared / "goldens" / "A" / "target"),
         reference=str(shared / "goldens" / "A" / "retain"),
-        objective=SimNPORawLogits(beta, delta) if simnpo else NPORawLogits(beta),
+        objective=NPORawLogits(beta) if delta is None else SimNPORawLogits(beta, delta),
         forget_weight=case.get("npo_coeff"),
         retain_weight=case.get("coeff", 1.0) if kind.endswith("gdr") else 0.0,
     )

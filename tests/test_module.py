@@ -17,6 +17,7 @@ from simnpo_pl.objectives import (
     DPO,
     IDK,
     NPO,
+    RMU,
     UNDIAL,
     WGA,
     FineTune,
@@ -28,7 +29,7 @@ from simnpo_pl.objectives import (
     SimNPO,
 )
 from simnpo_pl.optimization import schedule
-from simnpo_pl.retain import KL, NLL, RetainLoss
+from simnpo_pl.retain import KL, NLL, EmbedDiff, RetainLoss
 
 
 class Losses(pl.Callback):
@@ -103,6 +104,55 @@ def test_kl_retain_with_cut_batches(fit: Callable[..., Any], other_folder: Path)
     for one, other in zip(steps, cut_steps, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     assert steps[0]["train/retain_loss"] > 0.1
+
+
+def test_rmu_with_cut_batches(fit: Callable[..., Any], other_folder: Path):
+    settings = {"retain_loss": EmbedDiff(0), "reference": str(other_folder), "trainable": [".*layers.0.*"]}
+    whole, steps, _ = fit(RMU(layer=1, coefficient=2.0), per_device=4, **settings)
+    for per_device in (2, 1):
+        cut, cut_steps, _ = fit(RMU(layer=1, coefficient=2.0), per_device=per_device, **settings)
+        for one, other in zip(steps, cut_steps, strict=True):
+            assert one == pytest.approx(other, rel=1e-4)
+        assert (weights(cut) - weights(whole)).norm() < 2e-3 * (weights(whole)).norm()
+    assert steps[-1]["train/forget_loss"] < steps[0]["train/forget_loss"]
+    assert steps[0]["train/retain_loss"] > 0.1
+
+
+def test_only_what_is_named_is_trained(fit: Callable[..., Any], model_folder: Path, tmp_path: Path):
+    """The rest stays bit for bit, is in no optimizer, and yet in the saved model; after training it is free again."""
+    from simnpo_pl.models import load_causal_lm
+
+    module, _, trainer = fit(SimNPO(beta=1.0), trainable=[r"model\.layers\.1\.mlp\..*", "model.norm.weight"])
+    start = dict(load_causal_lm(str(model_folder)).named_parameters())
+    moved = {n for n, p in module.policy.named_parameters() if not torch.equal(p, start[n])}
+    assert moved == {f"model.layers.1.mlp.{n}_proj.weight" for n in ("gate", "up", "down")} | {"model.norm.weight"}
+    in_optimizer = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert in_optimizer == {id(p) for n, p in module.policy.named_parameters() if n in moved}
+    assert all(p.requires_grad for p in module.policy.parameters())
+    module.policy.save_pretrained(tmp_path)
+    saved = load_causal_lm(str(tmp_path)).state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in module.policy.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("trainable", "message"),
+    [
+        (["down_proj"], r"--model.trainable \['down_proj'\] matches no parameter; names are such as model.layers.0."),
+        (["("], r"--model.trainable \['\('\] holds no regular expression"),
+    ],
+)
+def test_trainable_must_match(model_folder: Path, trainable: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        UnlearningModule(str(model_folder), trainable=trainable).configure_model()
+
+
+def test_layer_must_be_there(model_folder: Path):
+    for settings, option in (
+        ({"objective": RMU()}, "objective"),
+        ({"objective": RMU(1), "retain_loss": EmbedDiff(7)}, "retain_loss"),
+    ):
+        with pytest.raises(UserError, match=f"--model.{option}.layer 7: the model has layers 0 to 1; give one of"):
+            UnlearningModule(str(model_folder), **settings).configure_model()
 
 
 def test_kl_starts_at_zero(fit: Callable[..., Any]):

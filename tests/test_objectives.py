@@ -1,6 +1,7 @@
 """Objectives on log-probs made by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simnpo_pl.errors import UserError
-from simnpo_pl.logprobs import AnswerLogps, AnswerStates
+from simnpo_pl.logprobs import AnswerLogps, AnswerStates, LayerStates
 from simnpo_pl.objectives import (
     CEU,
     DPO,
     IDK,
     NPO,
+    RMU,
     UNDIAL,
     WGA,
     FineTune,
@@ -27,6 +29,7 @@ from simnpo_pl.objectives import (
     SimNPO,
     SimNPORawLogits,
 )
+from simnpo_pl.retain import KL, EmbedDiff
 
 
 def logps(total: list[float], length: list[float]) -> AnswerLogps:
@@ -129,6 +132,57 @@ def test_undial():
     assert loss.tolist() == pytest.approx([0.8369882, 0.6931472], rel=1e-6)
 
 
+# Row 1 has two tokens, row 2 none, row 3 one; two dimensions.
+LAYER = LayerStates(torch.tensor([[1.0, 0.0], [3.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 0, 2]), size=3)
+
+
+def test_rmu(monkeypatch: pytest.MonkeyPatch):
+    """c 5 and u (3/5, 4/5): the states are drawn to (3, 4).
+
+    Row 1: ((1 - 3)^2 + (0 - 4)^2) / 2 = 10 and (0^2 + 3^2) / 2 = 4.5, mean 7.25. Row 3: (3^2 + 2^2) / 2 = 6.5.
+    Crossed: the sums are 14.5, 0 and 6.5, and each is divided by 2, 1 and 1 (for the row without tokens), so times 5/6.
+    """
+    monkeypatch.setattr(RMU, "direction", lambda *_: torch.tensor([0.6, 0.8]))
+    inputs = ForgetInputs(layer=LAYER)
+    assert RMU(coefficient=5.0)(inputs).tolist() == pytest.approx([7.25, 0, 6.5])
+    crossed = RMU(coefficient=5.0, average_over="crossed")(inputs)
+    assert crossed.tolist() == pytest.approx([14.5 * 5 / 6, 0, 6.5 * 5 / 6])
+
+
+def test_direction_of_rmu_is_a_unit_vector_of_its_own_seed():
+    before = torch.get_rng_state()
+    first, second, other = RMU(seed=1).direction(64), RMU(seed=1).direction(64), RMU(seed=2).direction(64)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, other)
+    assert first.norm().item() == pytest.approx(1)
+    assert (first >= 0).all()
+
+
+def test_rmu_trains_three_down_projections():
+    import re
+
+    def trained(layer: int, name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in RMU(layer).default_trainable)
+
+    llama = [n for n in range(9) if trained(7, f"model.layers.{n}.mlp.down_proj.weight")]
+    assert llama == [5, 6, 7]
+    assert [n for n in range(9) if trained(1, f"transformer.h.{n}.mlp.c_proj.weight")] == [0, 1]
+    assert not trained(7, "model.layers.7.mlp.up_proj.weight")
+    assert not trained(7, "transformer.h.7.attn.c_proj.weight")
+    assert not trained(7, "model.layers.17.mlp.down_proj.weight")
+
+
+def test_embed_diff():
+    """Against a reference of all ones.
+
+    Row 1: (0^2 + 1^2) / 2 = 0.5 and (2^2 + 0^2) / 2 = 2, mean 1.25. Row 3: (1^2 + 1^2) / 2 = 1.
+    """
+    policy = replace(STATES, layers={4: LAYER})
+    reference = replace(STATES, layers={4: replace(LAYER, hidden=torch.ones(3, 2))})
+    assert EmbedDiff(layer=4)(policy, reference).tolist() == pytest.approx([1.25, 0, 1])
+
+
 # Row 1 has two tokens with logits (0, 1) and (-1, 2), row 2 one with (0, 0) and padding whose logits must not count.
 POSITIONS = Positions(
     logits=torch.tensor([[[0.0, 1.0], [-1.0, 2.0]], [[0.0, 0.0], [99.0, 99.0]]]),
@@ -200,6 +254,19 @@ def test_small_beta_is_gradient_ascent(make: type[Objective]):
 def test_beta_must_be_positive(make: type[Objective], beta: float):
     with pytest.raises(UserError, match=r"--model.objective.beta must be a number above 0, got"):
         make(beta=beta)
+
+
+@pytest.mark.parametrize(
+    ("make", "option", "known"),
+    [
+        (RMU, "objective", "answers or crossed"),
+        (EmbedDiff, "retain_loss", "answers or crossed"),
+        (KL, "retain_loss", "answers or all"),
+    ],
+)
+def test_averages_are_named(make: type[torch.nn.Module], option: str, known: str):
+    with pytest.raises(UserError, match=f"--model.{option}.average_over must be {known}, got 'rows'"):
+        make(average_over="rows")
 
 
 @pytest.mark.parametrize("gamma", [-0.1, math.nan])

@@ -1,7 +1,8 @@
 """Naming another objective drops the settings of the one before it.
 
 The parser keeps every setting that the new class also has: a `beta` tuned for SimNPO would silently become NPO's. So
-the old value is cleared, with the two loss weights, wherever a later config or flag names another class.
+the old value is cleared, with the loss weights and the choice of parameters, wherever a later config or flag names
+another class.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 CLEARED = {
-    "model.objective": ("model.objective", "model.forget_weight", "model.retain_weight"),
+    "model.objective": ("model.objective", "model.forget_weight", "model.retain_weight", "model.trainable"),
     "model.retain_loss": ("model.retain_loss",),
 }
 """Option that names a class to the options cleared where the class changes."""

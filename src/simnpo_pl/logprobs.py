@@ -5,8 +5,8 @@ log-softmax runs in float32, in chunks where tokens times vocabulary is large.
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from simnpo_pl.data.tokenization import IGNORE_INDEX
+from simnpo_pl.layers import layer_outputs
 from simnpo_pl.packing import ATTENTION, layout_of, packed_hidden
 
 LOGITS_BUDGET = 2**25
@@ -50,6 +51,34 @@ class TokenScores(NamedTuple):
 
 
 @dataclass(frozen=True)
+class LayerStates:
+    """Hidden states of one layer at the answers' own tokens, not at the positions that predict them."""
+
+    hidden: Tensor
+    """`(L, D)` what the layer gives, float32, in row order."""
+    rows: Tensor
+    """`(L,)` row of each token."""
+    size: int
+    """B."""
+
+    def row_means(self, values: Tensor, crossed: bool = False) -> Tensor:
+        """Means of values `(L,)` within rows: `(B,)`.
+
+        Args:
+            values: One a token.
+            crossed: Divide the sum of each row by the number of tokens of every row, and take the mean of that.
+        """
+        sums = values.new_zeros(self.size).index_add(0, self.rows, values)
+        shares = 1 / torch.bincount(self.rows, minlength=self.size).clamp(min=1)
+        return sums * (shares.mean() if crossed else shares)
+
+    def between(self, start: int, end: int) -> "LayerStates":
+        """Those of rows `start` to `end` alone."""
+        inside = (self.rows >= start) & (self.rows < end)
+        return LayerStates(self.hidden[inside], self.rows[inside] - start, end - start)
+
+
+@dataclass(frozen=True)
 class AnswerStates:
     """The S scored positions of B rows, flat and in row order."""
 
@@ -67,6 +96,8 @@ class AnswerStates:
     """Maps `hidden` to logits."""
     vocabulary: int
     """V."""
+    layers: Mapping[int, LayerStates] = field(default_factory=dict)
+    """Number of each layer that was asked for, from 0, to its states."""
 
     def logits(self) -> Tensor:
         """`(S, V)` logits in float32."""
@@ -161,16 +192,17 @@ class Scorer:
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.packs = self._pack_agrees()
 
-    def __call__(self, parts: Mapping[str, Rows]) -> dict[str, AnswerStates]:
+    def __call__(self, parts: Mapping[str, Rows], layers: Collection[int] = ()) -> dict[str, AnswerStates]:
         """Scored positions of several sets of rows, from one forward pass.
 
         Args:
             parts: Rows by name, such as forget and retain.
+            layers: Numbers of the layers, from 0, whose states are wanted, too.
 
         Returns:
             `AnswerStates` under the same names.
         """
-        states = self._states(join(list(parts.values())))
+        states = self._states(join(list(parts.values())), layers)
         bounds = [0]
         for rows in parts.values():
             bounds.append(bounds[-1] + rows["input_ids"].shape[0])
@@ -185,6 +217,7 @@ class Scorer:
                 width=rows["input_ids"].shape[1],
                 head=states.head,
                 vocabulary=self.vocabulary,
+                layers={number: layer.between(start, end) for number, layer in states.layers.items()},
             )
         return result
 
@@ -193,17 +226,23 @@ class Scorer:
         output = self.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
         return output.logits.float()
 
-    def _states(self, rows: Rows) -> AnswerStates:
+    def _states(self, rows: Rows, layers: Collection[int] = ()) -> AnswerStates:
         input_ids, mask, size = rows["input_ids"], rows["attention_mask"], rows["input_ids"].shape[0]
         targets, scored = scored_targets(rows)
-        if self.packs:
-            layout = layout_of(mask)
-            hidden = packed_hidden(self.body, input_ids, layout)
-            hidden = hidden[scored.reshape(-1)[layout.cells]]
-            head = self.head
-        else:
-            output = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-            hidden, head = output.logits[scored], nn.Identity()
+        answers = rows["labels"] != IGNORE_INDEX
+        with layer_outputs(self.model, layers) as outputs:
+            if self.packs:
+                layout = layout_of(mask)
+                hidden = packed_hidden(self.body, input_ids, layout)
+                hidden = hidden[scored.reshape(-1)[layout.cells]]
+                head = self.head
+                answers = answers & (mask != 0)
+                inside = answers.reshape(-1)[layout.cells].unsqueeze(0)
+            else:
+                output = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+                hidden, head = output.logits[scored], nn.Identity()
+                inside = answers
+        token_rows = answers.nonzero()[:, 0]
         return AnswerStates(
             hidden=hidden,
             labels=targets[scored],
@@ -212,6 +251,7 @@ class Scorer:
             width=input_ids.shape[1],
             head=head,
             vocabulary=self.vocabulary,
+            layers={n: LayerStates(outputs[n][inside].float(), token_rows, size) for n in layers},
         )
 
     @torch.no_grad()

@@ -4,10 +4,12 @@ Runs the models whose outputs objective and retain loss declare, and averages th
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from simnpo_pl.layers import check_layer
 from simnpo_pl.logprobs import AnswerStates, Scorer, answer_lengths
 from simnpo_pl.objectives import ForgetInputs, Objective, Positions
 from simnpo_pl.reference import REFERENCE_KEY
@@ -55,7 +57,7 @@ class BatchLosses:
     def scored_parts(self) -> list[str]:
         """Parts of which the policy scores the answers for the objective."""
         needs = self.objective.needs
-        forget = ["forget"] if needs & {"forget", "states"} else []
+        forget = ["forget"] if needs & {"forget", "states", "layer"} else []
         return [*forget, *(["alternate"] if "alternate" in needs else [])]
 
     @property
@@ -69,13 +71,25 @@ class BatchLosses:
         retains = self.retain_loss is not None and self.retain_loss.needs_reference
         return retains or bool(self.objective.needs & {"reference_logits", "reference_positions"})
 
+    def check_layers(self, model: Any) -> None:
+        """See that the policy has the layers whose hidden states something reads.
+
+        Raises:
+            UserError: It has not.
+        """
+        for option, reader in (("objective", self.objective), ("retain_loss", self.retain_loss)):
+            if reader is not None and reader.layer is not None:
+                check_layer(model, reader.layer, f"--model.{option}.layer")
+
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Forget and retain loss, scalars before their weights; see `UnlearningModule.losses`."""
         rows = {name: batch[name] for name in self.scored_parts}
         if self.retain_loss is not None and not self.retain_loss.every_position:
             rows["retain"] = batch["retain"]
+        readers = (self.objective, self.retain_loss)
+        layers = {reader.layer for reader in readers if reader is not None and reader.layer is not None}
         # One forward pass for all of them.
-        states = self.policy()(rows) if rows else {}
+        states = self.policy()(rows, layers) if rows else {}
         inputs = self._inputs(batch, states)
         per_row = self.objective(inputs)
         weights = self.objective.gradient_weights(inputs)
@@ -104,6 +118,7 @@ class BatchLosses:
             reference_forget=totals.get("forget"),
             reference_alternate=totals.get("alternate"),
             states=states["forget"] if "states" in needs else None,
+            layer=None if self.objective.layer is None else states["forget"].layers[self.objective.layer],
             reference_logits=reference_logits,
             positions=positions,
             reference_positions=reference_positions,
@@ -126,8 +141,9 @@ class BatchLosses:
         else:
             reference = None
             if loss.needs_reference:
+                layers = [] if loss.layer is None else [loss.layer]
                 with torch.no_grad():
-                    reference = self.reference()({"retain": rows})["retain"]
+                    reference = self.reference()({"retain": rows}, layers)["retain"]
             per_row = loss(states["retain"], reference)
         return _average(per_row, rows, loss.average_over)
 

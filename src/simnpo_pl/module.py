@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from simnpo_pl.errors import UserError
+from simnpo_pl.layers import train_only
 from simnpo_pl.logprobs import Scorer
 from simnpo_pl.losses import Batch, BatchLosses
 from simnpo_pl.models import frozen_copy, load_causal_lm
@@ -33,11 +34,13 @@ class UnlearningModule(PolicyModule):
     Args:
         name: Start model: hub id or folder with safetensors weights.
         objective: Forget objective; a class of `simnpo_pl.objectives` by name, or any subclass of `Objective`.
-        retain_loss: Loss on the retain rows (`NLL`, `KL`), or null for none.
+        retain_loss: Loss on the retain rows (`NLL`, `KL`, `EmbedDiff`), or null for none.
         forget_weight: Coefficient of the forget loss; null takes the objective's own default.
         retain_weight: Coefficient of the retain loss; null takes the objective's own default.
         reference: Frozen reference: hub id or folder; null means the start model. Loaded only where the objective
             or the retain loss needs one.
+        trainable: Regular expressions; a parameter is trained if one of them matches its whole name, all others stay
+            as they are. Null takes the objective's own default, which is all of them for most.
         lr: Learning rate of AdamW at its peak.
         weight_decay: Weight decay of AdamW.
         warmup_epochs: Length of the linear warm-up, epochs.
@@ -57,6 +60,7 @@ class UnlearningModule(PolicyModule):
         forget_weight: float | None = None,
         retain_weight: float | None = None,
         reference: str | None = None,
+        trainable: list[str] | None = None,
         lr: float = 1e-5,
         weight_decay: float = 0.01,
         warmup_epochs: float = 1.0,
@@ -72,6 +76,7 @@ class UnlearningModule(PolicyModule):
         self.forget_weight = self.objective.default_forget_weight if forget_weight is None else forget_weight
         self.retain_weight = self.objective.default_retain_weight if retain_weight is None else retain_weight
         self.reference_name = reference or name
+        self.trainable = self.objective.default_trainable if trainable is None else trainable
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_epochs, self.schedule = warmup_epochs, schedule
         self._check_settings()
@@ -82,6 +87,17 @@ class UnlearningModule(PolicyModule):
             self.objective, retain_loss if retains else None, self._scorer, self._reference_scorer
         )
         self._step_losses: dict[str, Tensor] = {}
+
+    def configure_model(self) -> None:
+        """Load the policy, and freeze what is not to be trained unless it is only evaluated.
+
+        Raises:
+            UserError: The model cannot be loaded, or has not the layers or parameters that are named.
+        """
+        super().configure_model()
+        self._batch_losses.check_layers(self.policy)
+        if self.trainable and (self._trainer is None or self.trainer.state.fn == "fit"):
+            train_only(self.policy, self.trainable)
 
     # -- reference ---------------------------------------------------------------------------------------
 
@@ -187,6 +203,10 @@ class UnlearningModule(PolicyModule):
         optimizer = adamw(self.policy, self.lr, self.betas, self.weight_decay)
         factor = schedule(self.schedule, round(self.warmup_epochs * per_epoch), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def on_fit_end(self) -> None:
+        """Free the frozen parameters again: what evaluates gradients wants those of all of them."""
+        self.policy.requires_grad_(True)
 
     # -- checkpoints -------------------------------------------------------------------------------------
 

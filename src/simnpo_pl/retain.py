@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from simnpo_pl.errors import UserError
 from simnpo_pl.logprobs import AnswerStates, Rows, Scorer
+from simnpo_pl.objectives.base import one_of
 
 
 class RetainLoss(nn.Module):
@@ -16,6 +16,8 @@ class RetainLoss(nn.Module):
     """Whether the frozen reference model must be at hand in every step."""
     average_over: Literal["examples", "tokens"] = "tokens"
     """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
+    layer: int | None = None
+    """Number of the layer, from 0, whose hidden states it reads, beside the scored positions."""
     every_position: bool = False
     """Whether questions and padding count too; then `over_all_positions` takes the place of `forward`."""
 
@@ -48,9 +50,7 @@ class KL(RetainLoss):
 
     def __init__(self, average_over: Literal["answers", "all"] = "answers") -> None:
         super().__init__()
-        if average_over not in ("answers", "all"):
-            raise UserError(f"--model.retain_loss.average_over must be answers or all, got {average_over!r}")
-        self.every_position = average_over == "all"
+        self.every_position = one_of("retain_loss.average_over", average_over, ("answers", "all")) == "all"
         self.average_over = "examples" if self.every_position else "tokens"
 
     def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
@@ -64,6 +64,34 @@ class KL(RetainLoss):
         with torch.no_grad():
             target = reference.all_logits(rows)
         return _divergence(target, policy.all_logits(rows)).mean(dim=-1)
+
+
+class EmbedDiff(RetainLoss):
+    """Squared distance of one layer's hidden states to the frozen reference's (Li et al. 2024, "The WMDP Benchmark").
+
+    The retain term of RMU: the mean over dimensions of `(h - h_ref)^2` at every token of an answer, averaged over
+    tokens.
+
+    Args:
+        layer: Number of the layer, from 0; the objective's own.
+        average_over: `answers` averages over the answers' tokens. `crossed` divides the sum of each row by the
+            number of tokens of every row of the forward pass, as public code does; it exists for comparison.
+    """
+
+    needs_reference = True
+    layer: int
+
+    def __init__(self, layer: int = 7, average_over: Literal["answers", "crossed"] = "answers") -> None:
+        super().__init__()
+        self.layer = layer
+        self.crossed = one_of("retain_loss.average_over", average_over, ("answers", "crossed")) == "crossed"
+        self.average_over = "examples" if self.crossed else "tokens"
+
+    def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
+        """Mean squared distance of each retain row over its answer's tokens, `(B,)`."""
+        assert reference is not None
+        states, target = policy.layers[self.layer], reference.layers[self.layer].hidden
+        return states.row_means((states.hidden - target).square().mean(dim=-1), self.crossed)
 
 
 def _divergence(reference: Tensor, policy: Tensor) -> Tensor:

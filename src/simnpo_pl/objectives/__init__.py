@@ -4,6 +4,7 @@ from simnpo_pl.objectives.base import ForgetInputs, Objective, Positions
 from simnpo_pl.objectives.likelihood import IDK, FineTune, GradAscent, GradDiff
 from simnpo_pl.objectives.preference import DPO, NPO, SimNPO
 from simnpo_pl.objectives.raw_logits import NPORawLogits, SimNPORawLogits
+from simnpo_pl.objectives.representation import RMU
 from simnpo_pl.objectives.tokens import CEU, UNDIAL, WGA, SatImp
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "DPO",
     "IDK",
     "NPO",
+    "RMU",
     "UNDIAL",
     "WGA",
     "FineTune",

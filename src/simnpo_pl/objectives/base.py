@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from simnpo_pl.errors import UserError
-from simnpo_pl.logprobs import AnswerLogps, AnswerStates
+from simnpo_pl.logprobs import AnswerLogps, AnswerStates, LayerStates
 
 T = TypeVar("T")
-Need = Literal["forget", "alternate", "reference", "states", "reference_logits", "positions", "reference_positions"]
+Need = Literal[
+    "forget", "alternate", "reference", "states", "reference_logits", "layer", "positions", "reference_positions"
+]
 
 
 class Positions(NamedTuple):
@@ -42,6 +44,8 @@ class ForgetInputs(NamedTuple):
     """Policy, every scored token of the forget answers."""
     reference_logits: Tensor | None = None
     """`(S, V)` reference, logits at these tokens."""
+    layer: LayerStates | None = None
+    """Policy, hidden states of the objective's `layer` at the tokens of the forget answers."""
     positions: Positions | None = None
     """Policy, every position of the forget rows."""
     reference_positions: Tensor | None = None
@@ -56,14 +60,21 @@ class Objective(nn.Module):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"forget"})
     """Fields of `ForgetInputs` it reads; `reference` gives those of the reference beside `forget` and `alternate`."""
-    average_over: ClassVar[Literal["examples", "tokens"]] = "examples"
+    average_over: Literal["examples", "tokens"] = "examples"
     """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
+    layer: int | None = None
+    """Number of the layer, from 0, whose hidden states it reads; goes with `layer` among its needs."""
     skipped_tokens: ClassVar[int] = 0
     """Scored tokens at the start of every answer that a mean over tokens leaves out."""
     default_forget_weight: ClassVar[float] = 1.0
     """Coefficient of the forget loss where the user names none."""
     default_retain_weight: ClassVar[float] = 1.0
     """Coefficient of the retain loss where the user names none; 0 drops the retain term."""
+
+    @property
+    def default_trainable(self) -> tuple[str, ...]:
+        """Regular expressions of the parameters to train where the user names none; empty trains all."""
+        return ()
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         """Loss of each row, `(B,)`."""
@@ -111,6 +122,17 @@ def not_negative(name: str, value: float) -> float:
     """
     if not (math.isfinite(value) and value >= 0):
         raise UserError(f"--model.objective.{name} must be a number of at least 0, got {value}")
+    return value
+
+
+def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
+    """A setting that must be one of a few words.
+
+    Raises:
+        UserError: It is none of them.
+    """
+    if value not in known:
+        raise UserError(f"--model.{option} must be {' or '.join(known)}, got {value!r}")
     return value
 
 

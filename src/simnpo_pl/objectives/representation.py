@@ -1,0 +1,59 @@
+"""Objectives on hidden states."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from simnpo_pl.objectives.base import ForgetInputs, Objective, given, one_of, positive
+
+
+class RMU(Objective):
+    """Representation misdirection (Li et al. 2024, "The WMDP Benchmark", section 4).
+
+    `mean over dimensions of (h - c * u)^2` at every token of an answer, averaged over tokens; h is the policy's hidden
+    state after one layer, u a fixed random direction: a unit vector of entries drawn uniformly from 0 to 1. Goes with
+    the retain loss `EmbedDiff` at the same layer. Trained are the down-projections of this layer's MLP and of the two
+    below it, unless `--model.trainable` says otherwise.
+
+    Args:
+        layer: Number of the layer, from 0.
+        coefficient: c, length of the vector the states are drawn to, above 0; 2 to 20 in public code.
+        seed: Seed of u, which is drawn apart from all other random numbers.
+        average_over: `answers` averages over the answers' tokens. `crossed` divides the sum of each row by the
+            number of tokens of every row of the forward pass, as public code does; it exists for comparison.
+    """
+
+    needs = frozenset({"layer"})
+    layer: int
+
+    def __init__(
+        self,
+        layer: int = 7,
+        coefficient: float = 20.0,
+        seed: int = 0,
+        average_over: Literal["answers", "crossed"] = "answers",
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.coefficient = positive("coefficient", coefficient)
+        self.seed = seed
+        self.crossed = one_of("objective.average_over", average_over, ("answers", "crossed")) == "crossed"
+        self.average_over = "examples" if self.crossed else "tokens"
+
+    @property
+    def default_trainable(self) -> tuple[str, ...]:
+        """Down-projections of three layers, under the names that transformers has for them."""
+        layers = "|".join(map(str, range(max(0, self.layer - 2), self.layer + 1)))
+        return (rf".*\.(?:{layers})\.(?:mlp\.)?(?:down_proj|c_proj|fc2|fc_out|dense_4h_to_h)\.weight",)
+
+    def direction(self, dimensions: int) -> Tensor:
+        """u, `(D,)`."""
+        entries = torch.rand(dimensions, generator=torch.Generator().manual_seed(self.seed))
+        return entries / entries.norm()
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        """Mean over each answer's tokens and the dimensions, `(B,)`."""
+        states = given(inputs.layer)
+        target = self.coefficient * self.direction(states.hidden.shape[1]).to(states.hidden.device)
+        return states.row_means((states.hidden - target).square().mean(dim=-1), self.crossed)
