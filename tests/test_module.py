@@ -53,7 +53,7 @@ def fit(data_folder: Path, model_folder: Path, other_folder: Path) -> Callable[.
     ):
         data = TofuData(
             path=str(data_folder),
-            tokenizer=str(model_folder),
+            model=str(model_folder),
             effective_batch=4,
             per_device_batch=per_device,
             seed=3,

@@ -89,7 +89,7 @@ def test_weight_scales_the_gradient_of_the_log_prob(
     from simnpo_pl.benchmarks import TofuData
     from simnpo_pl.data.collate import collate
 
-    data = TofuData(path=str(data_folder), tokenizer=str(model_folder))
+    data = TofuData(path=str(data_folder), model=str(model_folder))
     data.parts = ("forget",)
     data.setup("test")
     data._setup_training()

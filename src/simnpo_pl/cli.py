@@ -71,7 +71,7 @@ class UnlearningCLI(LightningCLI):
         )
         parser.add_class_arguments(EvalOptions, "eval", instantiate=True)
         parser.add_class_arguments(ExportOptions, "export", instantiate=True)
-        parser.link_arguments("model.name", "data.init_args.tokenizer")
+        parser.link_arguments("model.name", "data.init_args.model")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("eval", "data.init_args.eval", apply_on="instantiate")
 

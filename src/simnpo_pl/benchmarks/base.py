@@ -28,7 +28,9 @@ class UnlearningData(pl.LightningDataModule):
     An epoch is one pass over the forget rows; each is paired with a retain row drawn afresh every epoch.
 
     Args:
-        tokenizer: Hub id or folder of the tokenizer; the command line takes it from `--model.name`.
+        model: Hub id or folder of the model, for its tokenizer and longest sequence; the command line takes it from
+            `--model.name`.
+        tokenizer: Hub id or folder of the tokenizer; null takes the model's own.
         template: Prompt with `{question}` and `{answer}`; null takes the tokenizer's chat template where it has one,
             else "Question: {question}\\nAnswer: {answer}".
         system_prompt: System message, where the chat template is used; null for that template's own.
@@ -45,6 +47,7 @@ class UnlearningData(pl.LightningDataModule):
 
     def __init__(
         self,
+        model: str | None = None,
         tokenizer: str | None = None,
         template: str | None = None,
         system_prompt: str | None = None,
@@ -58,7 +61,8 @@ class UnlearningData(pl.LightningDataModule):
         eval: EvalOptions | None = None,
     ) -> None:
         super().__init__()
-        self.tokenizer_name = tokenizer
+        self.model_name = model
+        self.tokenizer_name = tokenizer or model
         self.template = template
         self.system_prompt = system_prompt
         self.chat_date = chat_date
@@ -110,20 +114,21 @@ class UnlearningData(pl.LightningDataModule):
         if hasattr(self, "encoder"):
             return
         if self.tokenizer_name is None:
-            raise UserError("no tokenizer: give --model.name, or tokenizer= to the data module in Python")
+            raise UserError("no tokenizer: give --model.name, or model= to the data module in Python")
         self.tokenizer = load_tokenizer(self.tokenizer_name)
         self.encoder = PromptTemplate(
             self.tokenizer,
             self.template,
-            self.max_length or self._context(self.tokenizer_name),
+            self.max_length or self.context(),
             self.truncate,
             system_prompt=self.system_prompt,
             date=self.chat_date,
         )
 
-    def _context(self, name: str) -> int | None:
+    def context(self) -> int | None:
         """The shorter of the tokenizer's and the model's limit, tokens; None where neither has one."""
-        limits = [self.tokenizer.model_max_length, context_length(name)]
+        name = self.model_name or self.tokenizer_name
+        limits = [self.tokenizer.model_max_length, None if name is None else context_length(name)]
         # Tokenizers without a limit report an astronomical one.
         return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 
@@ -152,6 +157,7 @@ class UnlearningData(pl.LightningDataModule):
         if not self._training:
             rows = self.training_rows()
             chosen = rows if self.forget_rows is None else rows.only(self.forget_rows)
+            self._form = chosen.form(self.encoder)
             self._training = chosen.encode(self.encoder, self.wanted_parts, self.seed)
 
     def forget_lengths(self) -> list[int]:
@@ -197,7 +203,7 @@ class UnlearningData(pl.LightningDataModule):
         return (
             f"data: {sizes}; effective batch {self.effective_batch} = {world} device{'s' if world > 1 else ''} x "
             f"{self.per_device_batch} rows x {sampler.accumulate}; {sampler.steps_per_epoch} steps per epoch; "
-            f"prompt: {self.encoder.description}"
+            f"{self._form}"
         )
 
     # -- loaders -----------------------------------------------------------------------------------------

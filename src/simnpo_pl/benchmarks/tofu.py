@@ -80,7 +80,7 @@ class TofuData(UnlearningData):
 
     def find_retain_log(self) -> RetainLog | None:
         """As in any benchmark; for a published start model the log of its published retrained twin."""
-        published = re.fullmatch(r"open-unlearning/(tofu_.+)_full", self.tokenizer_name or "")
+        published = re.fullmatch(r"open-unlearning/(tofu_.+)_full", self.model_name or "")
         if published and not (self._sought_log or self.eval.retain_log or self.eval.retrained):
             self._sought_log = True
             log = f"hf://datasets/open-unlearning/eval/{published[1]}_{_complement(self.forget_split)}/TOFU_EVAL.json"

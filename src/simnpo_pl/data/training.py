@@ -50,6 +50,12 @@ class TrainingRows:
         kept = [items[row] for row in chosen]
         return replace(self, forget=replace(self.forget, documents=kept) if isinstance(self.forget, Texts) else kept)
 
+    def form(self, encoder: PromptTemplate) -> str:
+        """How the forget rows become tokens, in a few words."""
+        if isinstance(self.forget, Texts):
+            return f"text, {self.forget.rows} of at most {encoder.max_length} tokens"
+        return f"prompt: {encoder.description}"
+
     def encode(self, encoder: PromptTemplate, parts: Collection[str], seed: int) -> dict[str, list[TokenRow]]:
         """Rows in tokens.
 
