@@ -18,6 +18,8 @@ LAYERS = [
     ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments", "report"],
     ["module"],
     ["cli"],
+    ["finished"],
+    ["robustness"],
     ["commands"],
     ["__main__"],
 ]

@@ -111,8 +111,7 @@ class UnlearningCLI(LightningCLI):
         given = self._get(self.config_init, "trainer")
         if given["logger"] in (None, True):
             kwargs["logger"] = TensorBoardLogger(str(folder), name="", version="")
-        if given["precision"] is None and _trains_in_bfloat16(given["accelerator"]):
-            kwargs["precision"] = "bf16-mixed"
+        kwargs["precision"] = precision(given)
         self.run_folder = RunFolder(folder, self._resolved(config), self._settings(config), int(config.seed_everything))
         callbacks: list[Any] = [*(given["callbacks"] or []), self.run_folder]
         if self.subcommand == "fit":
@@ -266,10 +265,11 @@ class UnlearningCLI(LightningCLI):
         return {"model": model, "data": config.data.clone().as_dict(), "eval": config.eval.clone().as_dict()}
 
 
-def _trains_in_bfloat16(accelerator: Any) -> bool:
-    """Whether the devices of a run compute in bfloat16: GPUs since 2020 do."""
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+def precision(trainer: Any) -> Any:
+    """Precision of the Trainer with these settings: bfloat16 where none is named and the GPU computes in it."""
+    on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16-mixed" if trainer["precision"] is None and bfloat16 else trainer["precision"]
 
 
 def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
@@ -301,11 +301,11 @@ def written(folder: Path) -> str:
 
 def run(arguments: list[str]) -> None:
     """Run the command line with these arguments."""
-    _quiet()
+    quiet()
     UnlearningCLI(clear_changed_classes(arguments))
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Leave out messages that advertise or repeat what the plan says."""
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*args parameter is intended to run from within Python.*")

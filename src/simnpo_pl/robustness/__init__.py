@@ -1,0 +1,1 @@
+"""What an unlearned model still holds: relearning, quantisation, sampling; each over a finished run."""
