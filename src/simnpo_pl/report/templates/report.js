@@ -19,7 +19,7 @@ function paint() {
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour("--text"), family: "system-ui, sans-serif" },
       margin: { l: 60, r: 15, t: 35, b: 50 },
-      legend: narrow ? { orientation: "h", y: -0.25 } : { x: 1.02, y: 1 },
+      legend: narrow ? { orientation: "h", y: -0.4 } : { x: 1.02, y: 1 },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--faint"), activecolor: colour("--text") },
       hoverlabel: { bgcolor: colour("--raised"), font: { color: colour("--text") } },
     };
