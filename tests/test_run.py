@@ -122,20 +122,44 @@ def test_exported_model_loads_and_is_the_last_epochs(finished: Path):
 
 
 def test_tensorboard_events(finished: Path):
+    """Scalars in groups, truth-ratio histograms and sample answers by epoch, settings with the outcome."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished), size_guidance={"histograms": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert scalars >= {"train/loss", "train/forget_loss", "train/retain_loss", "forget/quality", "forget/probability"}
+    assert scalars >= {"utility/model_utility", "utility/real_authors_rouge", "retain/probability", "lr-AdamW/pg1"}
+    groups = {name.split("/")[0] for name in scalars - {"epoch"}}
+    assert groups == {"train", "forget", "retain", "utility", "final", "lr-AdamW"}
+    assert len(events.Scalars("train/loss")) == 6
+    content = results(finished)
+    for name, tag in (("forget/probability",) * 2, ("model_utility", "utility/model_utility")):
+        logged = events.Scalars(tag)
+        assert [event.step for event in logged] == [0, 2, 5]
+        assert logged[0].value == pytest.approx(content["start"]["metrics"][name], rel=1e-5)
+    assert "samples/text_summary" in events.Tags()["tensors"]
+    drawn = events.Histograms("forget/log10_truth_ratio")
+    assert [event.step for event in drawn] == [0, 3, 6]
+    assert [event.histogram_value.num for event in drawn] == [10, 10, 10]
+    rows = [json.loads(line) for line in (finished / "rows.jsonl").read_text().splitlines()]
+    ratios = [math.log10(row["truth_ratio"]) for row in rows if row["split"] == "forget"]
+    assert drawn[-1].histogram_value.sum == pytest.approx(sum(ratios), rel=1e-4)
+
+
+def test_settings_are_logged_with_the_final_metrics(finished: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     events = EventAccumulator(str(finished))
     events.Reload()
-    scalars = set(events.Tags()["scalars"])
-    assert scalars >= {"train/loss", "train/forget_loss", "train/retain_loss", "model_utility", "forget/probability"}
-    assert scalars >= {"forget_quality/log10_p", "retain/probability", "lr-AdamW/pg1"}
-    assert len(events.Scalars("train/loss")) == 6
-    start = results(finished)["start"]["metrics"]
-    for name in ("forget/probability", "model_utility"):
-        logged = events.Scalars(name)
-        assert [event.step for event in logged] == [0, 2, 5]
-        assert logged[0].value == pytest.approx(start[name], rel=1e-5)
-    assert "samples/text_summary" in events.Tags()["tensors"]
+    # Lightning writes the start of the session with the settings under this tag.
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["model.lr"].number_value == 1e-2
+    assert settings["model.objective.init_args.beta"].number_value == 4.5
+    final = results(finished)["final"]["metrics"]
+    assert events.Scalars("final/utility_model_utility")[-1].value == pytest.approx(final["model_utility"], rel=1e-5)
 
 
 def test_config_of_a_run_repeats_it(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -30,6 +30,7 @@ from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.cache import evaluate_once
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.evaluation.tags import tag
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import Objective
 from simnpo_pl.policy import PolicyModule
@@ -233,7 +234,7 @@ class UnlearningCLI(LightningCLI):
         if kept:
             self.run_folder.take(self.trainer, result)
             if model.logs_metrics and self.trainer.logger is not None:
-                self.trainer.logger.log_metrics(result.values, step=0)
+                self.trainer.logger.log_metrics({tag(name): value for name, value in result.values.items()}, step=0)
         self.run_folder.role = "final"
         return result
 

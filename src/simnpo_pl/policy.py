@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.scoring import score_rows
+from simnpo_pl.evaluation.tags import tag
 from simnpo_pl.generation import greedy
 from simnpo_pl.logprobs import Scorer
 from simnpo_pl.models import load_causal_lm
@@ -102,7 +103,7 @@ class PolicyModule(pl.LightningModule):
         if not self.logs_metrics:
             return
         for name, value in self.evaluation_result.values.items():
-            self.log(f"{prefix}{name}", value, rank_zero_only=True)
+            self.log(f"{prefix}{tag(name)}", value, rank_zero_only=True)
 
     def on_validation_epoch_start(self) -> None:
         """Start an evaluation."""

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from simnpo_pl.callbacks.board import log_evaluation, log_outcome
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.files import write_json, write_json_lines, write_text
@@ -19,7 +20,6 @@ from simnpo_pl.summary import describe_objective
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
-SAMPLES = 5
 
 
 class RunFolder(Callback):
@@ -137,7 +137,9 @@ class RunFolder(Callback):
         if self.role != "retrained":
             self.record["counts"] = result.counts
             self.record["unavailable"] = result.unavailable
-            self._log_samples(trainer, result)
+            # The exported model's evaluation repeats an epoch's, unless nothing was trained.
+            if self.role != "final" or "objective" not in self.record:
+                log_evaluation(trainer, result, trainer.global_step if self.role == "epoch" else 0)
         self._write(trainer)
 
     def finish(self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None) -> None:
@@ -153,6 +155,7 @@ class RunFolder(Callback):
             self.record["exported_epoch"] = epoch
         if result is not None:
             self.record["final"] = {"metrics": result.values}
+            log_outcome(trainer, self.record["settings"], result.values)
         self.record["finished"] = True
         if trainer.is_global_zero and result is not None:
             write_json_lines(self.folder / "rows.jsonl", result.rows)
@@ -183,20 +186,6 @@ class RunFolder(Callback):
 
     def _add_seconds(self, phase: str, seconds: float) -> None:
         self.record["seconds"][phase] = round(self.record["seconds"].get(phase, 0.0) + seconds, 1)
-
-    def _log_samples(self, trainer: pl.Trainer, result: EvalResult) -> None:
-        """Sample answers as text, a few of every split."""
-        writer: Any = getattr(trainer.logger, "experiment", None)
-        if not trainer.is_global_zero or not hasattr(writer, "add_text"):
-            return
-        lines = ["| split | question | answer | generated |", "|---|---|---|---|"]
-        taken: dict[str, int] = {}
-        for row in result.rows:
-            if "generation" in row and taken.get(row["split"], 0) < SAMPLES:
-                taken[row["split"]] = taken.get(row["split"], 0) + 1
-                cells = (row["split"], row["question"], row["answer"], row["generation"])
-                lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-        writer.add_text("samples", "\n".join(lines), trainer.global_step)
 
 
 def _versions() -> dict[str, str]:
