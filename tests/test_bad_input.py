@@ -35,8 +35,8 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--model.objectivee", "NPO"), "objectivee"),
         (
             ("--model.objective", "NOP"),
-            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, NPO, NPORawLogits, RMU, SatImp, SimNPO, "
-            "SimNPORawLogits, UNDIAL, WGA",
+            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, NPO, NPORawLogits, PDU, RMU, SatImp, "
+            "SimNPO, SimNPORawLogits, UNDIAL, WGA",
         ),
         (("--model.retain_loss", "NL"), "known are EmbedDiff, KL, NLL"),
         (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),

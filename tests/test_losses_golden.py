@@ -12,6 +12,7 @@ from simnpo_pl.objectives import (
     CEU,
     DPO,
     NPO,
+    PDU,
     RMU,
     UNDIAL,
     WGA,
@@ -40,6 +41,8 @@ CASES: dict[str, Any] = {
     "WGA": (WGA(), NLL(), None, None),
     "SatImp": (SatImp(), NLL(), None, None),
     "CEU": (CEU(), NLL(), None, None),
+    "PDU_warmup5": (PDU(0.3, average_over="labels"), NLL(), None, None),
+    "PDU_warmup0": (PDU(0.3, warmup_epochs=0, average_over="labels"), NLL(), None, None),
 }
 
 
@@ -85,6 +88,14 @@ def value_and_gradient_norm(module: UnlearningModule, batch: dict[str, Any]) -> 
     loss.backward()
     norms = [p.grad.norm() for p in module.policy.parameters() if p.grad is not None]
     return loss.item(), torch.stack(norms).norm().item()
+
+
+@pytest.mark.parametrize("case", ["PDU_warmup0", "PDU_warmup5"])
+def test_dual_variable_after_a_step(shared: Path, case: str):
+    golden = json.loads((shared / "goldens" / "A" / "losses.json").read_text())["losses"]
+    objective = PDU(0.3, warmup_epochs=0 if case.endswith("0") else 5)
+    objective.after_step(torch.tensor(golden["GradDiff_NLL"]["retain_loss_unweighted"]), 1.0, epoch=0)
+    assert objective.dual == pytest.approx(golden[case]["preferences_after_call"][1], rel=1e-6)
 
 
 @pytest.mark.parametrize(("case", "retain_loss"), [("RMU_EMBED_DIFF", EmbedDiff(1, "crossed")), ("RMU_NLL", NLL())])

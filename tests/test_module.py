@@ -17,6 +17,7 @@ from simnpo_pl.objectives import (
     DPO,
     IDK,
     NPO,
+    PDU,
     RMU,
     UNDIAL,
     WGA,
@@ -84,7 +85,7 @@ def weights(module: UnlearningModule) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.policy.parameters()])
 
 
-@pytest.mark.parametrize("objective", [SimNPO, NPO, DPO, IDK, GradDiff, FineTune, WGA, CEU, UNDIAL, NPORawLogits])
+@pytest.mark.parametrize("objective", [SimNPO, NPO, DPO, IDK, GradDiff, FineTune, WGA, CEU, UNDIAL, PDU, NPORawLogits])
 def test_effective_batch_may_be_cut_any_way(fit: Callable[..., Any], objective: type[Objective]):
     """4 rows at once, 2 + 2 or 1 + 1 + 1 + 1: the same losses and the same trained weights (10 rows: 4, 4, 2)."""
     whole, whole_steps, _ = fit(objective(), per_device=4)
@@ -116,6 +117,30 @@ def test_rmu_with_cut_batches(fit: Callable[..., Any], other_folder: Path):
         assert (weights(cut) - weights(whole)).norm() < 2e-3 * (weights(whole)).norm()
     assert steps[-1]["train/forget_loss"] < steps[0]["train/forget_loss"]
     assert steps[0]["train/retain_loss"] > 0.1
+
+
+def test_dual_variable_follows_the_effective_batch(fit: Callable[..., Any]):
+    """By hand from the logged retain losses of whole effective batches, however these are cut."""
+    duals = []
+    for per_device in (4, 1):
+        objective = PDU(eps=1.0, step=0.1, warmup_epochs=1)
+        _, steps, _ = fit(objective, per_device=per_device, retain_weight=0.5)
+        dual = 0.5
+        for number, step in enumerate(steps):
+            expected = step["train/forget_loss"] + dual * (step["train/retain_loss"] - 1.0)
+            assert step["train/loss"] == pytest.approx(expected, rel=1e-5)
+            if number >= 3:
+                dual = max(0.0, dual + 0.1 * (step["train/retain_loss"] - 1.0))
+        assert objective.dual == pytest.approx(dual, rel=1e-5)
+        duals.append(dual)
+    assert duals[0] > 0.6
+    assert duals[0] == pytest.approx(duals[1], rel=1e-4)
+
+
+def test_a_bound_needs_a_retain_loss():
+    with pytest.raises(UserError, match=r"--model.objective PDU bounds the retain loss: name one, such as"):
+        UnlearningModule("x", objective=PDU(), retain_loss=None)
+    assert UnlearningModule("x", objective=PDU(), retain_weight=0.0).parts == ("forget", "retain")
 
 
 def test_only_what_is_named_is_trained(fit: Callable[..., Any], model_folder: Path, tmp_path: Path):

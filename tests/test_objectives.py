@@ -15,6 +15,7 @@ from simnpo_pl.objectives import (
     DPO,
     IDK,
     NPO,
+    PDU,
     RMU,
     UNDIAL,
     WGA,
@@ -183,6 +184,35 @@ def test_embed_diff():
     assert EmbedDiff(layer=4)(policy, reference).tolist() == pytest.approx([1.25, 0, 1])
 
 
+def test_pdu():
+    """(largest - mean)^2 of the logits: (log 3 / 2)^2 twice in row 1; 0 in row 2, whose tokens are equally probable."""
+    loss = PDU()(ForgetInputs(states=STATES))
+    assert loss.tolist() == pytest.approx([LOG3**2 / 4, 0], rel=1e-6)
+
+
+def test_dual_variable():
+    """eps 1, step 0.5, from retain weight 2, warm-up of one epoch; the bound is 1 and the dual variable never below 0.
+
+    Epoch 0, retain loss 3: stays 2. Epoch 1: 2 + 0.5 * (3 - 1) = 3; 3 + 0.5 * (0.2 - 1) = 2.6;
+    2.6 + 0.5 * (-9 - 1) < 0. Epoch 2: 0 + 0.5 * (2 - 1) = 0.5.
+    """
+    objective = PDU(eps=1.0, step=0.5, warmup_epochs=1)
+    forget, retain = torch.tensor(4.0), torch.tensor(3.0)
+    assert objective.total(forget, retain, 0.5, 2.0).item() == 0.5 * 4 + 2 * (3 - 1)
+    used = []
+    for epoch, value in ((0, 3.0), (1, 3.0), (1, 0.2), (1, -9.0), (2, 2.0)):
+        used.append(objective.after_step(torch.tensor(value), 2.0, epoch)["dual"])
+    assert used == pytest.approx([2, 2, 3, 2.6, 0])
+    assert objective.total(forget, retain, 0.5, 2.0).item() == pytest.approx(0.5 * 4 + 0.5 * (3 - 1))
+
+
+def test_dual_variable_may_start_at_zero():
+    objective = PDU(eps=1.0, warmup_epochs=0)
+    assert objective.total(torch.tensor(4.0), torch.tensor(3.0), 1.0, 0.0).item() == 4
+    assert objective.after_step(torch.tensor(3.0), 0.0, 0) == {"dual": 0}
+    assert objective.total(torch.tensor(4.0), torch.tensor(3.0), 1.0, 0.0).item() == 4 + 2 * (3 - 1)
+
+
 # Row 1 has two tokens with logits (0, 1) and (-1, 2), row 2 one with (0, 0) and padding whose logits must not count.
 POSITIONS = Positions(
     logits=torch.tensor([[[0.0, 1.0], [-1.0, 2.0]], [[0.0, 0.0], [99.0, 99.0]]]),
@@ -201,6 +231,12 @@ def test_simnpo_raw_logits():
     assert loss.tolist() == pytest.approx([2.4204565, 1.3132617], rel=1e-6)
 
 
+def test_pdu_over_labels():
+    """At the positions of the labels: (1 - 0.5)^2 = 0.25 and (2 - 0.5)^2 = 2.25, mean 1.25; 0; padding not counted."""
+    loss = PDU(average_over="labels")(ForgetInputs(positions=POSITIONS))
+    assert loss.tolist() == pytest.approx([1.25, 0])
+
+
 def test_npo_raw_logits():
     """beta 1, reference logits 1: -2 log s(1 - z) = 2 log(1 + e^(z - 1)), averaged over tokens and vocabulary.
 
@@ -213,7 +249,14 @@ def test_npo_raw_logits():
 
 
 @pytest.mark.parametrize(
-    ("make", "name"), [(WGA, "beta"), (SatImp, "beta1"), (SatImp, "beta2"), (SimNPORawLogits, "delta")]
+    ("make", "name"),
+    [
+        (WGA, "beta"),
+        (SatImp, "beta1"),
+        (SatImp, "beta2"),
+        (SimNPORawLogits, "delta"),
+        *((PDU, n) for n in ("eps", "step", "warmup_epochs")),
+    ],
 )
 def test_settings_must_not_be_negative(make: type[Objective], name: str):
     with pytest.raises(UserError, match=f"--model.objective.{name} must be a number of at least 0, got -1"):
@@ -260,6 +303,7 @@ def test_beta_must_be_positive(make: type[Objective], beta: float):
     ("make", "option", "known"),
     [
         (RMU, "objective", "answers or crossed"),
+        (PDU, "objective", "answers or labels"),
         (EmbedDiff, "retain_loss", "answers or crossed"),
         (KL, "retain_loss", "answers or all"),
     ],

@@ -315,11 +315,12 @@ def test_chosen_forget_rows(cli: CLI, tmp_path: Path, capsys: pytest.CaptureFixt
     assert results(tmp_path / "r")["counts"]["forget/probability"] == 10
 
 
-def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path):
+@pytest.mark.parametrize("objective", [["NPO"], ["PDU", "--model.objective.warmup_epochs", "0"]], ids=lambda o: o[0])
+def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path, objective: list[str]):
     """Stopped after one of three epochs, as by a kill, then resumed: the same weights, bit for bit."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    npo = ["--model.objective", "NPO", "--trainer.max_epochs", "3"]
-    cli("fit", *npo, "--run_dir", str(whole))
+    options = ["--model.objective", *objective, "--trainer.max_epochs", "3"]
+    cli("fit", *options, "--run_dir", str(whole))
 
     from simnpo_pl.callbacks.run_folder import RunFolder
 
@@ -333,10 +334,10 @@ def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "on_train_batch_start", kill, raising=False)
         with pytest.raises(Killed):
-            cli("fit", *npo, "--run_dir", str(cut))
+            cli("fit", *options, "--run_dir", str(cut))
     assert not results(cut)["finished"]
     assert not (cut / "model").exists()
-    cli("fit", *npo, "--run_dir", str(cut), "--ckpt_path", "last")
+    cli("fit", *options, "--run_dir", str(cut), "--ckpt_path", "last")
     assert same_weights(whole, cut)
     assert results(cut)["final"] == results(whole)["final"]
     assert results(cut)["epochs"] == results(whole)["epochs"]
@@ -393,9 +394,22 @@ def test_best_epoch_is_exported_by_the_named_metric(cli: CLI, tmp_path: Path):
 
 
 def test_objectives_train(cli: CLI, tmp_path: Path):
-    for objective in ("NPO", "DPO", "IDK", "GradDiff", "GradAscent"):
-        cli("fit", "--model.objective", objective, "--trainer.max_epochs", "1", "--run_dir", str(tmp_path / objective))
+    rmu = ["--model.objective.layer", "1", "--model.retain_loss", "EmbedDiff", "--model.retain_loss.layer", "0"]
+    short = [
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.check_val_every_n_epoch",
+        "9",
+    ]
+    plain = ["NPO", "DPO", "IDK", "GradDiff", "GradAscent", "WGA", "SatImp", "CEU", "UNDIAL", "PDU"]
+    plain += ["SimNPORawLogits", "NPORawLogits"]
+    for objective, *options in (*([name] for name in plain), ["RMU", *rmu]):
+        named = ["--model.objective", objective, *options, *short, "--eval.final", "false"]
+        cli("fit", *named, "--run_dir", str(tmp_path / objective))
         assert results(tmp_path / objective)["finished"]
+        assert (tmp_path / objective / "model" / "model.safetensors").is_file()
 
 
 def test_finetune_config_makes_models(run_options: list[str], tmp_path: Path):

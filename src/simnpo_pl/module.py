@@ -82,11 +82,11 @@ class UnlearningModule(PolicyModule):
         self._check_settings()
         # No submodule, so the reference is in no optimizer and no checkpoint.
         self._reference = Reference()
-        retains = retain_loss is not None and self.retain_weight != 0
+        retains = self.retain_weight != 0 or self.objective.needs_retain
         self._batch_losses = BatchLosses(
             self.objective, retain_loss if retains else None, self._scorer, self._reference_scorer
         )
-        self._step_losses: dict[str, Tensor] = {}
+        self._step_losses = torch.zeros(2)
 
     def configure_model(self) -> None:
         """Load the policy, and freeze what is not to be trained unless it is only evaluated.
@@ -114,6 +114,7 @@ class UnlearningModule(PolicyModule):
                 self._reference.identity = identity
         if self._batch_losses.keeps_reference:
             self._reference_scorer()
+        self._step_losses = torch.zeros(2, device=self.device)
         self.policy.train()
 
     def _reference_scorer(self, resident: bool = True) -> Scorer:
@@ -154,10 +155,10 @@ class UnlearningModule(PolicyModule):
             `loss`, `forget_loss` and `retain_loss`, scalars; the latter two before their weights.
         """
         forget_loss, retain_loss = self._batch_losses(batch)
-        loss = self.forget_weight * forget_loss
-        if self._batch_losses.retain_loss is not None:
-            loss = loss + self.retain_weight * retain_loss
-        return {"loss": loss, "forget_loss": forget_loss, "retain_loss": retain_loss}
+        return {"loss": self._total(forget_loss, retain_loss), "forget_loss": forget_loss, "retain_loss": retain_loss}
+
+    def _total(self, forget_loss: Tensor, retain_loss: Tensor) -> Tensor:
+        return self.objective.total(forget_loss, retain_loss, self.forget_weight, self.retain_weight)
 
     @property
     def forget_scores(self) -> dict[str, Tensor]:
@@ -169,17 +170,17 @@ class UnlearningModule(PolicyModule):
         self._reference.add_to(batch)
         losses = self.losses(batch)
         self._require_finite(losses, batch)
-        for name, value in losses.items():
-            self._step_losses[name] = self._step_losses.get(name, 0.0) + value.detach()
+        self._step_losses += torch.stack((losses["forget_loss"], losses["retain_loss"])).detach()
         # These parts already add up over micro-batches and processes, whose mean Lightning takes.
         return losses["loss"] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the losses of the whole effective batch."""
-        names, values = zip(*self._step_losses.items(), strict=True)
-        total = self.trainer.strategy.reduce(torch.stack(values), reduce_op="sum")
-        self._step_losses = {}
-        for name, value in zip(names, total, strict=True):
+        """Log the losses of the whole effective batch, and let the objective see them."""
+        forget_loss, retain_loss = self.trainer.strategy.reduce(self._step_losses, reduce_op="sum").unbind()
+        self._step_losses = torch.zeros_like(self._step_losses)
+        values = {"loss": self._total(forget_loss, retain_loss), "forget_loss": forget_loss, "retain_loss": retain_loss}
+        values |= self.objective.after_step(retain_loss, self.retain_weight, self.current_epoch)
+        for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=True)
 
     def _require_finite(self, losses: dict[str, Tensor], batch: Batch) -> None:
@@ -211,11 +212,14 @@ class UnlearningModule(PolicyModule):
     # -- checkpoints -------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the reference's log-probs: a resumed run must not take them from the trained policy."""
+        """Keep what the objective carries, and the reference's log-probs: the trained policy no longer has them."""
+        checkpoint["objective"] = {name: getattr(self.objective, name) for name in self.objective.carried}
         checkpoint["reference_logps"] = {"totals": self._reference.totals, "identity": self._reference.identity}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the reference's log-probs."""
+        """Restore what the objective carries and the reference's log-probs."""
+        for name in self.objective.carried:
+            setattr(self.objective, name, checkpoint["objective"].get(name))
         self._reference.totals = checkpoint["reference_logps"]["totals"]
         self._reference.identity = checkpoint["reference_logps"]["identity"]
 
@@ -224,5 +228,10 @@ class UnlearningModule(PolicyModule):
             value = getattr(self, option)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
+        if self.objective.needs_retain and self.retain_loss is None:
+            raise UserError(
+                f"--model.objective {type(self.objective).__name__} bounds the retain loss: name one, "
+                "such as --model.retain_loss NLL"
+            )
         if self.schedule not in ("linear", "constant"):
             raise UserError(f"--model.schedule must be linear or constant, got {self.schedule!r}")

@@ -1,6 +1,7 @@
 """Forget objectives, one class each; a config names one by its class, so a new one needs no other change."""
 
 from simnpo_pl.objectives.base import ForgetInputs, Objective, Positions
+from simnpo_pl.objectives.constrained import PDU
 from simnpo_pl.objectives.likelihood import IDK, FineTune, GradAscent, GradDiff
 from simnpo_pl.objectives.preference import DPO, NPO, SimNPO
 from simnpo_pl.objectives.raw_logits import NPORawLogits, SimNPORawLogits
@@ -12,6 +13,7 @@ __all__ = [
     "DPO",
     "IDK",
     "NPO",
+    "PDU",
     "RMU",
     "UNDIAL",
     "WGA",

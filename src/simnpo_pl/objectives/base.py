@@ -4,6 +4,7 @@ It knows no model, tokenizer or data. It states in `needs` what it reads and in 
 """
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -58,7 +59,7 @@ class Objective(nn.Module):
     `forward(inputs: ForgetInputs) -> Tensor` gives the loss of each row, `(B,)`, which is minimised.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"forget"})
+    needs: frozenset[Need] = frozenset({"forget"})
     """Fields of `ForgetInputs` it reads; `reference` gives those of the reference beside `forget` and `alternate`."""
     average_over: Literal["examples", "tokens"] = "examples"
     """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
@@ -66,6 +67,10 @@ class Objective(nn.Module):
     """Number of the layer, from 0, whose hidden states it reads; goes with `layer` among its needs."""
     skipped_tokens: ClassVar[int] = 0
     """Scored tokens at the start of every answer that a mean over tokens leaves out."""
+    needs_retain: ClassVar[bool] = False
+    """Whether it cannot do without a retain loss."""
+    carried: ClassVar[tuple[str, ...]] = ()
+    """Attributes that change over training and are kept in the checkpoint: plain numbers."""
     default_forget_weight: ClassVar[float] = 1.0
     """Coefficient of the forget loss where the user names none."""
     default_retain_weight: ClassVar[float] = 1.0
@@ -79,6 +84,30 @@ class Objective(nn.Module):
     def forward(self, inputs: ForgetInputs) -> Tensor:
         """Loss of each row, `(B,)`."""
         raise TypeError(f"{type(self).__name__} must implement forward(inputs) -> Tensor (B,)")
+
+    def total(self, forget: Tensor, retain: Tensor, forget_weight: float, retain_weight: float) -> Tensor:
+        """What is minimised.
+
+        Args:
+            forget: Forget loss, a scalar.
+            retain: Retain loss, a scalar; 0 without one.
+            forget_weight: The user's coefficient.
+            retain_weight: The user's coefficient.
+        """
+        return forget_weight * forget + retain_weight * retain
+
+    def after_step(self, retain: Tensor, retain_weight: float, epoch: int) -> Mapping[str, float]:
+        """Called once per optimizer step, on every process with the same values.
+
+        Args:
+            retain: Retain loss of the whole effective batch, a scalar.
+            retain_weight: The user's coefficient.
+            epoch: Number of the epoch, from 0.
+
+        Returns:
+            Values to log, by name.
+        """
+        return {}
 
     def gradient_weights(self, inputs: ForgetInputs) -> Tensor | None:
         """How strongly each forget answer is pushed down: the derivative of a row's loss by the answer's log-prob.
@@ -140,3 +169,8 @@ def given(value: T | None) -> T:
     """An input that the objective asked for."""
     assert value is not None, "an objective read what its `needs` does not name"
     return value
+
+
+def row_means(states: AnswerStates, values: Tensor, skipped: int = 0) -> Tensor:
+    """Means `(B,)` of token values `(S,)` within rows of which `skipped` tokens are left out."""
+    return states.sum_rows(values) / (states.lengths() - skipped).clamp(min=1)

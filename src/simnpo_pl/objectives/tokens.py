@@ -3,13 +3,7 @@
 import torch
 from torch import Tensor
 
-from simnpo_pl.logprobs import AnswerStates
-from simnpo_pl.objectives.base import ForgetInputs, Objective, given, not_negative, positive
-
-
-def _row_means(states: AnswerStates, values: Tensor, skipped: int = 0) -> Tensor:
-    """Means `(B,)` of token values `(S,)` within rows of which `skipped` tokens are left out."""
-    return states.sum_rows(values) / (states.lengths() - skipped).clamp(min=1)
+from simnpo_pl.objectives.base import ForgetInputs, Objective, given, not_negative, positive, row_means
 
 
 class WGA(Objective):
@@ -32,7 +26,7 @@ class WGA(Objective):
         """Mean over each answer's tokens, `(B,)`."""
         states = given(inputs.states)
         logps = states.token_logps()
-        return _row_means(states, (self.beta * logps.detach()).exp() * logps)
+        return row_means(states, (self.beta * logps.detach()).exp() * logps)
 
 
 class SatImp(Objective):
@@ -59,7 +53,7 @@ class SatImp(Objective):
         states = given(inputs.states)
         logps = states.token_logps()
         probability = logps.detach().exp()
-        return _row_means(states, probability**self.beta1 * (1 - probability) ** self.beta2 * logps)
+        return row_means(states, probability**self.beta1 * (1 - probability) ** self.beta2 * logps)
 
 
 class CEU(Objective):
@@ -82,7 +76,7 @@ class CEU(Objective):
         entropy = states.cross_entropy(logits, target)
         first = torch.ones_like(states.rows, dtype=torch.bool)
         first[1:] = states.rows[1:] != states.rows[:-1]
-        return _row_means(states, entropy.masked_fill(first, 0.0), skipped=self.skipped_tokens)
+        return row_means(states, entropy.masked_fill(first, 0.0), skipped=self.skipped_tokens)
 
 
 class UNDIAL(Objective):
@@ -108,4 +102,4 @@ class UNDIAL(Objective):
         states, reference = given(inputs.states), given(inputs.reference_logits)
         off = torch.full_like(states.labels, -self.beta, dtype=reference.dtype)
         target = reference.scatter_add(1, states.labels.unsqueeze(1), off.unsqueeze(1)).softmax(dim=-1)
-        return _row_means(states, states.cross_entropy(states.logits(), target))
+        return row_means(states, states.cross_entropy(states.logits(), target))
