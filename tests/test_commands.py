@@ -58,3 +58,26 @@ def test_task_vector_refuses(
     assert "--alpha must be a number of at least 0, got -1.0" in error(
         capsys, *options, "--out", str(tmp_path / "new"), "--alpha=-1"
     )
+
+
+def test_doctor(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Versions as installed; a hub that nobody listens at; what a config names, here and not here."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    config = tmp_path / "run.yaml"
+    data = "  class_path: JsonlData\n  init_args: {forget: rows.jsonl, retain: someone/Rows-1.0}"
+    config.write_text(f"model:\n  name: {model_folder}\ndata:\n{data}\n")
+    main(["doctor", str(config), "--timeout", "1"])
+    shown = capsys.readouterr().out
+    assert f"  torch {torch.__version__}\n" in shown
+    assert "  http://127.0.0.1:9 does not answer (" in shown
+    assert f"{config}: model {model_folder} (here); data.forget rows.jsonl (not here); " in shown
+    assert "data.retain someone/Rows-1.0 (on the hub, not downloaded)" in shown
+    (tmp_path / "bad.yaml").write_text("a: [")
+    assert "bad.yaml is no YAML" in error(capsys, "doctor", str(tmp_path / "bad.yaml"))
+    assert "does not exist; give a config file" in error(capsys, "doctor", str(tmp_path / "none.yaml"))
+    (tmp_path / "list.yaml").write_text("[1]")
+    assert "is no config" in error(capsys, "doctor", str(tmp_path / "list.yaml"))
+    monkeypatch.setenv("HF_ENDPOINT", "here")
+    assert "HF_ENDPOINT must be a web address, got here" in error(capsys, "doctor", str(config))

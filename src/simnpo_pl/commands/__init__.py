@@ -12,6 +12,7 @@ from simnpo_pl.errors import UserError
 
 COMMANDS = {
     "relearn": "relearning attack on finished runs: fine-tune the unlearned model on part of what it forgot",
+    "doctor": "show versions, devices, whether the hub answers, and what configs need",
     "report": "write a page, Markdown or LaTeX rows over finished runs",
     "task-vector": "unlearn without training: take off what fine-tuning on the forget rows adds to the weights",
 }
