@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers import killed_in_epoch, losses, results, same_weights
 
 CLI = Callable[..., None]
 METRICS = {
@@ -21,15 +22,6 @@ METRICS = {
     *("forget/exact_memorization", "model_utility"),
     *(f"{s}/{m}" for s in ("retain", "real_authors", "world_facts") for m in ("probability", "rouge", "truth_ratio")),
 }
-
-
-def results(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text())
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = (AutoModelForCausalLM.from_pretrained(f / "model").state_dict() for f in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")
@@ -322,19 +314,8 @@ def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path, ob
     options = ["--model.objective", *objective, "--trainer.max_epochs", "3"]
     cli("fit", *options, "--run_dir", str(whole))
 
-    from simnpo_pl.callbacks.run_folder import RunFolder
-
-    class Killed(BaseException):
-        pass
-
-    def kill(self: Any, trainer: Any, *args: Any) -> None:
-        if trainer.current_epoch == 1:
-            raise Killed
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "on_train_batch_start", kill, raising=False)
-        with pytest.raises(Killed):
-            cli("fit", *options, "--run_dir", str(cut))
+    with killed_in_epoch(2):
+        cli("fit", *options, "--run_dir", str(cut))
     assert not results(cut)["finished"]
     assert not (cut / "model").exists()
     cli("fit", *options, "--run_dir", str(cut), "--ckpt_path", "last")
@@ -469,14 +450,6 @@ def test_two_processes_are_as_good_as_one(run_options: list[str], finished: Path
     assert len(weights[1]) == 20
     for a, b in zip(*weights, strict=True):
         assert b == pytest.approx(a, rel=1e-3)
-
-
-def losses(folder: Path) -> list[float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return [event.value for event in events.Scalars("train/loss")]
 
 
 def test_interrupt_saves_what_is_there(run_options: list[str], tmp_path: Path):

@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from safetensors.torch import load_model
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
 from simnpo_pl.arguments import clear_changed_classes
@@ -149,13 +148,13 @@ class UnlearningCLI(LightningCLI):
     def before_fit(self) -> None:
         """Evaluate the retrained model, where one is named, and the start model."""
         self._open(fit=True)
-        self.export.check(self.trainer, self.datamodule.evaluation())
+        self.export.check(self.trainer, self.model, self.datamodule.evaluation())
         if self._ckpt_path is None and self.datamodule.eval.start:
             self._evaluate_once("start", self.model)
 
     def after_fit(self) -> None:
         """Evaluate the exported model, unless its epoch was, and print what came of it."""
-        if not (self.export.folder / "model.safetensors").is_file():
+        if not self.export.is_there:
             # A run that was stopped after its last epoch has nothing left to train when it goes on.
             self.export.save_last(self.trainer, self.model)
         result = self._final_result() if self.datamodule.eval.final else None
@@ -168,10 +167,10 @@ class UnlearningCLI(LightningCLI):
         newest = self.run_folder.result if self.run_folder.result_step == self.trainer.global_step else None
         result = self.export.result if best else newest
         if result is None:
-            if best:
-                load_model(self.model.policy, self.export.folder / "model.safetensors")
+            model = self.model.like(str(self.export.folder)) if best else self.model
+            model.logs_metrics = True
             self.run_folder.role = "final"
-            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            self.trainer.test(model, datamodule=self.datamodule, verbose=False)
             result = self._measured()
         return result
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from simnpo_pl.errors import UserError
+from simnpo_pl.lora import ADAPTER_CONFIG, has_adapter, load_with_adapter, save_adapter
 
 _LOCAL_ROOTS = ("/", "./", "../", "~")
 
@@ -54,10 +55,10 @@ def context_length(name: str) -> int | None:
 
 
 def load_causal_lm(name: str, dtype: str = "float32", attn_implementation: str | None = None) -> Any:
-    """Causal language model, in eval mode as transformers gives it.
+    """Causal language model, in eval mode as transformers gives it; an adapter is merged into its base.
 
     Args:
-        name: Hub id or folder with safetensors weights.
+        name: Hub id or folder with safetensors weights, of a model or of an adapter.
         dtype: Type of the weights, `float32` or `bfloat16`.
         attn_implementation: Attention of transformers; None lets it choose.
 
@@ -71,8 +72,11 @@ def load_causal_lm(name: str, dtype: str = "float32", attn_implementation: str |
     if not os.environ.get("TRANSFORMERS_VERBOSITY"):
         transformers_logging.disable_progress_bar()
     try:
+        resolved = _resolve(name)
+        if (Path(resolved) / ADAPTER_CONFIG).is_file():
+            return load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, dtype, attn_implementation))
         return AutoModelForCausalLM.from_pretrained(
-            _resolve(name),
+            resolved,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             low_cpu_mem_usage=True,
@@ -91,7 +95,9 @@ def frozen_copy(model: Any) -> Any:
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, state: dict[str, torch.Tensor] | None = None, merge: bool = True
+) -> None:
     """Write a Hugging Face folder so that it is either whole or not there.
 
     The files go to a folder beside it, which then takes its name; an earlier folder of that name is
@@ -102,10 +108,20 @@ def save_model(model: Any, tokenizer: Any, folder: Path, state: dict[str, torch.
         tokenizer: Saved with it.
         folder: Where the model is to stand.
         state: Weights to save in place of the model's own (gathered from several devices).
+        merge: Whether an adapter is added to its base, which is read again for it, or saved alone.
     """
     fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
-        model.save_pretrained(fresh, state_dict=state)
+        if has_adapter(model) and merge:
+            save_adapter(model, fresh / "adapter", state)
+            merged = load_causal_lm(str(fresh / "adapter"), str(model.dtype).removeprefix("torch."))
+            shutil.rmtree(fresh / "adapter")
+            merged.save_pretrained(fresh)
+        elif has_adapter(model):
+            save_adapter(model, fresh, state)
+            model.config.save_pretrained(fresh)
+        else:
+            model.save_pretrained(fresh, state_dict=state)
         tokenizer.save_pretrained(fresh)
         for file in fresh.iterdir():
             with file.open("rb") as handle:
@@ -128,7 +144,7 @@ def _resolve(name: str) -> str:
     """A folder as it stands, or a hub id; a missing folder is told apart from an unknown hub id."""
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise UserError(f"--model.name: {name} holds no config.json; expected a folder written by save_pretrained")
         return str(folder)
     if name.startswith(_LOCAL_ROOTS) or name.count("/") > 1:

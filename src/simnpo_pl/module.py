@@ -12,9 +12,11 @@ from jsonargparse import lazy_instance
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from simnpo_pl.data.pairing import draw_step_seed
 from simnpo_pl.errors import UserError
 from simnpo_pl.layers import train_only
 from simnpo_pl.logprobs import Scorer
+from simnpo_pl.lora import BaseScorer, LoraOptions, add_adapter, check_adapter, without_base
 from simnpo_pl.losses import Batch, BatchLosses
 from simnpo_pl.models import frozen_copy, load_causal_lm
 from simnpo_pl.objectives import Objective, SimNPO
@@ -41,6 +43,9 @@ class UnlearningModule(PolicyModule):
             or the retain loss needs one.
         trainable: Regular expressions; a parameter is trained if one of them matches its whole name, all others stay
             as they are. Null takes the objective's own default, which is all of them for most.
+        lora: Low-rank adapter to train in place of all weights; null trains all. The base with the adapter off is
+            then the reference, unless `reference` names another model.
+        optimizer: `adamw`, or `adamw_8bit` for moments in 8 bits, which needs bitsandbytes.
         lr: Learning rate of AdamW at its peak.
         weight_decay: Weight decay of AdamW.
         warmup_epochs: Length of the linear warm-up, epochs.
@@ -61,6 +66,8 @@ class UnlearningModule(PolicyModule):
         retain_weight: float | None = None,
         reference: str | None = None,
         trainable: list[str] | None = None,
+        lora: LoraOptions | None = None,
+        optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
         lr: float = 1e-5,
         weight_decay: float = 0.01,
         warmup_epochs: float = 1.0,
@@ -77,9 +84,15 @@ class UnlearningModule(PolicyModule):
         self.retain_weight = self.objective.default_retain_weight if retain_weight is None else retain_weight
         self.reference_name = reference or name
         self.trainable = self.objective.default_trainable if trainable is None else trainable
+        self.lora, self.eight_bit = lora, optimizer == "adamw_8bit"
+        if lora is not None and trainable is not None:
+            raise UserError("--model.trainable and --model.lora both say what is trained: give one of them")
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_epochs, self.schedule = warmup_epochs, schedule
         self._check_settings()
+        self._adapter: dict[str, Any] | None = None
+        # The frozen base is in no checkpoint.
+        self.strict_loading = lora is None
         # No submodule, so the reference is in no optimizer and no checkpoint.
         self._reference = Reference()
         retains = self.retain_weight != 0 or self.objective.needs_retain
@@ -94,9 +107,12 @@ class UnlearningModule(PolicyModule):
         Raises:
             UserError: The model cannot be loaded, or has not the layers or parameters that are named.
         """
+        fresh = self.policy is None
         super().configure_model()
         self._batch_losses.check_layers(self.policy)
-        if self.trainable and (self._trainer is None or self.trainer.state.fn == "fit"):
+        if self.lora is not None:
+            self._adapter = add_adapter(self.policy, self.lora) if fresh else self._adapter
+        elif self.trainable and (self._trainer is None or self.trainer.state.fn == "fit"):
             train_only(self.policy, self.trainable)
 
     # -- reference ---------------------------------------------------------------------------------------
@@ -120,8 +136,11 @@ class UnlearningModule(PolicyModule):
     def _reference_scorer(self, resident: bool = True) -> Scorer:
         """Scorer of the reference; one that is not resident is dropped after its use.
 
-        A fresh run from the start model has the reference's weights in its policy and reads no second copy.
+        A fresh run from the start model has the reference's weights in its policy and reads no second copy; a policy
+        with an adapter has them all along.
         """
+        if self.lora is not None and self.reference_name == self.name:
+            return BaseScorer(self._scorer())
         fresh = self._trainer is not None and self.trainer.ckpt_path is None and self.trainer.global_step == 0
         policy_is_reference = fresh and self.reference_name == self.name
         if policy_is_reference and not resident and not self._batch_losses.keeps_reference:
@@ -167,6 +186,8 @@ class UnlearningModule(PolicyModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass; the batch says how large the effective batch is."""
+        run_seed = getattr(self._data, "seed", 0)
+        torch.manual_seed(draw_step_seed(run_seed, self.current_epoch, batch_idx, self.global_rank))
         self._reference.add_to(batch)
         losses = self.losses(batch)
         self._require_finite(losses, batch)
@@ -201,23 +222,32 @@ class UnlearningModule(PolicyModule):
         # With steps in place of epochs the loader is not set up yet.
         self.trainer.fit_loop.setup_data()
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        optimizer = adamw(self.policy, self.lr, self.betas, self.weight_decay)
+        optimizer = adamw(self.policy, self.lr, self.betas, self.weight_decay, self.eight_bit)
         factor = schedule(self.schedule, round(self.warmup_epochs * per_epoch), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_fit_end(self) -> None:
         """Free the frozen parameters again: what evaluates gradients wants those of all of them."""
-        self.policy.requires_grad_(True)
+        if self.lora is None:
+            self.policy.requires_grad_(True)
 
     # -- checkpoints -------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the objective carries, and the reference's log-probs: the trained policy no longer has them."""
+        """Keep what the objective carries, and the reference's log-probs, which the trained policy no longer has."""
         checkpoint["objective"] = {name: getattr(self.objective, name) for name in self.objective.carried}
         checkpoint["reference_logps"] = {"totals": self._reference.totals, "identity": self._reference.identity}
+        checkpoint["adapter"] = self._adapter
+        if self._adapter is not None:
+            checkpoint["state_dict"] = without_base(checkpoint["state_dict"], "policy.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what the objective carries and the reference's log-probs."""
+        """Restore what the objective carries and the reference's log-probs.
+
+        Raises:
+            UserError: The checkpoint is of another kind of policy.
+        """
+        check_adapter(checkpoint.get("adapter"), self._adapter)
         for name in self.objective.carried:
             setattr(self.objective, name, checkpoint["objective"].get(name))
         self._reference.totals = checkpoint["reference_logps"]["totals"]

@@ -6,16 +6,39 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from simnpo_pl.errors import UserError
+
 Shape = Literal["linear", "constant"]
 
 
-def adamw(model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; norms and biases are not decayed."""
+def adamw(
+    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, eight_bit: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters; norms and biases are not decayed.
+
+    Args:
+        model: Its parameters that require a gradient are trained.
+        lr: Learning rate at its peak.
+        betas: Decay rates of the first and second moment.
+        weight_decay: Weight decay of matrices.
+        eight_bit: Whether both moments are kept in 8 bits (Dettmers et al. 2022, arXiv 2110.02861).
+
+    Raises:
+        UserError: Moments in 8 bits need bitsandbytes, which is not installed.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if eight_bit:
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError(
+                "--model.optimizer adamw_8bit needs bitsandbytes: pip install 'simnpo_pl[8bit]', or leave adamw"
+            ) from error
+        return AdamW8bit(groups, lr=lr, betas=betas)
     # Some strategies hand over parameters that the fused kernel does not know.
     fused = all(type(p.data) is Tensor and p.is_floating_point() for p in trained)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)

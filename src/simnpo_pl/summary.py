@@ -43,12 +43,13 @@ def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
         f"model: {module.name}, {trainer.strategy.root_device}, precision {trainer.precision}",
     ]
     if fit:
+        lora = "" if module.lora is None else f", LoRA of rank {module.lora.rank} and alpha {module.lora.alpha:g}"
         found = describe_objective(module)
         settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
         retain = "no retain loss" if found["retain_loss"] is None else f"retain loss {found['retain_loss']}"
         lines.append(
             f"objective: {found['name']} {f'({settings}) ' if settings else ''}x {found['forget_weight']}, "
-            f"{retain} x {found['retain_weight']}; lr {module.lr}, {trainer.max_epochs} epochs"
+            f"{retain} x {found['retain_weight']}; lr {module.lr}{lora}, {trainer.max_epochs} epochs"
         )
     return "\n".join(lines)
 

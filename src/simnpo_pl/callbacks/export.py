@@ -19,10 +19,12 @@ class ExportOptions:
     Args:
         best: Metric that picks the epoch, such as `forget_quality` or `retain/probability`; null takes the last epoch.
         mode: Whether the metric is to be as large or as small as can be.
+        adapter: Whether a low-rank adapter is written alone, beside the name of its base, and not merged into it.
     """
 
     best: str | None = None
     mode: Literal["max", "min"] = "max"
+    adapter: bool = False
 
 
 class ExportModel(Callback):
@@ -40,12 +42,14 @@ class ExportModel(Callback):
         self.result: EvalResult | None = None
         self._best: float | None = None
 
-    def check(self, trainer: pl.Trainer, evaluation: Evaluation) -> None:
+    def check(self, trainer: pl.Trainer, module: Any, evaluation: Evaluation) -> None:
         """See that the metric will be there to pick an epoch by.
 
         Raises:
-            UserError: It is not measured, or no epoch is evaluated.
+            UserError: It is not measured, or no epoch is evaluated; or there is no adapter to export.
         """
+        if self.options.adapter and module.lora is None:
+            raise UserError("--export.adapter true needs an adapter: give --model.lora.rank")
         best = self.options.best
         if best is None:
             return
@@ -76,6 +80,11 @@ class ExportModel(Callback):
         if self.options.best is None:
             self.save_last(trainer, pl_module)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether a model was exported."""
+        return self.folder.is_dir()
+
     def save_last(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Save the policy as it is now."""
         self.epoch = trainer.current_epoch
@@ -95,4 +104,6 @@ class ExportModel(Callback):
         prefix = "policy."
         weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if trainer.is_global_zero:
-            save_model(pl_module.policy, trainer.datamodule.tokenizer, self.folder, weights)
+            save_model(
+                pl_module.policy, trainer.datamodule.tokenizer, self.folder, weights, merge=not self.options.adapter
+            )

@@ -16,8 +16,8 @@ from torch.utils.data import Sampler
 
 from simnpo_pl.errors import UserError
 
-# First words of the seeds, so that the three kinds of draws are independent of each other.
-_FORGET_ORDER, _RETAIN_PARTNER, _ALTERNATE = 1, 2, 3
+# First words of the seeds, so that the kinds of draws are independent of each other.
+_FORGET_ORDER, _RETAIN_PARTNER, _ALTERNATE, _STEP = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,18 @@ def draw_alternate(refusals: int, seed: int, row: int) -> int:
         An index from 0 to refusals - 1.
     """
     return int(_generator(_ALTERNATE, seed, row).integers(refusals))
+
+
+def draw_step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
+    """Chooses the seed of what a forward pass draws (dropout), so that a resumed run draws the same.
+
+    Args:
+        seed: Non-negative seed of the run.
+        epoch: Epoch, from 0.
+        batch: Micro-batch of the epoch, from 0.
+        rank: Process, from 0: no two drop the same units.
+    """
+    return int(np.random.SeedSequence([_STEP, seed, epoch, batch, rank]).generate_state(1)[0])
 
 
 def _generator(kind: int, seed: int, number: int) -> np.random.Generator:

@@ -1,0 +1,232 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) by peft: few trained weights beside a frozen base.
+
+The base with its adapter switched off is the start model, so a reference needs no second one.
+"""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.logprobs import AnswerStates, Rows, Scorer
+
+ADAPTER = "default"
+ADAPTER_CONFIG = "adapter_config.json"
+"""File that tells an adapter's folder from a model's."""
+
+
+@dataclass
+class LoraOptions:
+    """A low-rank adapter on the linear layers; the base stays frozen.
+
+    Args:
+        rank: Rank r of the update `(alpha / r) * B A` of a layer's weights.
+        alpha: Numerator of the update's scale.
+        dropout: Probability with which an input of the adapter is dropped in training.
+        target_modules: Names of the layers to adapt, such as [q_proj, v_proj]; null takes every linear layer but the
+            head.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"--model.lora.rank must be at least 1, got {self.rank}")
+        if not 0 < self.alpha < float("inf"):
+            raise UserError(f"--model.lora.alpha must be a number above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--model.lora.dropout must be at least 0 and below 1, got {self.dropout}")
+        if self.target_modules is not None and not self.target_modules:
+            raise UserError("--model.lora.target_modules names no layer; give names such as [q_proj, v_proj], or null")
+
+
+def add_adapter(model: Any, options: LoraOptions) -> dict[str, Any]:
+    """Freeze a model and put a fresh adapter on it, which changes nothing yet.
+
+    Args:
+        model: Model from transformers.
+        options: The adapter's.
+
+    Returns:
+        What weights of this adapter belong to: base, rank, scale and layers.
+
+    Raises:
+        UserError: peft is not installed, or no layer has a name that was given.
+    """
+    peft = _peft()
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.target_modules or "all-linear",
+    )
+    base = base_fingerprint(model)
+    # The same weights on every process and after any number of draws before: they follow from the run's seed alone.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
+        try:
+            peft.inject_adapter_in_model(config, model, ADAPTER)
+        except ValueError as error:
+            raise UserError(f"--model.lora: {' '.join(str(error).split())[:300]}") from error
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Small updates would fall below the resolution of a base in half precision.
+            parameter.data = parameter.data.float()
+    folder = Path(model.name_or_path).expanduser()
+    # The adapter's own folder names its base, from wherever it is read.
+    config.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else model.name_or_path
+    config.inference_mode = True
+    model.adapter_config = config
+    layers = sorted({name.rsplit(".lora_", 1)[0] for name in trained_names(model)})
+    return {"base": base, "rank": options.rank, "alpha": options.alpha, "layers": layers}
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether `add_adapter` was called on a model."""
+    return hasattr(model, "adapter_config")
+
+
+def save_adapter(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write the adapter of a model alone, in the format of peft.
+
+    Args:
+        model: Model with an adapter.
+        folder: Where to write.
+        state: Weights to save in place of the model's own.
+    """
+    weights = adapter_state(model.state_dict() if state is None else state)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.adapter_config.save_pretrained(folder)
+    named = {f"base_model.model.{k.replace(f'.{ADAPTER}.', '.')}": w.contiguous() for k, w in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_with_adapter(folder: Path, load_base: Any) -> Any:
+    """Model of an adapter's folder, the adapter merged into its base.
+
+    Args:
+        folder: Holds adapter_config.json and adapter_model.safetensors.
+        load_base: Gives the model of a name.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    peft = _peft()
+    base = load_base(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path)
+    return peft.PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER).merge_and_unload(safe_merge=True)
+
+
+def trained_names(model: Any) -> set[str]:
+    """Names of the weights that are trained."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def base_fingerprint(model: Any) -> str:
+    """Tells one base from another by some values of every weight."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().flatten()
+        some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adapter_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Those weights of a model that are an adapter's."""
+    return {name: weight for name, weight in state.items() if ".lora_" in name}
+
+
+def without_base(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A checkpoint's weights less those of the frozen base.
+
+    Args:
+        state: All weights.
+        prefix: What the names of the model's own start with.
+    """
+    return {name: weight for name, weight in state.items() if not name.startswith(prefix) or ".lora_" in name}
+
+
+def check_adapter(saved: dict[str, Any] | None, ours: dict[str, Any] | None) -> None:
+    """See that a checkpoint's adapter, or its absence, is that of the policy.
+
+    Args:
+        saved: What `add_adapter` said when the checkpoint was made; None where all weights were trained.
+        ours: What it says now.
+
+    Raises:
+        UserError: They differ.
+    """
+    if (saved is None) != (ours is None):
+        what = ("the whole model", "an adapter") if saved is None else ("an adapter", "the whole model")
+        raise UserError(
+            f"--ckpt_path: the checkpoint holds {what[0]}, --model.lora trains {what[1]}: give the options of its run"
+        )
+    for key, value in (saved or {}).items():
+        if ours is not None and ours.get(key) != value:
+            told = f": {value} there, {ours.get(key)} here" if key in ("rank", "alpha") else ""
+            raise UserError(
+                f"--ckpt_path: the checkpoint's adapter differs in its {key}{told}; give --model.name and --model.lora "
+                "as in its run"
+            )
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The base alone, in eval mode and without gradient; adapter and mode come back afterwards."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    training, layers = model.training, [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    model.eval()
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        model.train(training)
+
+
+class BaseScorer(Scorer):
+    """Scores with the adapter switched off.
+
+    Args:
+        scorer: Of the model with its adapter.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.model, self.body = scorer.model, scorer.body
+        # Log-probs are taken after the adapter is on again: an adapted head must not be the one that makes them.
+        self.head = getattr(scorer.head, "base_layer", scorer.head)
+        self.vocabulary, self.packs = scorer.vocabulary, scorer.packs
+
+    def __call__(self, parts: Mapping[str, Rows], layers: Collection[int] = ()) -> dict[str, AnswerStates]:
+        """Scored positions of several sets of rows under the base."""
+        with adapter_off(self.model):
+            return super().__call__(parts, layers)
+
+    def all_logits(self, rows: Rows) -> Tensor:
+        """`(B, T, V)` float32 logits of the base at every position."""
+        with adapter_off(self.model):
+            return super().all_logits(rows)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("LoRA needs peft: pip install 'simnpo_pl[lora]'") from error
+    return peft
