@@ -29,8 +29,8 @@ test-all: $(INSTALLED) ## slow tests too
 	$(BIN)/python -m pytest -m 'not gpu and not network'
 
 lint: $(INSTALLED) ## style and types
-	$(BIN)/ruff check src tests scripts
-	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts examples
+	$(BIN)/ruff format --check src tests scripts examples
 	$(BIN)/mypy
 
 clean: ## remove the environment and caches; runs/ stays
