@@ -47,6 +47,8 @@ def run(options: Namespace) -> None:
     if options.seed < 0:
         raise UserError(f"--seed must be at least 0, got {options.seed}")
 
+    from lightning.pytorch.utilities import rank_zero_only
+
     from simnpo_pl.finished import finished_runs
     from simnpo_pl.report.robustness import relearning_table
     from simnpo_pl.robustness.relearning import Attack, relearn
@@ -56,4 +58,4 @@ def run(options: Namespace) -> None:
         for subset in options.subset:
             seeds = range(options.seed, options.seed + options.repeats) if subset == "random" else [0]
             relearn(run, Attack(subset, options.share, options.epochs, options.lr), seeds)
-    print(relearning_table(runs))
+    rank_zero_only(print)(relearning_table(runs))
