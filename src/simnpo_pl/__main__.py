@@ -1,5 +1,6 @@
 """`python -m simnpo_pl`: runs the command line; a mistake of the user is one line and exit code 2."""
 
+import logging
 import os
 import socket
 import sys
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if debug:
         arguments.remove("--debug")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # torchao, where it is installed, is imported by transformers and lists the kernels it has no use for here.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not hub_has_a_name():
         # Without network the hub's client would retry for half a minute before it looks into its cache.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")

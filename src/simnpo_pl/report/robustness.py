@@ -8,6 +8,12 @@ from simnpo_pl.report import words
 from simnpo_pl.report.runs import Run
 
 RELEARNT = {"forget_quality": "forget quality", "forget/probability": "forget prob."}
+MEASURED = {
+    **RELEARNT,
+    "forget/rouge": "forget ROUGE",
+    "model_utility": "model utility",
+    "retain/probability": "retain prob.",
+}
 
 
 class Spread(NamedTuple):
@@ -76,15 +82,41 @@ def relearning_table(runs: Sequence[Run]) -> str:
     for key in dict.fromkeys((c.settings["epochs"], c.settings["lr"], c.settings["share"]) for c in curves):
         group = [c for c in curves if (c.settings["epochs"], c.settings["lr"], c.settings["share"]) == key]
         heads = ["run", "method", "relearnt", "metric", *(f"epoch {epoch}" for epoch in group[0].epochs)]
-        lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        lines = _head(heads)
         for curve in group:
             draws = f", {curve.draws} draws" if curve.draws > 1 else ""
             relearnt = f"{curve.rows} {curve.settings['subset']} rows{draws}"
             for name, title in RELEARNT.items():
                 cells = ["-" if value is None else str(value) for value in curve.values[name]]
-                lines.append(
-                    "| " + " | ".join([curve.run.name, words.method(curve.run), relearnt, title, *cells]) + " |"
-                )
+                lines.append(_row([curve.run.name, words.method(curve.run), relearnt, title, *cells]))
         share = f"{100 * key[2]:g} % of the forget rows"
         parts.append(f"Relearning {share}, lr {key[1]:g}, falling linearly to 0:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def quantized_table(runs: Sequence[Run]) -> str:
+    """Metrics before and after the weights were rounded, as Markdown."""
+    models = [
+        (run, name, metrics)
+        for run in runs
+        if run.record.get("quantized")
+        for name, metrics in [
+            ("as exported", run.metrics("final")),
+            *((key, entry["metrics"]) for key, entry in run.record["quantized"].items()),
+        ]
+    ]
+    if not models:
+        return "no quantised evaluation of these runs"
+    known = [column for column in MEASURED if any(column in metrics for _, _, metrics in models)]
+    lines = _head(["run", "method", "weights", *(MEASURED[column] for column in known)])
+    for run, name, metrics in models:
+        lines.append(_row([run.name, words.method(run), name, *(words.number(metrics.get(c)) for c in known)]))
+    return "\n".join(lines)
+
+
+def _head(titles: Sequence[str]) -> list[str]:
+    return [_row(titles), "|---" * len(titles) + "|"]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

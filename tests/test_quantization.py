@@ -1,0 +1,79 @@
+"""Quantised evaluation: that weights really are rounded, to within a step, and what is kept of it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from simnpo_pl.__main__ import main
+from simnpo_pl.errors import UserError
+from simnpo_pl.robustness.quantization import Rounding, quantize
+
+
+@pytest.mark.parametrize("rounding", [Rounding(8), Rounding(4, 32), Rounding(4, 16)])
+def test_round_trip(model_folder: Path, rounding: Rounding):
+    """Within half a step of the weights, on a grid of 2^bits values a scale; head and embeddings untouched.
+
+    By hand: of a row or group with largest magnitude m the step is m / ((2^bits - 1) / 2), so that the grid spans
+    [-m, m]; rounding to the nearest step moves a weight by half a step at most.
+    """
+    plain, rounded = (AutoModelForCausalLM.from_pretrained(model_folder) for _ in range(2))
+    weights = {n: w for n, w in plain.named_parameters() if "proj" in n}
+    assert quantize(rounded, rounding) == sum(w.numel() for w in weights.values())
+    after = dict(rounded.named_parameters())
+    for name, weight in plain.named_parameters():
+        if name not in weights:
+            assert torch.equal(after[name], weight)
+            continue
+        groups = weight.reshape(-1, rounding.group_size or weight.shape[1])
+        found = after[name].dequantize().reshape(groups.shape)
+        step = groups.abs().amax(dim=1, keepdim=True) / ((2**rounding.bits - 1) / 2)
+        assert ((found - groups).abs() <= 0.501 * step).all()
+        assert max(len(group.unique()) for group in found) <= 2**rounding.bits
+        assert not torch.equal(found, groups)
+
+
+def test_what_cannot_be_rounded(make_model: Callable[..., Path]):
+    model = AutoModelForCausalLM.from_pretrained(make_model(0))
+    with pytest.raises(UserError, match=r"--group_size 24 does not divide the 32 inputs of model.layers.0"):
+        quantize(model, Rounding(4, 24))
+    # Its layers are convolutions in name.
+    other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
+    with pytest.raises(UserError, match="GPT2LMHeadModel has no linear layer"):
+        quantize(other, Rounding(8))
+
+
+def test_command(
+    run_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Every metric again; 8 bits change little, and what is there is not evaluated again."""
+    from simnpo_pl.robustness import quantization
+
+    folder = tmp_path / "unlearned"
+    main(["fit", *run_options, "--run_dir", str(folder), "--trainer.max_epochs", "1", "--eval.start", "false"])
+    main(["quantize", str(folder), "--debug"])
+    results = json.loads((folder / "results.json").read_text())
+    final = results["final"]["metrics"]
+    assert set(results["quantized"]) == {"8-bit", "4-bit group=32"}
+    for entry in results["quantized"].values():
+        assert entry["metrics"].keys() == final.keys()
+        assert entry["counts"] == results["counts"]
+        assert entry["metrics"] != final
+    assert results["quantized"]["8-bit"]["metrics"]["forget/probability"] == pytest.approx(
+        final["forget/probability"], rel=0.1
+    )
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| unlearned | SimNPO |")]
+    assert [line.split(" | ")[2] for line in table] == ["as exported", "8-bit", "4-bit group=32"]
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(quantization, "reopen", refuse)
+    main(["quantize", str(folder), "--debug"])
+    with pytest.raises(SystemExit):
+        main(["quantize", str(folder), "--group_size", "0"])
+    assert "--group_size must be at least 1, got 0" in capsys.readouterr().err
