@@ -35,10 +35,13 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--model.objectivee", "NPO"), "objectivee"),
         (
             ("--model.objective", "NOP"),
-            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, NPO, NPORawLogits, PDU, RMU, SatImp, "
+            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, NPO, NPORawLogits, PDU, RKLD, RMU, SatImp, "
             "SimNPO, SimNPORawLogits, UNDIAL, WGA",
         ),
         (("--model.retain_loss", "NL"), "known are EmbedDiff, KL, NLL"),
+        (("--model.objective", "RKLD"), "name it by --model.memorising FOLDER"),
+        (("--model.objective", "RKLD", "--model.memorising", "./none"), "--model.memorising: folder ./none does not"),
+        (("--model.objective", "NPO", "--model.reference", "./none"), "--model.reference: folder ./none does not"),
         (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),
         (("--model.objective.betta", "1"), "betta"),
         (("--model.lr", "fast"), "Got value: fast"),

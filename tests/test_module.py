@@ -18,6 +18,7 @@ from simnpo_pl.objectives import (
     IDK,
     NPO,
     PDU,
+    RKLD,
     RMU,
     UNDIAL,
     WGA,
@@ -117,6 +118,44 @@ def test_rmu_with_cut_batches(fit: Callable[..., Any], other_folder: Path):
         assert (weights(cut) - weights(whole)).norm() < 2e-3 * (weights(whole)).norm()
     assert steps[-1]["train/forget_loss"] < steps[0]["train/forget_loss"]
     assert steps[0]["train/retain_loss"] > 0.1
+
+
+@pytest.mark.parametrize("start_is_reference", [True, False])
+def test_rkld_with_cut_batches(
+    fit: Callable[..., Any],
+    model_folder: Path,
+    other_folder: Path,
+    make_model: Callable[..., Path],
+    start_is_reference: bool,
+):
+    """The teacher's logits come from the two frozen models, which stay as they are and in no checkpoint."""
+    memorising = make_model(2)
+    settings = {"memorising": str(memorising), "reference": None if start_is_reference else str(other_folder)}
+    settings |= {"retain_weight": 0.0, "epochs": 4}
+    _, steps, _ = fit(RKLD(alpha=5.0), per_device=4, **settings)
+    module, cut_steps, _ = fit(RKLD(alpha=5.0), per_device=1, **settings)
+    for one, other in zip(steps, cut_steps, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    losses = [step["train/forget_loss"] for step in steps]
+    assert 0.01 < sum(losses[-3:]) < sum(losses[:3])
+    from simnpo_pl.models import load_causal_lm
+
+    for held, name in (
+        (module._reference, model_folder if start_is_reference else other_folder),
+        (module._memorising, memorising),
+    ):
+        fresh = load_causal_lm(str(name))
+        assert all(map(torch.equal, held._resident.model.parameters(), fresh.parameters()))
+    assert all(name.startswith("policy.") for name in module.state_dict())
+
+
+def test_rkld_asks_for_its_model(make_model: Callable[..., Path], model_folder: Path):
+    with pytest.raises(UserError, match=r"--model.objective RKLD reads .* --model.memorising FOLDER; fit --config"):
+        UnlearningModule("x", objective=RKLD())
+    module = UnlearningModule(str(model_folder), objective=RKLD(), memorising=str(make_model(0, vocab_size=99)))
+    module.configure_model()
+    with pytest.raises(UserError, match=r"--model.memorising: .* has 99 tokens in its vocabulary, --model.name"):
+        module._memorising_scorer()
 
 
 def test_dual_variable_follows_the_effective_batch(fit: Callable[..., Any]):

@@ -16,6 +16,7 @@ from simnpo_pl.objectives import (
     IDK,
     NPO,
     PDU,
+    RKLD,
     RMU,
     UNDIAL,
     WGA,
@@ -190,6 +191,20 @@ def test_pdu():
     assert loss.tolist() == pytest.approx([LOG3**2 / 4, 0], rel=1e-6)
 
 
+def test_rkld():
+    """alpha 2; reference logits (0, 0), memorising logits (log 3 / 2, -1) at every token.
+
+    Only what the memorising model makes likelier is taken off: teacher logits (-log 3, 0), probabilities 1/4 and 3/4.
+    KL(policy || teacher) with the policy at 3/4 and 1/4 is 3/4 log 3 + 1/4 log 1/3 = 1/2 log 3 = 0.5493061, at both
+    tokens of row 1; with 1/2 and 1/2 it is 1/2 log 2 + 1/2 log 2/3 = 0.1438410.
+    """
+    memorising = torch.tensor([[LOG3 / 2, -1.0]]).repeat(3, 1)
+    inputs = ForgetInputs(states=STATES, reference_logits=torch.zeros(3, 2), memorising_logits=memorising)
+    assert RKLD(alpha=2.0)(inputs).tolist() == pytest.approx([0.5493061, 0.1438410], rel=1e-6)
+    same = RKLD(alpha=0.0)(inputs._replace(reference_logits=STATES.logits()))
+    assert same.tolist() == pytest.approx([0, 0], abs=1e-7)
+
+
 def test_dual_variable():
     """eps 1, step 0.5, from retain weight 2, warm-up of one epoch; the bound is 1 and the dual variable never below 0.
 
@@ -255,6 +270,7 @@ def test_npo_raw_logits():
         (SatImp, "beta1"),
         (SatImp, "beta2"),
         (SimNPORawLogits, "delta"),
+        (RKLD, "alpha"),
         *((PDU, n) for n in ("eps", "step", "warmup_epochs")),
     ],
 )

@@ -374,7 +374,8 @@ def test_best_epoch_is_exported_by_the_named_metric(cli: CLI, tmp_path: Path):
     assert check == pytest.approx(max(values), rel=1e-5)
 
 
-def test_objectives_train(cli: CLI, tmp_path: Path):
+def test_objectives_train(cli: CLI, tmp_path: Path, other_folder: Path):
+    memorising = ["--model.memorising", str(other_folder)]
     rmu = ["--model.objective.layer", "1", "--model.retain_loss", "EmbedDiff", "--model.retain_loss.layer", "0"]
     short = [
         "--trainer.max_epochs",
@@ -386,7 +387,7 @@ def test_objectives_train(cli: CLI, tmp_path: Path):
     ]
     plain = ["NPO", "DPO", "IDK", "GradDiff", "GradAscent", "WGA", "SatImp", "CEU", "UNDIAL", "PDU"]
     plain += ["SimNPORawLogits", "NPORawLogits"]
-    for objective, *options in (*([name] for name in plain), ["RMU", *rmu]):
+    for objective, *options in (*([name] for name in plain), ["RMU", *rmu], ["RKLD", *memorising]):
         named = ["--model.objective", objective, *options, *short, "--eval.final", "false"]
         cli("fit", *named, "--run_dir", str(tmp_path / objective))
         assert results(tmp_path / objective)["finished"]

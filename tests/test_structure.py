@@ -84,10 +84,10 @@ def test_everything_imports(file: Path):
 
 
 def test_log_softmax_in_one_place():
-    """Log-likelihoods come from one module; the retain divergence needs whole distributions."""
+    """Log-likelihoods and divergences come from one module."""
     words = re.compile(r"log_softmax|logsumexp|(F|functional)\.cross_entropy")
     using = {name_of(f) for f in SOURCES if words.search(f.read_text())}
-    assert using <= {"logprobs", "retain", "metrics.functional"}
+    assert using <= {"logprobs", "metrics.functional"}
 
 
 def test_no_pickle_and_no_remote_code():

@@ -151,6 +151,12 @@ def _pick(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
+def divergence(one: Tensor, other: Tensor) -> Tensor:
+    """KL(one || other) of logits `(..., V)`: `(...)`, nats."""
+    logps = one.log_softmax(dim=-1)
+    return (logps.exp() * (logps - other.log_softmax(dim=-1))).sum(dim=-1)
+
+
 def join(parts: list[Rows]) -> dict[str, Tensor]:
     """Stack right-padded rows of different widths into one batch `(sum of B, max of T)`."""
     width = max(part["input_ids"].shape[1] for part in parts)

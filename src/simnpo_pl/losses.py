@@ -27,6 +27,7 @@ class BatchLosses:
         retain_loss: None where nothing is retained.
         policy: Gives the scorer of the policy.
         reference: Gives the scorer of the frozen reference; called only where something reads it.
+        memorising: The same of the memorising model.
 
     Attributes:
         forget_scores: Of the newest batch's forget answers, each `(B,)`: `weight`, see `Objective.gradient_weights`;
@@ -39,11 +40,13 @@ class BatchLosses:
         retain_loss: RetainLoss | None,
         policy: Callable[[], Scorer],
         reference: Callable[[], Scorer],
+        memorising: Callable[[], Scorer],
     ) -> None:
         self.objective = objective
         self.retain_loss = retain_loss
         self.policy = policy
         self.reference = reference
+        self.memorising = memorising
         self.forget_scores: dict[str, Tensor] = {}
 
     @property
@@ -70,6 +73,11 @@ class BatchLosses:
         """Whether every step runs the reference model."""
         retains = self.retain_loss is not None and self.retain_loss.needs_reference
         return retains or bool(self.objective.needs & {"reference_logits", "reference_positions"})
+
+    @property
+    def reads_memorising(self) -> bool:
+        """Whether every step runs the memorising model."""
+        return "memorising_logits" in self.objective.needs
 
     def check_layers(self, model: Any) -> None:
         """See that the policy has the layers whose hidden states something reads.
@@ -104,14 +112,14 @@ class BatchLosses:
         needs, forget = self.objective.needs, batch["forget"]
         logps = {name: states[name].logps() for name in ("forget", "alternate") if name in needs}
         totals = {name: self.reference_totals(name, batch[name]) for name in logps if self.caches_reference}
-        positions = reference_positions = reference_logits = None
+        positions = reference_positions = None
         if "positions" in needs:
             positions = Positions(self.policy().all_logits(forget), forget["labels"], forget["attention_mask"])
         with torch.no_grad():
             if "reference_positions" in needs:
                 reference_positions = self.reference().all_logits(forget)
-            if "reference_logits" in needs:
-                reference_logits = self.reference()({"forget": forget})["forget"].logits()
+            frozen = {"reference_logits": self.reference, "memorising_logits": self.memorising}
+            logits = {n: scorer()({"forget": forget})["forget"].logits() for n, scorer in frozen.items() if n in needs}
         return ForgetInputs(
             forget=logps.get("forget"),
             alternate=logps.get("alternate"),
@@ -119,7 +127,8 @@ class BatchLosses:
             reference_alternate=totals.get("alternate"),
             states=states["forget"] if "states" in needs else None,
             layer=None if self.objective.layer is None else states["forget"].layers[self.objective.layer],
-            reference_logits=reference_logits,
+            reference_logits=logits.get("reference_logits"),
+            memorising_logits=logits.get("memorising_logits"),
             positions=positions,
             reference_positions=reference_positions,
         )

@@ -26,7 +26,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(_resolve(name))
+        return AutoTokenizer.from_pretrained(find_model(name))
     except UserError:
         raise
     except Exception as error:
@@ -45,7 +45,7 @@ def context_length(name: str) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(_resolve(name)).get_text_config()
+        config = AutoConfig.from_pretrained(find_model(name)).get_text_config()
     except UserError:
         raise
     except Exception as error:
@@ -54,13 +54,16 @@ def context_length(name: str) -> int | None:
     return int(length) if length else None
 
 
-def load_causal_lm(name: str, dtype: str = "float32", attn_implementation: str | None = None) -> Any:
+def load_causal_lm(
+    name: str, dtype: str = "float32", attn_implementation: str | None = None, option: str = "--model.name"
+) -> Any:
     """Causal language model, in eval mode as transformers gives it; an adapter is merged into its base.
 
     Args:
         name: Hub id or folder with safetensors weights, of a model or of an adapter.
         dtype: Type of the weights, `float32` or `bfloat16`.
         attn_implementation: Attention of transformers; None lets it choose.
+        option: Setting that names the model, for messages.
 
     Raises:
         UserError: The model cannot be loaded.
@@ -72,7 +75,7 @@ def load_causal_lm(name: str, dtype: str = "float32", attn_implementation: str |
     if not os.environ.get("TRANSFORMERS_VERBOSITY"):
         transformers_logging.disable_progress_bar()
     try:
-        resolved = _resolve(name)
+        resolved = find_model(name, option)
         if (Path(resolved) / ADAPTER_CONFIG).is_file():
             return load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, dtype, attn_implementation))
         return AutoModelForCausalLM.from_pretrained(
@@ -85,7 +88,7 @@ def load_causal_lm(name: str, dtype: str = "float32", attn_implementation: str |
     except UserError:
         raise
     except Exception as error:
-        raise _unavailable(name, "model", error) from error
+        raise _unavailable(name, "model", error, option) from error
 
 
 def frozen_copy(model: Any) -> Any:
@@ -140,24 +143,32 @@ def replace_folder(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _resolve(name: str) -> str:
-    """A folder as it stands, or a hub id; a missing folder is told apart from an unknown hub id."""
+def find_model(name: str, option: str = "--model.name") -> str:
+    """A folder as it stands, or a hub id; a missing folder is told apart from an unknown hub id.
+
+    Args:
+        name: Hub id or folder.
+        option: Setting that names the model, for messages.
+
+    Raises:
+        UserError: The folder is not there or holds no model.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-            raise UserError(f"--model.name: {name} holds no config.json; expected a folder written by save_pretrained")
+        if not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+            raise UserError(f"{option}: {name} holds no config.json; expected a folder written by save_pretrained")
         return str(folder)
     if name.startswith(_LOCAL_ROOTS) or name.count("/") > 1:
-        raise UserError(f"--model.name: folder {name} does not exist; give a folder with a model or a hub id")
+        raise UserError(f"{option}: folder {name} does not exist; give a folder with a model or a hub id")
     return name
 
 
-def _unavailable(name: str, what: str, error: Exception) -> UserError:
+def _unavailable(name: str, what: str, error: Exception, option: str = "--model.name") -> UserError:
     reason = " ".join(str(error).split())
     if Path(name).expanduser().is_dir():
-        return UserError(f"--model.name: the {what} in {name} cannot be loaded ({reason[:300]})")
+        return UserError(f"{option}: the {what} in {name} cannot be loaded ({reason[:300]})")
     return UserError(
-        f"--model.name: {what} {name} is neither a folder here nor to be had from the hub "
-        f"({type(error).__name__}: {reason[:160]}); give --model.name FOLDER and --data.path FOLDER to work "
+        f"{option}: {what} {name} is neither a folder here nor to be had from the hub "
+        f"({type(error).__name__}: {reason[:160]}); give {option} FOLDER and --data.path FOLDER to work "
         "without network, or run --config configs/demo.yaml, which needs none"
     )

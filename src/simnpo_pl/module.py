@@ -18,11 +18,11 @@ from simnpo_pl.layers import train_only
 from simnpo_pl.logprobs import Scorer
 from simnpo_pl.lora import BaseScorer, LoraOptions, add_adapter, check_adapter, without_base
 from simnpo_pl.losses import Batch, BatchLosses
-from simnpo_pl.models import frozen_copy, load_causal_lm
+from simnpo_pl.models import find_model, frozen_copy, load_causal_lm
 from simnpo_pl.objectives import Objective, SimNPO
 from simnpo_pl.optimization import Shape, adamw, schedule
 from simnpo_pl.policy import PolicyModule
-from simnpo_pl.reference import Reference, fingerprint
+from simnpo_pl.reference import FrozenModel, Reference, fingerprint
 from simnpo_pl.retain import NLL, RetainLoss
 
 DEFAULT_RETAIN_LOSS = lazy_instance(NLL)
@@ -41,6 +41,8 @@ class UnlearningModule(PolicyModule):
         retain_weight: Coefficient of the retain loss; null takes the objective's own default.
         reference: Frozen reference: hub id or folder; null means the start model. Loaded only where the objective
             or the retain loss needs one.
+        memorising: For objectives that read one: the start model fine-tuned further on the forget rows, hub id or
+            folder; `configs/finetune.yaml` with `--data.train_split forget10` makes one.
         trainable: Regular expressions; a parameter is trained if one of them matches its whole name, all others stay
             as they are. Null takes the objective's own default, which is all of them for most.
         lora: Low-rank adapter to train in place of all weights; null trains all. The base with the adapter off is
@@ -65,6 +67,7 @@ class UnlearningModule(PolicyModule):
         forget_weight: float | None = None,
         retain_weight: float | None = None,
         reference: str | None = None,
+        memorising: str | None = None,
         trainable: list[str] | None = None,
         lora: LoraOptions | None = None,
         optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
@@ -83,23 +86,28 @@ class UnlearningModule(PolicyModule):
         self.forget_weight = self.objective.default_forget_weight if forget_weight is None else forget_weight
         self.retain_weight = self.objective.default_retain_weight if retain_weight is None else retain_weight
         self.reference_name = reference or name
+        self.memorising_name = memorising
         self.trainable = self.objective.default_trainable if trainable is None else trainable
         self.lora, self.eight_bit = lora, optimizer == "adamw_8bit"
         if lora is not None and trainable is not None:
             raise UserError("--model.trainable and --model.lora both say what is trained: give one of them")
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_epochs, self.schedule = warmup_epochs, schedule
-        self._check_settings()
         self._adapter: dict[str, Any] | None = None
         # The frozen base is in no checkpoint.
         self.strict_loading = lora is None
-        # No submodule, so the reference is in no optimizer and no checkpoint.
-        self._reference = Reference()
+        # No submodule, so these are in no optimizer and no checkpoint.
+        self._reference, self._memorising = Reference(), FrozenModel()
         retains = self.retain_weight != 0 or self.objective.needs_retain
         self._batch_losses = BatchLosses(
-            self.objective, retain_loss if retains else None, self._scorer, self._reference_scorer
+            self.objective,
+            retain_loss if retains else None,
+            self._scorer,
+            self._reference_scorer,
+            self._memorising_scorer,
         )
         self._step_losses = torch.zeros(2)
+        self._check_settings()
 
     def configure_model(self) -> None:
         """Load the policy, and freeze what is not to be trained unless it is only evaluated.
@@ -108,6 +116,8 @@ class UnlearningModule(PolicyModule):
             UserError: The model cannot be loaded, or has not the layers or parameters that are named.
         """
         fresh = self.policy is None
+        for name, option in self._frozen_models.values():
+            find_model(name, option)
         super().configure_model()
         self._batch_losses.check_layers(self.policy)
         if self.lora is not None:
@@ -115,7 +125,7 @@ class UnlearningModule(PolicyModule):
         elif self.trainable and (self._trainer is None or self.trainer.state.fn == "fit"):
             train_only(self.policy, self.trainable)
 
-    # -- reference ---------------------------------------------------------------------------------------
+    # -- frozen models -----------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
         """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
@@ -130,6 +140,8 @@ class UnlearningModule(PolicyModule):
                 self._reference.identity = identity
         if self._batch_losses.keeps_reference:
             self._reference_scorer()
+        if self._batch_losses.reads_memorising:
+            self._memorising_scorer()
         self._step_losses = torch.zeros(2, device=self.device)
         self.policy.train()
 
@@ -150,9 +162,31 @@ class UnlearningModule(PolicyModule):
         def load() -> Any:
             if policy_is_reference:
                 return frozen_copy(self.policy)
-            return load_causal_lm(self.reference_name, self.dtype_name, self.attn_implementation)
+            return self._load_frozen("reference")
 
         return self._reference.scorer(load, self.device, keep=resident or self._batch_losses.keeps_reference)
+
+    def _memorising_scorer(self) -> Scorer:
+        return self._memorising.scorer(lambda: self._load_frozen("memorising"), self.device)
+
+    @property
+    def _frozen_models(self) -> dict[str, tuple[str, str]]:
+        """Name of every model that the losses read beside the policy, and the option it comes from."""
+        read = self._batch_losses
+        names = {"reference": self.reference_name} if read.keeps_reference or read.caches_reference else {}
+        if read.reads_memorising and self.memorising_name is not None:
+            names["memorising"] = self.memorising_name
+        return {role: (n, "--model.name" if n == self.name else f"--model.{role}") for role, n in names.items()}
+
+    def _load_frozen(self, role: str) -> Any:
+        name, option = self._frozen_models[role]
+        model = load_causal_lm(name, self.dtype_name, self.attn_implementation, option)
+        found, expected = (m.config.get_text_config().vocab_size for m in (model, self.policy))
+        if found != expected:
+            raise UserError(
+                f"{option}: {name} has {found} tokens in its vocabulary, --model.name {self.name} {expected}"
+            )
+        return model
 
     # -- training ----------------------------------------------------------------------------------------
 
@@ -258,6 +292,12 @@ class UnlearningModule(PolicyModule):
             value = getattr(self, option)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
+        if self._batch_losses.reads_memorising and self.memorising_name is None:
+            raise UserError(
+                f"--model.objective {type(self.objective).__name__} reads a model that was fine-tuned further on the "
+                "forget rows: name it by --model.memorising FOLDER; fit --config configs/finetune.yaml --model.name "
+                "START --data.train_split FORGET makes one"
+            )
         if self.objective.needs_retain and self.retain_loss is None:
             raise UserError(
                 f"--model.objective {type(self.objective).__name__} bounds the retain loss: name one, "

@@ -1,4 +1,4 @@
-"""The frozen reference: its answer log-probs where these suffice, a resident copy where they do not."""
+"""Frozen models beside the policy: a resident copy, or their answer log-probs alone where these suffice."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
@@ -24,22 +24,13 @@ def fingerprint(batches: Iterable[Mapping[str, Rows]]) -> str:
     return digest.hexdigest()
 
 
-class Reference:
-    """A model that is only read; no submodule of the LightningModule, so in no optimizer and no checkpoint.
-
-    Attributes:
-        totals: Part of the batch (`forget`, `alternate`) to the reference's summed answer log-probs of every
-            forget row, `(N,)` nats, filled once before training. With these a step of NPO or DPO needs no second
-            model and no second forward pass.
-        identity: Which model and rows these are of.
-    """
+class FrozenModel:
+    """A model that is only read; no submodule of the LightningModule, so in no optimizer and no checkpoint."""
 
     def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.identity = ""
         self._resident: Scorer | None = None
 
-    def scorer(self, load: Callable[[], Any], device: torch.device, keep: bool) -> Scorer:
+    def scorer(self, load: Callable[[], Any], device: torch.device, keep: bool = True) -> Scorer:
         """Scorer of the model on a device.
 
         Args:
@@ -53,6 +44,22 @@ class Reference:
         scorer.model.to(device)
         self._resident = scorer if keep else None
         return scorer
+
+
+class Reference(FrozenModel):
+    """What the policy is compared with.
+
+    Attributes:
+        totals: Part of the batch (`forget`, `alternate`) to the reference's summed answer log-probs of every
+            forget row, `(N,)` nats, filled once before training. With these a step of NPO or DPO needs no second
+            model and no second forward pass.
+        identity: Which model and rows these are of.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.totals: dict[str, Tensor] = {}
+        self.identity = ""
 
     @torch.no_grad()
     def fill(self, batches: Iterable[Mapping[str, Rows]], rows: int, scorer: Scorer) -> None:

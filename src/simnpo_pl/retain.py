@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from simnpo_pl.logprobs import AnswerStates, Rows, Scorer
-from simnpo_pl.objectives.base import one_of
+from simnpo_pl.logprobs import AnswerStates, Rows, Scorer, divergence
+from simnpo_pl.objectives.base import one_of, row_means
 
 
 class RetainLoss(nn.Module):
@@ -56,14 +56,13 @@ class KL(RetainLoss):
     def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
         """Mean divergence of each retain row over its scored tokens, nats per token, `(B,)`."""
         assert reference is not None
-        divergence = _divergence(reference.logits(), policy.logits())
-        return policy.sum_rows(divergence) / policy.lengths().clamp(min=1)
+        return row_means(policy, divergence(reference.logits(), policy.logits()))
 
     def over_all_positions(self, rows: Rows, policy: Scorer, reference: Scorer) -> Tensor:
         """Mean divergence of each row over all T positions, `(B,)`."""
         with torch.no_grad():
             target = reference.all_logits(rows)
-        return _divergence(target, policy.all_logits(rows)).mean(dim=-1)
+        return divergence(target, policy.all_logits(rows)).mean(dim=-1)
 
 
 class EmbedDiff(RetainLoss):
@@ -92,9 +91,3 @@ class EmbedDiff(RetainLoss):
         assert reference is not None
         states, target = policy.layers[self.layer], reference.layers[self.layer].hidden
         return states.row_means((states.hidden - target).square().mean(dim=-1), self.crossed)
-
-
-def _divergence(reference: Tensor, policy: Tensor) -> Tensor:
-    """KL(reference || policy) of logits `(..., V)`: `(...)`, nats."""
-    target = reference.log_softmax(dim=-1)
-    return (target.exp() * (target - policy.log_softmax(dim=-1))).sum(dim=-1)

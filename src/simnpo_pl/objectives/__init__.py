@@ -2,6 +2,7 @@
 
 from simnpo_pl.objectives.base import ForgetInputs, Objective, Positions
 from simnpo_pl.objectives.constrained import PDU
+from simnpo_pl.objectives.distillation import RKLD
 from simnpo_pl.objectives.likelihood import IDK, FineTune, GradAscent, GradDiff
 from simnpo_pl.objectives.preference import DPO, NPO, SimNPO
 from simnpo_pl.objectives.raw_logits import NPORawLogits, SimNPORawLogits
@@ -14,6 +15,7 @@ __all__ = [
     "IDK",
     "NPO",
     "PDU",
+    "RKLD",
     "RMU",
     "UNDIAL",
     "WGA",

@@ -15,7 +15,15 @@ from simnpo_pl.logprobs import AnswerLogps, AnswerStates, LayerStates
 
 T = TypeVar("T")
 Need = Literal[
-    "forget", "alternate", "reference", "states", "reference_logits", "layer", "positions", "reference_positions"
+    "forget",
+    "alternate",
+    "reference",
+    "states",
+    "reference_logits",
+    "memorising_logits",
+    "layer",
+    "positions",
+    "reference_positions",
 ]
 
 
@@ -45,6 +53,8 @@ class ForgetInputs(NamedTuple):
     """Policy, every scored token of the forget answers."""
     reference_logits: Tensor | None = None
     """`(S, V)` reference, logits at these tokens."""
+    memorising_logits: Tensor | None = None
+    """`(S, V)` memorising model, logits at these tokens."""
     layer: LayerStates | None = None
     """Policy, hidden states of the objective's `layer` at the tokens of the forget answers."""
     positions: Positions | None = None
