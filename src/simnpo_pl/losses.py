@@ -75,6 +75,11 @@ class BatchLosses:
         return retains or bool(self.objective.needs & {"reference_logits", "reference_positions"})
 
     @property
+    def reads_reference(self) -> bool:
+        """Whether anything reads the reference at all."""
+        return self.caches_reference or self.keeps_reference
+
+    @property
     def reads_memorising(self) -> bool:
         """Whether every step runs the memorising model."""
         return "memorising_logits" in self.objective.needs

@@ -77,7 +77,8 @@ def load_causal_lm(
     try:
         resolved = find_model(name, option)
         if (Path(resolved) / ADAPTER_CONFIG).is_file():
-            return load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, dtype, attn_implementation))
+            base_settings = (dtype, attn_implementation, option)
+            return load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, *base_settings))
         return AutoModelForCausalLM.from_pretrained(
             resolved,
             dtype=getattr(torch, dtype),

@@ -5,6 +5,7 @@ batches and the evaluation.
 """
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from simnpo_pl.layers import train_only
 from simnpo_pl.logprobs import Scorer
 from simnpo_pl.lora import BaseScorer, LoraOptions, add_adapter, check_adapter, without_base
 from simnpo_pl.losses import Batch, BatchLosses
-from simnpo_pl.models import find_model, frozen_copy, load_causal_lm
+from simnpo_pl.models import find_model, load_causal_lm
 from simnpo_pl.objectives import Objective, SimNPO
 from simnpo_pl.optimization import Shape, adamw, schedule
 from simnpo_pl.policy import PolicyModule
@@ -85,8 +86,6 @@ class UnlearningModule(PolicyModule):
         self.retain_loss = retain_loss
         self.forget_weight = self.objective.default_forget_weight if forget_weight is None else forget_weight
         self.retain_weight = self.objective.default_retain_weight if retain_weight is None else retain_weight
-        self.reference_name = reference or name
-        self.memorising_name = memorising
         self.trainable = self.objective.default_trainable if trainable is None else trainable
         self.lora, self.eight_bit = lora, optimizer == "adamw_8bit"
         if lora is not None and trainable is not None:
@@ -96,8 +95,10 @@ class UnlearningModule(PolicyModule):
         self._adapter: dict[str, Any] | None = None
         # The frozen base is in no checkpoint.
         self.strict_loading = lora is None
-        # No submodule, so these are in no optimizer and no checkpoint.
-        self._reference, self._memorising = Reference(), FrozenModel()
+        load = partial(load_causal_lm, dtype=dtype, attn_implementation=attn_implementation)
+        reference_option = "--model.name" if reference in (None, name) else "--model.reference"
+        self._reference = Reference(reference or name, reference_option, load)
+        self._memorising = FrozenModel(memorising, "--model.memorising", load) if memorising else None
         retains = self.retain_weight != 0 or self.objective.needs_retain
         self._batch_losses = BatchLosses(
             self.objective,
@@ -116,8 +117,9 @@ class UnlearningModule(PolicyModule):
             UserError: The model cannot be loaded, or has not the layers or parameters that are named.
         """
         fresh = self.policy is None
-        for name, option in self._frozen_models.values():
-            find_model(name, option)
+        for model, is_read in ((self._reference, self._batch_losses.reads_reference), (self._memorising, True)):
+            if model is not None and is_read:
+                find_model(model.name, model.option)
         super().configure_model()
         self._batch_losses.check_layers(self.policy)
         if self.lora is not None:
@@ -132,7 +134,7 @@ class UnlearningModule(PolicyModule):
         if self._batch_losses.caches_reference and hasattr(self._data, "scoring_parts"):
             batches = self._data.scoring_parts(self._batch_losses.scored_parts)
             # Of another model or other rows, log-probs of an earlier run or a checkpoint would be wrong.
-            identity = f"{self.reference_name} {fingerprint(batches)}"
+            identity = f"{self._reference.name} {fingerprint(batches)}"
             if self._reference.identity != identity:
                 moved = (self.transfer_batch_to_device(batch, self.device, 0) for batch in batches)
                 with self.trainer.precision_plugin.forward_context():
@@ -151,42 +153,19 @@ class UnlearningModule(PolicyModule):
         A fresh run from the start model has the reference's weights in its policy and reads no second copy; a policy
         with an adapter has them all along.
         """
-        if self.lora is not None and self.reference_name == self.name:
+        is_start = self._reference.name == self.name
+        if self.lora is not None and is_start:
             return BaseScorer(self._scorer())
         fresh = self._trainer is not None and self.trainer.ckpt_path is None and self.trainer.global_step == 0
-        policy_is_reference = fresh and self.reference_name == self.name
-        if policy_is_reference and not resident and not self._batch_losses.keeps_reference:
+        keep = resident or self._batch_losses.keeps_reference
+        if is_start and fresh and not keep:
             self.policy.eval()
             return self._scorer()
-
-        def load() -> Any:
-            if policy_is_reference:
-                return frozen_copy(self.policy)
-            return self._load_frozen("reference")
-
-        return self._reference.scorer(load, self.device, keep=resident or self._batch_losses.keeps_reference)
+        return self._reference.scorer(self._scorer(), self.device, keep=keep, same=is_start and fresh)
 
     def _memorising_scorer(self) -> Scorer:
-        return self._memorising.scorer(lambda: self._load_frozen("memorising"), self.device)
-
-    @property
-    def _frozen_models(self) -> dict[str, tuple[str, str]]:
-        """Name of every model that the losses read beside the policy, and the option it comes from."""
-        read = self._batch_losses
-        names = {"reference": self.reference_name} if read.keeps_reference or read.caches_reference else {}
-        if read.reads_memorising and self.memorising_name is not None:
-            names["memorising"] = self.memorising_name
-        return {role: (n, "--model.name" if n == self.name else f"--model.{role}") for role, n in names.items()}
-
-    def _load_frozen(self, role: str) -> Any:
-        name, option = self._frozen_models[role]
-        model = load_causal_lm(name, self.dtype_name, self.attn_implementation, option)
-        found, expected = (m.config.get_text_config().vocab_size for m in (model, self.policy))
-        if found != expected:
-            raise UserError(
-                f"{option}: {name} has {found} tokens in its vocabulary, --model.name {self.name} {expected}"
-            )
-        return model
+        assert self._memorising is not None, "checked with the settings"
+        return self._memorising.scorer(self._scorer(), self.device)
 
     # -- training ----------------------------------------------------------------------------------------
 
@@ -292,7 +271,7 @@ class UnlearningModule(PolicyModule):
             value = getattr(self, option)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
-        if self._batch_losses.reads_memorising and self.memorising_name is None:
+        if self._batch_losses.reads_memorising and self._memorising is None:
             raise UserError(
                 f"--model.objective {type(self.objective).__name__} reads a model that was fine-tuned further on the "
                 "forget rows: name it by --model.memorising FOLDER; fit --config configs/finetune.yaml --model.name "

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simnpo_pl.errors import UserError
 from simnpo_pl.logprobs import Rows, Scorer
+from simnpo_pl.models import frozen_copy
 
 REFERENCE_KEY = "reference_logps"
 """Key under which a part of a batch brings the reference's summed answer log-probs, `(B,)` nats."""
@@ -25,22 +27,40 @@ def fingerprint(batches: Iterable[Mapping[str, Rows]]) -> str:
 
 
 class FrozenModel:
-    """A model that is only read; no submodule of the LightningModule, so in no optimizer and no checkpoint."""
+    """A model that is only read; no submodule of the LightningModule, so in no optimizer and no checkpoint.
 
-    def __init__(self) -> None:
+    Args:
+        name: Hub id or folder.
+        option: Setting that names it, for messages.
+        load: Gives the model, from its name and `option`, the setting for messages.
+    """
+
+    def __init__(self, name: str, option: str, load: Callable[..., Any]) -> None:
+        self.name, self.option = name, option
+        self._load = load
         self._resident: Scorer | None = None
 
-    def scorer(self, load: Callable[[], Any], device: torch.device, keep: bool = True) -> Scorer:
+    def scorer(self, policy: Scorer, device: torch.device, keep: bool = True, same: bool = False) -> Scorer:
         """Scorer of the model on a device.
 
         Args:
-            load: Brings the model on first use.
+            policy: Scorer of the policy.
             device: Where it is to run.
             keep: Whether the model stays in memory.
+            same: Whether the policy has the model's weights at present, so that it is copied instead of read.
+
+        Raises:
+            UserError: The model cannot be loaded, or has another vocabulary than the policy.
         """
         scorer = self._resident
         if scorer is None:
-            scorer = Scorer(load().requires_grad_(False).eval().to(device))
+            model = frozen_copy(policy.model) if same else self._load(self.name, option=self.option)
+            scorer = Scorer(model.requires_grad_(False).eval().to(device))
+        if scorer.vocabulary != policy.vocabulary:
+            raise UserError(
+                f"{self.option}: {self.name} has {scorer.vocabulary} tokens in its vocabulary, the policy "
+                f"{policy.vocabulary}; give a model of the same kind"
+            )
         scorer.model.to(device)
         self._resident = scorer if keep else None
         return scorer
@@ -56,8 +76,8 @@ class Reference(FrozenModel):
         identity: Which model and rows these are of.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, name: str, option: str, load: Callable[..., Any]) -> None:
+        super().__init__(name, option, load)
         self.totals: dict[str, Tensor] = {}
         self.identity = ""
 
