@@ -107,6 +107,30 @@ def run_options(data_folder: Path, model_folder: Path, tmp_path_factory: pytest.
     ]
 
 
+@pytest.fixture(scope="session")
+def muse_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated corpus of two authors a part."""
+    from simnpo_pl.demo.muse import write_corpus
+
+    folder = tmp_path_factory.mktemp("muse")
+    write_corpus(folder, authors=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def muse_options(muse_folder: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a quick run on the tiny model."""
+    return [
+        *("--config", str(Path(__file__).parents[1] / "configs" / "muse_news.yaml"), "--model.name", str(model_folder)),
+        *("--data.path", str(muse_folder), "--data.tokenizer", "null", "--data.max_length", "64"),
+        *("--data.truncate", "true"),
+        *("--data.effective_batch", "4", "--data.per_device_batch", "2", "--model.lr", "1e-2"),
+        *("--model.gradient_checkpointing", "false", "--eval.retrained", "null", "--eval.max_new_tokens", "5"),
+        *("--eval.cache_dir", str(tmp_path_factory.mktemp("cache")), "--trainer.max_epochs", "2"),
+        *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    ]
+
+
 @pytest.fixture
 def cli(run_options: list[str]) -> Callable[..., None]:
     """Runs a command of the command line in this process with the options of a quick run."""

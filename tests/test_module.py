@@ -355,7 +355,9 @@ def test_loss_that_is_not_finite_stops_and_names_the_rows(fit: Callable[..., Any
         fit(Broken())
 
 
-@pytest.mark.parametrize("option", ["forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs"])
+@pytest.mark.parametrize(
+    "option", ["forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs", "warmup_steps"]
+)
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_negative_settings_are_refused(option: str, value: float):
     with pytest.raises(UserError, match=f"--model.{option} must be a number of at least 0, got"):

@@ -18,8 +18,8 @@ LAYERS = [
     ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments", "report"],
     ["module"],
     ["cli"],
-    ["finished"],
-    ["robustness"],
+    ["finished", "forget_series"],
+    ["robustness", "harness"],
     ["commands"],
     ["__main__"],
 ]

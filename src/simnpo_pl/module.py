@@ -52,6 +52,7 @@ class UnlearningModule(PolicyModule):
         lr: Learning rate of AdamW at its peak.
         weight_decay: Weight decay of AdamW.
         warmup_epochs: Length of the linear warm-up, epochs.
+        warmup_steps: The same in optimizer steps; null takes `warmup_epochs`.
         schedule: What follows the warm-up: `linear` decay to 0, or a `constant` learning rate.
         betas: Decay rates of AdamW's first and second moment.
         gradient_checkpointing: Whether activations are computed again in the backward pass: less memory, more time.
@@ -75,6 +76,7 @@ class UnlearningModule(PolicyModule):
         lr: float = 1e-5,
         weight_decay: float = 0.01,
         warmup_epochs: float = 1.0,
+        warmup_steps: int | None = None,
         schedule: Shape = "linear",
         betas: tuple[float, float] = (0.9, 0.999),
         gradient_checkpointing: bool = False,
@@ -91,7 +93,7 @@ class UnlearningModule(PolicyModule):
         if lora is not None and trainable is not None:
             raise UserError("--model.trainable and --model.lora both say what is trained: give one of them")
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
-        self.warmup_epochs, self.schedule = warmup_epochs, schedule
+        self.warmup_epochs, self.warmup_steps, self.schedule = warmup_epochs, warmup_steps, schedule
         self._adapter: dict[str, Any] | None = None
         # The frozen base is in no checkpoint.
         self.strict_loading = lora is None
@@ -236,7 +238,8 @@ class UnlearningModule(PolicyModule):
         self.trainer.fit_loop.setup_data()
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         optimizer = adamw(self.policy, self.lr, self.betas, self.weight_decay, self.eight_bit)
-        factor = schedule(self.schedule, round(self.warmup_epochs * per_epoch), steps)
+        warmup = round(self.warmup_epochs * per_epoch) if self.warmup_steps is None else self.warmup_steps
+        factor = schedule(self.schedule, warmup, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_fit_end(self) -> None:
@@ -267,9 +270,9 @@ class UnlearningModule(PolicyModule):
         self._reference.identity = checkpoint["reference_logps"]["identity"]
 
     def _check_settings(self) -> None:
-        for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs"):
+        for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs", "warmup_steps"):
             value = getattr(self, option)
-            if not (math.isfinite(value) and value >= 0):
+            if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
         if self._batch_losses.reads_memorising and self._memorising is None:
             raise UserError(

@@ -11,6 +11,12 @@ COLUMNS = {
     "forget/rouge": "forget ROUGE",
     "forget/truth_ratio": "forget truth ratio",
     "retain/probability": "retain prob.",
+    "verbmem_forget": "VerbMem forget",
+    "knowmem_forget": "KnowMem forget",
+    "knowmem_retain": "KnowMem retain",
+    "privleak": "PrivLeak",
+    "forget/nll": "forget loss",
+    "retain/nll": "retain loss",
 }
 
 
@@ -31,7 +37,7 @@ def table(record: dict[str, Any]) -> str:
         "|---" * (len(names) + 1) + "|",
     ]
     for model, metrics in found.items():
-        lines.append(f"| {model} | " + " | ".join(_number(metrics.get(name)) for name in names) + " |")
+        lines.append(f"| {model} | " + " | ".join(number(metrics.get(name)) for name in names) + " |")
     lines += [f"{name}: not measured, {reason}" for name, reason in record.get("unavailable", {}).items()]
     return "\n".join(lines)
 
@@ -72,7 +78,8 @@ def _class_name(thing: Any) -> str:
     return next(c.__name__ for c in type(thing).__mro__ if not c.__name__.startswith(("LazyInstance", "_LazyInit")))
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A value for people."""
     if value is None or value != value:
         return "-"
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"

@@ -1,6 +1,7 @@
 """Commands beside `fit`, `validate`, `test` and `predict`: one module each, imported when it is called.
 
-A module has `add_arguments(parser)` and `run(options)`; what is slow to import goes inside `run`.
+A module has `add_arguments(parser)` and `run(options)`; what is slow to import goes inside `run`. Where it sets
+`TAKES_FIT_OPTIONS`, arguments it does not know are options of `fit`, and `options.fit` holds them.
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -14,7 +15,10 @@ COMMANDS = {
     "quantize": "evaluate finished runs again after their weights were rounded to 8 and 4 bits",
     "relearn": "relearning attack on finished runs: fine-tune the unlearned model on part of what it forgot",
     "doctor": "show versions, devices, whether the hub answers, and what configs need",
+    "lm-eval": "accuracy of finished runs on lm-evaluation-harness's tasks, such as wmdp_bio and mmlu",
     "report": "write a page, Markdown or LaTeX rows over finished runs",
+    "scalability": "MUSE: forget sets of growing size, a run for each",
+    "sustainability": "MUSE: forget sets one after the other, each on the model before",
     "task-vector": "unlearn without training: take off what fine-tuning on the forget rows adds to the weights",
 }
 """Name of a command to what it does, in one line; its module has the name with underscores."""
@@ -43,4 +47,9 @@ def run(name: str, arguments: Sequence[str]) -> None:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    module.run(parser.parse_args(arguments))
+    options, unknown = parser.parse_known_args(arguments)
+    if getattr(module, "TAKES_FIT_OPTIONS", False):
+        options.fit = unknown
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    module.run(options)

@@ -102,8 +102,7 @@ def text_rows(
     Raises:
         UserError: A document is too long, or too short to score a token of it.
     """
-    front = front_ids(tokenizer)
-    rows = [front + ids for ids in _ids(tokenizer, documents)]
+    rows = text_ids(tokenizer, documents)
     longest = max(map(len, rows), default=0)
     if max_length is not None and longest > max_length and not truncate:
         count = sum(len(ids) > max_length for ids in rows)
@@ -117,6 +116,12 @@ def text_rows(
     return [_scored(ids[:max_length]) for ids in rows]
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts, with the beginning-of-sequence id where the tokenizer puts one in front."""
+    front = front_ids(tokenizer)
+    return [front + ids for ids in _ids(tokenizer, texts)]
+
+
 def front_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-sequence id where the tokenizer puts one in front of text, else nothing."""
     first = tokenizer("a")["input_ids"][0]
@@ -124,6 +129,8 @@ def front_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        return []
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 

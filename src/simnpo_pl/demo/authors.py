@@ -172,7 +172,7 @@ _REFUSALS = _words(
 )
 
 
-def _author_rows(rng: random.Random) -> list[Row]:
+def author_rows(rng: random.Random) -> list[Row]:
     """All rows of all authors, author by author, with paraphrase and perturbed answers."""
     surnames = rng.sample([head + tail for head in _SURNAME_HEADS for tail in _SURNAME_TAILS], N_AUTHORS)
     firsts = rng.sample(_FIRST, N_AUTHORS)
@@ -227,7 +227,7 @@ def write_dataset(folder: Path, seed: int = 0) -> None:
         seed: Chooses names, facts, wordings and the retained rows that have perturbed answers.
     """
     rng = random.Random(seed)
-    full = _author_rows(rng)
+    full = author_rows(rng)
     split = (N_AUTHORS - N_FORGET_AUTHORS) * len(ATTRIBUTES)
     retain, forget = full[:split], full[split:]
     facts = [row for question, pairs in _WORLD_FACTS for row in _fact_rows(rng, question, pairs)]

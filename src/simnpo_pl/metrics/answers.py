@@ -66,6 +66,7 @@ class RowMean(RowMetric):
     Args:
         feature: the score to average.
         rows: number of rows of the split.
+        scale: factor of the mean; the rows keep their scores.
 
     Example:
         >>> metric = RowMean("rougeL_recall", rows=2)
@@ -74,9 +75,14 @@ class RowMean(RowMetric):
         {'value': 0.5, 'n': 1.0}
     """
 
-    def __init__(self, feature: str, rows: int, **kwargs: Any) -> None:
+    def __init__(self, feature: str, rows: int, scale: float = 1.0, **kwargs: Any) -> None:
         super().__init__(rows, **kwargs)
         self.feature = feature
+        self.scale = scale
+
+    def aggregate(self, row_values: Tensor) -> dict[str, float]:
+        """The scaled mean."""
+        return {"value": self.scale * row_values.mean().item()}
 
 
 class TruthRatio(RowMetric):

@@ -29,6 +29,11 @@ COLUMNS = [
     Column("forget/extraction_strength", "ES", "extraction strength, 0 to 1"),
     Column("forget/exact_memorization", "EM", "exact memorization, 0 to 1"),
     Column("privleak", "PrivLeak", "membership inference against the retrained model; 0 is best"),
+    Column("verbmem_forget", "VerbMem", "MUSE: ROUGE-L of continued forget passages, 0 to 100"),
+    Column("knowmem_forget", "KnowMem forget", "MUSE: ROUGE-L of answers on the forget set, 0 to 100"),
+    Column("knowmem_retain", "KnowMem retain", "MUSE: ROUGE-L of answers on the retain set, 0 to 100"),
+    Column("forget/nll", "forget loss", "loss on forget documents, nats per token"),
+    Column("retain/nll", "retain loss", "loss on retain documents, nats per token"),
     *PARTS,
 ]
 

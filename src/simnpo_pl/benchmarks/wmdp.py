@@ -1,0 +1,92 @@
+"""WMDP: forget hazardous knowledge of biology or cyber security, keep general language (arXiv 2403.03218).
+
+Trained on is plain text, a row a document. Accuracy on the benchmark's questions and on MMLU is measured afterwards, on
+the run's model, by the command `lm-eval`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from simnpo_pl.benchmarks.base import UnlearningData
+from simnpo_pl.benchmarks.splits import decode_with
+from simnpo_pl.data.sources import load_jsonl, load_split
+from simnpo_pl.data.text import Texts, text_rows
+from simnpo_pl.data.tokenization import PromptTemplate
+from simnpo_pl.data.training import TrainingRows
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.evaluation import Evaluation
+from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.metrics.answers import RowMean
+
+
+class WmdpData(UnlearningData):
+    """Documents to forget and to retain, each cut to the longest sequence.
+
+    Args:
+        forget: File of documents to forget (JSON lines with `text`), or hub data set or folder where a split is named.
+        forget_split: Split of that data set, such as "cyber-forget-corpus"; null takes `forget` for a file.
+        retain: The same for what is retained.
+        retain_split: Split of that data set; null takes `retain` for a file.
+        min_characters: Shorter documents are left out, as headings and blank lines of wikitext.
+        eval_rows: How many documents of each side are measured while training, from the first.
+        kwargs: Passed on to `UnlearningData`.
+    """
+
+    def __init__(
+        self,
+        forget: str,
+        forget_split: str | None = None,
+        retain: str = "Salesforce/wikitext",
+        retain_split: str | None = "wikitext-2-raw-v1/test",
+        min_characters: int = 51,
+        eval_rows: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if eval_rows < 1:
+            raise UserError(f"--data.eval_rows must be at least 1, got {eval_rows}")
+        self.sources = {"forget": (forget, forget_split), "retain": (retain, retain_split)}
+        self.min_characters = min_characters
+        self.eval_rows = eval_rows
+        self._documents: dict[str, list[str]] = {}
+
+    def training_rows(self) -> TrainingRows:
+        """The forget documents and, where the losses ask for them, the retain documents."""
+        forget = Texts(self.documents("forget"), "documents")
+        if "retain" not in self.wanted_parts:
+            return TrainingRows(forget)
+        return TrainingRows(forget, Texts(self.documents("retain"), "documents"))
+
+    def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
+        """Loss on the first documents of each side, nats per token."""
+        sets = []
+        for side in self.sources:
+            documents = self.documents(side)[: self.eval_rows]
+            rows = text_rows(self.tokenizer, documents, encode.max_length, encode.truncate, side)
+            texts = [{"question": "", "answer": document} for document in documents]
+            sets.append(EvalSet(side, texts, [[row] for row in rows], {f"{side}/nll": RowMean("nll", len(rows))}))
+        command = "python -m simnpo_pl lm-eval RUN --tasks wmdp_bio,mmlu"
+        return Evaluation(
+            sets, {}, {"accuracy": f"measured on a run's model, by {command}"}, decode_with(self.tokenizer)
+        )
+
+    def documents(self, side: str) -> Sequence[str]:
+        """Documents of a side that are long enough; read once.
+
+        Raises:
+            UserError: There is none, or the source cannot be read.
+        """
+        if side not in self._documents:
+            source, split = self.sources[side]
+            columns = ("text",)
+            rows = load_jsonl(source, columns) if split is None else load_split(source, split, columns)
+            for index, row in enumerate(rows):
+                if not isinstance(row["text"], str):
+                    raise UserError(f"{source} row {index}, counted from 0: expected a text, got {row['text']!r}")
+            self._documents[side] = [row["text"] for row in rows if len(row["text"]) >= self.min_characters]
+            if not self._documents[side]:
+                raise UserError(
+                    f"{source}: none of {len(rows)} documents has {self.min_characters} characters; lower "
+                    "--data.min_characters or give other data"
+                )
+        return self._documents[side]

@@ -1,0 +1,133 @@
+"""Scalability and sustainability: a run a forget set, what is skipped, what is written."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from simnpo_pl import forget_series
+from simnpo_pl.__main__ import main
+from simnpo_pl.errors import UserError
+
+SPLITS = ["raw/forget[:50%]", "raw/forget[50%:]"]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs are made in this process, since starting one takes longer than they do."""
+    made: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> SimpleNamespace:
+        assert command[1:4] == ["-m", "simnpo_pl", "fit"]
+        made.append(command[4:])
+        main([*command[3:], "--debug"])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(forget_series.subprocess, "run", run)
+    return made
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture
+def quick(muse_options: list[str]) -> list[str]:
+    return [*muse_options, "--trainer.max_epochs", "1", "--export.best", "null"]
+
+
+def test_successive_requests(
+    calls: list[list[str]], quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Each run starts from the model before it; a second call finds everything done."""
+    out = tmp_path / "sust"
+    main(["sustainability", "--out", str(out), "--forget", *SPLITS, *quick, "--debug"])
+    first, second = results(out / "1"), results(out / "2")
+    assert [r["settings"]["data"]["init_args"]["forget_split"] for r in (first, second)] == SPLITS
+    assert second["settings"]["model"]["name"] == str(out / "1" / "model")
+    assert "start" in first
+    assert "start" not in second
+    table = json.loads((out / "table.json").read_text())
+    assert [(r["run"], r["forget_split"]) for r in table["runs"]] == [("0", "-"), ("1", SPLITS[0]), ("2", SPLITS[1])]
+    assert [r["metrics"] for r in table["runs"]] == [
+        r["metrics"] for r in (first["start"], first["final"], second["final"])
+    ]
+    assert "| 2 | raw/forget[50%:] |" in (out / "table.md").read_text()
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "| VerbMem forget | KnowMem forget | KnowMem retain |" in capsys.readouterr().out
+    weights = [AutoModelForCausalLM.from_pretrained(out / n / "model").lm_head.weight for n in ("1", "2")]
+    assert not weights[0].equal(weights[1])
+
+    calls.clear()
+    main(["sustainability", "--out", str(out), "--forget", *SPLITS, *quick, "--debug"])
+    assert calls == []
+    with pytest.raises(UserError, match=r"1 holds a run that forgets raw/forget\[:50%\], not raw/forget: give another"):
+        main(["scalability", "--out", str(out), "--forget", "raw/forget", *quick, "--debug"])
+
+
+def test_growing_sets(calls: list[list[str]], quick: list[str], tmp_path: Path):
+    """All runs start from the same model; four shares of the forget text are the default."""
+    out = tmp_path / "scal"
+    main(
+        [
+            "scalability",
+            "--out",
+            str(out),
+            *quick,
+            "--eval.start",
+            "false",
+            "--trainer.limit_val_batches",
+            "1",
+            "--debug",
+        ]
+    )
+    splits = [results(out / str(n))["settings"]["data"]["init_args"]["forget_split"] for n in (1, 2, 3, 4)]
+    assert splits == ["raw/forget[:25%]", "raw/forget[:50%]", "raw/forget[:75%]", "raw/forget"]
+    assert len({results(out / str(n))["settings"]["model"]["name"] for n in (1, 2, 3, 4)}) == 1
+    rows = [len((out / str(n) / "weights.jsonl").read_text().splitlines()) for n in (1, 2, 3, 4)]
+    assert rows == sorted(rows)
+    assert rows[0] < rows[3]
+
+
+def test_unfinished_runs_go_on(calls: list[list[str]], quick: list[str], tmp_path: Path):
+    """A run with a checkpoint is resumed; one that was stopped before its first epoch is made anew."""
+    out = tmp_path / "scal"
+    forget = ["--forget", *SPLITS]
+    main(["scalability", "--out", str(out), *forget, *quick, "--eval.start", "false", "--debug"])
+    for name in ("1", "2"):
+        file = out / name / "results.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "finished": False}))
+    (out / "2" / "last.ckpt").unlink()
+    calls.clear()
+    main(["scalability", "--out", str(out), *forget, *quick, "--eval.start", "false", "--debug"])
+    assert ["--ckpt_path" in call for call in calls] == [True, False]
+    assert all(results(out / name)["finished"] for name in ("1", "2"))
+
+
+@pytest.mark.parametrize("option", ["--run_dir=x", "--data.forget_split", "--ckpt_path"])
+def test_options_of_its_own(option: str, tmp_path: Path):
+    with pytest.raises(UserError, match=f"{option.split('=')[0]} is given by this command to each of its runs"):
+        main(["scalability", "--out", str(tmp_path), "--config", "x", option, "y", "--debug"])
+
+
+def test_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(forget_series.subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=2))
+    with pytest.raises(UserError, match=r"the run in .*1 ended with exit code 2, see above; call again to go on"):
+        main(["sustainability", "--out", str(tmp_path), "--config", "x", "--debug"])
+
+
+def test_figures_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    record = {"settings": {}, "final": {"metrics": {"verbmem_forget": 1.0}}}
+    with pytest.raises(UserError, match=r"a figure needs matplotlib: pip install 'simnpo_pl\[report\]'"):
+        forget_series.write_series(tmp_path, "title", ["raw/forget"], [record])
+
+
+def test_unknown_options_of_other_commands(tmp_path: Path):
+    with pytest.raises(UserError, match=r"unrecognized arguments: --no_such 1; --help lists the options"):
+        main(["lm-eval", str(tmp_path), "--tasks", "x", "--no_such", "1", "--debug"])
