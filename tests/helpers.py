@@ -47,3 +47,16 @@ def killed_in_epoch(epoch: int) -> Iterator[None]:
         patch.setattr(RunFolder, "on_train_batch_start", kill, raising=False)
         with pytest.raises(Killed):
             yield
+
+
+def same_run(one: Path, other: Path) -> bool:
+    """Whether two runs ended alike, bit for bit: results but for times, rows, logs of steps and weights."""
+    names = ("start", "retrained", "epochs", "final", "counts", "unavailable", "exported_epoch", "finished")
+    a, b = (results(folder) for folder in (one, other))
+    for name in names:
+        assert a.get(name) == b.get(name), name
+    for name in ("rows.jsonl", "TOFU_EVAL.json", "history.jsonl", "weights.jsonl"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    files = sorted(f.name for f in (one / "model").iterdir())
+    assert files == sorted(f.name for f in (other / "model").iterdir())
+    return all((one / "model" / f).read_bytes() == (other / "model" / f).read_bytes() for f in files)

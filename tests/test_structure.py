@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "simnpo_pl"
 # Lower layers first; a file may import from its own layer and those below.
 LAYERS = [
     ["errors"],
-    ["files", "packing", "layers", "optimization"],
+    ["files", "stopping", "packing", "layers", "optimization"],
     ["checkpoints", "logprobs", "lora", "models", "generation", "data", "metrics"],
     ["objectives", "retain", "reference", "evaluation", "demo"],
     ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments", "report"],

@@ -13,13 +13,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
 from simnpo_pl.arguments import clear_changed_classes
 from simnpo_pl.benchmarks.base import UnlearningData
+from simnpo_pl.callbacks.checkpoint import LAST, CheckpointOptions, SaveState
 from simnpo_pl.callbacks.export import ExportModel, ExportOptions
 from simnpo_pl.callbacks.history import HISTORY, History
 from simnpo_pl.callbacks.run_folder import PREDICTIONS, RunFolder
@@ -30,10 +31,12 @@ from simnpo_pl.evaluation.cache import evaluate_once
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.tags import tag
+from simnpo_pl.files import recover
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import Objective
 from simnpo_pl.policy import PolicyModule
 from simnpo_pl.retain import RetainLoss
+from simnpo_pl.stopping import Stopped, StopSignals
 from simnpo_pl.summary import plan, table
 
 RUN_DIR_VARIABLE = "SIMNPO_PL_RUN_DIR"
@@ -43,6 +46,7 @@ class UnlearningCLI(LightningCLI):
     """`fit` evaluates the start model, unlearns, exports and evaluates; `validate`, `test`, `predict` only evaluate."""
 
     def __init__(self, args: list[str] | None = None) -> None:
+        self.signals = StopSignals()
         super().__init__(
             UnlearningModule,
             UnlearningData,
@@ -71,6 +75,7 @@ class UnlearningCLI(LightningCLI):
         )
         parser.add_class_arguments(EvalOptions, "eval", instantiate=True)
         parser.add_class_arguments(ExportOptions, "export", instantiate=True)
+        parser.add_class_arguments(CheckpointOptions, "checkpoint", instantiate=True)
         parser.link_arguments("model.name", "data.init_args.model")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("eval", "data.init_args.eval", apply_on="instantiate")
@@ -91,6 +96,9 @@ class UnlearningCLI(LightningCLI):
                     ) from error
             raise
 
+    resumes = False
+    """Whether the run goes on with what its folder holds."""
+
     def before_instantiate_classes(self) -> None:
         """Our table takes the place of Lightning's; the last checkpoint is the run folder's."""
         config = self.config[self.subcommand]
@@ -99,7 +107,10 @@ class UnlearningCLI(LightningCLI):
         if config.ckpt_path == "last":
             if config.run_dir is None:
                 raise UserError("--ckpt_path last needs --run_dir FOLDER, the run to go on with")
-            config.ckpt_path = str(Path(config.run_dir).expanduser() / "last.ckpt")
+            last = Path(config.run_dir).expanduser() / LAST
+            recover(last)
+            self.resumes = True
+            config.ckpt_path = str(last) if last.exists() else None
 
     def _parse_ckpt_path(self) -> None:
         """Flags and config stand; a checkpoint brings weights and training state only."""
@@ -120,28 +131,29 @@ class UnlearningCLI(LightningCLI):
                 self.export,
                 History(folder),
                 GradientWeights(folder),
-                ModelCheckpoint(
-                    folder, "last", save_top_k=1, save_on_train_epoch_end=True, enable_version_counter=False
-                ),
             ]
             if given["logger"] is not False:
                 callbacks.append(LearningRateMonitor("step"))
+        # The last of all, so that what the others keep is in the state that is saved.
+        callbacks.append(
+            SaveState(folder, self._get(self.config_init, "checkpoint", CheckpointOptions()), self.signals)
+        )
         if isinstance(given["strategy"], str) and not given["strategy"].startswith(("fsdp", "deepspeed")):
             plugins = given["plugins"] or []
             kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs, callbacks=callbacks)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run; an interrupt says how to go on."""
+        """Run; a signal ends the run with the line that goes on with it."""
         try:
-            super()._run_subcommand(subcommand)
-        except (SystemExit, KeyboardInterrupt):
-            if not self.run_folder.interrupted:
-                raise
-            checkpoint = self.run_folder.folder / "last.ckpt"
-            how = f"; go on with --run_dir {checkpoint.parent} --ckpt_path last" if checkpoint.is_file() else ""
-            print(f"interrupted{how}", file=sys.stderr)
-            sys.exit(130)
+            with self.signals:
+                super()._run_subcommand(subcommand)
+        except Stopped as stop:
+            if self.trainer.is_global_zero:
+                folder = self.run_folder.folder
+                how = f"go on with --run_dir {folder}{' --ckpt_path last' if subcommand == 'fit' else ''}"
+                print(f"stopped by {stop}; {how}" if folder.exists() else f"stopped by {stop}", file=sys.stderr)
+            sys.exit(128 + stop.signum)
 
     # -- the order of a run ------------------------------------------------------------------------------
 
@@ -210,10 +222,12 @@ class UnlearningCLI(LightningCLI):
         return self.config[self.subcommand].get("ckpt_path")
 
     def _open(self, fit: bool = False) -> None:
-        if self._ckpt_path is not None and not Path(self._ckpt_path).is_file():
+        if self._ckpt_path is not None and not Path(self._ckpt_path).exists():
             raise UserError(f"--ckpt_path {self._ckpt_path} does not exist; a run keeps it as RUN_DIR/last.ckpt")
         if self.trainer.is_global_zero:
-            self.run_folder.check(resume=self._ckpt_path is not None)
+            self.run_folder.check(resume=self.resumes or self._ckpt_path is not None or not fit)
+            if self.resumes and self._ckpt_path is None:
+                print("no checkpoint yet: the run starts from its beginning")
             print(plan(self.trainer, self.model, self.run_folder.folder, fit))
         self.datamodule.trainer = self.trainer
         self.datamodule.prepare_data()
@@ -293,7 +307,7 @@ def written(folder: Path) -> str:
         HISTORY: "losses by step",
         WEIGHTS: "gradient weights by forget row and epoch",
         "config.yaml": "resolved config",
-        "last.ckpt": "training state, for --ckpt_path",
+        LAST: "training state, for --ckpt_path",
     }
     lines = [f"  {folder / name}  {what}" for name, what in known.items() if (folder / name).exists()]
     return "\n".join(["written:", *lines, f"  tensorboard --logdir {folder.parent}"])

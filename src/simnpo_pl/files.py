@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,9 +28,71 @@ class Writing:
                 os.fsync(self.handle.fileno())
                 self.handle.close()
                 os.replace(self.temporary, self.path)
+                sync_folder(self.path.parent)
         finally:
             self.handle.close()
             self.temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder survive a loss of power."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        # Some systems open no folders.
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(fresh: Path, target: Path) -> None:
+    """Give a finished file or folder its name; what had the name goes last.
+
+    A folder cannot take another's name in one step: a kill between two leaves the old one as `.NAME.old`, which
+    `recover` brings back.
+    """
+    if fresh.is_dir():
+        for file in fresh.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        old = _old(target)
+        recover(target)
+        try:
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
+        finally:
+            recover(target)
+    else:
+        os.replace(fresh, target)
+    sync_folder(target.parent)
+
+
+def recover(target: Path) -> None:
+    """Bring a folder back that a kill left without its name, or remove what is left of the one before it."""
+    old = _old(target)
+    if old.exists():
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(target)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed process had not finished writing into a folder."""
+    for left in folder.glob(".*"):
+        if left.name.endswith((".tmp", ".new")):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from simnpo_pl.errors import UserError
+from simnpo_pl.files import replace
 from simnpo_pl.lora import ADAPTER_CONFIG, has_adapter, load_with_adapter, save_adapter
 
 _LOCAL_ROOTS = ("/", "./", "../", "~")
@@ -114,7 +114,8 @@ def save_model(
         state: Weights to save in place of the model's own (gathered from several devices).
         merge: Whether an adapter is added to its base, which is read again for it, or saved alone.
     """
-    fresh = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    fresh = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
     try:
         if has_adapter(model) and merge:
             save_adapter(model, fresh / "adapter", state)
@@ -127,21 +128,9 @@ def save_model(
         else:
             model.save_pretrained(fresh, state_dict=state)
         tokenizer.save_pretrained(fresh)
-        for file in fresh.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        replace_folder(fresh, folder)
+        replace(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def replace_folder(fresh: Path, folder: Path) -> None:
-    """Give a finished folder its name; an earlier one of that name goes last."""
-    old = folder.with_name(f".{folder.name}-old-{uuid.uuid4().hex[:8]}")
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def find_model(name: str, option: str = "--model.name") -> str:

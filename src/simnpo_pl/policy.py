@@ -3,12 +3,15 @@
 What is measured comes from the data module; how the model is trained is for a subclass to say.
 """
 
+from importlib.metadata import version
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.evaluation.parts import FinishedParts, identity
+from simnpo_pl.evaluation.plan import plan_digest
 from simnpo_pl.evaluation.scoring import score_rows
 from simnpo_pl.evaluation.tags import tag
 from simnpo_pl.generation import greedy
@@ -29,6 +32,7 @@ class PolicyModule(pl.LightningModule):
         policy: The model; None before `configure_model`.
         evaluation_result: What the newest evaluation found.
         logs_metrics: Whether its metrics go to the logger.
+        finished_parts: Where finished batches of an evaluation are kept until it is whole; None keeps none.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class PolicyModule(pl.LightningModule):
         self.evaluation: Evaluation | None = None
         self.evaluation_result: EvalResult | None = None
         self.logs_metrics = True
+        self.finished_parts: FinishedParts | None = None
         self._policy_scorer: Scorer | None = None
 
     def like(self, name: str) -> "PolicyModule":
@@ -84,18 +89,30 @@ class PolicyModule(pl.LightningModule):
             raise UserError("evaluation needs a data module of simnpo_pl.benchmarks, which says what to measure")
         self.evaluation = self._data.evaluation().to(self.device)
         self.evaluation.reset()
+        if self.finished_parts is not None:
+            options, plan = self._data.eval, plan_digest(self.evaluation.sets)
+            batches = (options.tokens_per_batch, options.prompts_per_batch, self._end_ids())
+            run_in = (self.trainer.precision, self.device.type, self.dtype_name, self.attn_implementation)
+            of = identity(self.policy, plan, batches, run_in, version("torch"), version("transformers"))
+            self.finished_parts.open(of, self.global_rank)
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
         assert self.evaluation is not None
-        if "prompts" in batch:
-            self.evaluation.add_generations(batch, self._generate(batch["prompts"], batch["max_new_tokens"]))
-        else:
-            self.evaluation.add_scores(batch, score_rows(self._scorer()({"rows": batch})["rows"]))
+        generates = "prompts" in batch
+        outcome: Any = None if self.finished_parts is None else self.finished_parts.found(batch)
+        if outcome is None:
+            if generates:
+                outcome = greedy(self.policy, batch["prompts"], batch["max_new_tokens"], self._end_ids())
+            else:
+                outcome = score_rows(self._scorer()({"rows": batch})["rows"])
+            if self.finished_parts is not None:
+                self.finished_parts.keep(batch, outcome)
+        (self.evaluation.add_generations if generates else self.evaluation.add_scores)(batch, outcome)
 
-    def _generate(self, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def _end_ids(self) -> list[int]:
+        """Tokens that end an answer."""
         own = getattr(self.policy.generation_config, "eos_token_id", None)
-        eos = {self._data.eos_id, *(own if isinstance(own, list) else [] if own is None else [own])}
-        return greedy(self.policy, prompts, max_new_tokens, sorted(eos))
+        return sorted({self._data.eos_id, *(own if isinstance(own, list) else [] if own is None else [own])})
 
     def _finish_evaluation(self, prefix: str) -> None:
         assert self.evaluation is not None

@@ -13,7 +13,7 @@ from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.sources import hub_file
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
-from simnpo_pl.data.training import TrainingRows, TrainingSet, scoring_parts
+from simnpo_pl.data.training import TrainingLoader, TrainingRows, TrainingSet, scoring_parts
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
@@ -210,8 +210,16 @@ class UnlearningData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this process, see `TrainingSet`."""
-        dataset = TrainingSet(self._training, self.pad_id)
-        return DataLoader(dataset, batch_size=None, sampler=self.sampler)
+        return TrainingLoader(TrainingSet(self._training, self.pad_id), self.sampler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the epoch stands."""
+        return self.sampler.state_dict() if hasattr(self, "sampler") else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the middle of an epoch; Lightning restores a loader too late, once it has been set up."""
+        if hasattr(self, "sampler"):
+            self.sampler.load_state_dict(state_dict)
 
     def scoring_parts(self, parts: list[str]) -> list[dict[str, Any]]:
         """All forget rows (and their refusals) once, for the reference's log-probs."""
@@ -251,5 +259,10 @@ class UnlearningData(pl.LightningDataModule):
 
     def _eval_loader(self, *kinds: list[dict[str, Any]]) -> DataLoader:
         assert self.trainer is not None
-        shares = [EvalBatches(k, self.trainer.global_rank, self.trainer.world_size) for k in kinds if k]
+        shares: list[EvalBatches] = []
+        first = 0
+        for batches in kinds:
+            if batches:
+                shares.append(EvalBatches(batches, self.trainer.global_rank, self.trainer.world_size, first))
+                first += len(batches)
         return DataLoader(ConcatDataset(shares), batch_size=None)

@@ -18,7 +18,7 @@ class History(Callback):
     """Writes `history.jsonl`: `step`, `epoch`, `lr` and what the module logs as `train/...`, a line a step.
 
     Args:
-        folder: Where to write, at the end of every epoch.
+        folder: Where to write, at the end of every epoch and with every checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,6 +45,10 @@ class History(Callback):
         self._step = trainer.global_step
         values = {k.removeprefix("train/"): v for k, v in trainer.callback_metrics.items() if k.startswith("train/")}
         self._lines.append({"step": self._step, "epoch": trainer.current_epoch + 1, "lr": self._rate, **values})
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Write what a run that goes on from the checkpoint will read."""
+        self.on_train_epoch_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what there is."""

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from simnpo_pl.callbacks.board import log_evaluation, log_outcome
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult
-from simnpo_pl.files import write_json, write_json_lines, write_text
+from simnpo_pl.evaluation.parts import FinishedParts
+from simnpo_pl.files import clean, write_json, write_json_lines, write_text
 from simnpo_pl.metrics.logs import RetainLog
 from simnpo_pl.summary import describe_objective
 
@@ -36,7 +37,6 @@ class RunFolder(Callback):
         self.folder = folder
         self.config = config
         self.role = "final"
-        self.interrupted = False
         self.result: EvalResult | None = None
         self.result_step: int | None = None
         self.record: dict[str, Any] = {
@@ -48,6 +48,7 @@ class RunFolder(Callback):
             "epochs": [],
             "seconds": {},
         }
+        self.parts = FinishedParts(folder / ".evaluation")
         self._started = time.monotonic()
         self._before: dict[str, Any] = {}
 
@@ -73,9 +74,12 @@ class RunFolder(Callback):
                 if key in earlier:
                     self.record[key] = earlier[key]
             self._before = earlier
+        if resume:
+            clean(self.folder)
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Write the config once the data has been read, so that a mistyped option leaves no folder behind."""
+        pl_module.finished_parts = self.parts
         if trainer.is_global_zero and self.config is not None:
             write_text(self.folder / "config.yaml", self.config)
 
@@ -113,15 +117,12 @@ class RunFolder(Callback):
 
     on_test_end = on_validation_end
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        """Note an interrupt by the user."""
-        self.interrupted = isinstance(exception, KeyboardInterrupt)
-
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Write the generated answers."""
         result: EvalResult = pl_module.evaluation_result
         if trainer.is_global_zero:
             write_json_lines(self.folder / PREDICTIONS, result.rows)
+            self.parts.drop()
 
     def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
         """Record a result under the present role."""
@@ -163,6 +164,9 @@ class RunFolder(Callback):
             for name, content in data.export(result).items():
                 write_json(self.folder / name, content)
         self._write(trainer)
+        self.parts.close()
+        if trainer.is_global_zero:
+            self.parts.drop()
 
     # -- helpers -----------------------------------------------------------------------------------------
 

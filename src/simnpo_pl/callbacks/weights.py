@@ -59,23 +59,39 @@ class GradientWeights(Callback):
             columns = [part["index"], counts, steps, *(scores[name] for name in SCORES)]
             self._passes.append(torch.stack([column.float() for column in columns], dim=1))
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Keep the passes of an epoch that has not ended."""
+        table = self._table(trainer, pl_module)
+        checkpoint["gradient_weights"] = None if table is None else table.cpu()
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Take up these passes, on one process."""
+        table = checkpoint.get("gradient_weights")
+        if table is not None and trainer.is_global_zero:
+            seen = table[:, 0].nonzero()
+            self._passes = [torch.cat([seen.float(), table[seen[:, 0]]], dim=1).to(pl_module.device)]
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Gather the epoch's rows, write the file, log their summary."""
+        table = self._table(trainer, pl_module)
+        self._passes = []
+        if table is not None and trainer.is_global_zero:
+            fresh = self._epoch_rows(table.cpu().double(), trainer.current_epoch + 1)
+            self.rows += fresh
+            write_json_lines(self.file, self.rows)
+            self._log(trainer, fresh)
+
+    def _table(self, trainer: pl.Trainer, pl_module: Any) -> Tensor | None:
+        """`(N, 5)` count, step, weight, logp and length of every row that any process saw; None for none."""
         count = torch.cat(self._passes)[:, 0].max() if self._passes else torch.tensor(-1.0, device=pl_module.device)
         size = int(trainer.strategy.reduce(count, reduce_op="max")) + 1
         if not size:
-            return
+            return None
         table = torch.zeros(size, 2 + len(SCORES), device=pl_module.device)
         for scores in self._passes:
             real = scores[scores[:, 1] > 0]
             table[real[:, 0].long()] = real[:, 1:]
-        table = trainer.strategy.reduce(table, reduce_op="sum").cpu().double()
-        self._passes = []
-        if trainer.is_global_zero:
-            fresh = self._epoch_rows(table, trainer.current_epoch + 1)
-            self.rows += fresh
-            write_json_lines(self.file, self.rows)
-            self._log(trainer, fresh)
+        return trainer.strategy.reduce(table, reduce_op="sum")
 
     def _epoch_rows(self, table: Tensor, epoch: int) -> list[dict[str, Any]]:
         """Rows of an epoch from the table `(N, 5)` of count, step, weight, logp, length."""

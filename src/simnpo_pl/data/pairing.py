@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -18,6 +20,8 @@ from simnpo_pl.errors import UserError
 
 # First words of the seeds, so that the kinds of draws are independent of each other.
 _FORGET_ORDER, _RETAIN_PARTNER, _ALTERNATE, _STEP = 1, 2, 3, 4
+
+_CUT = ("forget_rows", "retain_rows", "effective_batch", "per_device_batch", "world_size", "seed")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class PairedSampler(Sampler[MicroBatch]):
         rank: This process, from 0.
         seed: Non-negative seed of the run.
 
+    Attributes:
+        given: Micro-batches of the present epoch that were handed out.
+
     Raises:
         UserError: A number is out of range, or `effective_batch` is not a multiple of
             `world_size * per_device_batch`.
@@ -92,6 +99,8 @@ class PairedSampler(Sampler[MicroBatch]):
         self.rank = rank
         self.seed = seed
         self.epoch = 0
+        self.given = 0
+        self._resumed = (-1, 0)
 
     @property
     def accumulate(self) -> int:
@@ -107,12 +116,44 @@ class PairedSampler(Sampler[MicroBatch]):
         """Chooses the epoch, from 0, of the next iteration."""
         self.epoch = epoch
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where the sampler stands, and what the micro-batches of an epoch follow from."""
+        return {
+            "epoch": self.epoch,
+            "given": self.given,
+            "all": self.given == len(self),
+            "cut": {name: getattr(self, name) for name in _CUT},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Have the next iteration over the state's epoch leave out the micro-batches given before.
+
+        Raises:
+            UserError: The state is in the middle of an epoch that was cut in another way.
+        """
+        if not state["all"]:
+            for name, value in state["cut"].items():
+                if getattr(self, name) != value:
+                    raise UserError(
+                        f"--ckpt_path: the checkpoint was made in the middle of an epoch with {name} {value}, here it "
+                        f"is {getattr(self, name)}: go on with the settings of its run, or from the end of an epoch"
+                    )
+        self._resumed = (state["epoch"], len(self) if state["all"] else state["given"])
+
     def __len__(self) -> int:
         """Micro-batches of this process in one epoch; the same on every process."""
         full, rest = divmod(self.forget_rows, self.effective_batch)
         return full * self.accumulate + self._micro_batches(rest)
 
     def __iter__(self) -> Iterator[MicroBatch]:
+        epoch, given = self._resumed
+        self.given = given if epoch == self.epoch else 0
+        for micro in islice(self._all(), self.given, None):
+            self.given += 1
+            yield micro
+
+    def _all(self) -> Iterator[MicroBatch]:
+        """Micro-batches of the whole epoch."""
         order = _shuffled(self.forget_rows, _FORGET_ORDER, self.seed, self.epoch)
         partners = _shuffled(self.retain_rows, _RETAIN_PARTNER, self.seed, self.epoch)
         for start in range(0, self.forget_rows, self.effective_batch):

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from simnpo_pl.data.collate import collate
-from simnpo_pl.data.pairing import MicroBatch, draw_alternate
+from simnpo_pl.data.pairing import MicroBatch, PairedSampler, draw_alternate
 from simnpo_pl.data.sources import check_disjoint, check_training_rows
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
@@ -134,6 +134,19 @@ class TrainingSet(Dataset[dict[str, Part]]):
             "step_rows": torch.tensor(len(step)),
             "step_tokens": torch.tensor(sum(rows[i].length for i in step)),
         }
+
+
+class TrainingLoader(DataLoader[dict[str, Part]]):
+    """Loader of a `TrainingSet`; having a state, it counts as one that can go on in the middle of an epoch.
+
+    Args:
+        rows: The training set.
+        sampler: Chooses the micro-batches.
+    """
+
+    def __init__(self, rows: TrainingSet, sampler: PairedSampler) -> None:
+        super().__init__(rows, batch_size=None, sampler=sampler)
+        self.state_dict, self.load_state_dict = sampler.state_dict, sampler.load_state_dict
 
 
 def scoring_parts(rows: Sequence[TokenRow], name: str, pad_id: int, tokens: int = 4096) -> Iterator[dict[str, Part]]:

@@ -9,7 +9,7 @@ from typing import Any
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.evaluation.plan import EvalSet, plan_digest
 from simnpo_pl.files import write_json, write_json_lines
 
 
@@ -35,13 +35,7 @@ class EvaluationCache:
         """
         if self.options.cache_dir is None:
             return None
-        digest = hashlib.sha256(model_fingerprint(model).encode())
-        for part in sets:
-            digest.update(f"{part.name} {sorted(part.metrics)}".encode())
-            if part.generation is not None:
-                digest.update(f"{part.generation.prompts} {part.generation.max_new_tokens}".encode())
-            for answers in part.answers:
-                digest.update(repr([(row.input_ids, row.labels) for row in answers]).encode())
+        digest = hashlib.sha256(f"{model_fingerprint(model)} {plan_digest(sets)}".encode())
         versions = [version(name) for name in ("simnpo_pl", "torch", "transformers", "rouge-score")]
         settings = (self.options.truth_ratio, against, self.precision, versions)
         digest.update(repr(settings).encode())

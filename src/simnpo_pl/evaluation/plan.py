@@ -1,5 +1,6 @@
 """Which rows an evaluation scores and generates, cut into batches of like length and shared among processes."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,17 +63,40 @@ class EvalSet:
         return len(self.generation.prompts) if self.generation is not None else 0
 
 
+def plan_digest(sets: Sequence[EvalSet]) -> str:
+    """Identity of what is measured: splits, metrics and tokens."""
+    digest = hashlib.sha256()
+    for part in sets:
+        digest.update(f"{part.name} {sorted(part.metrics)}".encode())
+        if part.generation is not None:
+            digest.update(f"{part.generation.prompts} {part.generation.max_new_tokens}".encode())
+        for answers in part.answers:
+            digest.update(repr([(row.input_ids, row.labels) for row in answers]).encode())
+    return digest.hexdigest()
+
+
 class EvalBatches(Dataset[dict[str, Any]]):
     """The batches of one process; every process has equally many, the last ones repeated where needed.
 
     Repeats do no harm: scores are held by row, so a row scored twice still counts once. Equal numbers are
     what sharded models need, whose forward passes wait for each other.
+
+    A batch brings its `number` among all batches and, as `together`, those of all processes' batches at its turn.
+
+    Args:
+        batches: Of all processes.
+        rank: This process.
+        world_size: Number of processes.
+        first: Number of the first batch.
     """
 
-    def __init__(self, batches: Sequence[dict[str, Any]], rank: int = 0, world_size: int = 1) -> None:
-        missing = -len(batches) % world_size
-        padded = [*batches, *(batches[i % len(batches)] for i in range(missing))]
-        self.batches = padded[rank::world_size]
+    def __init__(self, batches: Sequence[dict[str, Any]], rank: int = 0, world_size: int = 1, first: int = 0) -> None:
+        turns = range(0, len(batches), world_size)
+        together = [tuple((start + i) % len(batches) for i in range(world_size)) for start in turns]
+        self.batches = [
+            {**batches[turn[rank]], "number": first + turn[rank], "together": tuple(first + n for n in turn)}
+            for turn in together
+        ]
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -1,0 +1,343 @@
+"""Nothing is lost: kills and signals at any moment, and a resumed run that ends as an uninterrupted one."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import results, same_run
+from simnpo_pl.callbacks.checkpoint import SaveState
+from simnpo_pl.callbacks.weights import GradientWeights
+from simnpo_pl.evaluation.parts import FinishedParts
+from simnpo_pl.evaluation.plan import EvalBatches
+from simnpo_pl.files import clean, recover, replace
+from simnpo_pl.module import UnlearningModule
+from simnpo_pl.policy import PolicyModule
+from simnpo_pl.stopping import Stopped, StopSignals
+
+CLI = Callable[..., None]
+# Dropout: what a step draws has to be the same after a resume, too.
+RUN = ["--model.objective", "NPO", "--model.lora.rank", "4", "--model.lora.dropout", "0.2", "--eval.cache_dir", "null"]
+
+
+class Killed(BaseException):
+    """A kill: nothing of ours handles it."""
+
+
+@contextmanager
+def killed(owner: type, name: str, when: Callable[..., bool], after: bool = False) -> Iterator[None]:
+    """Ends the run inside where a method is called for which `when` holds."""
+    original = getattr(owner, name)
+
+    def kill(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs) if after else None
+        if when(*args):
+            raise Killed
+        return result if after else original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, kill)
+        with pytest.raises(Killed):
+            yield
+
+
+@pytest.fixture(scope="module")
+def whole(run_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of two epochs of three steps, two micro-batches each."""
+    from simnpo_pl.__main__ import main
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    main(["fit", *run_options, *RUN, "--run_dir", str(folder), "--debug"])
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_stop_after_any_step(cli: CLI, whole: Path, tmp_path: Path, step: int):
+    """Also after the last one of an epoch, before its evaluation; with an evaluation or without one."""
+    cut = tmp_path / "cut"
+    options = [*RUN, "--checkpoint.every_steps", "1", "--run_dir", str(cut)]
+    with killed(SaveState, "save", lambda self, trainer: trainer.global_step == step, after=True):
+        cli("fit", *options)
+    cli("fit", *options, "--ckpt_path", "last")
+    assert same_run(whole, cut)
+
+
+def test_stop_after_the_last_step_of_an_epoch_without_evaluation(cli: CLI, tmp_path: Path):
+    runs = []
+    for name in ("whole", "cut"):
+        runs.append(tmp_path / name)
+        options = [*RUN, "--trainer.check_val_every_n_epoch", "2", "--eval.start", "false", "--run_dir", str(runs[-1])]
+        options += ["--checkpoint.every_steps", "3"]
+        if name == "cut":
+            with killed(SaveState, "save", lambda self, trainer: trainer.global_step == 3, after=True):
+                cli("fit", *options)
+            options += ["--ckpt_path", "last"]
+        cli("fit", *options)
+    assert same_run(*runs)
+
+
+def test_kill_within_an_epoch_goes_back_to_the_last_save(cli: CLI, whole: Path, tmp_path: Path):
+    """Every two steps: killed in step 6 of 6, step 4 is there; killed before any save, the start is."""
+    for name, epoch, batch in (("late", 1, 4), ("early", 0, 0)):
+        options = [*RUN, "--checkpoint.every_steps", "2", "--run_dir", str(tmp_path / name)]
+
+        def when(self: Any, trainer: Any, *args: Any, e: int = epoch, b: int = batch) -> bool:
+            return trainer.current_epoch == e and args[-1] == b
+
+        with killed(GradientWeights, "on_train_batch_start", when):
+            cli("fit", *options)
+        assert (tmp_path / name / "last.ckpt").exists() is (name == "late")
+        cli("fit", *options, "--ckpt_path", "last")
+        assert same_run(whole, tmp_path / name)
+
+
+@pytest.mark.parametrize("which", ["start", "epoch", "test"])
+def test_killed_evaluation_goes_on_with_its_unfinished_batches(
+    cli: CLI, whole: Path, tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
+):
+    """No batch is scored twice, also not those of an evaluation that was whole before the kill."""
+    scored: list[int] = []
+    keep = FinishedParts.keep
+    monkeypatch.setattr(FinishedParts, "keep", lambda s, b, o: (scored.append(b["number"]), keep(s, b, o))[1])
+    cut = tmp_path / "cut"
+    options = [*RUN, "--eval.tokens_per_batch", "512", "--eval.prompts_per_batch", "8", "--run_dir", str(cut)]
+    command = "test" if which == "test" else "fit"
+
+    def when(self: Any, batch: dict[str, Any], *args: Any) -> bool:
+        in_epoch = self.trainer.state.fn == "fit"
+        return batch["number"] == 3 and in_epoch is (which == "epoch")
+
+    with killed(PolicyModule, "_evaluate", when):
+        cli(command, *options)
+    before = list(scored)
+    assert before.count(0) == (2 if which == "epoch" else 1)
+    assert before.count(3) == (1 if which == "epoch" else 0)
+    cli(command, *options, *([] if which == "test" else ["--ckpt_path", "last"]))
+    per_evaluation = max(scored) + 1
+    assert len(scored) == per_evaluation * (1 if which == "test" else 3)
+    assert not (cut / ".evaluation").exists()
+    if which != "test":
+        expected = results(whole)["final"]["metrics"]
+        assert results(cut)["final"]["metrics"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_parts_are_for_the_same_weights_and_plan_only(cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened: list[str] = []
+    once = FinishedParts.open
+    monkeypatch.setattr(FinishedParts, "open", lambda s, i, r=0: (opened.append(i), once(s, i, r))[1])
+    cli("fit", "--eval.cache_dir", "null", "--run_dir", str(tmp_path / "one"))
+    cli("fit", "--eval.cache_dir", "null", "--run_dir", str(tmp_path / "two"))
+    assert opened[:3] == opened[3:]
+    assert len(set(opened)) == 3
+    for option in (("--eval.tokens_per_batch", "512"), ("--eval.max_new_tokens", "4"), ("--eval.generate_rows", "2")):
+        cli("test", *option, "--run_dir", str(tmp_path / option[0]))
+    assert len(set(opened)) == 6
+
+
+def test_lines_cut_short_are_not_whole(tmp_path: Path):
+    """Whatever the last bytes of the file are, the lines before count and a cut one does not."""
+    batches = EvalBatches([{"x": i} for i in range(3)]).batches
+    scores = {"nll": torch.tensor([0.1, float("nan")]), "n": torch.tensor([3])}
+    parts = FinishedParts(tmp_path)
+    parts.open("a")
+    parts.keep(batches[0], scores)
+    parts.keep(batches[1], [[1, 2], []])
+    parts.close()
+    (file,) = (tmp_path / "a").iterdir()
+    content = file.read_bytes()
+    for length in range(len(content) + 1):
+        file.write_bytes(content[:length])
+        again = FinishedParts(tmp_path)
+        again.open("a")
+        first = again.found(batches[0])
+        assert (first is not None) is (length >= content.index(b"\n"))
+        if first is not None:
+            torch.testing.assert_close(first, scores, rtol=0, atol=0, equal_nan=True)
+        assert again.found(batches[1]) == ([[1, 2], []] if length >= len(content) - 1 else None)
+        assert again.found(batches[2]) is None
+        again.close()
+    again.drop()
+    assert not tmp_path.exists()
+
+
+def test_all_processes_run_a_batch_or_none(tmp_path: Path):
+    """Four batches on two processes, of which the first finished 0 and 2, the second 1: only the first turn is over."""
+    shares = [EvalBatches([{"x": i} for i in range(4)], rank, 2).batches for rank in range(2)]
+    parts = [FinishedParts(tmp_path / str(rank)) for rank in range(2)]
+    for rank, numbers in enumerate(([0, 2], [1])):
+        parts[rank].open("a")
+        for batch in shares[rank]:
+            if batch["number"] in numbers:
+                parts[rank].keep(batch, [[batch["number"]]])
+        parts[rank].open("a")
+    for own in parts:
+        own._everywhere = [set(p._kept) for p in parts]
+    for rank in range(2):
+        assert [parts[rank].found(batch) for batch in shares[rank]] == [[[rank]], None]
+
+
+def test_folder_takes_a_name_whole(tmp_path: Path):
+    """Killed at each of its moments, a replacement leaves one of the two folders whole."""
+    target, fresh = tmp_path / "model", tmp_path / ".model.new"
+
+    def content() -> str | None:
+        recover(target)
+        return (target / "file").read_text() if target.exists() else None
+
+    for moment in range(3):
+        shutil.rmtree(target, ignore_errors=True)
+        for folder, text in ((target, "old"), (fresh, "new")):
+            folder.mkdir(exist_ok=True)
+            (folder / "file").write_text(text)
+        calls = 0
+        rename = Path.rename
+
+        def stopping(self: Path, to: Path, moment: int = moment, rename: Any = rename) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, to)
+
+        child = os.fork()
+        if child == 0:
+            Path.rename = stopping  # type: ignore[method-assign, assignment]
+            replace(fresh, target)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert content() == ("old" if moment < 2 else "new")
+        clean(tmp_path)
+        assert [f.name for f in tmp_path.iterdir()] == ["model"]
+
+
+def test_leftovers_of_a_kill_are_removed(cli: CLI, tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".results.json.123.tmp").write_text("{")
+    (folder / ".model.new").mkdir()
+    cli("fit", "--trainer.max_steps", "1", "--eval.final", "false", "--run_dir", str(folder), "--ckpt_path", "last")
+    assert results(folder)["finished"]
+    assert not [f for f in folder.iterdir() if f.name.startswith(".")]
+
+
+def test_checkpoint_of_another_cut_in_the_middle_of_an_epoch(cli: CLI, cli_error: Callable[..., str], tmp_path: Path):
+    options = ["--eval.start", "false", "--eval.final", "false", "--checkpoint.every_steps", "1"]
+    with killed(SaveState, "save", lambda self, trainer: trainer.global_step == 1, after=True):
+        cli("fit", *options, "--run_dir", str(tmp_path / "run"))
+    saved = ["--ckpt_path", str(tmp_path / "run" / "last.ckpt"), "--run_dir", str(tmp_path / "other")]
+    error = cli_error("fit", *options, *saved, "--data.per_device_batch", "1")
+    assert (
+        "in the middle of an epoch with per_device_batch 2, here it is 1: go on with the settings of its run" in error
+    )
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_steps_between_saves_are_checked(cli_error: Callable[..., str], tmp_path: Path, number: int):
+    error = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--checkpoint.every_steps", str(number))
+    assert f"--checkpoint.every_steps must be at least 1, got {number}" in error
+
+
+# -- signals -------------------------------------------------------------------------------------------------
+
+
+def test_first_signal_is_noted_and_the_second_stops():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as signals:
+        with pytest.raises(Stopped, match="SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
+        signals.wait()
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.requested == signal.SIGTERM
+        with pytest.raises(Stopped, match="SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ignored_interrupts_stay_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signals.wait()
+            signal.raise_signal(signal.SIGINT)
+            assert not signals.requested
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("signum", "where"), [("SIGTERM", "step"), ("SIGINT", "step"), ("SIGTERM", "evaluation")])
+def test_signal_saves_and_says_how_to_go_on(
+    cli: CLI, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], signum: str, where: str
+):
+    """In the middle of an effective batch, or in an epoch's evaluation: not a step is done twice."""
+    cut, done = tmp_path / "cut", []
+    options = [*RUN, "--run_dir", str(cut)]
+    number = getattr(signal, signum)
+    training, validation = UnlearningModule.training_step, PolicyModule.validation_step
+
+    def train(self: Any, batch: Any, batch_idx: int) -> Any:
+        done.append((self.current_epoch, batch_idx))
+        if where == "step" and (self.current_epoch, batch_idx) == (0, 2):
+            signal.raise_signal(number)
+        return training(self, batch, batch_idx)
+
+    def evaluate(self: Any, batch: Any, batch_idx: int) -> Any:
+        if where == "evaluation" and self.trainer.state.fn == "fit" and batch_idx == 0:
+            signal.raise_signal(number)
+        return validation(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UnlearningModule, "training_step", train)
+        patch.setattr(PolicyModule, "validation_step", evaluate)
+        # The tests' own process may ignore interrupts.
+        previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                cli("fit", *options)
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        assert stop.value.code == 128 + number
+        error = capsys.readouterr().err
+        assert f"stopped by {signum}; go on with --run_dir {cut} --ckpt_path last" in error
+        assert torch.load(cut / "last.ckpt", weights_only=True)["global_step"] == (3 if where == "evaluation" else 2)
+        where = "nowhere"
+        cli("fit", *options, "--ckpt_path", "last")
+    assert sorted(done) == [(epoch, batch) for epoch in range(2) for batch in range(5)]
+    assert same_run(whole, cut)
+
+
+def test_slurm_job_is_requeued_once_its_state_is_saved(
+    cli: CLI, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """SLURM's warning signal, in the middle of an effective batch: saved after it, then `scontrol requeue`."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text(
+        f'#!/bin/sh\necho "$@" $(ls {tmp_path}/cut | grep -c last.ckpt) >> {tmp_path}/asked\n'
+    )
+    (tools / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    for name, value in {"NTASKS": "1", "JOB_ID": "77", "LOCALID": "0", "PROCID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_NAME", "job")
+    options = [*RUN, "--run_dir", str(tmp_path / "cut"), "--ckpt_path", "last"]
+    training = UnlearningModule.training_step
+
+    def train(self: Any, batch: Any, batch_idx: int) -> Any:
+        if (self.current_epoch, batch_idx) == (0, 2):
+            signal.raise_signal(signal.SIGUSR1)
+        return training(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UnlearningModule, "training_step", train)
+        with pytest.raises(SystemExit) as stop:
+            cli("fit", *options)
+    assert stop.value.code == 128 + signal.SIGUSR1
+    assert (tmp_path / "asked").read_text() == "requeue 77 1\n"
+    cli("fit", *options)
+    assert same_run(whole, tmp_path / "cut")
