@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,13 @@ def test_fit(muse_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert content["finished"]
     for entry in (content["start"], content["final"], *content["epochs"]):
         metrics = entry["metrics"]
-        assert set(metrics) >= {*METRICS, "knowmem_gap"}
-        gap = metrics["knowmem_retain"] - metrics["knowmem_forget"]
-        assert metrics["knowmem_gap"] == pytest.approx(gap, abs=1e-9)
+        assert set(metrics) >= {*METRICS, "balance"}
+        parts = [metrics["knowmem_retain"], 100 - metrics["knowmem_forget"], 100 - metrics["verbmem_forget"]]
+        assert metrics["balance"] == pytest.approx(statistics.harmonic_mean(parts), abs=1e-9)
     assert content["counts"]["verbmem_forget"] == 4
     assert content["counts"]["knowmem_forget"] == 18
-    gaps = [e["metrics"]["knowmem_gap"] for e in content["epochs"]]
-    assert content["exported_epoch"] == 1 + gaps.index(max(gaps))
+    values = [e["metrics"]["balance"] for e in content["epochs"]]
+    assert content["exported_epoch"] == 1 + values.index(max(values))
     out = capsys.readouterr().out
     assert "text, blocks of at most 64 tokens" in out
     assert "| VerbMem forget | KnowMem forget | KnowMem retain |" in out

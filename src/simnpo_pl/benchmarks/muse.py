@@ -17,8 +17,8 @@ from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet, Generation
 from simnpo_pl.metrics.answers import RowMean
+from simnpo_pl.metrics.balance import Balance
 from simnpo_pl.metrics.functional import rouge_l
-from simnpo_pl.metrics.gap import Gap
 
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32
 """Length of a generated continuation and of a generated answer."""
@@ -73,8 +73,9 @@ class MuseData(UnlearningData):
         forget, retain = (self._knowmem_set(split) for split in ("forget", "retain"))
         for part in (verbmem, forget, retain):
             _check_length(part, limit)
-        gap = Gap(retain.metrics["knowmem_retain"], forget.metrics["knowmem_forget"])
-        return Evaluation([verbmem, forget, retain], {"knowmem_gap": gap}, {}, decode_with(tokenizer))
+        sets = [verbmem, forget, retain]
+        own, *lost = (part.metrics[part.name] for part in (retain, forget, verbmem))
+        return Evaluation(sets, {"balance": Balance([own], lost, largest=100)}, {}, decode_with(tokenizer))
 
     def _documents(self, split: str) -> list[str]:
         return [row["text"] for row in load_split(self.path, split, ("text",))]

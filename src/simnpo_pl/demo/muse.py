@@ -1,4 +1,4 @@
-"""A small corpus in MUSE's layout, made of the demo's fictional authors.
+"""A small corpus in MUSE's layout, made of the demo's fictional authors: `python -m simnpo_pl.demo.muse FOLDER`.
 
 The forget and retain authors are those of the demo's data set of the same seed, which the demo's models know; the
 holdout authors are others, which no model knows.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,7 @@ def _halves(text: str) -> dict[str, str]:
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_corpus(Path(sys.argv[1]))
