@@ -110,7 +110,7 @@ class BatchLosses:
             logp = inputs.forget.total.detach()
             self.forget_scores = {"weight": weights, "logp": logp, "length": inputs.forget.length}
         counted = batch[(self.scored_parts or ["forget"])[0]]
-        forget_loss = _average(per_row, counted, self.objective.average_over, self.objective.skipped_tokens)
+        forget_loss = _average(per_row, counted, self.objective.mean_over, self.objective.skipped_tokens)
         return forget_loss, self._retain(batch, states, per_row)
 
     def _inputs(self, batch: Batch, states: Mapping[str, AnswerStates]) -> ForgetInputs:
@@ -159,7 +159,7 @@ class BatchLosses:
                 with torch.no_grad():
                     reference = self.reference()({"retain": rows}, layers)["retain"]
             per_row = loss(states["retain"], reference)
-        return _average(per_row, rows, loss.average_over)
+        return _average(per_row, rows, loss.mean_over)
 
 
 def _average(per_row: Tensor, rows: Mapping[str, Tensor], over: str, skipped: int = 0) -> Tensor:

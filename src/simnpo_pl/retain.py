@@ -14,7 +14,7 @@ class RetainLoss(nn.Module):
 
     needs_reference: ClassVar[bool] = False
     """Whether the frozen reference model must be at hand in every step."""
-    average_over: Literal["examples", "tokens"] = "tokens"
+    mean_over: Literal["examples", "tokens"] = "tokens"
     """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
     layer: int | None = None
     """Number of the layer, from 0, whose hidden states it reads, beside the scored positions."""
@@ -50,8 +50,9 @@ class KL(RetainLoss):
 
     def __init__(self, average_over: Literal["answers", "all"] = "answers") -> None:
         super().__init__()
-        self.every_position = one_of("retain_loss.average_over", average_over, ("answers", "all")) == "all"
-        self.average_over = "examples" if self.every_position else "tokens"
+        self.average_over = one_of("retain_loss.average_over", average_over, ("answers", "all"))
+        self.every_position = average_over == "all"
+        self.mean_over = "examples" if self.every_position else "tokens"
 
     def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
         """Mean divergence of each retain row over its scored tokens, nats per token, `(B,)`."""
@@ -83,8 +84,9 @@ class EmbedDiff(RetainLoss):
     def __init__(self, layer: int = 7, average_over: Literal["answers", "crossed"] = "answers") -> None:
         super().__init__()
         self.layer = layer
-        self.crossed = one_of("retain_loss.average_over", average_over, ("answers", "crossed")) == "crossed"
-        self.average_over = "examples" if self.crossed else "tokens"
+        self.average_over = one_of("retain_loss.average_over", average_over, ("answers", "crossed"))
+        self.crossed = average_over == "crossed"
+        self.mean_over = "examples" if self.crossed else "tokens"
 
     def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
         """Mean squared distance of each retain row over its answer's tokens, `(B,)`."""

@@ -1,6 +1,6 @@
 """What an objective is: from scored answers to one loss per forget row.
 
-It knows no model, tokenizer or data. It states in `needs` what it reads and in `average_over` how rows are averaged.
+It knows no model, tokenizer or data. It states in `needs` what it reads and in `mean_over` how rows are averaged.
 """
 
 import math
@@ -71,7 +71,7 @@ class Objective(nn.Module):
 
     needs: frozenset[Need] = frozenset({"forget"})
     """Fields of `ForgetInputs` it reads; `reference` gives those of the reference beside `forget` and `alternate`."""
-    average_over: Literal["examples", "tokens"] = "examples"
+    mean_over: Literal["examples", "tokens"] = "examples"
     """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
     layer: int | None = None
     """Number of the layer, from 0, whose hidden states it reads; goes with `layer` among its needs."""

@@ -27,7 +27,7 @@ class PDU(Objective):
             positions of these tokens themselves, as public code does; it exists for comparison.
     """
 
-    average_over = "tokens"
+    mean_over = "tokens"
     needs_retain = True
     carried = ("dual",)
 
@@ -42,8 +42,8 @@ class PDU(Objective):
         self.eps = not_negative("eps", eps)
         self.step = not_negative("step", step)
         self.warmup_epochs = int(not_negative("warmup_epochs", warmup_epochs))
-        labels = one_of("objective.average_over", average_over, ("answers", "labels")) == "labels"
-        self.needs = frozenset({"positions" if labels else "states"})
+        self.average_over = one_of("objective.average_over", average_over, ("answers", "labels"))
+        self.needs = frozenset({"positions" if average_over == "labels" else "states"})
         self.dual: float | None = None
 
     def forward(self, inputs: ForgetInputs) -> Tensor:

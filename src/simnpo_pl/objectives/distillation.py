@@ -18,7 +18,7 @@ class RKLD(Objective):
     """
 
     needs = frozenset({"states", "reference_logits", "memorising_logits"})
-    average_over = "tokens"
+    mean_over = "tokens"
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ class GradDiff(Objective):
     cross-entropy of the forget batch (Liu et al. 2022; TOFU, Maini et al. 2024, section 4).
     """
 
-    average_over = "tokens"
+    mean_over = "tokens"
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         """Mean log-prob of each forget answer, nats per token, `(B,)`."""
@@ -31,7 +31,7 @@ class FineTune(Objective):
     Makes start models and retrained models, and is the relearning attack (SimNPO paper, section 6).
     """
 
-    average_over = "tokens"
+    mean_over = "tokens"
     default_retain_weight = 0.0
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
@@ -43,7 +43,7 @@ class IDK(Objective):
     """Cross-entropy on a refusal in place of the forget answer (TOFU, section 4)."""
 
     needs = frozenset({"alternate"})
-    average_over = "tokens"
+    mean_over = "tokens"
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         """Mean negative log-likelihood of each refusal, nats per token, `(B,)`."""

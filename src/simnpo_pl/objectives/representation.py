@@ -38,8 +38,9 @@ class RMU(Objective):
         self.layer = layer
         self.coefficient = positive("coefficient", coefficient)
         self.seed = seed
-        self.crossed = one_of("objective.average_over", average_over, ("answers", "crossed")) == "crossed"
-        self.average_over = "examples" if self.crossed else "tokens"
+        self.average_over = one_of("objective.average_over", average_over, ("answers", "crossed"))
+        self.crossed = average_over == "crossed"
+        self.mean_over = "examples" if self.crossed else "tokens"
 
     @property
     def default_trainable(self) -> tuple[str, ...]:

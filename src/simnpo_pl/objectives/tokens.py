@@ -16,7 +16,7 @@ class WGA(Objective):
     """
 
     needs = frozenset({"states"})
-    average_over = "tokens"
+    mean_over = "tokens"
 
     def __init__(self, beta: float = 1.0) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class SatImp(Objective):
     """
 
     needs = frozenset({"states"})
-    average_over = "tokens"
+    mean_over = "tokens"
     default_forget_weight = 0.1
 
     def __init__(self, beta1: float = 5.0, beta2: float = 1.0) -> None:
@@ -64,7 +64,7 @@ class CEU(Objective):
     """
 
     needs = frozenset({"states"})
-    average_over = "tokens"
+    mean_over = "tokens"
     skipped_tokens = 1
     default_retain_weight = 0.0
 
@@ -90,7 +90,7 @@ class UNDIAL(Objective):
     """
 
     needs = frozenset({"states", "reference_logits"})
-    average_over = "tokens"
+    mean_over = "tokens"
     default_retain_weight = 0.0
 
     def __init__(self, beta: float = 10.0) -> None:
