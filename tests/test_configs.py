@@ -1,5 +1,6 @@
 """Every shipped config parses against the signatures, alone or as the overlay it is."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -91,24 +92,35 @@ def test_own_objective_by_class_path(
     assert got["model"]["objective"] == {"class_path": "my_objectives.Mine", "init_args": {"strength": 3.0}}
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+def shown_commands(file: Path) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", file.read_text(), flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def test_readme_commands_parse(capsys: pytest.CaptureFixture[str]):
-    """Every command line of the README is understood as written; make targets exist."""
-    commands = readme_commands()
+@pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
+def test_shown_commands_parse(file: Path, capsys: pytest.CaptureFixture[str]):
+    """Every command line of README and docs is understood as written; make targets and scripts exist."""
+    from simnpo_pl.commands import COMMANDS, parse
+
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     seen = 0
-    for command in commands:
+    for command in shown_commands(file):
         words = shlex.split(command)
+        seen += 1
         if words[0] == "make":
             assert words[1] in targets
         elif words[1:3] == ["-m", "simnpo_pl"]:
-            resolved(words[3:], capsys)
-            seen += 1
+            arguments = words[3:]
+            if arguments[0] in COMMANDS:
+                _, options = parse(arguments[0], arguments[1:])
+                arguments = ["fit", *options.fit] if hasattr(options, "fit") else []
+            if arguments:
+                resolved(arguments, capsys)
+        elif words[0] == "python" and words[1] == "-m":
+            assert importlib.util.find_spec(words[2])
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file()
         else:
-            assert words[0] in ("tensorboard", "git", "cd", "python")
-    assert seen >= 8
+            assert words[0] in ("tensorboard", "git", "cd", "pip")
+    assert seen >= 8 or file.name != "README.md"

@@ -4,9 +4,10 @@ A module has `add_arguments(parser)` and `run(options)`; what is slow to import 
 `TAKES_FIT_OPTIONS`, arguments it does not know are options of `fit`, and `options.fit` holds them.
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import NoReturn
 
 from simnpo_pl.errors import UserError
@@ -29,15 +30,15 @@ class _Parser(ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
-def run(name: str, arguments: Sequence[str]) -> None:
-    """Run a command.
+def parse(name: str, arguments: Sequence[str]) -> tuple[ModuleType, Namespace]:
+    """Module and options of a command.
 
     Args:
         name: Key of `COMMANDS`.
         arguments: What follows the name.
 
     Raises:
-        UserError: The arguments are not the command's, or what it says itself.
+        UserError: The arguments are not the command's.
     """
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
     parser = _Parser(
@@ -52,4 +53,18 @@ def run(name: str, arguments: Sequence[str]) -> None:
         options.fit = unknown
     elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return module, options
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Run a command.
+
+    Args:
+        name: Key of `COMMANDS`.
+        arguments: What follows the name.
+
+    Raises:
+        UserError: The arguments are not the command's, or what it says itself.
+    """
+    module, options = parse(name, arguments)
     module.run(options)

@@ -38,7 +38,8 @@ def run(options: Namespace) -> None:
 
     from simnpo_pl.models import load_causal_lm, load_tokenizer, save_model
 
-    tokenizer = load_tokenizer(options.start)
+    # A start model may have its tokenizer elsewhere; a run's model has its own.
+    tokenizer = load_tokenizer(options.overfit)
     start, overfit = load_causal_lm(options.start), load_causal_lm(options.overfit)
     weights = dict(overfit.named_parameters())
     shapes = {name: tuple(weight.shape) for name, weight in start.named_parameters()}
