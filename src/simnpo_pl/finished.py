@@ -52,7 +52,7 @@ def finished_runs(folders: list[Path]) -> list[Run]:
     for run in runs:
         if not run.record.get("finished"):
             raise UserError(f"{run.folder} holds an unfinished run; go on with --run_dir {run.folder} --ckpt_path last")
-        if not (run.folder / "model" / "config.json").is_file():
+        if not (run.folder / "model").is_dir():
             raise UserError(f"{run.folder} holds no model/; give the folder of a finished fit")
     return runs
 

@@ -13,6 +13,7 @@ from typing import NoReturn
 from simnpo_pl.errors import UserError
 
 COMMANDS = {
+    "leak": "sample answers of finished runs on the forget rows, and take the best of k",
     "quantize": "evaluate finished runs again after their weights were rounded to 8 and 4 bits",
     "relearn": "relearning attack on finished runs: fine-tune the unlearned model on part of what it forgot",
     "doctor": "show versions, devices, whether the hub answers, and what configs need",

@@ -1,7 +1,8 @@
 """Relearning attack (SimNPO paper, section 6): fine-tune the unlearned model on part of what it forgot.
 
-Plain cross-entropy on a share of the forget rows, from the run's model/, at a learning rate that falls linearly to 0;
-forget quality and forget probability before and after every epoch. What a run's results.json holds already is skipped.
+Plain cross-entropy on a share of the forget rows, from the run's model/, all weights trained, at a learning rate that
+falls linearly to 0; forget quality and probability before and after every epoch. What a run's results.json holds
+already is skipped.
 """
 
 from argparse import ArgumentParser, Namespace

@@ -188,7 +188,7 @@ class Evaluation:
                 metric.update(index, kind, own)
 
     def _rows(self) -> list[dict[str, Any]]:
-        texts = _merge(self._texts)
+        texts = gather_texts(self._texts)
         rows = []
         for number, (part, raw) in enumerate(zip(self.sets, self._raw, strict=True)):
             raw.compute()
@@ -220,7 +220,7 @@ class Evaluation:
         yield from self.summary.values()
 
 
-def _merge(texts: dict[tuple[int, int], str]) -> dict[tuple[int, int], str]:
+def gather_texts(texts: dict[tuple[int, int], str]) -> dict[tuple[int, int], str]:
     """Texts of all processes; strings cannot be tensor states, so they are gathered once, as objects."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return texts

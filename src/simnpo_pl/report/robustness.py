@@ -114,6 +114,22 @@ def quantized_table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def leak_table(runs: Sequence[Run]) -> str:
+    """Best of k sampled answers, as Markdown."""
+    found = [(run, entry) for run in runs for entry in run.record.get("leak", {}).values()]
+    if not found:
+        return "no sampled answers of these runs"
+    most = max(entry["settings"]["k"] for _, entry in found)
+    shown = sorted({2**i for i in range(most.bit_length())} | {entry["settings"]["k"] for _, entry in found})
+    lines = _head(["run", "method", "temperature", "seed", "rows", "greedy", *(f"leak@{k}" for k in shown)])
+    for run, entry in found:
+        settings, metrics = entry["settings"], entry["metrics"]
+        cells = [run.name, words.method(run), f"{settings['temperature']:g}", str(settings["seed"]), str(entry["n"])]
+        cells += [words.number(run.metrics("final").get("forget/rouge"))]
+        lines.append(_row([*cells, *(words.number(metrics.get(f"leak@{k}")) for k in shown)]))
+    return "\n".join(lines)
+
+
 def _head(titles: Sequence[str]) -> list[str]:
     return [_row(titles), "|---" * len(titles) + "|"]
 

@@ -75,7 +75,8 @@ def relearn(run: Run, attack: Attack, seeds: Sequence[int]) -> None:
             run,
             *("--model.objective", "FineTune", "--model.forget_weight", "1", "--model.retain_loss", "null"),
             *("--model.lr", str(attack.lr), "--model.warmup_epochs", "0", "--model.schedule", "linear"),
-            *("--model.reference", "null", "--trainer.max_epochs", str(attack.epochs)),
+            *("--model.reference", "null", "--model.lora", "null", "--model.trainable", "null"),
+            *("--trainer.max_epochs", str(attack.epochs)),
             *("--eval.splits", "[forget]", "--eval.generate_rows", "0"),
         )
         module, data = opened.model, opened.datamodule
