@@ -1,0 +1,47 @@
+"""Documents: links inside the repository lead somewhere, commands name files and options that exist, tables name all."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from simnpo_pl import objectives
+from simnpo_pl.__main__ import RUNS
+from simnpo_pl.commands import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_configs_exist(page: Path):
+    for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            match = re.search(r"python -m simnpo_pl (.*)", line)
+            if match:
+                words = shlex.split(match[1], comments=True)
+                assert words[0] in {**RUNS, **COMMANDS}, line
+                for file in (w for w in words if re.fullmatch(r"configs/\S+\.yaml", w)):
+                    assert (ROOT / file).is_file(), file
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_every_objective_is_in_the_table(page: str):
+    text = (ROOT / page).read_text()
+    names = set(objectives.__all__) - {"Objective", "ForgetInputs"}
+    assert not {name for name in names if name[0].isupper() and f"`{name}`" not in text}
+
+
+def test_every_target_of_make_exists():
+    targets = re.findall(r"`?make ([a-z-]+)`?", (ROOT / "README.md").read_text())
+    assert targets
+    known = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(targets) <= set(known)
