@@ -114,7 +114,7 @@ class BatchLosses:
         return forget_loss, self._retain(batch, states, per_row)
 
     def _inputs(self, batch: Batch, states: Mapping[str, AnswerStates]) -> ForgetInputs:
-        needs, forget = self.objective.needs, batch["forget"]
+        needs, forget, layer = self.objective.needs, batch["forget"], self.objective.layer
         logps = {name: states[name].logps() for name in ("forget", "alternate") if name in needs}
         totals = {name: self.reference_totals(name, batch[name]) for name in logps if self.caches_reference}
         positions = reference_positions = None
@@ -131,7 +131,7 @@ class BatchLosses:
             reference_forget=totals.get("forget"),
             reference_alternate=totals.get("alternate"),
             states=states["forget"] if "states" in needs else None,
-            layer=None if self.objective.layer is None else states["forget"].layers[self.objective.layer],
+            layer=states["forget"].layers[layer] if "layer" in needs and layer is not None else None,
             reference_logits=logits.get("reference_logits"),
             memorising_logits=logits.get("memorising_logits"),
             positions=positions,

@@ -265,7 +265,7 @@ class UnlearningModule(PolicyModule):
         """
         check_adapter(checkpoint.get("adapter"), self._adapter)
         for name in self.objective.carried:
-            setattr(self.objective, name, checkpoint["objective"].get(name))
+            setattr(self.objective, name, checkpoint["objective"].get(name, getattr(self.objective, name)))
         self._reference.totals = checkpoint["reference_logps"]["totals"]
         self._reference.identity = checkpoint["reference_logps"]["identity"]
 

@@ -14,7 +14,8 @@ class RMU(Objective):
     `mean over dimensions of (h - c * u)^2` at every token of an answer, averaged over tokens; h is the policy's hidden
     state after one layer, u a fixed random direction: a unit vector of entries drawn uniformly from 0 to 1. Goes with
     the retain loss `EmbedDiff` at the same layer. Trained are the down-projections of this layer's MLP and of the two
-    below it, unless `--model.trainable` says otherwise.
+    below it, unless `--model.trainable` says otherwise; layers above it get no gradient, so naming them too needs
+    `--trainer.strategy ddp_find_unused_parameters_true` on several devices.
 
     Args:
         layer: Number of the layer, from 0.
