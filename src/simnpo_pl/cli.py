@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
 from simnpo_pl.arguments import clear_changed_classes
-from simnpo_pl.benchmarks.base import UnlearningData
+from simnpo_pl.benchmarks.paired import PairedData
 from simnpo_pl.callbacks.checkpoint import LAST, CheckpointOptions, SaveState
 from simnpo_pl.callbacks.export import ExportModel, ExportOptions
 from simnpo_pl.callbacks.history import HISTORY, History
@@ -49,7 +49,7 @@ class UnlearningCLI(LightningCLI):
         self.signals = StopSignals()
         super().__init__(
             UnlearningModule,
-            UnlearningData,
+            PairedData,
             subclass_mode_data=True,
             save_config_callback=None,
             auto_configure_optimizers=False,

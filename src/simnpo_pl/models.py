@@ -109,7 +109,7 @@ def save_model(
 
     Args:
         model: Model from transformers.
-        tokenizer: Saved with it.
+        tokenizer: Saved with it; None where the model reads no text.
         folder: Where the model is to stand.
         state: Weights to save in place of the model's own (gathered from several devices).
         merge: Whether an adapter is added to its base, which is read again for it, or saved alone.
@@ -127,7 +127,8 @@ def save_model(
             model.config.save_pretrained(fresh)
         else:
             model.save_pretrained(fresh, state_dict=state)
-        tokenizer.save_pretrained(fresh)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
         replace(fresh, folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -12,7 +12,6 @@ from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.parts import FinishedParts, identity
 from simnpo_pl.evaluation.plan import plan_digest
-from simnpo_pl.evaluation.scoring import score_rows
 from simnpo_pl.evaluation.tags import tag
 from simnpo_pl.generation import greedy
 from simnpo_pl.logprobs import Scorer
@@ -104,7 +103,7 @@ class PolicyModule(pl.LightningModule):
             if generates:
                 outcome = greedy(self.policy, batch["prompts"], batch["max_new_tokens"], self._end_ids())
             else:
-                outcome = score_rows(self._scorer()({"rows": batch})["rows"])
+                outcome = self.evaluation.score(self._scorer()({"rows": batch})["rows"], batch)
             if self.finished_parts is not None:
                 self.finished_parts.keep(batch, outcome)
         (self.evaluation.add_generations if generates else self.evaluation.add_scores)(batch, outcome)

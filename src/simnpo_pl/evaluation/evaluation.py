@@ -13,6 +13,8 @@ from torchmetrics import Metric
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.evaluation.scoring import score_rows
+from simnpo_pl.logprobs import AnswerStates
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.functional import ROUGE
 
@@ -88,7 +90,7 @@ class Evaluation:
             if name not in known:
                 raise UserError(f"--eval.splits {name}: no such split; this benchmark measures {', '.join(known)}")
         kept = [part for part in self.sets if part.name in splits]
-        result = Evaluation(kept, self.summary, self.unavailable, self._decode)
+        result = type(self)(kept, self.summary, self.unavailable, self._decode)
         dropped = [metric for part in self.sets if part.name not in splits for metric in part.metrics.values()]
         result._withhold(dropped, "it rests on splits that --eval.splits leaves out")
         return result
@@ -119,6 +121,15 @@ class Evaluation:
         self._texts.clear()
         for metric in self._all_metrics():
             metric.reset()
+
+    def score(self, states: AnswerStates, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Scores `(B,)` of a scoring batch's answers by name; a benchmark with scores of its own overrides this.
+
+        Args:
+            states: Scored positions of the answers.
+            batch: As `scoring_batches` makes it.
+        """
+        return score_rows(states)
 
     def add_scores(self, batch: Mapping[str, Tensor], scores: dict[str, Tensor]) -> None:
         """Take the scores `(B,)` of a scoring batch's answers."""
