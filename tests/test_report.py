@@ -84,6 +84,45 @@ def write_run(folder: Path, utility: float, p: float, **changes: Any) -> Path:
     return folder
 
 
+def attacked(folder: Path) -> Path:
+    """A run that relearning, rounding and sampling were tried on."""
+
+    def curve(seed: int, values: tuple[float, ...]) -> dict[str, Any]:
+        epochs = [
+            {"epoch": e, "metrics": {"forget/probability": v, "forget_quality": 0.5}} for e, v in enumerate(values)
+        ]
+        return {"seed": seed, "rows": [1, 2], "epochs": epochs}
+
+    relearnt = {"subset": "random", "share": 0.2, "epochs": 1, "lr": 1e-5}
+    leak = {"settings": {"k": 2, "temperature": 1.0, "seed": 0}, "n": 6, "metrics": {"leak@1": 0.2, "leak@2": 0.4}}
+    return write_run(
+        folder,
+        0.5,
+        0.5,
+        relearn={"random": {"settings": relearnt, "repeats": [curve(0, (0.2, 0.4)), curve(1, (0.2, 0.6))]}},
+        quantized={"4-bit": {"settings": {}, "metrics": {"forget/probability": 0.3, "model_utility": 0.4}}},
+        leak={"k=2": leak},
+    )
+
+
+def test_attacks_are_shown(tmp_path: Path):
+    """By hand: two draws of 0.4 and 0.6 have mean 0.5 and standard deviation 0.1414."""
+    from simnpo_pl.report.figures import figures
+
+    run = read_runs([attacked(tmp_path / "attacked")])[0]
+    shown = {figure["id"]: figure["figure"]["data"] for figure in figures([run])}
+    assert shown["relearn-probability"][0]["y"] == pytest.approx([0.2, 0.5])
+    assert shown["relearn-probability"][0]["error_y"]["array"] == pytest.approx([0, 0.1414], abs=1e-4)
+    assert [bar["y"] for bar in shown["quantized"]] == [[0.2, 0.3], [0.5, 0.4]]
+    assert (shown["leak"][0]["x"], shown["leak"][0]["y"]) == ([1, 2], [0.2, 0.4])
+    main(["report", str(run.folder), "-o", str(tmp_path / "report.md"), str(tmp_path / "report.html")])
+    text = (tmp_path / "report.md").read_text()
+    assert "| attacked | SimNPO | 2 random rows, 2 draws | forget prob. | 0.2 ± 0 | 0.5 ± 0.141 |" in text
+    assert "(report_figures/relearning.png)" in text
+    assert "leak@2" in text
+    assert "| 4-bit |" in text
+
+
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
     return [write_run(tmp_path / "one", 0.55, 0.2), write_run(tmp_path / "two", 0.65, 1e-6)]

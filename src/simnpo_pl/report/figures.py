@@ -5,17 +5,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from simnpo_pl.report import series
+from simnpo_pl.report import attacks, series
+from simnpo_pl.report.palette import GREY, colour
 from simnpo_pl.report.runs import Run
-
-PALETTE = ("#3b82c4", "#d9822b", "#3a9d5d", "#b5539c", "#c0504d", "#7a6cc7", "#4f9292", "#a88b2c")
-"""Readable on white and on black; a run has the same colour in every figure."""
-GREY = "#8a8a8a"
-
-
-def colour(number: int) -> str:
-    """Colour of the run with this number."""
-    return PALETTE[number % len(PALETTE)]
 
 
 def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -46,6 +38,31 @@ def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "How hard the forget objective pulls at a row: median over the forget rows, their middle half as a band. "
             "Near 1 whatever the row, the objective acts as plain gradient ascent.",
             weights(runs),
+        ),
+        (
+            "relearn-quality",
+            "Relearning: forget quality",
+            "The unlearned model is fine-tuned on part of the forget rows; a method whose forget quality stays up has "
+            "hidden less. Bars are the standard deviation over random draws.",
+            attacks.relearning(runs, "forget_quality"),
+        ),
+        (
+            "relearn-probability",
+            "Relearning: probability of the forgotten answers",
+            "The same attack; over all forget rows, those relearnt among them.",
+            attacks.relearning(runs, "forget/probability"),
+        ),
+        (
+            "quantized",
+            "After rounding the weights",
+            "Rounding may bring back what small changes of the weights had hidden.",
+            attacks.quantized(runs),
+        ),
+        (
+            "leak",
+            "Best of k sampled answers",
+            "Greedy answers may hide what sampled ones show: expected best overlap with the true answer among k.",
+            attacks.leak(runs),
         ),
     ]
     return [

@@ -20,7 +20,8 @@ def html(runs: Sequence[Run]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    from simnpo_pl.report.figures import colour, figures
+    from simnpo_pl.report.figures import figures
+    from simnpo_pl.report.palette import colour
 
     # Whatever a model generated is text here: the engine escapes it, and the script sets it as text.
     environment = Environment(

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simnpo_pl.report import series, words
+from simnpo_pl.report import robustness, series, words
+from simnpo_pl.report.palette import GREY, colour
 from simnpo_pl.report.runs import Run
 
 LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "\\": r"\textbackslash{}"}
@@ -29,6 +30,13 @@ def markdown(runs: Sequence[Run], figures: Sequence[tuple[str, str]]) -> str:
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     for title, file in figures:
         lines += ["", f"![{title}]({file})"]
+    for key, table in (
+        ("relearn", robustness.relearning_table),
+        ("quantized", robustness.quantized_table),
+        ("leak", robustness.leak_table),
+    ):
+        if any(run.record.get(key) for run in runs):
+            lines += ["", table(runs)]
     versions = {name: version for run in runs for name, version in run.record["versions"].items()}
     lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
     return "\n".join(lines) + "\n"
@@ -63,6 +71,7 @@ def png(runs: Sequence[Run], folder: Path) -> list[tuple[str, str]]:
     for name, title, draw in (
         ("trade_off", "Forget quality against model utility", _trade_off),
         ("truth_ratios", "Truth ratios on the forget rows", _truth_ratios),
+        ("relearning", "Relearning attack", _relearning),
     ):
         figure, axes = plt.subplots(figsize=(5.2, 3.6), dpi=200, layout="constrained")
         if draw(axes, runs):
@@ -76,8 +85,6 @@ def png(runs: Sequence[Run], folder: Path) -> list[tuple[str, str]]:
 
 
 def _trade_off(axes: Any, runs: Sequence[Run]) -> bool:
-    from simnpo_pl.report.figures import GREY, colour
-
     any_path = False
     for number, run in enumerate(runs):
         points = series.path_of(run)
@@ -97,8 +104,6 @@ def _trade_off(axes: Any, runs: Sequence[Run]) -> bool:
 
 
 def _truth_ratios(axes: Any, runs: Sequence[Run]) -> bool:
-    from simnpo_pl.report.figures import GREY, colour
-
     drawn: set[tuple[float, ...]] = set()
 
     def step(values: list[float], label: str, **style: Any) -> None:
@@ -118,6 +123,25 @@ def _truth_ratios(axes: Any, runs: Sequence[Run]) -> bool:
     axes.set_xlabel("truth ratio R")
     axes.set_ylabel("share of forget rows")
     return bool(drawn)
+
+
+def _relearning(axes: Any, runs: Sequence[Run]) -> bool:
+    curves = robustness.relearning(runs)
+    for curve in curves:
+        known = [(e, v) for e, v in zip(curve.epochs, curve.values["forget/probability"], strict=True) if v is not None]
+        settings = curve.settings
+        axes.errorbar(
+            [epoch for epoch, _ in known],
+            [value.mean for _, value in known],
+            [value.deviation for _, value in known],
+            color=colour(runs.index(curve.run)),
+            linestyle="-" if settings["subset"] == "shortest" else ":",
+            capsize=2,
+            label=f"{curve.run.name}, {curve.rows} {settings['subset']} rows, lr {settings['lr']:g}",
+        )
+    axes.set_xlabel("epoch of relearning")
+    axes.set_ylabel("forget probability")
+    return bool(curves)
 
 
 def _models(runs: Sequence[Run]) -> list[tuple[Run, str, dict[str, float]]]:
