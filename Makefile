@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all docs lint clean
+.PHONY: help install demo test test-all chaos docs lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ test-all: $(INSTALLED) ## slow tests too
 
 docs: $(INSTALLED) ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+chaos: $(INSTALLED) ## kill runs of a tiny model 150 times and compare their ends; about ten minutes on two cores
+	$(BIN)/python scripts/chaos.py --kills 50 --write docs/reliability.md
 
 lint: $(INSTALLED) ## style and types
 	$(BIN)/ruff check src tests scripts examples

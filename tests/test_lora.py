@@ -186,27 +186,49 @@ def test_run_resumes_exports_and_is_evaluated(cli: CLI, model_folder: Path, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model.lora.rank", "0"), "--model.lora.rank must be at least 1, got 0"),
-        (("--model.lora.alpha", "0"), "--model.lora.alpha must be a number above 0"),
-        (("--model.lora.dropout", "1"), "--model.lora.dropout must be at least 0 and below 1"),
-        (("--model.lora.target_modules", "[]"), "--model.lora.target_modules names no layer"),
-        (("--model.lora.target_modules", "[no_such_layer]", "--eval.start", "false"), "no_such_layer"),
-        (("--model.lora.rank", "4", "--model.trainable", "[.*]"), "both say what is trained"),
-        (("--export.adapter", "true"), "--export.adapter true needs an adapter: give --model.lora.rank"),
+        ({"rank": 0}, "--model.lora.rank must be at least 1, got 0"),
+        ({"alpha": 0.0}, "--model.lora.alpha must be a number above 0"),
+        ({"alpha": float("nan")}, "--model.lora.alpha must be a number above 0"),
+        ({"dropout": 1.0}, "--model.lora.dropout must be at least 0 and below 1"),
+        ({"target_modules": []}, "--model.lora.target_modules names no layer"),
     ],
 )
-def test_bad_options(cli_error: Callable[..., str], tmp_path: Path, options: tuple[str, ...], message: str):
-    assert message in cli_error("fit", "--run_dir", str(tmp_path / "run"), *options)
+def test_bad_options(options: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        LoraOptions(**options)
 
 
-def test_checkpoint_of_another_policy(cli: CLI, cli_error: Callable[..., str], other_folder: Path, tmp_path: Path):
-    quick = ["--eval.start", "false", "--eval.final", "false", "--trainer.max_epochs", "1"]
-    cli("fit", *quick, "--model.lora.rank", "4", "--run_dir", str(tmp_path / "run"))
-    resume = [*quick, "--run_dir", str(tmp_path / "two"), "--ckpt_path", str(tmp_path / "run" / "last.ckpt")]
-    assert "holds an adapter, --model.lora trains the whole model" in cli_error("fit", *resume)
-    assert "differs in its rank: 4 there, 8 here" in cli_error("fit", *resume, "--model.lora.rank", "8")
-    other = ["--model.lora.rank", "4", "--model.name", str(other_folder)]
-    assert "differs in its base; give --model.name" in cli_error("fit", *resume, *other)
+def test_layers_that_are_not_there(model_folder: Path):
+    module = UnlearningModule(str(model_folder), lora=LoraOptions(target_modules=["no_such_layer"]))
+    with pytest.raises(UserError, match=r"--model.lora: .*no_such_layer"):
+        module.configure_model()
+
+
+def test_options_that_contradict(cli_error: Callable[..., str], tmp_path: Path):
+    with pytest.raises(UserError, match="both say what is trained"):
+        UnlearningModule("x", lora=LoraOptions(), trainable=[".*"])
+    error = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--export.adapter", "true")
+    assert "--export.adapter true needs an adapter: give --model.lora.rank" in error
+
+
+def test_checkpoint_of_another_policy(model_folder: Path, other_folder: Path):
+    modules = {name: perturbed(str(folder)) for name, folder in (("ours", model_folder), ("other", other_folder))}
+    saved: dict[str, dict[str, Any]] = {}
+    for name, module in modules.items():
+        saved[name] = {"state_dict": {}}
+        module.on_save_checkpoint(saved[name])
+    modules["ours"].on_load_checkpoint(saved["ours"])
+    whole = UnlearningModule(str(model_folder))
+    whole.configure_model()
+    larger = UnlearningModule(str(model_folder), lora=LoraOptions(rank=8, alpha=8.0))
+    larger.configure_model()
+    for module, what in (
+        (whole, "holds an adapter, --model.lora trains the whole model"),
+        (larger, "differs in its rank: 4 there, 8 here"),
+        (modules["other"], "differs in its base; give --model.name"),
+    ):
+        with pytest.raises(UserError, match=what):
+            module.on_load_checkpoint(saved["ours"])
 
 
 def test_without_peft(model_folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +14,10 @@ import pytest
 import torch
 
 from helpers import results, same_run
-from simnpo_pl.callbacks.checkpoint import SaveState
+from simnpo_pl.callbacks.checkpoint import CheckpointOptions, SaveState
 from simnpo_pl.callbacks.weights import GradientWeights
+from simnpo_pl.data.pairing import PairedSampler
+from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.parts import FinishedParts
 from simnpo_pl.evaluation.plan import EvalBatches
 from simnpo_pl.files import clean, recover, replace
@@ -57,7 +61,10 @@ def whole(run_options: list[str], tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=SLOW), 2, 3, pytest.param(4, marks=SLOW)])
 def test_stop_after_any_step(cli: CLI, whole: Path, tmp_path: Path, step: int):
     """Also after the last one of an epoch, before its evaluation; with an evaluation or without one."""
     cut = tmp_path / "cut"
@@ -68,6 +75,7 @@ def test_stop_after_any_step(cli: CLI, whole: Path, tmp_path: Path, step: int):
     assert same_run(whole, cut)
 
 
+@SLOW
 def test_stop_after_the_last_step_of_an_epoch_without_evaluation(cli: CLI, tmp_path: Path):
     runs = []
     for name in ("whole", "cut"):
@@ -82,6 +90,7 @@ def test_stop_after_the_last_step_of_an_epoch_without_evaluation(cli: CLI, tmp_p
     assert same_run(*runs)
 
 
+@SLOW
 def test_kill_within_an_epoch_goes_back_to_the_last_save(cli: CLI, whole: Path, tmp_path: Path):
     """Every two steps: killed in step 6 of 6, step 4 is there; killed before any save, the start is."""
     for name, epoch, batch in (("late", 1, 4), ("early", 0, 0)):
@@ -97,7 +106,7 @@ def test_kill_within_an_epoch_goes_back_to_the_last_save(cli: CLI, whole: Path, 
         assert same_run(whole, tmp_path / name)
 
 
-@pytest.mark.parametrize("which", ["start", "epoch", "test"])
+@pytest.mark.parametrize("which", [pytest.param("start", marks=SLOW), "epoch", pytest.param("test", marks=SLOW)])
 def test_killed_evaluation_goes_on_with_its_unfinished_batches(
     cli: CLI, whole: Path, tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -127,17 +136,28 @@ def test_killed_evaluation_goes_on_with_its_unfinished_batches(
         assert results(cut)["final"]["metrics"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_parts_are_for_the_same_weights_and_plan_only(cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    opened: list[str] = []
-    once = FinishedParts.open
-    monkeypatch.setattr(FinishedParts, "open", lambda s, i, r=0: (opened.append(i), once(s, i, r))[1])
-    cli("fit", "--eval.cache_dir", "null", "--run_dir", str(tmp_path / "one"))
-    cli("fit", "--eval.cache_dir", "null", "--run_dir", str(tmp_path / "two"))
-    assert opened[:3] == opened[3:]
-    assert len(set(opened)) == 3
-    for option in (("--eval.tokens_per_batch", "512"), ("--eval.max_new_tokens", "4"), ("--eval.generate_rows", "2")):
-        cli("test", *option, "--run_dir", str(tmp_path / option[0]))
-    assert len(set(opened)) == 6
+def test_parts_are_for_the_same_weights_and_plan_only(data_folder: Path, model_folder: Path):
+    from simnpo_pl.benchmarks import TofuData
+    from simnpo_pl.evaluation.options import EvalOptions
+    from simnpo_pl.evaluation.parts import identity
+    from simnpo_pl.evaluation.plan import plan_digest
+    from simnpo_pl.models import load_causal_lm
+
+    def plan(**options: Any) -> str:
+        data = TofuData(path=str(data_folder), tokenizer=str(model_folder), eval=EvalOptions(**options))
+        data.setup("validate")
+        return plan_digest(data.evaluation().sets)
+
+    plans = [plan(), plan(), plan(max_new_tokens=4), plan(generate_rows=2), plan(splits=["forget"])]
+    assert plans[0] == plans[1]
+    assert len(set(plans)) == 4
+    model = load_causal_lm(str(model_folder))
+    before = identity(model, plans[0], 1)
+    assert before == identity(load_causal_lm(str(model_folder)), plans[0], 1)
+    assert before != identity(model, plans[0], 2)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[5] += 1e-6
+    assert before != identity(model, plans[0], 1)
 
 
 def test_lines_cut_short_are_not_whole(tmp_path: Path):
@@ -226,6 +246,7 @@ def test_leftovers_of_a_kill_are_removed(cli: CLI, tmp_path: Path):
     assert not [f for f in folder.iterdir() if f.name.startswith(".")]
 
 
+@SLOW
 def test_checkpoint_of_another_cut_in_the_middle_of_an_epoch(cli: CLI, cli_error: Callable[..., str], tmp_path: Path):
     options = ["--eval.start", "false", "--eval.final", "false", "--checkpoint.every_steps", "1"]
     with killed(SaveState, "save", lambda self, trainer: trainer.global_step == 1, after=True):
@@ -237,10 +258,39 @@ def test_checkpoint_of_another_cut_in_the_middle_of_an_epoch(cli: CLI, cli_error
     )
 
 
+def test_cut_of_an_epoch_belongs_to_the_state():
+    """In the middle of an epoch the cut must be the same; at its end anything may follow."""
+    sampler = PairedSampler(10, 20, 4, 2)
+    batches = iter(sampler)
+    rest = [next(batches) for _ in range(5)]
+    state = sampler.state_dict()
+    same = PairedSampler(10, 20, 4, 2)
+    same.load_state_dict(state)
+    assert list(same) == []
+    list(batches)
+    sampler.set_epoch(1)
+    batches = iter(sampler)
+    rest = [next(batches), next(batches)]
+    state = sampler.state_dict()
+    same.load_state_dict(state)
+    same.set_epoch(1)
+    assert list(same) == list(batches)
+    same.set_epoch(2)
+    assert len(list(same)) == len(same)
+    other = PairedSampler(10, 20, 4, 1)
+    with pytest.raises(UserError, match="in the middle of an epoch with per_device_batch 2, here it is 1: go on with"):
+        other.load_state_dict(state)
+    assert len(rest) == 2
+    list(iter(sampler))
+    other.load_state_dict({**state, "all": True})
+    other.set_epoch(2)
+    assert len(list(other)) == len(other)
+
+
 @pytest.mark.parametrize("number", [0, -1])
-def test_steps_between_saves_are_checked(cli_error: Callable[..., str], tmp_path: Path, number: int):
-    error = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--checkpoint.every_steps", str(number))
-    assert f"--checkpoint.every_steps must be at least 1, got {number}" in error
+def test_steps_between_saves_are_checked(number: int):
+    with pytest.raises(UserError, match=f"--checkpoint.every_steps must be at least 1, got {number}"):
+        CheckpointOptions(every_steps=number)
 
 
 # -- signals -------------------------------------------------------------------------------------------------
@@ -270,7 +320,10 @@ def test_ignored_interrupts_stay_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize(("signum", "where"), [("SIGTERM", "step"), ("SIGINT", "step"), ("SIGTERM", "evaluation")])
+@pytest.mark.parametrize(
+    ("signum", "where"),
+    [("SIGINT", "step"), pytest.param("SIGTERM", "step", marks=SLOW), ("SIGTERM", "evaluation")],
+)
 def test_signal_saves_and_says_how_to_go_on(
     cli: CLI, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], signum: str, where: str
 ):
@@ -341,3 +394,16 @@ def test_slurm_job_is_requeued_once_its_state_is_saved(
     assert (tmp_path / "asked").read_text() == "requeue 77 1\n"
     cli("fit", *options)
     assert same_run(whole, tmp_path / "cut")
+
+
+@SLOW
+def test_kills_from_outside(data_folder: Path, model_folder: Path, tmp_path: Path):
+    """One kill of each kind by the stress script."""
+    done = subprocess.run(
+        [sys.executable, "scripts/chaos.py", "--kills", "1", "--folder", str(tmp_path / "chaos")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 kills, 0 mismatches" in done.stdout

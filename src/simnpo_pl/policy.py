@@ -92,7 +92,8 @@ class PolicyModule(pl.LightningModule):
             options, plan = self._data.eval, plan_digest(self.evaluation.sets)
             batches = (options.tokens_per_batch, options.prompts_per_batch, self._end_ids())
             run_in = (self.trainer.precision, self.device.type, self.dtype_name, self.attn_implementation)
-            of = identity(self.policy, plan, batches, run_in, version("torch"), version("transformers"))
+            kind = type(self.evaluation).__qualname__
+            of = identity(self.policy, kind, plan, batches, run_in, version("torch"), version("transformers"))
             self.finished_parts.open(of, self.global_rank)
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
