@@ -18,8 +18,8 @@ LAYERS = [
     ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments", "report"],
     ["module"],
     ["cli"],
-    ["finished", "forget_series"],
-    ["robustness", "harness"],
+    ["finished", "fit_once"],
+    ["robustness", "harness", "forget_series", "sweeps"],
     ["commands"],
     ["__main__"],
 ]

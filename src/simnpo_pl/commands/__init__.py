@@ -21,6 +21,7 @@ COMMANDS = {
     "report": "write a page, Markdown or LaTeX rows over finished runs",
     "scalability": "MUSE: forget sets of growing size, a run for each",
     "sustainability": "MUSE: forget sets one after the other, each on the model before",
+    "sweep": "a table of the paper: methods x splits x seeds, shared among workers",
     "task-vector": "unlearn without training: take off what fine-tuning on the forget rows adds to the weights",
 }
 """Name of a command to what it does, in one line; its module has the name with underscores."""

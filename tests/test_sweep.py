@@ -1,0 +1,278 @@
+"""Sweeps: what a file says becomes commands, runs that are made once, and the paper's table."""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from filelock import FileLock
+
+from simnpo_pl import fit_once
+from simnpo_pl.__main__ import main
+from simnpo_pl.errors import UserError
+from simnpo_pl.fit_once import RunFailed, Taken
+from simnpo_pl.sweeps.plan import read_sweep
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs" / "sweep").glob("table*.yaml"))
+TINY = {"table1": "tofu", "tableA3": "tofu", "table2": "muse", "tableA4": "wmdp"}
+SWEEP = {
+    "title": "A table",
+    "folder": "somewhere",
+    "table": "tofu",
+    "fit": "--config configs/tofu.yaml --eval.retrained {folder}/models/other/model",
+    "models": {"other": "--config configs/finetune.yaml --data.train_split retain90"},
+    "splits": {"forget10": "", "forget05": "--config configs/tofu_forget05.yaml"},
+    "seeds": [3, 4],
+    "methods": {"NPO": ["--model.objective NPO", "--run_name {split}-{seed}"], "Vector": "test --model.name x"},
+    "after": ["lm-eval {run} --tasks mmlu"],
+}
+
+
+def write(folder: Path, name: str = "sweep", **changed: Any) -> Path:
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({**SWEEP, **changed}, sort_keys=False))
+    return file
+
+
+def listed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
+    capsys.readouterr()
+    main(["sweep", *arguments, "--list", "--debug"])
+    return [shlex.split(line)[3:] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_commands_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A model, then splits x methods x seeds, each with its folder, its seed and what follows it."""
+    out = str(tmp_path / "runs")
+    commands = listed(capsys, str(write(tmp_path)), "--folder", out, "--model.lr", "1e-3")
+    assert commands[0] == [
+        *("fit", "--config", "configs/finetune.yaml", "--data.train_split", "retain90", "--model.lr", "1e-3"),
+        *("--run_dir", f"{out}/models/other"),
+    ]
+    runs = [command for command in commands[1:] if command[0] != "lm-eval"]
+    assert [command[-1].removeprefix(f"{out}/") for command in runs] == [
+        f"{split}/{method}/seed-{seed}"
+        for split in ("forget10", "forget05")
+        for method in ("NPO", "Vector")
+        for seed in (3, 4)
+    ]
+    assert runs[4] == [
+        *("fit", "--config", "configs/tofu.yaml", "--eval.retrained", f"{out}/models/other/model"),
+        *("--config", "configs/tofu_forget05.yaml", "--model.objective", "NPO", "--run_name", "forget05-3"),
+        *("--seed_everything", "3", "--model.lr", "1e-3", "--run_dir", f"{out}/forget05/NPO/seed-3"),
+    ]
+    assert runs[2][0] == "test"
+    assert commands[2] == ["lm-eval", f"{out}/forget10/NPO/seed-3", "--tasks", "mmlu"]
+
+
+def test_shards_share_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def names(*arguments: str) -> list[str]:
+        commands = listed(capsys, str(write(tmp_path)), *arguments)
+        return [c[-1] for c in commands if c[0] != "lm-eval" and "/models/" not in c[-1]]
+
+    shares = [names("--shard", f"{i}/3") for i in range(3)]
+    assert sorted(name for share in shares for name in share) == sorted(names())
+    assert [len(share) for share in shares] == [3, 3, 2]
+
+
+def test_later_files_change_earlier_ones(tmp_path: Path):
+    change = tmp_path / "change.yaml"
+    change.write_text("seeds: [0]\nmethods: {NPO: null, GA: --model.objective GradAscent}\nmodels: {other: null}\n")
+    sweep = read_sweep([write(tmp_path), change])
+    assert sweep.seeds == [0]
+    assert list(sweep.methods) == ["Vector", "GA"]
+    assert sweep.models == {}
+    assert list(sweep.splits) == ["forget10", "forget05"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"method": {"A": ""}}, "is no sweep .*method"),
+        ({"seeds": []}, "the sweep has no seeds: name at least one"),
+        ({"table": "chairs"}, "the sweep's table is 'chairs'; known are tofu"),
+        ({"methods": {"A": "fot --model.lr 1"}}, "begin with an option, or with fit, test, task-vector"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, changed: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["sweep", str(write(tmp_path, **changed)), "--list"])
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", "-1/2", "a/b"])
+def test_mistakes_in_options(tmp_path: Path, shard: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["sweep", str(write(tmp_path)), f"--shard={shard}"])
+    assert f"--shard must be I/N with I from 0 to N - 1, such as 0/8, got {shard}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sweep", str(tmp_path / "no.yaml")])
+    assert "cannot read the sweep" in capsys.readouterr().err
+
+
+# -- shipped files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tiny", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_shipped_sweeps_parse(file: Path, tiny: bool, capsys: pytest.CaptureFixture[str]):
+    """Every command of every sweep, as it stands and in its tiny form, is understood by the command it calls."""
+    from simnpo_pl.commands import parse
+
+    changes = [str(file.with_name(f"tiny_{TINY[file.stem]}.yaml"))] if tiny else []
+    seen: set[tuple[str, ...]] = set()
+    for command in listed(capsys, str(file), *changes):
+        alike = tuple("N" if word.isdigit() else re.sub(r"seed-\d+", "", word) for word in command)
+        if alike in seen:
+            continue
+        seen.add(alike)
+        if command[0] in ("fit", "test"):
+            with pytest.raises(SystemExit) as stop:
+                main([*command, "--print_config"])
+            assert stop.value.code == 0
+            capsys.readouterr()
+        else:
+            parse(command[0], command[1:])
+    assert seen
+
+
+# -- runs made once --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Sequence[str]]]:
+    """Puts a stand-in in the place of the program: what it was called with, and a finished run in its folder."""
+
+    def install(code: int = 0, says: str = "") -> list[Sequence[str]]:
+        calls: list[Sequence[str]] = []
+
+        def start(command: Sequence[str], log: Path | None = None) -> int:
+            calls.append(command[3:])
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text(says)
+            if "--run_dir" in command:
+                folder = Path(command[command.index("--run_dir") + 1])
+                seed = int(command[command.index("--seed_everything") + 1]) if "--seed_everything" in command else 0
+                metrics = {"forget/rouge": 0.25 + 0.1 * seed, "forget_quality": 0.5, "model_utility": 0.6}
+                record = {"finished": code == 0, "seed": seed, "settings": {}, "counts": {"forget_quality": 40}}
+                record |= {"final": {"metrics": metrics}, "start": {"metrics": {"forget/rouge": 1.0}}}
+                record |= {"retrained": {"metrics": {"forget/rouge": 0.4}}, "versions": {}}
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "results.json").write_text(json.dumps(record))
+            return code
+
+        monkeypatch.setattr(fit_once, "start", start)
+        monkeypatch.setattr("simnpo_pl.sweeps.work.start", start)
+        return calls
+
+    return install
+
+
+def test_a_run_is_made_once(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
+    folder = tmp_path / "runs" / "one"
+    calls = program(code=2, says="plan\nerror: no such model\n")
+    with pytest.raises(RunFailed, match="ended with exit code 2: no such model; its output is in"):
+        fit_once.fit_once(folder, ["--model.lr", "1"], tmp_path / "log.txt")
+    calls = program()
+    assert fit_once.fit_once(folder, ["--model.lr", "1"])["finished"]
+    assert calls == [["fit", "--model.lr", "1", "--run_dir", str(folder), "--ckpt_path", "last"]]
+    assert fit_once.fit_once(folder, ["--model.lr", "1"])["finished"]
+    assert len(calls) == 1
+    with pytest.raises(UserError, match=r"holds a run that was begun with other options \(see"):
+        fit_once.fit_once(folder, ["--model.lr", "2"])
+
+
+def test_a_config_that_changed_is_noticed(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
+    program()
+    config = tmp_path / "a.yaml"
+    config.write_text("model: {lr: 1}\n")
+    fit_once.fit_once(tmp_path / "run", ["--config", str(config)])
+    config.write_text("# the same\nmodel: {lr: 1}\n")
+    fit_once.fit_once(tmp_path / "run", ["--config", str(config)])
+    config.write_text("model: {lr: 2}\n")
+    with pytest.raises(UserError, match="begun with other configs"):
+        fit_once.fit_once(tmp_path / "run", ["--config", str(config)])
+    with pytest.raises(UserError, match="cannot read the config"):
+        fit_once.fit_once(tmp_path / "run", ["--config", str(tmp_path / "b.yaml")])
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="was not begun by this command"):
+        fit_once.fit_once(tmp_path / "own", [])
+
+
+def test_two_workers_never_take_the_same_run(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
+    calls = program()
+    with FileLock(tmp_path / ".run.lock"), pytest.raises(Taken):
+        fit_once.fit_once(tmp_path / "run", [], wait=False)
+    assert not calls
+    fit_once.fit_once(tmp_path / "run", [], wait=False)
+    assert len(calls) == 1
+
+
+def test_a_stopped_run_stops_the_worker(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
+    for code in (143, -15):
+        program(code=code)
+        with pytest.raises(SystemExit) as stop:
+            fit_once.fit_once(tmp_path / "run", [])
+        assert stop.value.code == 143
+
+
+def test_signal_reaches_the_run(tmp_path: Path):
+    """SIGTERM to the worker ends its program, whose exit code is the worker's to see."""
+    import os
+    import signal
+    import threading
+
+    script = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print('on'); time.sleep(30)"
+    log = tmp_path / "log.txt"
+
+    def send() -> None:
+        while not (log.is_file() and log.read_text()):
+            threading.Event().wait(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send).start()
+    assert fit_once.start([sys.executable, "-u", "-c", script], log) == 7
+
+
+def test_table_by_hand(program: Callable[..., list[Sequence[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Two seeds with forget ROUGE 0.25 and 0.35: 1 - R is 0.7 with a sample deviation of 0.0707."""
+    calls = program()
+    file = write(tmp_path, splits={"forget10": ""}, seeds=[0, 1], methods={"A": "", "B": ""}, note="Said below.")
+    out = tmp_path / "results" / "table.md"
+    main(["sweep", str(file), "--folder", str(tmp_path / "runs"), "-o", str(out), "--shard", "0/2", "--debug"])
+    assert "2 of 4 runs are not finished." in out.read_text()
+    main(["sweep", str(file), "--folder", str(tmp_path / "runs"), "-o", str(out), "--debug"])
+    # A model, four runs, an evaluation after each.
+    assert [call[0] for call in calls].count("lm-eval") == 4
+    assert len(calls) == 9
+    shown = out.read_text()
+    assert shown in capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")]
+    assert rows[0][:5] == ["method", "forget 1-R", "1-P", "T", "FQ"]
+    assert [row[0] for row in rows[1:]] == ["Original", "Retrain", "A", "B"]
+    assert rows[1][1:3] == ["0", "-"]
+    assert (rows[2][1], rows[2][4]) == ("0.6", "1")
+    assert rows[3] == ["A", "0.7 ± 0.0707", "-", "-", "0.5", *["-"] * 9, "0.6", "40", "2"]
+    assert "Said below." in shown
+    assert "not finished" not in shown
+    main(["sweep", str(file), "--folder", str(tmp_path / "runs"), "--table", "--debug"])
+    assert len(calls) == 9
+
+
+def test_failed_runs_do_not_stop_the_others(
+    program: Callable[..., list[Sequence[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    calls = program(code=3, says="error: bad weather\n")
+    file = write(tmp_path, splits={"forget10": ""}, models={}, methods={"A": "", "B": ""})
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", str(file), "--folder", str(tmp_path / "runs")])
+    assert stop.value.code == 2
+    assert "error: 4 runs failed, the first: " in capsys.readouterr().err
+    assert len(calls) == 4
