@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -297,6 +298,36 @@ def test_chosen_splits_and_no_generation(cli: CLI, tmp_path: Path):
     assert missing["forget"]["model_utility"] == "it rests on splits that --eval.splits leaves out"
     for name in ("model_utility", "forget/rouge", "retain/rouge"):
         assert missing["silent"][name] == "no answers are generated, see --eval.generate_rows"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], ["reference: none", "objective: SimNPO (beta 4.5, gamma 0.0) x 0.125, retain loss NLL x 1.0; lr 0.01"]),
+        (["--model.objective", "NPO"], ["its log-probs, made once and kept"]),
+        (["--model.retain_loss", "KL"], ["a frozen model, run in every step"]),
+        (["--model.retain_loss", "KL", "--model.lora.rank", "2"], ["with its adapter off", "LoRA of rank 2"]),
+        (["--model.trainable", "[.*mlp.*]"], ["trained: .*mlp.*"]),
+    ],
+    ids=["SimNPO", "NPO", "KL", "LoRA", "subset"],
+)
+def test_plan_of_a_run(
+    cli: CLI,
+    model_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said: list[str],
+):
+    """What is trained and how, on what, and what will be measured and what not."""
+    quick = ["--trainer.max_steps", "1", "--eval.start", "false", "--eval.final", "false", "--eval.generate_rows", "0"]
+    cli("fit", *quick, *options, "--trainer.limit_val_batches", "0", "--run_dir", str(tmp_path / "run"))
+    shown = capsys.readouterr().out
+    size = AutoModelForCausalLM.from_pretrained(model_folder).num_parameters() / 1e6
+    for part in (*said, f"{size:.4g} million parameters, cpu, precision 32-true", "10 forget rows, 40 retain rows"):
+        assert part in shown, part
+    assert re.search(r"measured on 10 forget rows, 7 retain rows.*forget/probability", shown)
+    assert "not measured: forget_quality, no retrained model to compare with" in shown
 
 
 def test_chosen_forget_rows(cli: CLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -37,7 +37,7 @@ from simnpo_pl.objectives import Objective
 from simnpo_pl.policy import PolicyModule
 from simnpo_pl.retain import RetainLoss
 from simnpo_pl.stopping import Stopped, StopSignals
-from simnpo_pl.summary import plan, table
+from simnpo_pl.summary import measures, plan, table
 
 RUN_DIR_VARIABLE = "SIMNPO_PL_RUN_DIR"
 
@@ -62,6 +62,7 @@ class UnlearningCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
                 "log_every_n_steps": 1,
                 "use_distributed_sampler": False,
+                "enable_model_summary": False,
             },
         )
 
@@ -239,6 +240,11 @@ class UnlearningCLI(LightningCLI):
         if name is not None:
             model = self.model.like(name)
             self.datamodule.use_retrained_rows(self._evaluate_once("retrained", model).rows, name)
+        if self.trainer.is_global_zero:
+            if fit:
+                print(self.datamodule.describe())
+            self.datamodule.setup("validate")
+            print(measures(self.datamodule.evaluation()))
 
     def _evaluate_once(self, role: str, model: PolicyModule) -> EvalResult:
         """Evaluate a start or retrained model, or take up the result that an earlier run kept."""
@@ -310,7 +316,15 @@ def written(folder: Path) -> str:
         LAST: "training state, for --ckpt_path",
     }
     lines = [f"  {folder / name}  {what}" for name, what in known.items() if (folder / name).exists()]
-    return "\n".join(["written:", *lines, f"  tensorboard --logdir {folder.parent}"])
+    return "\n".join(
+        [
+            "written:",
+            *lines,
+            "to look at it:",
+            f"  python -m simnpo_pl report {folder}",
+            f"  tensorboard --logdir {folder.parent}",
+        ]
+    )
 
 
 def run(arguments: list[str]) -> None:

@@ -54,6 +54,28 @@ def context_length(name: str) -> int | None:
     return int(length) if length else None
 
 
+def count_parameters(name: str) -> int:
+    """Parameters of a model, from its config alone; tied ones count once.
+
+    Args:
+        name: Hub id or folder.
+
+    Raises:
+        UserError: The config cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(find_model(name))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _unavailable(name, "config", error) from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def load_causal_lm(
     name: str, dtype: str = "float32", attn_implementation: str | None = None, option: str = "--model.name"
 ) -> Any:

@@ -131,6 +131,17 @@ class UnlearningModule(PolicyModule):
 
     # -- frozen models -----------------------------------------------------------------------------------
 
+    @property
+    def reference_use(self) -> str:
+        """How the reference is had, in a few words."""
+        losses = self._batch_losses
+        if not losses.reads_reference:
+            return "none"
+        if self.lora is not None and self._reference.name == self.name:
+            return "the policy with its adapter off"
+        how = "a frozen model, run in every step" if losses.keeps_reference else "its log-probs, made once and kept"
+        return f"{self._reference.name}, {how}"
+
     def on_fit_start(self) -> None:
         """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
         if self._batch_losses.caches_reference and hasattr(self._data, "scoring_parts"):

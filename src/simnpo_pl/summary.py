@@ -4,6 +4,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from simnpo_pl.models import count_parameters
+
 COLUMNS = {
     "forget_quality": "forget quality",
     "model_utility": "model utility",
@@ -43,20 +45,36 @@ def table(record: dict[str, Any]) -> str:
 
 
 def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
-    """The run in a few lines: folder, model, device and, for a training run, objective and weights."""
+    """The run in a few lines: folder, model, device and, for a training run, objective, weights and reference."""
+    size = f"{count_parameters(module.name) / 1e6:,.4g} million parameters"
     lines = [
         f"run: {folder}",
-        f"model: {module.name}, {trainer.strategy.root_device}, precision {trainer.precision}",
+        f"model: {module.name}, {size}, {trainer.strategy.root_device}, precision {trainer.precision}",
     ]
     if fit:
-        lora = "" if module.lora is None else f", LoRA of rank {module.lora.rank} and alpha {module.lora.alpha:g}"
+        trained = f", trained: {', '.join(module.trainable)}" if module.trainable else ""
+        if module.lora is not None:
+            trained = f", LoRA of rank {module.lora.rank} and alpha {module.lora.alpha:g}"
         found = describe_objective(module)
         settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
         retain = "no retain loss" if found["retain_loss"] is None else f"retain loss {found['retain_loss']}"
         lines.append(
             f"objective: {found['name']} {f'({settings}) ' if settings else ''}x {found['forget_weight']}, "
-            f"{retain} x {found['retain_weight']}; lr {module.lr}{lora}, {trainer.max_epochs} epochs"
+            f"{retain} x {found['retain_weight']}; lr {module.lr}{trained}, {trainer.max_epochs} epochs"
         )
+        lines.append(f"reference: {module.reference_use}")
+    return "\n".join(lines)
+
+
+def measures(evaluation: Any) -> str:
+    """What is measured, and what cannot be and why.
+
+    Args:
+        evaluation: The benchmark's `Evaluation`.
+    """
+    rows = ", ".join(f"{len(part.texts)} {part.name} rows" for part in evaluation.sets)
+    lines = [f"measured on {rows}: {', '.join(evaluation.names())}"]
+    lines += [f"not measured: {name}, {reason}" for name, reason in evaluation.unavailable.items()]
     return "\n".join(lines)
 
 

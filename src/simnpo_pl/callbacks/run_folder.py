@@ -91,8 +91,6 @@ class RunFolder(Callback):
         self.record["epochs"] = [e for e in self.record["epochs"] if e["epoch"] <= trainer.current_epoch]
         self.record["objective"] = describe_objective(pl_module)
         self._train_started = time.monotonic()
-        if trainer.is_global_zero:
-            print(trainer.datamodule.describe())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Note the time spent so far."""
