@@ -1,15 +1,12 @@
 """Runs over a series of forget sets, one after the other, and what comes of them as a table and a figure."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simnpo_pl.callbacks.run_folder import RESULTS
 from simnpo_pl.errors import UserError
 from simnpo_pl.files import Writing, write_json, write_text
+from simnpo_pl.fit_once import fit_once
 from simnpo_pl.summary import COLUMNS, number
 
 OWN_OPTIONS = ("--run_dir", "--ckpt_path", "--data.forget_split")
@@ -36,28 +33,13 @@ def run_series(out: Path, splits: Sequence[str], fit: Sequence[str], successive:
     records = []
     for count, split in enumerate(splits, start=1):
         folder = out / str(count)
-        options = [*fit, "--data.forget_split", split, "--run_dir", str(folder)]
+        options = [*fit, "--data.forget_split", split]
         if count > 1:
             options += ["--eval.start", "false"]
             if successive:
                 options += ["--model.name", str(out / str(count - 1) / "model")]
-        record = _read(folder)
-        if record is None or not record["finished"]:
-            if record is not None and (folder / "last.ckpt").is_file():
-                options += ["--ckpt_path", "last"]
-            elif record is not None:
-                # Stopped before its first epoch: it holds nothing to go on from.
-                (folder / RESULTS).unlink()
-            print(f"run {count} of {len(splits)}: {split}", flush=True)
-            code = subprocess.run([sys.executable, "-m", "simnpo_pl", "fit", *options], check=False).returncode
-            if code:
-                raise UserError(f"the run in {folder} ended with exit code {code}, see above; call again to go on")
-            record = _read(folder)
-            assert record is not None
-        held = record["settings"]["data"]["init_args"]["forget_split"]
-        if held != split:
-            raise UserError(f"{folder} holds a run that forgets {held}, not {split}: give another --out")
-        records.append(record)
+        print(f"run {count} of {len(splits)}: {split}", flush=True)
+        records.append(fit_once(folder, options))
     return records
 
 
@@ -117,8 +99,3 @@ def _draw(file: Path, title: str, steps: Sequence[tuple[int, dict[str, Any]]], n
     with Writing(file) as handle:
         figure.savefig(handle, format="png")
     plt.close(figure)
-
-
-def _read(folder: Path) -> dict[str, Any] | None:
-    file = folder / RESULTS
-    return json.loads(file.read_text()) if file.is_file() else None
