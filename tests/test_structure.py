@@ -19,7 +19,7 @@ LAYERS = [
     ["module"],
     ["cli"],
     ["finished", "fit_once"],
-    ["robustness", "harness", "forget_series", "sweeps"],
+    ["robustness", "harness", "forget_series", "sweeps", "analysis"],
     ["commands"],
     ["__main__"],
 ]

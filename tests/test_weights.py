@@ -72,13 +72,15 @@ def test_weights_are_the_papers(beta: float, length: int, total: float, referenc
     """SimNPO paper: W = 2 pi^beta / (pi^beta + pi_ref^beta), W' = (2 / n) pi^(beta/n) / (1 + pi^(beta/n))."""
     row = inputs([total], [length], [reference])
     npo = 2 / (1 + math.exp(min(beta * (reference - total), 700)))
-    simnpo = 2 / length / (1 + math.exp(-beta / length * total))
+    power = math.exp(beta / length * total)
+    simnpo = 2 / length * power / (1 + power)
     assert weights(NPO(beta), row) == pytest.approx([npo], rel=1e-9, abs=1e-300)
-    assert weights(SimNPO(beta), row) == pytest.approx([simnpo], rel=1e-9)
-    assert 0 < simnpo <= 1 / length
+    assert weights(SimNPO(beta), row) == pytest.approx([simnpo], rel=1e-9, abs=1e-300)
+    # The paper's bound is 2 / n; a probability is at most 1, so it is even 1 / n.
+    assert 0 <= simnpo <= 1 / length
     # With no reference NPO at beta / n is SimNPO but for 1 / n.
     free = inputs([total], [length], [0.0])
-    assert weights(NPO(beta / length), free) == pytest.approx([length * simnpo], rel=1e-9)
+    assert weights(NPO(beta / length), free) == pytest.approx([length * simnpo], rel=1e-9, abs=1e-300)
 
 
 @pytest.mark.parametrize("objective", [NPO(beta=0.3), SimNPO(beta=1.0, gamma=0.2)])

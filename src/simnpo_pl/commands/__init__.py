@@ -18,11 +18,14 @@ COMMANDS = {
     "relearn": "relearning attack on finished runs: fine-tune the unlearned model on part of what it forgot",
     "doctor": "show versions, devices, whether the hub answers, and what configs need",
     "lm-eval": "accuracy of finished runs on lm-evaluation-harness's tasks, such as wmdp_bio and mmlu",
+    "bias": "run the paper's analysis of reference-model bias: runs, tables, figures",
+    "perturb": "average a model's weights with random ones, for a perturbed reference",
     "report": "write a page, Markdown or LaTeX rows over finished runs",
     "scalability": "MUSE: forget sets of growing size, a run for each",
     "sustainability": "MUSE: forget sets one after the other, each on the model before",
     "sweep": "a table of the paper: methods x splits x seeds, shared among workers",
     "task-vector": "unlearn without training: take off what fine-tuning on the forget rows adds to the weights",
+    "weights": "gradient weights over finished runs, against answer length and difficulty: tables, figures",
 }
 """Name of a command to what it does, in one line; its module has the name with underscores."""
 

@@ -1,0 +1,298 @@
+"""The analysis of reference-model bias: numbers by hand, a study's runs on the tiny model."""
+
+import json
+import math
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from simnpo_pl import fit_once
+from simnpo_pl.__main__ import main
+from simnpo_pl.analysis import weights as analysis
+from simnpo_pl.analysis.halves import by_length, by_order, qualities
+from simnpo_pl.analysis.study import read_study
+from simnpo_pl.errors import UserError
+from simnpo_pl.models import load_causal_lm
+from simnpo_pl.report.runs import Run
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_of(folder: Path, weights: list[dict[str, Any]], **rows: list[dict[str, Any]]) -> Run:
+    """A run folder with these rows."""
+    files = {"weights": weights, **rows}
+    for name, lines in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Run("run", folder, {})
+
+
+def weight_row(index: int, length: int, weight: float, logp: float = -1.0, epoch: int = 1, step: int = 1):
+    return {
+        **{"index": index, "epoch": epoch, "step": step, "weight": weight, "length": length, "logp": logp},
+        "probability": math.exp(logp / length),
+    }
+
+
+# -- numbers -------------------------------------------------------------------------------------------------
+
+
+def test_pearson():
+    """x 0, 1, 2 and y 0, 1, 0 about their means: covariance 0. x 1, 2, 3 and y 1, 3, 2: 1 / sqrt(2 * 2)."""
+    assert analysis.pearson([0, 1, 2], [0, 1, 0]).r == pytest.approx(0, abs=1e-12)
+    found = analysis.pearson([1, 2, 3], [1, 3, 2])
+    assert found.r == pytest.approx(0.5)
+    assert found.n == 3
+    assert math.isnan(analysis.pearson([7, 7, 7], [1, 2, 3]).r)
+    assert math.isnan(analysis.pearson([1, 2], [1, 2]).r)
+
+
+def test_summary_of_an_epoch(tmp_path: Path):
+    """Weights 1, 3, 2 at lengths 1, 2, 3; the epoch after has none of the rows asked for."""
+    rows = [weight_row(i, n, w) for i, (n, w) in enumerate([(1, 1.0), (2, 3.0), (3, 2.0)])]
+    run = run_of(tmp_path, [*rows, weight_row(0, 1, 0.5, epoch=2)])
+    (found,) = analysis.summaries(run, [1, 7])
+    assert (found.epoch, found.mean, found.low, found.high) == (1, 2.0, 1.0, 3.0)
+    assert found.with_length.r == pytest.approx(0.5)
+    assert found.with_difficulty is None
+    assert [s.epoch for s in analysis.summaries(run, [9])] == [2]
+
+
+def test_no_weights(tmp_path: Path):
+    with pytest.raises(UserError, match="holds no gradient weights; give a run of fit whose objective reads whole"):
+        analysis.weights_by_epoch(run_of(tmp_path, []))
+
+
+def start_row(index: int, nll: float | None, split: str = "forget") -> dict[str, Any]:
+    return {"split": split, "index": index, "answer_nll": nll}
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        ([start_row(0, 0.5), start_row(1, 0.75), start_row(0, 9.0, "retain")], {0: 0.5, 1: 0.75}),
+        ([start_row(0, 0.9), start_row(1, 0.75)], None),  # step 1 saw 0.5: another model or other rows
+        ([start_row(0, 0.5)], None),
+        ([start_row(0, 0.5), start_row(1, None)], None),
+        ([], None),
+    ],
+)
+def test_difficulty_is_the_start_models_loss(
+    start: list[dict[str, Any]], expected: dict[int, float] | None, tmp_path: Path
+):
+    """Row 0 is in the first step, with loss 1 / 2; row 1 in the second, where the policy has moved already."""
+    run = run_of(tmp_path, [weight_row(0, 2, 1.0), weight_row(1, 2, 1.0, logp=-3.0, step=2)], start_rows=start)
+    assert analysis.difficulty(run) == expected
+
+
+def test_halves_by_length(tmp_path: Path):
+    """Lengths 5, 3, 5, 9, 4: two shortest are rows 1 and 4; of five rows the longer half has three."""
+    run = run_of(tmp_path, [weight_row(i, n, 1.0) for i, n in enumerate([5, 3, 5, 9, 4])])
+    assert by_length(run) == {"shortest": [1, 4], "longest": [0, 2, 3]}
+    assert by_order(5) == {"strong": [0, 1], "weak": [2, 3, 4]}
+
+
+def evaluated(ratios: list[float | None], nll: float = 0.0) -> list[dict[str, Any]]:
+    return [{"split": "forget", "index": i, "truth_ratio": r, "answer_nll": nll} for i, r in enumerate(ratios)]
+
+
+def test_quality_of_halves():
+    """Two rows against two: where one sample lies above the other p is 2 / C(4, 2) = 1/3, where they agree 1.
+
+    A loss of log 2 is a probability of 1/2.
+    """
+    ours, retrained = evaluated([1.0, 2.0, 5.0, 6.0], math.log(2)), evaluated([3.0, 4.0, 5.0, 6.0])
+    first, second = qualities(ours, retrained, by_order(4))
+    assert (first.name, first.unlearned, first.retrained) == ("strong", [1.0, 2.0], [3.0, 4.0])
+    assert (first.quality.p_value, first.quality.ks_statistic) == (pytest.approx(1 / 3), 1.0)
+    assert (second.quality.p_value, second.quality.n) == (1.0, 2)
+    assert second.probability == pytest.approx(0.5)
+
+
+def test_halves_need_truth_ratios():
+    with pytest.raises(UserError, match="the retrained model has no truth ratio of forget row 1; evaluate the rows"):
+        qualities(evaluated([1.0, 2.0]), evaluated([1.0, None]), by_order(2))
+
+
+# -- perturbed references --------------------------------------------------------------------------------------
+
+
+def parameters(folder: Path) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in load_causal_lm(str(folder)).parameters()])
+
+
+def test_perturb_averages_with_a_random_model(model_folder: Path, other_folder: Path, tmp_path: Path):
+    """Share 1 does not depend on the model's weights, and share 1/4 is three parts of the model to one of it."""
+
+    def perturbed(model: Path, *options: str) -> torch.Tensor:
+        out = tmp_path / f"{model.name}{'-'.join(options)}"
+        main(["perturb", str(model), "--out", str(out), *options, "--debug"])
+        return parameters(out)
+
+    random = perturbed(model_folder, "--share", "1")
+    assert torch.equal(random, perturbed(other_folder, "--share", "1"))
+    assert not torch.equal(random, perturbed(model_folder, "--share", "1", "--seed", "5"))
+    own = parameters(model_folder)
+    torch.testing.assert_close(perturbed(model_folder, "--share", "0.25"), 0.75 * own + 0.25 * random)
+    assert torch.equal(perturbed(model_folder, "--share", "0"), own)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--share", "1.5", "--out", "new"], "--share must be from 0 to 1, got 1.5"),
+        (["--out", "."], "--out . is there already; give another folder, it is not written over"),
+    ],
+)
+def test_perturb_refuses(options: list[str], message: str, model_folder: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["perturb", str(model_folder), *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# -- studies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "analysis").glob("bias_*.yaml")), ids=lambda f: f.stem)
+def test_shipped_studies(file: Path, monkeypatch: pytest.MonkeyPatch):
+    """They parse, and so do the options of every run they make."""
+
+    study = read_study(file)
+    assert {"SimNPO", "NPO"} <= set(study.methods)
+    monkeypatch.chdir(ROOT)
+    parts = [study.memorization.fit] if study.memorization else []
+    for own in [*study.methods.values(), *parts]:
+        os.environ.pop("SIMNPO_PL_RUN_DIR", None)
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *shlex.split(study.fit), *shlex.split(own), "--print_config"])
+        assert stop.value.code == 0
+
+
+STUDY = "fit: --model.lr 1\nmethods: {A: ''}\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (STUDY + "ablation: {method: B, beta: [1], gamma: [0]}", "B is no method of the study; it has A"),
+        (STUDY + "ablation: {method: A, beta: [], gamma: [0]}", "an ablation needs values of beta and of gamma"),
+        (STUDY + "ablation: {method: A, beta: [x], gamma: [0]}", "study.yaml is no study .*beta"),
+        (STUDY + "betas: [1]", "study.yaml is no study .*betas"),
+        ("fit: ''\nmethods: {}", "a study needs methods, and epochs to show"),
+        ("methods: [A]", "study.yaml is no study"),
+        ("[1, 2]", "study.yaml is no study"),
+        ("a: [", "study.yaml is no study"),
+    ],
+)
+def test_bad_studies(content: str, message: str, tmp_path: Path):
+    (tmp_path / "study.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_study(tmp_path / "study.yaml")
+    with pytest.raises(UserError, match=r"cannot read the study .*none.yaml .*: name one of configs/analysis"):
+        read_study(tmp_path / "none.yaml")
+
+
+@pytest.fixture
+def runs_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs are made in this process, since starting one takes longer than they do; names of those made."""
+    made: list[str] = []
+
+    def start(command: list[str], log: Path) -> int:
+        made.append(Path(command[command.index("--run_dir") + 1]).name)
+        os.environ.pop("SIMNPO_PL_RUN_DIR", None)
+        main([*command[3:], "--debug"])
+        return 0
+
+    monkeypatch.setattr(fit_once, "start", start)
+    return made
+
+
+@pytest.fixture
+def study_file(run_options: list[str], other_folder: Path, tmp_path: Path) -> Path:
+    """A study on the tiny model: one epoch, short answers."""
+    quick = ["--trainer.max_epochs", "1", "--eval.max_new_tokens", "2", "--eval.retrained", str(other_folder)]
+    study = {
+        "fit": shlex.join([*run_options, *quick]),
+        "methods": {"NPO": "--model.objective NPO", "SimNPO": "--model.objective SimNPO"},
+        "perturbation": {"method": "NPO", "share": 0.25},
+        "memorization": {
+            "fit": "--model.objective FineTune --model.retain_loss null --data.train_split forget10[:5]+retain90 "
+            "--eval.start false --eval.final false --eval.retrained null --trainer.check_val_every_n_epoch 9"
+        },
+        "ablation": {"method": "SimNPO", "beta": [1.0, 2.0], "gamma": [0.0]},
+    }
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(study))
+    return file
+
+
+def test_weights_and_perturbation(
+    runs_made: list[str], study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Tables and figures of a study; a second call makes no run again; other settings in one folder are refused."""
+    out = tmp_path / "out"
+    call = ["bias", str(study_file), "--out", str(out), "--parts", "weights", "perturbation"]
+    main([*call, "--debug"])
+    assert runs_made == ["NPO", "SimNPO", "NPO-perturbed"]
+    text = (out / "bias.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "| NPO | 1 | 10 | " in text
+    assert "| NPO-perturbed | 10 | " in text
+    figures = {file.name for file in (out / "figures").iterdir()}
+    assert figures == {f"tiny_{name}.png" for name in ("length", "epochs", "knowledge", "halves")}
+    record = json.loads((out / "NPO-perturbed" / "results.json").read_text())
+    assert record["settings"]["model"]["reference"] == str(out / "reference-share0.25-seed1")
+    # The policy is the start model and not the reference, so the very first weights are not 1.
+    first = [json.loads(line) for line in (out / "NPO-perturbed" / "weights.jsonl").read_text().splitlines()]
+    assert all(abs(row["weight"] - 1) > 1e-3 for row in first if row["step"] == 1)
+    main([*call, "--debug"])
+    assert len(runs_made) == 3
+    with pytest.raises(UserError, match="out/NPO holds a run that was begun with other options"):
+        main([*call, "--debug", "--model.lr", "1e-3"])
+
+
+@pytest.mark.slow
+def test_memorization_and_ablation(
+    runs_made: list[str], study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "out"
+    call = ["bias", str(study_file), "--out", str(out), "--parts", "memorization", "ablation", "--debug"]
+    main(call)
+    assert runs_made == [
+        *("NPO", "SimNPO", "half-start", "half-NPO", "half-SimNPO", "SimNPO-beta1-gamma0", "SimNPO-beta2-gamma0")
+    ]
+    text = (out / "bias.md").read_text()
+    assert "| model | strong half: n | forget quality" in text
+    assert "| start | 5 | " in text
+    assert "| 2 | 0 | " in text
+    # The fine-tuned start model saw the first five forget rows, 40 retain rows, and is unlearned on all ten.
+    seen = json.loads((out / "half-start" / "results.json").read_text())["settings"]["data"]["init_args"]
+    assert seen["train_split"] == "forget10[:5]+retain90"
+    weights = [json.loads(line) for line in (out / "half-NPO" / "weights.jsonl").read_text().splitlines()]
+    assert len(weights) == 10
+    assert {file.name for file in (out / "figures").iterdir()} == {"tiny_memorization.png", "tiny_ablation.png"}
+
+
+@pytest.mark.parametrize("words", [["weights", "run"], ["bias", "study.yaml"]], ids=["weights", "bias"])
+def test_no_figures_without_libraries(words: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("simnpo_pl.analysis.figures.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"figures need matplotlib: pip install 'simnpo_pl\[report\]'"):
+        main([*words, "--out", "x", "--debug"])
+
+
+def test_weights_of_any_runs(study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Without a retrained model there are no halves to tell apart."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    run_of(folder, [weight_row(i, 3 + i, 1.0 - 0.1 * i) for i in range(4)])
+    (folder / "results.json").write_text(json.dumps({"versions": {}}))
+    main(["weights", str(folder), "--out", str(tmp_path / "figures"), "--debug"])
+    assert "| one | 1 | 4 | 0.85 (0.7 to 1) | -1.00 (p " in capsys.readouterr().out
+    assert {f.name for f in (tmp_path / "figures").iterdir()} == {
+        f"weights_{name}.png" for name in ("length", "epochs", "knowledge")
+    }
