@@ -19,7 +19,7 @@ LAYERS = [
     ["module"],
     ["cli"],
     ["finished", "fit_once"],
-    ["robustness", "harness", "forget_series", "sweeps", "analysis"],
+    ["robustness", "harness", "forget_series", "sweeps", "tuning", "analysis"],
     ["commands"],
     ["__main__"],
 ]

@@ -25,6 +25,7 @@ COMMANDS = {
     "sustainability": "MUSE: forget sets one after the other, each on the model before",
     "sweep": "a table of the paper: methods x splits x seeds, shared among workers",
     "task-vector": "unlearn without training: take off what fine-tuning on the forget rows adds to the weights",
+    "tune": "tune methods with Optuna: an equal number of trials for each, chosen by a stated rule",
     "weights": "gradient weights over finished runs, against answer length and difficulty: tables, figures",
 }
 """Name of a command to what it does, in one line; its module has the name with underscores."""

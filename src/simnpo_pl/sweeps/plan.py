@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -12,6 +12,7 @@ from simnpo_pl.errors import UserError
 
 Words = str | list[str]
 """Options as on a command line, in one text or several."""
+T = TypeVar("T")
 COMMANDS = ("fit", "test", "task-vector")
 
 
@@ -78,8 +79,8 @@ class Sweep:
                 for seed in self.seeds:
                     name = f"{split}/{method}/seed-{seed}"
                     values = {"split": split, "seed": str(seed), "run": str(self.path / name)}
-                    words = [*_words(self.fit), *_words(of_split), *own, "--seed_everything", str(seed), *more]
-                    after = tuple(tuple(self._filled(_words(line), values)) for line in self.after)
+                    words = [*words_of(self.fit), *words_of(of_split), *own, "--seed_everything", str(seed), *more]
+                    after = tuple(tuple(self._filled(words_of(line), values)) for line in self.after)
                     planned.append(Planned(name, command, tuple(self._filled(words, values)), after, split, method))
         return planned
 
@@ -110,7 +111,26 @@ class Sweep:
 
 
 def read_sweep(files: Sequence[Path]) -> Sweep:
-    """The sweep in a file; files after it change it: methods, splits and models by name, all else as a whole.
+    """The sweep in a file; files after it change it: methods and models by name, all else as a whole.
+
+    Raises:
+        UserError: A file is missing or holds something else.
+    """
+    sweep = read_plan(files, Sweep, ("methods", "models"), "configs/sweep/table1.yaml")
+    for part in ("methods", "splits", "seeds"):
+        if not getattr(sweep, part):
+            raise UserError(f"the sweep has no {part}: name at least one")
+    return sweep
+
+
+def read_plan(files: Sequence[Path], kind: type[T], by_name: Sequence[str], example: str) -> T:
+    """What several YAML files say together, as a dataclass.
+
+    Args:
+        files: The first, and those that change it.
+        kind: The dataclass.
+        by_name: Mappings whose entries a later file changes one by one, or takes out by null; all else it replaces.
+        example: A file that is right.
 
     Raises:
         UserError: A file is missing or holds something else.
@@ -122,34 +142,33 @@ def read_sweep(files: Sequence[Path]) -> Sweep:
         try:
             read = yaml.safe_load(file.expanduser().read_text())
         except OSError as error:
-            raise UserError(f"cannot read the sweep {file} ({error.strerror}): name one of configs/sweep") from error
+            raise UserError(f"cannot read {file} ({error.strerror}): give a file such as {example}") from error
         except yaml.YAMLError as error:
             raise UserError(f"{file} is no YAML ({' '.join(str(error).split())[:200]})") from error
         if not isinstance(read, dict):
-            raise UserError(f"{file} is no sweep; configs/sweep/table1.yaml shows one")
+            raise UserError(f"{file} has nothing of this kind; {example} shows what is expected")
         for key, value in read.items():
-            merged = key in ("methods", "models") and isinstance(value, dict) and isinstance(content.get(key), dict)
+            merged = key in by_name and isinstance(value, dict) and isinstance(content.get(key), dict)
             content[key] = {**content[key], **value} if merged else value
-    for key in ("methods", "models"):
-        # A later file takes a row out by giving it null.
+    for key in by_name:
         if isinstance(content.get(key), dict):
-            content[key] = {name: words for name, words in content[key].items() if words is not None}
+            content[key] = {name: entry for name, entry in content[key].items() if entry is not None}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Sweep, "sweep", instantiate=True)
+    parser.add_class_arguments(kind, "plan", instantiate=True)
     try:
-        sweep = parser.instantiate(parser.parse_object({"sweep": content})).sweep
+        return parser.instantiate(parser.parse_object({"plan": content})).plan
+    except UserError:
+        raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{files[-1]} is no sweep ({reason}); configs/sweep/table1.yaml shows one") from error
-    for part in ("methods", "splits", "seeds"):
-        if not getattr(sweep, part):
-            raise UserError(f"the sweep has no {part}: name at least one")
-    return sweep
+        # What a class says of its own settings is the cause of what the parser says.
+        own = error.__cause__ if isinstance(error.__cause__, UserError) else error
+        reason = " ".join(str(own).split())[:300]
+        raise UserError(f"{files[-1]}: {reason}; {example} shows what is expected") from error
 
 
 def _command(words: Words) -> tuple[str, list[str]]:
     """Command and options; without a command they are those of `fit`."""
-    split = _words(words)
+    split = words_of(words)
     if split and not split[0].startswith("-"):
         if split[0] not in COMMANDS:
             raise UserError(f"options {' '.join(split)[:80]!r}: begin with an option, or with {', '.join(COMMANDS)}")
@@ -157,5 +176,6 @@ def _command(words: Words) -> tuple[str, list[str]]:
     return "fit", split
 
 
-def _words(text: Words) -> list[str]:
+def words_of(text: Words) -> list[str]:
+    """The words of options, as a shell splits them."""
     return [word for line in ([text] if isinstance(text, str) else text) for word in shlex.split(line)]

@@ -1,0 +1,266 @@
+"""Tuning: the rule, the equal budget, workers that share a study, and what becomes of interrupted trials."""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from simnpo_pl import fit_once
+from simnpo_pl.__main__ import main
+from simnpo_pl.errors import UserError
+from simnpo_pl.tuning.plan import Condition, NotANumber, Tuning, measured, read_tuning
+from simnpo_pl.tuning.study import Search
+from simnpo_pl.tuning.table import data, table
+
+ROOT = Path(__file__).parents[1]
+FILES = [[f] for f in sorted((ROOT / "configs" / "tune").glob("tofu*.yaml"))]
+FILES += [[*files, ROOT / "configs" / "tune" / "tiny.yaml"] for files in FILES]
+PLAN: dict[str, Any] = {
+    "title": "A tuning",
+    "folder": "somewhere",
+    "trials": 4,
+    "maximise": "forget_quality",
+    "subject_to": ["model_utility >= 0.5 x start", "forget/rouge <= 0.75"],
+    "methods": {
+        "A": {"options": "--model.objective SimNPO", "space": {"beta": {"low": 1.0, "high": 3.0}}},
+        "B": {"options": "", "space": {"steps": {"low": 1, "high": 9}, "kind": {"choices": ["x", "y"]}}},
+    },
+}
+
+
+def write(into: Path, **changed: Any) -> Path:
+    file = into / "tune.yaml"
+    file.write_text(yaml.safe_dump({**PLAN, **changed}, sort_keys=False))
+    return file
+
+
+@pytest.fixture
+def tuning(tmp_path: Path) -> Tuning:
+    return read_tuning([write(tmp_path, folder=str(tmp_path / "runs"))])
+
+
+def value_of(command: Sequence[str], option: str, default: str) -> str:
+    return command[command.index(option) + 1] if option in command else default
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Sequence[str]]]:
+    """Stands in for `fit`: forget quality 1 / (1 + (beta - 2)^2), utility that falls with beta."""
+
+    def install(code: int = 0, quality: Callable[[float], float | None] | None = None) -> list[Sequence[str]]:
+        calls: list[Sequence[str]] = []
+
+        def start(command: Sequence[str], log: Path | None = None) -> int:
+            calls.append(command[4:])
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text("error: out of luck\n")
+            beta = float(value_of(command, "--beta", "1"))
+            found = 1 / (1 + (beta - 2) ** 2) if quality is None else quality(beta)
+            metrics = {"forget_quality": found, "model_utility": 1.4 - 0.3 * beta, "forget/rouge": 0.5}
+            folder = Path(value_of(command, "--run_dir", ""))
+            threading.Event().wait(0.01)
+            (folder / "model").mkdir(parents=True, exist_ok=True)
+            (folder / "last.ckpt").write_text("")
+            record = {
+                "finished": code == 0,
+                "final": {"metrics": metrics},
+                "start": {"metrics": {"model_utility": 1.2}},
+            }
+            (folder / "results.json").write_text(json.dumps({**record, "seconds": {"total": 3.0}}))
+            return code
+
+        monkeypatch.setattr(fit_once, "start", start)
+        return calls
+
+    return install
+
+
+# -- the rule --------------------------------------------------------------------------------------------
+
+
+def test_conditions_by_hand(tuning: Tuning):
+    """0.5 x 1.2 = 0.6 is the least utility: 0.1 short of it is a violation of 0.1, 0.2 above one of -0.2."""
+    at_least, at_most = tuning.conditions
+    assert at_least == Condition("model_utility", ">=", 0.5, "start")
+    assert at_most == Condition("forget/rouge", "<=", 0.75, "")
+
+    def record(utility: float, rouge: float) -> dict[str, Any]:
+        final = {"metrics": {"model_utility": utility, "forget/rouge": rouge}}
+        return {"final": final, "start": {"metrics": {"model_utility": 1.2}}}
+
+    assert at_least.violation(record(0.5, 0)) == pytest.approx(0.1)
+    assert at_least.violation(record(0.8, 0)) == pytest.approx(-0.2)
+    assert at_most.violation(record(0, 1.0)) == pytest.approx(0.25)
+    assert tuning.rule == (
+        "the largest forget_quality of the exported model among trials with model_utility >= 0.5 x start and "
+        "forget/rouge <= 0.75"
+    )
+
+
+def test_measured():
+    record = {"final": {"metrics": {"a": None, "b": 2}}, "unavailable": {"c": "no retrained model"}}
+    assert measured(record, "final", "b") == 2
+    with pytest.raises(NotANumber, match="a of the final model is no number"):
+        measured(record, "final", "a")
+    with pytest.raises(UserError, match="the rule needs c of the final model, which was not measured: no retrained"):
+        measured(record, "final", "c")
+    with pytest.raises(UserError, match="the rule needs b of the start model, which was not measured: measured are"):
+        measured(record, "start", "b")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"maximise": "privleak"}, "the rule must not use privleak: membership inference is what"),
+        ({"maximise": "forget/mia_min_k"}, "the rule must not use forget/mia_min_k"),
+        ({"subject_to": ["mia_loss <= 0.6"]}, "the rule must not use mia_loss"),
+        ({"subject_to": ["utility > 1"]}, r"subject_to 'utility > 1': expected METRIC >= NUMBER"),
+        ({"subject_to": ["utility >= much"]}, r"subject_to 'utility >= much': expected METRIC >= NUMBER"),
+        ({"trials": 0}, "trials must be at least 1, got 0"),
+        ({"methods": {"A": {"options": "", "space": {}}}}, "A has no search space: name an option to tune"),
+        ({"methods": {"A": {"options": "", "space": {"b": {"low": 2, "high": 1}}}}}, "needs low below high"),
+        ({"methods": {"A": {"options": "", "space": {"b": {"low": 0, "high": 1, "log": True}}}}}, "must be above 0"),
+        ({"methods": {"A": {"options": "", "space": {"b": {"low": 0, "choices": [1]}}}}}, "low and high, or choices"),
+        ({"trails": 3}, "trails"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path: Path, changed: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["tune", str(write(tmp_path, **changed)), "--folder", str(tmp_path / "runs")])
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists()
+
+
+# -- the search ------------------------------------------------------------------------------------------
+
+
+def test_every_method_has_the_same_budget(
+    program: Callable[..., list[Sequence[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Four trials each, in their ranges; chosen is what the rule says of those that were made."""
+    calls = program()
+    file, folder, out = write(tmp_path), tmp_path / "runs", tmp_path / "results" / "tune.md"
+    main(["tune", str(file), "--folder", str(folder), "-o", str(out), "--model.lr", "1e-3", "--debug"])
+    assert len(calls) == 8
+    assert all(call[call.index("--model.lr") :][:2] == ["--model.lr", "1e-3"] for call in calls)
+    found = json.loads((folder / "trials.json").read_text())
+    assert found["rule"].startswith("the largest forget_quality")
+    for name in ("A", "B"):
+        assert len(found["methods"][name]["trials"]) == 4
+    betas = [trial["options"]["beta"] for trial in found["methods"]["A"]["trials"]]
+    assert len(set(betas)) == 4
+    assert all(1 <= beta <= 3 for beta in betas)
+    # Utility 1.4 - 0.3 beta is at least 0.6 up to beta 8/3.
+    able = [i for i, beta in enumerate(betas) if beta <= 8 / 3]
+    assert [trial["meets"] for trial in found["methods"]["A"]["trials"]] == [beta <= 8 / 3 for beta in betas]
+    assert found["methods"]["A"]["chosen"] == min(able, key=lambda i: abs(betas[i] - 2))
+    for trial in found["methods"]["B"]["trials"]:
+        assert isinstance(trial["options"]["steps"], int)
+        assert trial["options"]["kind"] in ("x", "y")
+    shown = out.read_text()
+    assert "* Budget: 4 trials of every method; failed ones count. Seed 0." in shown
+    assert "* Search space of B: `steps` 1 to 9; `kind` one of x, y." in shown
+    assert shown.count("**chosen**") == 2
+    assert shown in capsys.readouterr().out
+    models = [f.parent.name for f in (folder / "A").glob("*/model")]
+    assert models == [f"trial-{found['methods']['A']['chosen']:03d}"]
+    assert [f.parent.name for f in (folder / "A").glob("*/last.ckpt")] == models
+    main(["tune", str(file), "--folder", str(folder), "--model.lr", "1e-3", "--debug"])
+    assert len(calls) == 8
+
+
+def test_workers_share_the_budget(program: Callable[..., list[Sequence[str]]], tuning: Tuning):
+    """Three at once: no trial twice, none beyond the budget, no value twice."""
+    calls = program()
+    searches = [Search(tuning, "A") for _ in range(3)]
+    workers = [threading.Thread(target=search.work) for search in searches]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(Path(value_of(call, "--run_dir", "")).name for call in calls) == [f"trial-{i:03d}" for i in range(4)]
+    assert len({value_of(call, "--beta", "") for call in calls}) == 4
+    assert len(searches[0].study.get_trials()) == 4
+    assert all(trial.state.is_finished() for trial in searches[0].trials)
+
+
+def test_an_interrupted_trial_goes_on(program: Callable[..., list[Sequence[str]]], tuning: Tuning):
+    """It keeps its number and its values; the budget stays what it is."""
+    first = program(code=143)
+    with pytest.raises(SystemExit):
+        Search(tuning, "A").work()
+    assert "| 0 | not finished |" in table(tuning, [Search(tuning, "A")])
+    second = program()
+    search = Search(tuning, "A")
+    search.work()
+    assert second[0] == first[0]
+    assert len(second) == 4
+    assert len(search.study.get_trials()) == 4
+
+
+def test_failed_trials_count(program: Callable[..., list[Sequence[str]]], tuning: Tuning):
+    calls = program(code=1)
+    search = Search(tuning, "A")
+    search.work()
+    assert len(calls) == 4
+    assert search.best() is None
+    shown = data(tuning, [search])["methods"]["A"]
+    assert {trial["state"] for trial in shown["trials"]} == {"fail"}
+    assert "out of luck" in shown["trials"][0]["error"]
+    assert "| A | 4 | none meets the conditions |" in table(tuning, [search])
+
+
+def test_a_broken_model_is_a_failed_trial(program: Callable[..., list[Sequence[str]]], tuning: Tuning):
+    program(quality=lambda beta: None if beta < 2 else 0.5)
+    search = Search(tuning, "A")
+    search.work()
+    for trial in search.trials:
+        assert search.note(trial)["error"] == (
+            "forget_quality of the final model is no number" if trial.params["beta"] < 2 else ""
+        )
+
+
+def test_another_rule_needs_another_folder(program: Callable[..., list[Sequence[str]]], tmp_path: Path, tuning: Tuning):
+    program()
+    Search(tuning, "A").work()
+    other = read_tuning([write(tmp_path, folder=tuning.folder, subject_to=[])])
+    with pytest.raises(UserError, match="holds trials of A with another rule or search space"):
+        Search(other, "A")
+
+
+def test_storage_by_url(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
+    calls = program()
+    tuning = read_tuning([write(tmp_path, folder=str(tmp_path / "runs"), storage="sqlite:///{folder}/tune.db")])
+    Search(tuning, "A").work()
+    Search(tuning, "A").work()
+    assert len(calls) == 4
+    assert (tmp_path / "runs" / "tune.db").is_file()
+
+
+def test_unknown_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["tune", str(write(tmp_path)), "--methods", "C"])
+    assert "--methods C: no such method; the tuning has A, B" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("files", FILES, ids=lambda f: "+".join(file.stem for file in f))
+def test_shipped_files(files: list[Path], capsys: pytest.CaptureFixture[str]):
+    """The first value of every range gives a command that `fit` understands."""
+    tuning = read_tuning(files)
+    for name, method in tuning.methods.items():
+        values = {
+            option: choice.choices[0] if choice.choices else choice.low for option, choice in method.space.items()
+        }
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *tuning.options(name, values, []), "--print_config"])
+        assert stop.value.code == 0
+        got = yaml.safe_load(capsys.readouterr().out)
+        assert got["model"]["objective"]["class_path"].endswith(name)
+        assert got["model"]["objective"]["init_args"]["beta"] == values["model.objective.beta"]
