@@ -12,7 +12,9 @@ import torch
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.metrics import functional as F
-from simnpo_pl.metrics.logs import match_rows, open_unlearning_log, read_retain_log
+from simnpo_pl.metrics.export import open_unlearning_log
+from simnpo_pl.metrics.logs import match_rows, read_retain_log
+from simnpo_pl.metrics.membership import ATTACKS
 
 SHARED = os.environ.get("SIMNPO_PL_SHARED")
 needs_goldens = pytest.mark.skipif(not SHARED, reason="SIMNPO_PL_SHARED names no folder with golden values")
@@ -253,11 +255,25 @@ def test_golden_export():
             if split == "forget":
                 for name in ("exact_memorization", "extraction_strength"):
                     row[name] = metrics[name]["value_by_index"][i]["score"]
+            for name in ATTACKS if split == "forget" else ():
+                row[name] = metrics[name]["forget"]["value_by_index"][int(i)]
             rows.append(row)
-    log = open_unlearning_log(rows, {name: metrics[name]["agg_value"] for name in ("forget_quality", "model_utility")})
-    expected = {k for k in metrics if not k.startswith("mia_") and k != "privleak"}
-    assert set(log) == expected
-    for name in expected:
+    for i in range(400):
+        scores = {name: metrics[name]["holdout"]["value_by_index"][i] for name in ATTACKS}
+        rows.append({"split": "holdout", "index": i, **scores})
+    log = open_unlearning_log(
+        rows, {k: metrics[k]["agg_value"] for k in ("forget_quality", "model_utility", *ATTACKS, "privleak")}
+    )
+    assert set(log) == set(metrics)
+    for name in ATTACKS:
+        assert log[name].keys() == metrics[name].keys()
+        assert log[name]["auc"] == metrics[name]["auc"]
+        for split in ("forget", "holdout"):
+            held, stored = log[name][split], metrics[name][split]
+            # The public code averages some of these in float32.
+            assert held["agg_value"] == pytest.approx(stored["agg_value"], rel=1e-6)
+            assert [held["value_by_index"][str(i)]["score"] for i in range(400)] == stored["value_by_index"]
+    for name in metrics:
         assert log[name]["agg_value"] == pytest.approx(metrics[name]["agg_value"], rel=2e-6), name
         for i, entry in metrics[name].get("value_by_index", {}).items():
             for key, value in entry.items():

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from simnpo_pl.__main__ import main
+from simnpo_pl.metrics import functional as F
+from simnpo_pl.metrics.membership import ATTACKS, privleak
 
 SPLITS = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
-ROWS = {"forget": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
+ROWS = {"forget": 400, "retain": 400, "real_authors": 100, "world_facts": 117, "holdout": 400}
 
 
 @pytest.fixture(scope="module", params=["retain", "target", "policy"])
@@ -28,10 +31,12 @@ def evaluation(
     options += ["--model.name", str(fixture / request.param), "--data.path", str(shared / "tofu")]
     options += ["--data.template", "Question: {question}\nAnswer:\n{answer}", "--eval.max_new_tokens", "64"]
     options += ["--eval.generate_rows", "100", "--trainer.enable_progress_bar", "false"]
+    options += ["--data.holdout", str(shared / "goldens" / "data" / "holdout10.json")]
+    options += ["--eval.mia_reference", str(fixture / "retain"), "--eval.cache_dir", str(folder.parent / "cache")]
     log = "null" if request.param == "retain" else str(fixture / "metrics_retain.json")
     os.environ.pop("SIMNPO_PL_RUN_DIR", None)
     main(["test", *options, "--eval.retain_log", log, "--debug"])
-    golden = json.loads((fixture / f"metrics_{request.param}.json").read_text())["metrics"]
+    golden = json.loads((fixture / f"metrics_{request.param}.json").read_text())
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     by_index = {(row["split"], row["index"]): row for row in rows}
     return golden, json.loads((folder / "results.json").read_text()), by_index
@@ -48,6 +53,7 @@ def test_every_row_is_there_once(evaluation):
 @pytest.mark.parametrize("split", SPLITS)
 def test_losses_by_row(evaluation, split: str):
     golden, _, rows = evaluation
+    golden = golden["metrics"]
     prefix = SPLITS[split]
     for i in range(ROWS[split]):
         row = rows[split, i]
@@ -68,7 +74,7 @@ def test_losses_by_row(evaluation, split: str):
 def test_generations_and_rouge_by_row(evaluation, split: str):
     """Texts are equal to the character for the 100 rows that were generated."""
     golden, _, rows = evaluation
-    for i, entry in golden[f"{SPLITS[split]}_Q_A_ROUGE"]["value_by_index"].items():
+    for i, entry in golden["metrics"][f"{SPLITS[split]}_Q_A_ROUGE"]["value_by_index"].items():
         row = rows[split, int(i)]
         assert row["generation"] == entry["generation"]
         assert row["rougeL_recall"] == pytest.approx(entry["rougeL_recall"], abs=1e-6)
@@ -77,6 +83,7 @@ def test_generations_and_rouge_by_row(evaluation, split: str):
 def test_memorization_by_row(evaluation):
     """Public code gives 1/n instead of 0 for extraction strength where not even the last token is right."""
     golden, _, rows = evaluation
+    golden = golden["metrics"]
     differing = 0
     for i in range(400):
         row = rows["forget", i]
@@ -95,7 +102,7 @@ def test_memorization_by_row(evaluation):
 def test_aggregates(evaluation):
     golden, results, _ = evaluation
     ours = results["final"]["metrics"]
-    agg = {name: entry["agg_value"] for name, entry in golden.items() if "agg_value" in entry}
+    agg = golden["agg"]
     expected = {"model_utility": agg["model_utility"], "forget/truth_ratio": agg["forget_truth_ratio"]}
     expected["forget/exact_memorization"] = agg["exact_memorization"]
     for split, prefix in SPLITS.items():
@@ -110,11 +117,45 @@ def test_aggregates(evaluation):
 
 def test_forget_quality(evaluation):
     golden, results, _ = evaluation
-    if golden["forget_quality"]["agg_value"] is None:
+    expected = golden["agg"]["forget_quality"]
+    if expected is None:
         assert "give --eval.retain_log FILE" in results["unavailable"]["forget_quality"]
         assert "forget_quality" not in results["final"]["metrics"]
     else:
-        assert results["final"]["metrics"]["forget_quality"] == pytest.approx(
-            golden["forget_quality"]["agg_value"], rel=1e-4
-        )
+        assert results["final"]["metrics"]["forget_quality"] == pytest.approx(expected, rel=1e-4)
         assert results["counts"]["forget_quality"] == 400
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "mia_gradnorm"])
+def test_membership_by_row(evaluation, name: str):
+    golden, results, rows = evaluation
+    stored = golden["metrics"][name]
+    for split in ("forget", "holdout"):
+        found = [rows[split, i][name] for i in range(400)]
+        assert found == pytest.approx(stored[split]["value_by_index"], abs=2e-5)
+    assert results["final"]["metrics"][name] == pytest.approx(stored["auc"], abs=1e-4)
+    assert (results["counts"][name], results["final"]["metrics"][f"{name}/m"]) == (400, 400)
+
+
+def test_privleak(evaluation):
+    """The public code takes 0.5 for a model without a retrained one; we say that it was not measured."""
+    golden, results, _ = evaluation
+    found = results["final"]["metrics"]
+    if golden["agg"]["forget_quality"] is None:
+        assert "give --eval.retain_log FILE" in results["unavailable"]["privleak"]
+        assert privleak(found["mia_min_k"], 0.5) == pytest.approx(golden["agg"]["privleak"], abs=0.02)
+    else:
+        assert found["privleak"] == pytest.approx(golden["agg"]["privleak"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("convention", "name"), [("prob_mean", "prob_mean"), ("arithmetic", "locuslab_utils_arith")])
+def test_model_utility_by_other_truth_ratios(evaluation, convention: str, name: str):
+    golden, results, rows = evaluation
+    parts = {}
+    for split in ("retain", "real_authors", "world_facts"):
+        own = [rows[split, i] for i in range(ROWS[split])]
+        right = torch.tensor([row["paraphrase_nll" if split == "retain" else "answer_nll"] for row in own])
+        ratio = F.truth_ratio(right, torch.tensor([row["perturbed_nll"] for row in own]), convention)
+        parts[split] = ratio.mean().item() if convention == "prob_mean" else F.utility_truth_ratio(ratio)
+        parts |= {f"{split} {m}": results["final"]["metrics"][f"{split}/{m}"] for m in ("probability", "rouge")}
+    assert F.model_utility(parts) == pytest.approx(golden["model_utility_variants"][name], abs=1e-5)

@@ -235,10 +235,10 @@ def test_one_question_may_have_two_answers() -> None:
 
 
 def test_overlap_of_forget_and_retain_is_refused() -> None:
-    check_disjoint(rows(3), rows(3, start=3))
+    check_disjoint(rows(3), rows(3, start=3), "retain")
     message = "2 of 4 forget rows are also retain rows; the first is forget row 2 = retain row 1, counted from 0"
     with pytest.raises(UserError, match=message):
-        check_disjoint(rows(4), [{"question": "q9", "answer": "a"}, *rows(2, start=2), *rows(1, start=2)])
+        check_disjoint(rows(4), [{"question": "q9", "answer": "a"}, *rows(2, start=2), *rows(1, start=2)], "retain")
 
 
 @pytest.mark.skipif(SHARED is None, reason="SIMNPO_PL_SHARED is not set")
@@ -250,7 +250,7 @@ def test_the_real_tofu_splits_pass_every_check(forget: str, retain: str) -> None
     assert len(forget_rows) + len(retain_rows) == 4000
     check_training_rows(forget_rows, "forget")
     check_training_rows(retain_rows, "retain")
-    check_disjoint(forget_rows, retain_rows)
+    check_disjoint(forget_rows, retain_rows, "retain")
     refusals = load_lines(f"{folder}/idontknow.jsonl")
     assert len(refusals) == 100
 

@@ -29,6 +29,7 @@ from simnpo_pl.checkpoints import AtomicCheckpointIO
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.cache import evaluate_once
 from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.evaluation.losses import AnswerLosses
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.tags import tag
 from simnpo_pl.files import recover
@@ -208,9 +209,10 @@ class UnlearningCLI(LightningCLI):
         """See that no answers are written over; they are compared with nothing."""
         if (self.run_folder.folder / PREDICTIONS).exists():
             raise UserError(f"--run_dir {self.run_folder.folder} holds {PREDICTIONS}; give another folder")
-        if self.datamodule.eval.generate_rows == 0:
+        options = self.datamodule.eval
+        if options.generate_rows == 0:
             raise UserError("predict writes generated answers: leave --eval.generate_rows above 0, or null for all")
-        self.datamodule.eval.retain_log = self.datamodule.eval.retrained = None
+        options.retain_log = options.retrained = options.mia_reference = None
         self._open()
 
     def after_predict(self) -> None:
@@ -236,6 +238,17 @@ class UnlearningCLI(LightningCLI):
             # Whatever is wrong with the training rows shows before the first evaluation.
             self.datamodule.parts = self.model.parts
             self.datamodule.setup("fit")
+        name = self.datamodule.eval.mia_reference
+        if name is not None:
+            self.datamodule.setup("validate")
+            sets = [part for part in self.datamodule.evaluation().sets if part.scores]
+            if not sets:
+                raise UserError(
+                    "--eval.mia_reference: no attack is made here; measure forget and holdout rows, or leave it out"
+                )
+            answers = AnswerLosses(sets, self.datamodule.eval, self.datamodule.eos_id, self.datamodule.pad_id)
+            result = self._evaluate_once("mia_reference", self.model.like(name), answers)
+            self.datamodule.use_reference_losses(answers.losses(result))
         name = self.datamodule.eval.retrained
         if name is not None:
             model = self.model.like(name)
@@ -246,10 +259,16 @@ class UnlearningCLI(LightningCLI):
             self.datamodule.setup("validate")
             print(measures(self.datamodule.evaluation()))
 
-    def _evaluate_once(self, role: str, model: PolicyModule) -> EvalResult:
-        """Evaluate a start or retrained model, or take up the result that an earlier run kept."""
+    def _evaluate_once(self, role: str, model: PolicyModule, losses: AnswerLosses | None = None) -> EvalResult:
+        """Evaluate a model that does not change, or take up the result that an earlier run kept.
+
+        Args:
+            role: Which model it is, such as start.
+            model: The model.
+            losses: What is measured of it, where that is less than everything.
+        """
         self.run_folder.role = role
-        result, kept = evaluate_once(self.trainer, model, self.datamodule)
+        result, kept = evaluate_once(self.trainer, model, losses or self.datamodule)
         if kept:
             self.run_folder.take(self.trainer, result)
             if model.logs_metrics and self.trainer.logger is not None:

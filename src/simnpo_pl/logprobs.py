@@ -48,6 +48,9 @@ class TokenScores(NamedTuple):
     """`(S,)` log-prob of the label, nats."""
     correct: Tensor
     """`(S,)` whether the label is the most probable token, bool."""
+    standardised: Tensor
+    """`(S,)` log-prob of the label less the mean log-prob of a token drawn from the model, over its standard deviation;
+    NaN where it was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -124,18 +127,30 @@ class AnswerStates:
         return logits.logsumexp(dim=-1) - (target * logits).sum(dim=-1)
 
     @torch.no_grad()
-    def token_scores(self) -> TokenScores:
-        """Log-prob and correctness of every scored token, without gradient."""
-        logps, correct = [], []
-        for hidden, labels in self._chunks():
+    def token_scores(self, standardise: Tensor | None = None) -> TokenScores:
+        """Log-prob and correctness of every scored token, without gradient.
+
+        Args:
+            standardise: `(B,)` bool, the rows whose log-probs are also standardised over the vocabulary.
+        """
+        logps, correct, standardised = [], [], []
+        chosen = torch.zeros_like(self.labels, dtype=torch.bool) if standardise is None else standardise[self.rows]
+        for (hidden, labels), inside in zip(self._chunks(), chosen.split(self._step), strict=True):
             logits = self.head(hidden).float()
-            logps.append(_pick(logits, labels))
+            picked = _pick(logits, labels)
+            logps.append(picked)
             correct.append(logits.argmax(dim=-1) == labels)
-        return TokenScores(torch.cat(logps), torch.cat(correct))
+            standardised.append(torch.full_like(picked, torch.nan))
+            if inside.any():
+                standardised[-1][inside] = _standardise(picked[inside], logits[inside])
+        return TokenScores(torch.cat(logps), torch.cat(correct), torch.cat(standardised))
+
+    @property
+    def _step(self) -> int:
+        return max(1, LOGITS_BUDGET // self.vocabulary)
 
     def _chunks(self) -> list[tuple[Tensor, Tensor]]:
-        step = max(1, LOGITS_BUDGET // self.vocabulary)
-        return list(zip(self.hidden.split(step), self.labels.split(step), strict=True))
+        return list(zip(self.hidden.split(self._step), self.labels.split(self._step), strict=True))
 
     def _label_logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
         def head_logps(hidden: Tensor, labels: Tensor) -> Tensor:
@@ -155,6 +170,16 @@ def divergence(one: Tensor, other: Tensor) -> Tensor:
     """KL(one || other) of logits `(..., V)`: `(...)`, nats."""
     logps = one.log_softmax(dim=-1)
     return (logps.exp() * (logps - other.log_softmax(dim=-1))).sum(dim=-1)
+
+
+def _standardise(picked: Tensor, logits: Tensor) -> Tensor:
+    """Log-probs `(S,)` against mean and variance of the log-prob under the distributions of logits `(S, V)`."""
+    logps = logits.log_softmax(dim=-1)
+    # A token without probability adds 0 to both moments, not 0 times infinity.
+    probs, finite = logps.exp(), logps.masked_fill(logps == -torch.inf, 0.0)
+    mean = (probs * finite).sum(dim=-1)
+    variance = (probs * (finite - mean.unsqueeze(-1)) ** 2).sum(dim=-1)
+    return (picked - mean) / variance.clamp(min=1e-6).sqrt()
 
 
 def join(parts: list[Rows]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.evaluation.gradients import GRADIENT_NORM, gradient_norms
 from simnpo_pl.evaluation.parts import FinishedParts, identity
 from simnpo_pl.evaluation.plan import plan_digest
 from simnpo_pl.evaluation.tags import tag
@@ -90,7 +91,7 @@ class PolicyModule(pl.LightningModule):
         self.evaluation.reset()
         if self.finished_parts is not None:
             options, plan = self._data.eval, plan_digest(self.evaluation.sets)
-            batches = (options.tokens_per_batch, options.prompts_per_batch, self._end_ids())
+            batches = (options.tokens_per_batch, options.prompts_per_batch, self.evaluation.scoring, self._end_ids())
             run_in = (self.trainer.precision, self.device.type, self.dtype_name, self.attn_implementation)
             kind = type(self.evaluation).__qualname__
             of = identity(self.policy, kind, plan, batches, run_in, version("torch"), version("transformers"))
@@ -98,16 +99,21 @@ class PolicyModule(pl.LightningModule):
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
         assert self.evaluation is not None
-        generates = "prompts" in batch
         outcome: Any = None if self.finished_parts is None else self.finished_parts.found(batch)
         if outcome is None:
-            if generates:
-                outcome = greedy(self.policy, batch["prompts"], batch["max_new_tokens"], self._end_ids())
-            else:
-                outcome = self.evaluation.score(self._scorer()({"rows": batch})["rows"], batch)
+            outcome = self._run(batch)
             if self.finished_parts is not None:
                 self.finished_parts.keep(batch, outcome)
-        (self.evaluation.add_generations if generates else self.evaluation.add_scores)(batch, outcome)
+        (self.evaluation.add_generations if "prompts" in batch else self.evaluation.add_scores)(batch, outcome)
+
+    def _run(self, batch: dict[str, Any]) -> Any:
+        """What the model makes of a batch: generated tokens, or scores by name."""
+        assert self.evaluation is not None
+        if "prompts" in batch:
+            return greedy(self.policy, batch["prompts"], batch["max_new_tokens"], self._end_ids())
+        if "gradients" in batch:
+            return {GRADIENT_NORM: gradient_norms(self.policy, self._scorer(), batch, self.evaluation.scoring.eos_id)}
+        return self.evaluation.score(self._scorer()({"rows": batch})["rows"], batch)
 
     def _end_ids(self) -> list[int]:
         """Tokens that end an answer."""

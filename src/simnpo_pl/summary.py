@@ -40,7 +40,10 @@ def table(record: dict[str, Any]) -> str:
     ]
     for model, metrics in found.items():
         lines.append(f"| {model} | " + " | ".join(number(metrics.get(name)) for name in names) + " |")
-    lines += [f"{name}: not measured, {reason}" for name, reason in record.get("unavailable", {}).items()]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in record.get("unavailable", {}).items():
+        reasons.setdefault(reason, []).append(name)
+    lines += [f"{', '.join(names)}: not measured, {reason}" for reason, names in reasons.items()]
     return "\n".join(lines)
 
 

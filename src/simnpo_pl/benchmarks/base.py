@@ -6,6 +6,8 @@ A benchmark is a subclass that says which rows are trained on and what is measur
 from abc import abstractmethod
 from typing import Any
 
+from torch import Tensor
+
 from simnpo_pl.benchmarks.paired import PairedData
 from simnpo_pl.data.sources import hub_file
 from simnpo_pl.data.text import Texts
@@ -13,6 +15,7 @@ from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenR
 from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
+from simnpo_pl.evaluation.scoring import Scoring
 from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log
 from simnpo_pl.models import context_length, load_tokenizer
 
@@ -57,6 +60,7 @@ class UnlearningData(PairedData):
         self.truncate = truncate
         self.forget_rows = forget_rows
         self.retrained_log: RetainLog | None = None
+        self.reference_losses: dict[str, Tensor] | None = None
 
     # -- what a benchmark says ---------------------------------------------------------------------------
 
@@ -124,7 +128,9 @@ class UnlearningData(PairedData):
 
     def make_evaluation(self) -> Evaluation:
         """The splits and metrics to measure."""
-        return self.build_evaluation(self.encoder)
+        made = self.build_evaluation(self.encoder)
+        made.scoring = Scoring(self.eos_id, self.eval.min_k)
+        return made
 
     def forget_lengths(self) -> list[int]:
         """Scored tokens of each of the rows that `forget_rows` chooses from.
@@ -148,6 +154,17 @@ class UnlearningData(PairedData):
         """Compare with a retrained model's rows, as `EvalResult.rows` holds them."""
         self.retrained_log = parse_rows(source, rows)
         self._evaluation = None
+
+    def use_reference_losses(self, losses: dict[str, Tensor]) -> None:
+        """Compare with a reference model's losses of the answers, by split in row order, nats per token."""
+        self.reference_losses = losses
+        self._evaluation = None
+
+    def compared_with(self) -> str:
+        """All numbers of other models that enter the metrics, as text."""
+        log, reference = self.find_retain_log(), self.reference_losses or {}
+        retrained = "" if log is None else f"{sorted(log.truth_ratio.items())} {log.min_k and log.min_k.auc}"
+        return retrained + "".join(f" {split} {losses.tolist()}" for split, losses in sorted(reference.items()))
 
     def find_retain_log(self) -> RetainLog | None:
         """The retrained model's rows: handed over, or read from `--eval.retain_log`."""

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import DataLoader
 
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.tokenization import TokenRow
@@ -15,7 +15,7 @@ from simnpo_pl.data.training import TrainingLoader, TrainingSet, scoring_parts
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import EvalBatches, generation_batches, scoring_batches
+from simnpo_pl.evaluation.plan import eval_loader, generation_batches, gradient_batches, scoring_batches
 from simnpo_pl.metrics.logs import RetainLog
 
 
@@ -80,6 +80,10 @@ class PairedData(pl.LightningDataModule):
     def find_retain_log(self) -> RetainLog | None:
         """The retrained model's rows that metrics compare with; None where none does."""
         return None
+
+    def compared_with(self) -> str:
+        """All numbers of other models that enter the metrics, as text."""
+        return ""
 
     def export(self, result: EvalResult) -> dict[str, Any]:
         """Further result files of this benchmark: file name to JSON content."""
@@ -173,8 +177,12 @@ class PairedData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Batches to score and to generate, each process its share."""
         sets = self.evaluation().sets
-        scored = scoring_batches(sets, self.eval.tokens_per_batch, self.pad_id)
-        return self._eval_loader(scored, generation_batches(sets, self.eval.prompts_per_batch))
+        return eval_loader(
+            self.trainer,
+            scoring_batches(sets, self.eval.tokens_per_batch, self.pad_id),
+            gradient_batches(sets, self.pad_id),
+            generation_batches(sets, self.eval.prompts_per_batch),
+        )
 
     def test_dataloader(self) -> DataLoader:
         """The same as in validation."""
@@ -182,16 +190,4 @@ class PairedData(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts to generate."""
-        return self._eval_loader(generation_batches(self.evaluation().sets, self.eval.prompts_per_batch))
-
-    def _eval_loader(self, *kinds: list[dict[str, Any]]) -> DataLoader:
-        assert self.trainer is not None
-        if not any(kinds):
-            raise UserError(f"{type(self).__name__}: no answers are generated, see --eval.generate_rows; use test")
-        shares: list[EvalBatches] = []
-        first = 0
-        for batches in kinds:
-            if batches:
-                shares.append(EvalBatches(batches, self.trainer.global_rank, self.trainer.world_size, first))
-                first += len(batches)
-        return DataLoader(ConcatDataset(shares), batch_size=None)
+        return eval_loader(self.trainer, generation_batches(self.evaluation().sets, self.eval.prompts_per_batch))

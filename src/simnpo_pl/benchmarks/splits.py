@@ -11,6 +11,8 @@ from simnpo_pl.metrics.answers import AnswerProbability, ChoiceProbability, Forg
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.logs import RetainLog, match_rows
 
+NO_RETRAINED = "no retrained model to compare with; give --eval.retain_log FILE or --eval.retrained MODEL"
+
 
 def qa_set(
     name: str, split: str, rows: Sequence[dict[str, Any]], encode: PromptTemplate, options: EvalOptions
@@ -98,9 +100,7 @@ def add_forget_quality(forget: EvalSet, log: RetainLog | None, split: str) -> di
     forget.metrics["forget_quality"] = ForgetQuality(len(forget.texts), forget.kinds, retrained)
     if log is not None:
         return {}
-    return {
-        "forget_quality": "no retrained model to compare with; give --eval.retain_log FILE or --eval.retrained MODEL"
-    }
+    return {"forget_quality": NO_RETRAINED}
 
 
 def decode_with(tokenizer: Any) -> Any:

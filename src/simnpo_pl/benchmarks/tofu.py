@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simnpo_pl.benchmarks.base import UnlearningData
+from simnpo_pl.benchmarks.membership import add_attacks, holdout_set, load_holdout
 from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, qa_set
 from simnpo_pl.data.sources import hub_file, load_lines, load_split
 from simnpo_pl.data.tokenization import PromptTemplate
@@ -14,7 +15,8 @@ from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.metrics.answers import ModelUtility
-from simnpo_pl.metrics.logs import RetainLog, open_unlearning_log, read_retain_log
+from simnpo_pl.metrics.export import open_unlearning_log
+from simnpo_pl.metrics.logs import RetainLog, read_retain_log
 
 
 class TofuData(UnlearningData):
@@ -31,6 +33,8 @@ class TofuData(UnlearningData):
         retain_eval_split: Rows of the retain metrics.
         real_authors_split: Rows of the real-authors metrics.
         world_facts_split: Rows of the world-facts metrics.
+        holdout: Rows like the forget rows that were not to be forgotten, for membership inference: a json file, or a
+            split such as "holdout10"; null measures none of it.
         refusals: File of refusals, one a line, for IDK and DPO; null looks for idontknow.jsonl in `path`.
         kwargs: Passed on to `UnlearningData`.
     """
@@ -45,6 +49,7 @@ class TofuData(UnlearningData):
         retain_eval_split: str = "retain_perturbed",
         real_authors_split: str = "real_authors_perturbed",
         world_facts_split: str = "world_facts_perturbed",
+        holdout: str | None = None,
         refusals: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -59,6 +64,7 @@ class TofuData(UnlearningData):
             "real_authors": real_authors_split,
             "world_facts": world_facts_split,
         }
+        self.holdout = holdout
         self.refusals = refusals
         self._sought_log = False
 
@@ -99,13 +105,21 @@ class TofuData(UnlearningData):
         forget_split = self.eval_splits["forget"].replace("_perturbed", "")
         for text in sets[0].texts:
             text["forget_split"] = forget_split
-        unavailable = add_forget_quality(sets[0], self.find_retain_log(), forget_split)
+        log = self.find_retain_log()
+        unavailable = add_forget_quality(sets[0], log, forget_split)
         parts = {
             f"{part.name}/{name}": part.metrics[f"{part.name}/{name}"]
             for part in sets[1:]
             for name in ("probability", "rouge", "truth_ratio")
         }
-        return Evaluation(sets, {"model_utility": ModelUtility(parts)}, unavailable, decode_with(self.tokenizer))
+        holdout = None
+        if self.holdout is not None:
+            rows = load_holdout(self.holdout, self.path, sets[0].texts)
+            holdout = holdout_set(rows, "holdout", encode, self.eval)
+            sets.append(holdout)
+        attacks = add_attacks(sets[0], holdout, self.eval, log, self.reference_losses)
+        summary = {"model_utility": ModelUtility(parts), **attacks.metrics}
+        return Evaluation(sets, summary, unavailable | attacks.unavailable, decode_with(self.tokenizer))
 
     def export(self, result: EvalResult) -> dict[str, Any]:
         """TOFU_EVAL.json, as open-unlearning writes it."""

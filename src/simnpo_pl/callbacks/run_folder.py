@@ -123,7 +123,9 @@ class RunFolder(Callback):
             self.parts.drop()
 
     def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
-        """Record a result under the present role."""
+        """Record a result under the present role; of a reference model only other models' metrics speak."""
+        if self.role == "mia_reference":
+            return
         entry: dict[str, Any] = {"metrics": result.values}
         if self.role == "epoch":
             self.record["epochs"].append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **entry})
@@ -172,8 +174,7 @@ class RunFolder(Callback):
         """Keep what the retrained model was compared by, where its rows were read from a log and not scored here."""
         file = self.folder / "retrained_rows.jsonl"
         if log is not None and not file.exists():
-            ratios = sorted(log.truth_ratio.items())
-            write_json_lines(file, ({"split": "forget", "index": i, "truth_ratio": r} for i, r in ratios))
+            write_json_lines(file, log.rows())
 
     def _write(self, trainer: pl.Trainer) -> None:
         # A resumed run adds to what its earlier processes took.

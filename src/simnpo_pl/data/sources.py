@@ -100,22 +100,25 @@ def check_training_rows(rows: Sequence[Mapping[str, Any]], name: str) -> None:
             raise UserError(f"{where} have the same question and answer: remove one")
 
 
-def check_disjoint(forget: Sequence[Mapping[str, Any] | str], retain: Sequence[Mapping[str, Any] | str]) -> None:
-    """Refuses data that would be forgotten and retained at once.
+def check_disjoint(
+    forget: Sequence[Mapping[str, Any] | str], other: Sequence[Mapping[str, Any] | str], name: str
+) -> None:
+    """Refuses data that would be forgotten and retained, or compared with itself.
 
     Args:
         forget: Rows with the columns `question` and `answer`, or plain texts.
-        retain: The same.
+        other: The same.
+        name: What the other rows are, such as "retain".
 
     Raises:
-        UserError: A forget row is also a retain row, white space around the texts aside.
+        UserError: A forget row is also among the others, white space around the texts aside.
     """
-    kept = {_pair(row): index for index, row in reversed(list(enumerate(retain)))}
+    kept = {_pair(row): index for index, row in reversed(list(enumerate(other)))}
     shared = [(index, kept[_pair(row)]) for index, row in enumerate(forget) if _pair(row) in kept]
     if shared:
         raise UserError(
-            f"{len(shared)} of {len(forget)} forget rows are also retain rows; the first is forget row "
-            f"{shared[0][0]} = retain row {shared[0][1]}, counted from 0; remove them from one of the sets"
+            f"{len(shared)} of {len(forget)} forget rows are also {name} rows; the first is forget row "
+            f"{shared[0][0]} = {name} row {shared[0][1]}, counted from 0; remove them from one of the sets"
         )
 
 

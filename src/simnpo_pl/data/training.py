@@ -75,7 +75,7 @@ class TrainingRows:
             if not _items(self.retain):
                 raise UserError("the retain loss needs retain rows, got none: name them or set --model.retain_weight 0")
             encoded["retain"] = _encode(self.retain, encoder, "retain")
-            check_disjoint(_items(self.forget), _items(self.retain))
+            check_disjoint(_items(self.forget), _items(self.retain), "retain")
         if "alternate" in parts:
             encoded["alternate"] = encoder.encode_rows(self._alternates(seed), "alternate")
         return encoded

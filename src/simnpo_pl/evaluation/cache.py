@@ -31,13 +31,13 @@ class EvaluationCache:
         Args:
             model: Hub id or folder.
             sets: The splits to measure.
-            against: The retrained model's truth ratios, which forget quality compares with; empty for none.
+            against: All numbers of other models that the metrics compare with; empty for none.
         """
         if self.options.cache_dir is None:
             return None
         digest = hashlib.sha256(f"{model_fingerprint(model)} {plan_digest(sets)}".encode())
         versions = [version(name) for name in ("simnpo_pl", "torch", "transformers", "rouge-score")]
-        settings = (self.options.truth_ratio, against, self.precision, versions)
+        settings = (self.options.truth_ratio, self.options.min_k, against, self.precision, versions)
         digest.update(repr(settings).encode())
         return Path(self.options.cache_dir).expanduser() / "evaluations" / digest.hexdigest()[:24]
 
@@ -48,7 +48,7 @@ def evaluate_once(trainer: Any, model: Any, data: Any) -> tuple[EvalResult, bool
     Args:
         trainer: Lightning Trainer; its `validate` runs the evaluation.
         model: `PolicyModule` of the model.
-        data: `UnlearningData`, which says what is measured and where results are kept.
+        data: `UnlearningData` or `AnswerLosses`, which says what is measured and where results are kept.
 
     Returns:
         The result, and whether it was kept from an earlier run.
@@ -59,12 +59,10 @@ def evaluate_once(trainer: Any, model: Any, data: Any) -> tuple[EvalResult, bool
     data.setup("validate")
     run_in = (trainer.precision, trainer.strategy.root_device.type, model.dtype_name)
     kept = EvaluationCache(data.eval, " ".join(run_in))
-    log = data.find_retain_log()
-    against = "" if log is None else repr(sorted(log.truth_ratio.items()))
     limit = trainer.limit_val_batches
     all_rows = isinstance(limit, float) and limit == 1.0 and not getattr(trainer, "fast_dev_run", 0)
     whole = all_rows and trainer.num_nodes == 1
-    folder = kept.folder(model.name, data.evaluation().sets, against) if whole else None
+    folder = kept.folder(model.name, data.evaluation().sets, data.compared_with()) if whole else None
     result = load(folder)
     if result is not None:
         return result, True

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.plan import EvalSet
-from simnpo_pl.evaluation.scoring import score_rows
+from simnpo_pl.evaluation.scoring import ON_DEMAND, Scoring, score_rows
 from simnpo_pl.logprobs import AnswerStates
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.functional import ROUGE
@@ -58,6 +58,9 @@ class Evaluation:
         summary: Metrics over several splits, computed last; their parts are updated through the sets.
         unavailable: Metrics that cannot be measured, with the reason.
         decode: Turns generated token ids into text.
+
+    Attributes:
+        scoring: How answers are scored.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Evaluation:
         self.sets = sets
         self.summary = dict(summary)
         self.unavailable = dict(unavailable)
+        self.scoring = Scoring()
         self._decode = decode
         self._raw = [_RawScores(len(part.texts), part.kinds) for part in sets]
         self._texts: dict[tuple[int, int], str] = {}
@@ -89,9 +93,13 @@ class Evaluation:
         for name in splits:
             if name not in known:
                 raise UserError(f"--eval.splits {name}: no such split; this benchmark measures {', '.join(known)}")
-        kept = [part for part in self.sets if part.name in splits]
+        kept, left = ([part for part in self.sets if (part.name in splits) is keep] for keep in (True, False))
+        dropped = [metric for part in left for metric in (*part.metrics.values(), *part.scores.values())]
+        if any(part.scores for part in left):
+            # Scores of one split alone are of no use, and some of them cost a backward pass a row.
+            kept = [replace(part, scores={}) for part in kept]
         result = type(self)(kept, self.summary, self.unavailable, self._decode)
-        dropped = [metric for part in self.sets if part.name not in splits for metric in part.metrics.values()]
+        result.scoring = self.scoring
         result._withhold(dropped, "it rests on splits that --eval.splits leaves out")
         return result
 
@@ -129,7 +137,17 @@ class Evaluation:
             states: Scored positions of the answers.
             batch: As `scoring_batches` makes it.
         """
-        return score_rows(states)
+        return score_rows(states, self.scoring, self._wanted(batch))
+
+    def _wanted(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows `(B,)` of a batch that have a reader of a score made on demand; scores without any are left out."""
+        masks = {}
+        for feature in ON_DEMAND:
+            kinds = [max((m.kinds for m in part.readers(feature)), default=0) for part in self.sets]
+            mask = batch["kind"] < torch.tensor(kinds, device=batch["set"].device)[batch["set"]]
+            if mask.any():
+                masks[feature] = mask
+        return masks
 
     def add_scores(self, batch: Mapping[str, Tensor], scores: dict[str, Tensor]) -> None:
         """Take the scores `(B,)` of a scoring batch's answers."""
@@ -162,8 +180,8 @@ class Evaluation:
             if name not in self.unavailable:
                 result = metric.compute()
                 values[name], counts[name] = result["value"], int(result["n"])
-                if isinstance(metric, RowMetric):
-                    values |= {f"{name}/{key}": result[key] for key in metric.result_keys if key != "value"}
+                keys = getattr(metric, "result_keys", ())
+                values |= {f"{name}/{key}": result[key] for key in keys if key != "value"}
         rows = self._rows()
         for row in rows:
             if not math.isfinite(row.get("answer_nll", 0.0)) and self._scored(row):
@@ -194,7 +212,7 @@ class Evaluation:
         inside: Tensor,
     ) -> None:
         own = {name: value[inside] for name, value in scores.items()}
-        for metric in (self._raw[number], *part.metrics.values()):
+        for metric in (self._raw[number], *part.metrics.values(), *part.scores.values()):
             if metric.feature in own:
                 metric.update(index, kind, own)
 
@@ -203,8 +221,11 @@ class Evaluation:
         rows = []
         for number, (part, raw) in enumerate(zip(self.sets, self._raw, strict=True)):
             raw.compute()
+            for score in part.scores.values():
+                score.compute()
             features = {m.feature: m.rows for m in part.metrics.values() if m.feature != "nll"}
             truth = {name.rsplit("/", 1)[-1]: m.rows for name, m in part.metrics.items() if m.feature == "nll"}
+            scores = {name: m.rows for name, m in part.scores.items()}
             first = 2 if part.has_paraphrase else 1
             generated = {index for n, index in texts if n == number}
             for index in sorted(raw.rows.keys() | generated):
@@ -216,7 +237,7 @@ class Evaluation:
                         row["paraphrase_nll"] = nll[1]
                     if len(nll) > first:
                         row["perturbed_nll"] = nll[first:]
-                for name, per_row in [*features.items(), *truth.items()]:
+                for name, per_row in [*features.items(), *truth.items(), *scores.items()]:
                     if index in per_row:
                         row[name] = per_row[index]
                 if (number, index) in texts:
@@ -228,6 +249,7 @@ class Evaluation:
         yield from self._raw
         for part in self.sets:
             yield from part.metrics.values()
+            yield from part.scores.values()
         yield from self.summary.values()
 
 

@@ -23,6 +23,9 @@ class EvalOptions:
         truth_ratio: Convention of the truth ratio; `geometric` is the one behind published tables.
         tokens_per_batch: Tokens scored in one forward pass at most; rows are sorted by length.
         prompts_per_batch: Prompts generated together at most.
+        min_k: Part of an answer's tokens, the least likely ones, that the Min-K% attacks and PrivLeak average.
+        mia_reference: Reference model of the reference attack: hub id or folder. Its losses are cached.
+        gradnorm: Whether the gradient-norm attack is made: a backward pass for every forget and holdout row.
         cache_dir: Folder for evaluations of start and retrained models, which are made once; null keeps none.
     """
 
@@ -36,6 +39,9 @@ class EvalOptions:
     truth_ratio: Literal["geometric", "arithmetic", "prob_mean"] = "geometric"
     tokens_per_batch: int = 2048
     prompts_per_batch: int = 48
+    min_k: float = 0.4
+    mia_reference: str | None = None
+    gradnorm: bool = False
     cache_dir: str | None = "~/.cache/simnpo_pl"
 
     def __post_init__(self) -> None:
@@ -44,6 +50,8 @@ class EvalOptions:
         for name in ("max_new_tokens", "tokens_per_batch", "prompts_per_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"--eval.{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.min_k <= 1:
+            raise UserError(f"--eval.min_k is a part of a row's tokens, above 0 and at most 1, got {self.min_k}")
         if self.generate_rows is not None and self.generate_rows < 0:
             raise UserError(f"--eval.generate_rows must be at least 0, got {self.generate_rows}")
         if self.splits == []:

@@ -2,14 +2,16 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.gradients import GRADIENT_NORM
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.functional import rouge_l
 
@@ -37,20 +39,26 @@ class EvalSet:
 
     Args:
         name: Such as `forget`; first part of the names of its results.
-        texts: Question and answer of every row, for the logs.
+        texts: Question and answer of every row, and whatever else the logs are to say of it.
         answers: Tokens of every row's answers: the answer, then its paraphrase where there is one, then the
             perturbed answers; the same number for every row. Empty where no answer is scored.
         metrics: What is computed from the rows' scores, by name.
         generation: What is generated; None for nothing.
         has_paraphrase: Whether the second answer of a row is a paraphrase of the first.
+        scores: Scores by row that metrics over several splits read, by name; logged by row, not averaged.
     """
 
     name: str
-    texts: list[dict[str, str]]
+    texts: list[dict[str, Any]]
     answers: list[list[TokenRow]]
     metrics: dict[str, RowMetric]
     generation: Generation | None = None
     has_paraphrase: bool = False
+    scores: dict[str, RowMetric] = field(default_factory=dict)
+
+    def readers(self, feature: str) -> list[RowMetric]:
+        """The metrics that read a score."""
+        return [m for m in (*self.metrics.values(), *self.scores.values()) if m.feature == feature]
 
     @property
     def kinds(self) -> int:
@@ -67,7 +75,7 @@ def plan_digest(sets: Sequence[EvalSet]) -> str:
     """Identity of what is measured: splits, metrics and tokens."""
     digest = hashlib.sha256()
     for part in sets:
-        digest.update(f"{part.name} {sorted(part.metrics)}".encode())
+        digest.update(f"{part.name} {sorted(part.metrics)} {sorted(part.scores)}".encode())
         if part.generation is not None:
             digest.update(f"{part.generation.prompts} {part.generation.max_new_tokens}".encode())
         for answers in part.answers:
@@ -105,6 +113,23 @@ class EvalBatches(Dataset[dict[str, Any]]):
         return self.batches[index]
 
 
+def eval_loader(trainer: Any, *kinds: list[dict[str, Any]]) -> DataLoader:
+    """One process's share of batches of several kinds, one kind after the other.
+
+    Raises:
+        UserError: There is no batch.
+    """
+    if not any(kinds):
+        raise UserError("no answers are generated, see --eval.generate_rows, and none are scored: use test for scores")
+    shares: list[EvalBatches] = []
+    first = 0
+    for batches in kinds:
+        if batches:
+            shares.append(EvalBatches(batches, trainer.global_rank, trainer.world_size, first))
+            first += len(batches)
+    return DataLoader(ConcatDataset(shares), batch_size=None)
+
+
 def scoring_batches(sets: Sequence[EvalSet], tokens: int, pad_id: int) -> list[dict[str, Any]]:
     """All answers of all splits, longest first, in batches of at most `tokens` tokens.
 
@@ -137,6 +162,27 @@ def scoring_batches(sets: Sequence[EvalSet], tokens: int, pad_id: int) -> list[d
             "kind": torch.tensor([item[2] for item in batch]),
         }
         for batch in batches
+    ]
+
+
+def gradient_batches(sets: Sequence[EvalSet], pad_id: int) -> list[dict[str, Any]]:
+    """The answers whose gradient norm is read, longest first, one a batch.
+
+    Returns:
+        Batches like those of `scoring_batches`, with a key `gradients`.
+    """
+    chosen = (number for number, part in enumerate(sets) if part.readers(GRADIENT_NORM))
+    flat = [(s, i, answers[0]) for s in chosen for i, answers in enumerate(sets[s].answers)]
+    flat.sort(key=lambda item: -len(item[2].input_ids))
+    return [
+        {
+            **collate([row], pad_id),
+            "set": torch.tensor([number]),
+            "index": torch.tensor([index]),
+            "kind": torch.tensor([0]),
+            "gradients": True,
+        }
+        for number, index, row in flat
     ]
 
 

@@ -243,6 +243,26 @@ def exact_memorization(correct: Tensor) -> float:
     return correct.double().mean().item()
 
 
+def lowest_share(values: Tensor, share: float) -> float:
+    """Minus the mean of the lowest values: the score of Min-K% and Min-K%++ for one answer.
+
+    Args:
+        values: (T,) log-probs of the answer's tokens without the EOS, for Min-K%++ standardised over the vocabulary.
+        share: Part of them to average, above 0 and at most 1; at least one value is.
+
+    Returns:
+        The mean of the int(share * T) lowest values, or of the lowest one, times -1; NaN for T = 0.
+
+    Example:
+        >>> lowest_share(torch.tensor([-1.0, -4.0, -2.0, -3.0, -5.0]), 0.4)
+        4.5
+    """
+    if not values.numel():
+        return math.nan
+    count = max(1, int(share * values.numel()))
+    return -values.double().topk(count, largest=False).values.mean().item()
+
+
 @cache
 def _scorer(stem: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # here, because it takes a second to load

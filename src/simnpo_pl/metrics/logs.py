@@ -1,24 +1,23 @@
-"""Logs of retrained models, and the export to open-unlearning's format.
+"""Logs of retrained models.
 
-Forget quality compares with a retrained model that was scored elsewhere, perhaps by other code: three formats
-are read, and a log that does not cover the same questions is refused.
+Forget quality and PrivLeak compare with a retrained model that was scored elsewhere, perhaps by other code: three
+formats are read, and a log that does not cover the same questions is refused.
 """
 
 import gzip
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.metrics import functional as F
+from simnpo_pl.metrics.attack_log import MinKLog, by_index, own_min_k, public_min_k, squeeze
 
 LOG_NAMES = ("rows.jsonl", "TOFU_EVAL.json", "eval_log_aggregated.json")
-PREFIXES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class RetainLog:
         answers: true answers, for the rows where the log holds them.
         questions: questions, possibly inside a prompt template, for the rows where the log holds them.
         values: aggregates by metric name, where the log holds them.
+        min_k: the Min-K% attack, where the log holds it.
     """
 
     source: str
@@ -44,6 +44,14 @@ class RetainLog:
     answers: dict[int, str] = field(default_factory=dict)
     questions: dict[int, str] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
+    min_k: MinKLog | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What enters a comparison, as rows of our own format."""
+        splits = self.min_k.rows() if self.min_k is not None else {"forget": {}}
+        for i, ratio in self.truth_ratio.items():
+            splits["forget"].setdefault(i, {})["truth_ratio"] = ratio
+        return [{"split": s, "index": i, **part[i]} for s, part in splits.items() for i in sorted(part)]
 
 
 def read_retain_log(path: Path) -> RetainLog:
@@ -108,88 +116,12 @@ def match_rows(log: RetainLog, questions: list[str], answers: list[str], split: 
         )
     for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         held = log.questions.get(row)
-        if held is not None and _squeeze(question) not in _squeeze(held):
+        if held is not None and squeeze(question) not in squeeze(held):
             raise UserError(f"{start} the question {question!r} at row {row}, got {held!r}: {advice}")
         held = log.answers.get(row)
-        if held is not None and _squeeze(answer) != _squeeze(held):
+        if held is not None and squeeze(answer) != squeeze(held):
             raise UserError(f"{start} the answer {answer!r} at row {row}, got {held!r}: {advice}")
     return torch.tensor([log.truth_ratio[row] for row in range(len(questions))], dtype=torch.float64)
-
-
-def open_unlearning_log(rows: list[dict[str, Any]], values: Mapping[str, float]) -> dict[str, Any]:
-    """The content of open-unlearning's TOFU_EVAL.json for the metrics held here.
-
-    A metric none of whose rows are there is left out. Extraction strength keeps our 0 for a row whose last
-    token is not even right, where the public code writes 1/n; truth ratios are not offset by its 1e-10.
-
-    Args:
-        rows: objects of our rows.jsonl, of splits "forget", "retain", "real_authors" and "world_facts".
-        values: aggregates written as they are, such as "forget_quality" and "model_utility".
-
-    Returns:
-        metric name -> {"agg_value": ..., "value_by_index": {"0": {...}}}.
-    """
-    log: dict[str, Any] = {}
-    for metric in _METRICS:
-        for split in metric.splits:
-            held = {}
-            for row in sorted((row for row in rows if row["split"] == split), key=lambda row: row["index"]):
-                if all(row.get(key) is not None for key in metric.needs):
-                    held[str(row["index"])] = metric.entry(row)
-            if held:
-                scores = torch.tensor([next(iter(entry.values())) for entry in held.values()]).double()
-                name = metric.name.format(PREFIXES[split])
-                log[name] = {"agg_value": metric.mean(scores), "value_by_index": held}
-    return {**log, **{name: {"agg_value": value} for name, value in values.items()}}
-
-
-class _Metric(NamedTuple):
-    """One metric of the export; the first value of an entry is the one that is averaged."""
-
-    name: str
-    splits: tuple[str, ...]
-    needs: tuple[str, ...]
-    entry: Callable[[dict[str, Any]], dict[str, Any]]
-    mean: Callable[[Tensor], float] = lambda scores: scores.mean().item()
-
-
-def _probability(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda row: {"prob": torch.exp(-_tensor(row[key])).tolist(), "avg_loss": row[key]}
-
-
-def _ratio(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda row: {"score": _truth_ratio(row[key], row["perturbed_nll"])}
-
-
-def _choice(row: dict[str, Any]) -> dict[str, Any]:
-    wrong = _tensor(row["perturbed_nll"])[None]
-    return {"prob": F.choice_probability(_tensor([row["answer_nll"]]), wrong).item()}
-
-
-def _rouge(row: dict[str, Any]) -> dict[str, Any]:
-    names = {"question": "input", "answer": "ground_truth"}
-    keys = ("rougeL_recall", "rougeL_f1", "rouge1_recall", "question", "answer", "generation")
-    return {names.get(key, key): row[key] for key in keys if row.get(key) is not None}
-
-
-def _score(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda row: {"score": row[key]}
-
-
-_ALL, _FORGET, _RETAIN, _CHOICE = tuple(PREFIXES), ("forget",), ("retain",), ("real_authors", "world_facts")
-_PARA, _PERT, _TRUE = ("paraphrase_nll",), ("perturbed_nll",), ("answer_nll",)
-_METRICS = (
-    _Metric("{}_Q_A_Prob", _ALL, _TRUE, _probability("answer_nll")),
-    _Metric("{}_Q_A_PARA_Prob", _FORGET + _RETAIN, _PARA, _probability("paraphrase_nll")),
-    _Metric("{}_Q_A_PERT_Prob", _ALL, _PERT, _probability("perturbed_nll")),
-    _Metric("{}_Q_A_Prob_normalised", _CHOICE, _TRUE + _PERT, _choice),
-    _Metric("{}_truth_ratio", _FORGET, _PARA + _PERT, _ratio("paraphrase_nll"), F.forget_truth_ratio),
-    _Metric("{}_Truth_Ratio", _RETAIN, _PARA + _PERT, _ratio("paraphrase_nll"), F.utility_truth_ratio),
-    _Metric("{}_Truth_Ratio", _CHOICE, _TRUE + _PERT, _ratio("answer_nll"), F.utility_truth_ratio),
-    _Metric("{}_Q_A_ROUGE", _ALL, ("rougeL_recall",), _rouge),
-    _Metric("exact_memorization", _FORGET, ("exact_memorization",), _score("exact_memorization")),
-    _Metric("extraction_strength", _FORGET, ("extraction_strength",), _score("extraction_strength")),
-)
 
 
 def _parse(source: str, text: str) -> RetainLog:
@@ -211,28 +143,32 @@ def parse_rows(source: str, rows: list[dict[str, Any]]) -> RetainLog:
         source: Where they come from, for messages.
         rows: Objects of rows.jsonl, of any splits; without losses their geometric `truth_ratio` is taken.
     """
-    own = {int(row["index"]): row for row in rows if row["split"] == "forget"}
-    if len(own) != sum(row["split"] == "forget" for row in rows):
-        raise ValueError("a row index of the forget split occurs twice")
+    own, holdout = ({int(r["index"]): r for r in rows if r["split"] == split} for split in ("forget", "holdout"))
+    if len(own) + len(holdout) != sum(row["split"] in ("forget", "holdout") for row in rows):
+        raise ValueError("a row index of the forget or holdout split occurs twice")
     split = next((row["forget_split"] for row in own.values() if "forget_split" in row), None)
-    texts: dict[str, Any] = {
+    extras: dict[str, Any] = {
         "answers": {i: row["answer"] for i, row in own.items() if "answer" in row},
         "questions": {i: row["question"] for i, row in own.items() if "question" in row},
+        "min_k": own_min_k(source, own, holdout),
     }
     if own and all("paraphrase_nll" not in row and "truth_ratio" in row for row in own.values()):
-        return RetainLog(source, split, {i: float(row["truth_ratio"]) for i, row in own.items()}, **texts)
-    right, wrong = ({i: row[key] for i, row in own.items()} for key in ("paraphrase_nll", "perturbed_nll"))
-    return _retain_log(source, split, right, wrong, **texts)
+        return RetainLog(source, split, {i: float(row["truth_ratio"]) for i, row in own.items()}, **extras)
+    # A log without wrong answers has no truth ratios; without Min-K% scores either, it is no use.
+    rated = extras["min_k"] is None or any("perturbed_nll" in row for row in own.values())
+    right, wrong = ({i: r[key] for i, r in own.items() if rated} for key in ("paraphrase_nll", "perturbed_nll"))
+    return _retain_log(source, split, right, wrong, **extras)
 
 
 def _parse_open_unlearning(source: str, metrics: dict[str, Any], split: str | None) -> RetainLog:
-    rows = {k: _by_index(v["value_by_index"]) for k, v in metrics.items() if "value_by_index" in v}
+    rows = {k: by_index(v["value_by_index"]) for k, v in metrics.items() if "value_by_index" in v}
     texts = rows.get("forget_Q_A_ROUGE", {})
     values = {name: held.get("agg_value") for name, held in metrics.items()}
     extras: dict[str, Any] = {
         "answers": {i: row["ground_truth"] for i, row in texts.items() if "ground_truth" in row},
         "questions": {i: row["input"] for i, row in texts.items() if "input" in row},
         "values": {name: value for name, value in values.items() if isinstance(value, int | float)},
+        "min_k": public_min_k(source, metrics.get("mia_min_k")),
     }
     if "forget_Q_A_PARA_Prob" in rows and "forget_Q_A_PERT_Prob" in rows:
         right, wrong = rows["forget_Q_A_PARA_Prob"], rows["forget_Q_A_PERT_Prob"]
@@ -244,12 +180,12 @@ def _parse_open_unlearning(source: str, metrics: dict[str, Any], split: str | No
 
 def _parse_tofu(source: str, part: dict[str, Any]) -> RetainLog:
     # Each text is (prompt, generation, true answer).
-    texts = _by_index(part.get("generated_text", {}))
+    texts = by_index(part.get("generated_text", {}))
     return _retain_log(
         source,
         None,
-        _by_index(part["avg_paraphrased_loss"]),
-        _by_index(part["average_perturb_loss"]),
+        by_index(part["avg_paraphrased_loss"]),
+        by_index(part["average_perturb_loss"]),
         answers={i: text[2] for i, text in texts.items()},
         questions={i: text[0] for i, text in texts.items()},
     )
@@ -259,7 +195,7 @@ def _retain_log(
     source: str, split: str | None, right: dict[int, float], wrong: dict[int, list[float]], **extras: Any
 ) -> RetainLog:
     ratios = {i: _truth_ratio(nll, wrong[i]) for i, nll in right.items()}
-    if not ratios:
+    if not ratios and extras.get("min_k") is None:
         raise ValueError("no row of the forget split")
     return RetainLog(source, split, ratios, right, wrong, **extras)
 
@@ -268,13 +204,5 @@ def _truth_ratio(right: float, wrong: list[float]) -> float:
     return F.truth_ratio(_tensor([right]), _tensor(wrong)[None]).item()
 
 
-def _by_index(values: Any) -> dict[int, Any]:
-    return {int(i): v for i, v in (values.items() if isinstance(values, dict) else enumerate(values))}
-
-
 def _tensor(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())

@@ -1,0 +1,63 @@
+"""Gradient norms of answers: one backward pass a row, in the middle of an evaluation that needs none otherwise."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.scoring import without_eos
+from simnpo_pl.logprobs import Scorer
+
+GRADIENT_NORM = "gradient_norm"
+
+
+def gradient_norms(model: Any, scorer: Scorer, rows: Mapping[str, Tensor], eos_id: int | None) -> Tensor:
+    """Size of each answer's gradient with respect to the weights.
+
+    Every weight counts, whether it is trained or not, and the model is in eval mode, so the number depends on the
+    weights alone; an adapter's are not counted beside those it changes. It is computed in the weights' own type,
+    without autocast.
+
+    Args:
+        model: Causal language model; its gradients, modes and flags are left as they were.
+        scorer: Scores rows with that model.
+        rows: `input_ids`, `labels` and `attention_mask` `(B, T)`.
+        eos_id: Id of the EOS, which is left out of the loss; None where rows have none.
+
+    Returns:
+        `(B,)` mean over the parameter tensors of the L2 norm of the gradient of the row's mean loss, nats per token.
+
+    Raises:
+        UserError: The weights are spread over several devices.
+    """
+    # Beside an adapter, the gradient of the base's weights is that of the weights it would be merged into.
+    parameters = [p for name, p in model.named_parameters() if p.is_floating_point() and ".lora_" not in name]
+    if any(hasattr(p, "full_tensor") for p in parameters):
+        raise UserError("--eval.gradnorm needs whole weights on each device: run it on one device or by ddp")
+    trained, training = [p.requires_grad for p in parameters], model.training
+    device = rows["input_ids"].device.type
+    norms = []
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        try:
+            model.eval()
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            for row in range(len(rows["input_ids"])):
+                width = int(rows["attention_mask"][row].sum())
+                # Copies, because tensors made in inference mode cannot take part in a backward pass.
+                one = {name: rows[name][row : row + 1, :width].clone() for name in _NAMES}
+                states = scorer({"row": one})["row"]
+                loss = -states.token_logps()[without_eos(states, eos_id)].mean()
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                sizes = [gradient.float().norm() for gradient in found if gradient is not None]
+                norms.append(torch.stack(sizes).mean().detach())
+        finally:
+            model.train(training)
+            for parameter, wanted in zip(parameters, trained, strict=True):
+                parameter.requires_grad_(wanted)
+    return torch.stack(norms)
+
+
+_NAMES = ("input_ids", "labels", "attention_mask")

@@ -1,0 +1,109 @@
+"""The export to open-unlearning's TOFU_EVAL.json, so that results can be compared with other people's."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from simnpo_pl.metrics import functional as F
+from simnpo_pl.metrics.membership import ATTACKS
+
+PREFIXES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+
+
+def open_unlearning_log(rows: list[dict[str, Any]], values: Mapping[str, float]) -> dict[str, Any]:
+    """The content of open-unlearning's TOFU_EVAL.json for the metrics held here.
+
+    A metric none of whose rows are there is left out. Extraction strength keeps our 0 for a row whose last
+    token is not even right, where the public code writes 1/n; truth ratios are not offset by its 1e-10.
+
+    Args:
+        rows: objects of our rows.jsonl, of splits "forget", "retain", "real_authors" and "world_facts".
+        values: aggregates written as they are, such as "forget_quality" and "model_utility".
+
+    Returns:
+        metric name -> {"agg_value": ..., "value_by_index": {"0": {...}}}.
+    """
+    log: dict[str, Any] = {}
+    for metric in _METRICS:
+        for split in metric.splits:
+            held = {}
+            for row in sorted((row for row in rows if row["split"] == split), key=lambda row: row["index"]):
+                if all(row.get(key) is not None for key in metric.needs):
+                    held[str(row["index"])] = metric.entry(row)
+            if held:
+                scores = torch.tensor([next(iter(entry.values())) for entry in held.values()]).double()
+                name = metric.name.format(PREFIXES[split])
+                log[name] = {"agg_value": metric.mean(scores), "value_by_index": held}
+    for name in ATTACKS:
+        parts = {split: _attack(rows, split, name) for split in ("forget", "holdout")}
+        if name in values and all(parts.values()):
+            log[name] = {**parts, "auc": values[name], "agg_value": values[name]}
+    return {**{name: {"agg_value": value} for name, value in values.items()}, **log}
+
+
+def _attack(rows: list[dict[str, Any]], split: str, name: str) -> dict[str, Any]:
+    """One attack's scores of one split; empty where it has none."""
+    held = {row["index"]: row[name] for row in rows if row["split"] == split and row.get(name) is not None}
+    if not held:
+        return {}
+    by_index = {str(index): {"score": held[index]} for index in sorted(held)}
+    return {"agg_value": sum(held.values()) / len(held), "value_by_index": by_index}
+
+
+class _Metric(NamedTuple):
+    """One metric of the export; the first value of an entry is the one that is averaged."""
+
+    name: str
+    splits: tuple[str, ...]
+    needs: tuple[str, ...]
+    entry: Callable[[dict[str, Any]], dict[str, Any]]
+    mean: Callable[[Tensor], float] = lambda scores: scores.mean().item()
+
+
+def _probability(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda row: {"prob": torch.exp(-_tensor(row[key])).tolist(), "avg_loss": row[key]}
+
+
+def _ratio(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda row: {"score": _truth_ratio(row[key], row["perturbed_nll"])}
+
+
+def _choice(row: dict[str, Any]) -> dict[str, Any]:
+    wrong = _tensor(row["perturbed_nll"])[None]
+    return {"prob": F.choice_probability(_tensor([row["answer_nll"]]), wrong).item()}
+
+
+def _rouge(row: dict[str, Any]) -> dict[str, Any]:
+    names = {"question": "input", "answer": "ground_truth"}
+    keys = ("rougeL_recall", "rougeL_f1", "rouge1_recall", "question", "answer", "generation")
+    return {names.get(key, key): row[key] for key in keys if row.get(key) is not None}
+
+
+def _score(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda row: {"score": row[key]}
+
+
+_ALL, _FORGET, _RETAIN, _CHOICE = tuple(PREFIXES), ("forget",), ("retain",), ("real_authors", "world_facts")
+_PARA, _PERT, _TRUE = ("paraphrase_nll",), ("perturbed_nll",), ("answer_nll",)
+_METRICS = (
+    _Metric("{}_Q_A_Prob", _ALL, _TRUE, _probability("answer_nll")),
+    _Metric("{}_Q_A_PARA_Prob", _FORGET + _RETAIN, _PARA, _probability("paraphrase_nll")),
+    _Metric("{}_Q_A_PERT_Prob", _ALL, _PERT, _probability("perturbed_nll")),
+    _Metric("{}_Q_A_Prob_normalised", _CHOICE, _TRUE + _PERT, _choice),
+    _Metric("{}_truth_ratio", _FORGET, _PARA + _PERT, _ratio("paraphrase_nll"), F.forget_truth_ratio),
+    _Metric("{}_Truth_Ratio", _RETAIN, _PARA + _PERT, _ratio("paraphrase_nll"), F.utility_truth_ratio),
+    _Metric("{}_Truth_Ratio", _CHOICE, _TRUE + _PERT, _ratio("answer_nll"), F.utility_truth_ratio),
+    _Metric("{}_Q_A_ROUGE", _ALL, ("rougeL_recall",), _rouge),
+    _Metric("exact_memorization", _FORGET, ("exact_memorization",), _score("exact_memorization")),
+    _Metric("extraction_strength", _FORGET, ("extraction_strength",), _score("extraction_strength")),
+)
+
+
+def _truth_ratio(right: float, wrong: list[float]) -> float:
+    return F.truth_ratio(_tensor([right]), _tensor(wrong)[None]).item()
+
+
+def _tensor(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)

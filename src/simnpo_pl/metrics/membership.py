@@ -1,0 +1,212 @@
+"""Membership inference: how well a score of each row tells the forget split from a holdout split.
+
+The holdout rows are of the same kind as the forget rows but were never to be forgotten. Every attack gives a row a
+score that is low for text the model was trained on, like a loss.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+from torch.nn import ModuleList
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+from simnpo_pl.errors import UserError
+from simnpo_pl.metrics.answers import RowMean  # noqa: F401 (the examples use it)
+from simnpo_pl.metrics.base import RowMetric
+
+ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_reference", "mia_gradnorm")
+"""Names of the six attacks' results, as open-unlearning has them."""
+
+
+def membership_auc(forget: Tensor, holdout: Tensor) -> float:
+    """Probability that a forget row has a lower score than a holdout row; ties count half.
+
+    1 says that the forget rows look far more like training data than the holdout rows, 0.5 that the score cannot tell
+    them apart, 0 the opposite of 1.
+
+    Args:
+        forget: (N,) scores of the forget rows, low for text the model was trained on.
+        holdout: (M,) scores of the holdout rows.
+
+    Returns:
+        Area under the ROC curve, exact; NaN if a score is NaN or a split has no row.
+
+    Example:
+        >>> membership_auc(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]))
+        0.875
+    """
+    n, m = forget.numel(), holdout.numel()
+    scores = torch.cat([forget.double().cpu(), holdout.double().cpu()])
+    if not n or not m or scores.isnan().any():
+        return math.nan
+    ranks = rankdata(scores.numpy())[n:].sum()
+    return float((ranks - m * (m + 1) / 2) / (n * m))
+
+
+def privleak(auc: float, retrained_auc: float) -> float:
+    """Relative distance, in percent, of a model's 1 - AUC from the retrained model's.
+
+    0 is what retraining gives; below 0 the forget rows still look more like training data than to the retrained
+    model (under-unlearning), above 0 less (over-unlearning).
+
+    Args:
+        auc: `membership_auc` of this model.
+        retrained_auc: The same of the retrained model.
+
+    Returns:
+        ((1 - auc) - (1 - retrained_auc)) / (1 - retrained_auc) * 100; NaN where retrained_auc is 1.
+
+    Example:
+        >>> privleak(0.75, 0.5)
+        -50.0
+    """
+    if retrained_auc == 1:
+        return math.nan
+    return (retrained_auc - auc) / (1 - retrained_auc) * 100
+
+
+class ZlibScore(RowMetric):
+    """Loss of each answer over its length in bytes once compressed by zlib: nats per token and byte.
+
+    Args:
+        answers: The texts of the answers, in row order.
+
+    Example:
+        >>> metric = ZlibScore(["a"])
+        >>> metric.update(torch.tensor([0]), torch.tensor([0]), {"nll": torch.tensor([4.5])})
+        >>> metric.compute()
+        {'value': 0.5, 'n': 1.0}
+    """
+
+    def __init__(self, answers: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(len(answers), **kwargs)
+        self.bytes = torch.tensor([len(zlib.compress(text.encode())) for text in answers], dtype=torch.float64)
+
+    def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
+        """nll / bytes of each answer."""
+        return values[:, 0] / self.bytes
+
+
+class ReferenceScore(RowMetric):
+    """Loss of each answer above its loss under a reference model, nats per token, to five decimals.
+
+    Smaller differences are rounding errors, by which a model would be told apart from itself.
+
+    Args:
+        reference: (N,) losses under the reference model, nats per token, in row order.
+
+    Example:
+        >>> metric = ReferenceScore(torch.tensor([2.0]))
+        >>> metric.update(torch.tensor([0]), torch.tensor([0]), {"nll": torch.tensor([1.5])})
+        >>> metric.compute()
+        {'value': -0.5, 'n': 1.0}
+    """
+
+    def __init__(self, reference: Tensor, **kwargs: Any) -> None:
+        super().__init__(len(reference), **kwargs)
+        self.reference = reference.detach().double().cpu()
+
+    def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
+        """nll - nll under the reference of each answer."""
+        return torch.round(values[:, 0] - self.reference, decimals=5)
+
+
+class MembershipAUC(WrapperMetric):
+    """Area under the ROC curve of one attack; see `membership_auc`.
+
+    The two parts may be updated on their own or through `update`; syncing is theirs.
+
+    Args:
+        forget: Scores of the forget rows, low for text the model was trained on.
+        holdout: Scores of the holdout rows.
+
+    Example:
+        >>> metric = MembershipAUC(RowMean("nll", rows=1), RowMean("nll", rows=1))
+        >>> for split, nll in {"forget": 1.0, "holdout": 2.0}.items():
+        ...     metric.update(split, torch.tensor([0]), torch.tensor([0]), {"nll": torch.tensor([nll])})
+        >>> metric.compute()
+        {'value': 1.0, 'n': 1.0, 'm': 1.0}
+    """
+
+    result_keys = ("value", "m")
+    higher_is_better = None
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, forget: RowMetric, holdout: RowMetric, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.parts = ModuleList([forget, holdout])
+
+    def update(self, split: str, index: Tensor, kind: Tensor, scores: dict[str, Tensor]) -> None:
+        """Pass a batch on to one split's part, see `RowMetric.update`.
+
+        Raises:
+            UserError: The split is neither forget nor holdout.
+        """
+        names = ("forget", "holdout")
+        if split not in names:
+            raise UserError(f"MembershipAUC: expected a split out of {', '.join(names)}, got {split!r}: use one")
+        self._parts()[names.index(split)].update(index, kind, scores)
+
+    def compute(self) -> dict[str, float]:
+        """The AUC as "value", the numbers of forget and of holdout rows as "n" and "m"."""
+        rows = []
+        for part in self._parts():
+            part.compute()
+            rows.append(torch.tensor(list(part.rows.values()), dtype=torch.float64))
+        return {"value": membership_auc(*rows), "n": float(len(rows[0])), "m": float(len(rows[1]))}
+
+    def reset(self) -> None:
+        """Reset both parts."""
+        super().reset()
+        for part in self._parts():
+            part.reset()
+
+    def _parts(self) -> list[RowMetric]:
+        return cast(list[RowMetric], list(self.parts))
+
+
+class PrivLeak(WrapperMetric):
+    """`privleak` of the Min-K% attack against the retrained model's own; NaN without a retrained model.
+
+    Args:
+        attack: The attack on this model.
+        retrained_auc: Its AUC on the retrained model, or None.
+
+    Example:
+        >>> metric = PrivLeak(MembershipAUC(RowMean("min_k", rows=1), RowMean("min_k", rows=1)), 0.5)
+        >>> for split, score in {"forget": 1.0, "holdout": 2.0}.items():
+        ...     metric.attack.update(split, torch.tensor([0]), torch.tensor([0]), {"min_k": torch.tensor([score])})
+        >>> metric.compute()
+        {'value': -100.0, 'n': 1.0, 'm': 1.0, 'retrained_auc': 0.5}
+    """
+
+    result_keys = ("value", "m", "retrained_auc")
+    higher_is_better = None
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, attack: MembershipAUC, retrained_auc: float | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.attack = attack
+        self.retrained_auc = math.nan if retrained_auc is None else retrained_auc
+
+    def update(self, split: str, index: Tensor, kind: Tensor, scores: dict[str, Tensor]) -> None:
+        """Pass a batch on to the attack, see `MembershipAUC.update`."""
+        self.attack.update(split, index, kind, scores)
+
+    def compute(self) -> dict[str, float]:
+        """PrivLeak in percent as "value", rows as "n" and "m", and the retrained model's AUC."""
+        result = self.attack.compute()
+        value = privleak(result["value"], self.retrained_auc)
+        return {**result, "value": value, "retrained_auc": self.retrained_auc}
+
+    def reset(self) -> None:
+        """Reset the attack."""
+        super().reset()
+        self.attack.reset()
