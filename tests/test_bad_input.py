@@ -35,8 +35,8 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--model.objectivee", "NPO"), "objectivee"),
         (
             ("--model.objective", "NOP"),
-            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, NPO, NPORawLogits, PDU, RKLD, RMU, SatImp, "
-            "SimNPO, SimNPORawLogits, UNDIAL, WGA",
+            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, LengthNormalisedNPO, NPO, NPORawLogits, PDU, "
+            "RKLD, RMU, ReferenceFreeNPO, SatImp, SimNPO, SimNPORawLogits, UNDIAL, WGA",
         ),
         (("--model.retain_loss", "NL"), "known are EmbedDiff, KL, NLL"),
         (("--model.objective", "RKLD"), "name it by --model.memorising FOLDER"),

@@ -231,9 +231,11 @@ class UnlearningCLI(LightningCLI):
             self.run_folder.check(resume=self.resumes or self._ckpt_path is not None or not fit)
             if self.resumes and self._ckpt_path is None:
                 print("no checkpoint yet: the run starts from its beginning")
-            print(plan(self.trainer, self.model, self.run_folder.folder, fit))
         self.datamodule.trainer = self.trainer
+        # Some data modules make their models on first use.
         self.datamodule.prepare_data()
+        if self.trainer.is_global_zero:
+            print(plan(self.trainer, self.model, self.run_folder.folder, fit))
         if fit:
             # Whatever is wrong with the training rows shows before the first evaluation.
             self.datamodule.parts = self.model.parts

@@ -118,7 +118,8 @@ class PolicyModule(pl.LightningModule):
     def _end_ids(self) -> list[int]:
         """Tokens that end an answer."""
         own = getattr(self.policy.generation_config, "eos_token_id", None)
-        return sorted({self._data.eos_id, *(own if isinstance(own, list) else [] if own is None else [own])})
+        known = [self._data.eos_id, *(own if isinstance(own, list) else [own])]
+        return sorted({token for token in known if token is not None})
 
     def _finish_evaluation(self, prefix: str) -> None:
         assert self.evaluation is not None

@@ -60,10 +60,12 @@ def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
             trained = f", LoRA of rank {module.lora.rank} and alpha {module.lora.alpha:g}"
         found = describe_objective(module)
         settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
-        retain = "no retain loss" if found["retain_loss"] is None else f"retain loss {found['retain_loss']}"
+        name, weight = found["retain_loss"], found["retain_weight"]
+        retain = "no retain loss" if name is None else f"retain loss {name} x {weight}"
+        long = f"{trainer.max_epochs} epochs" if trainer.max_epochs != -1 else f"{trainer.max_steps} optimizer steps"
         lines.append(
             f"objective: {found['name']} {f'({settings}) ' if settings else ''}x {found['forget_weight']}, "
-            f"{retain} x {found['retain_weight']}; lr {module.lr}{trained}, {trainer.max_epochs} epochs"
+            f"{retain}; lr {module.lr}{trained}, {long}"
         )
         lines.append(f"reference: {module.reference_use}")
     return "\n".join(lines)

@@ -105,6 +105,11 @@ class PairedData(pl.LightningDataModule):
         return 0
 
     @property
+    def eos_id(self) -> int | None:
+        """Token that ends an answer; None where nothing is generated."""
+        return None
+
+    @property
     def train_rows(self) -> int:
         """Number of rows the objective is applied to."""
         return len(self._training["forget"])

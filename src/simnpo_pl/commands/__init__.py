@@ -13,6 +13,7 @@ from typing import NoReturn
 from simnpo_pl.errors import UserError
 
 COMMANDS = {
+    "markov": "compare methods on mixtures of Markov chains, where the right answer is known",
     "leak": "sample answers of finished runs on the forget rows, and take the best of k",
     "quantize": "evaluate finished runs again after their weights were rounded to 8 and 4 bits",
     "relearn": "relearning attack on finished runs: fine-tune the unlearned model on part of what it forgot",

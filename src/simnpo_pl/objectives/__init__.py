@@ -1,5 +1,6 @@
 """Forget objectives, one class each; a config names one by its class, so a new one needs no other change."""
 
+from simnpo_pl.objectives.ablations import LengthNormalisedNPO, ReferenceFreeNPO
 from simnpo_pl.objectives.base import ForgetInputs, Objective, Positions
 from simnpo_pl.objectives.constrained import PDU
 from simnpo_pl.objectives.distillation import RKLD
@@ -23,9 +24,11 @@ __all__ = [
     "ForgetInputs",
     "GradAscent",
     "GradDiff",
+    "LengthNormalisedNPO",
     "NPORawLogits",
     "Objective",
     "Positions",
+    "ReferenceFreeNPO",
     "SatImp",
     "SimNPO",
     "SimNPORawLogits",
