@@ -38,7 +38,7 @@ def golden_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [
             *("test", "--config", str(ROOT / "configs" / "muse_news.yaml"), "--run_dir", str(folder)),
             *("--model.name", str(fixture / "target"), "--data.tokenizer", "null"),
-            *("--data.path", str(shared / "goldens" / "muse" / "corpus"), "--eval.retrained", "null"),
+            *("--data.path", str(shared / "goldens" / "muse" / "corpus"), "--eval.retrained", str(fixture / "retain")),
             *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false", "--eval.cache_dir", "null"),
             "--debug",
         ]
@@ -46,7 +46,7 @@ def golden_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("role", ["final"])
+@pytest.mark.parametrize("role", ["final", "retrained"])
 @pytest.mark.parametrize("name", METRICS)
 def test_golden_memorization(golden_run: Path, shared: Path, role: str, name: str):
     """Means as eval_model gives them."""
@@ -55,6 +55,30 @@ def test_golden_memorization(golden_run: Path, shared: Path, role: str, name: st
     assert results(golden_run)[role]["metrics"][name] == pytest.approx(
         golden["eval_model_output"][METRICS[name]], abs=1e-4
     )
+
+
+@pytest.mark.parametrize("role", ["final", "retrained"])
+def test_golden_membership(golden_run: Path, shared: Path, role: str):
+    """AUCs of the attacks that muse_bench has too, turned round, and PrivLeak with the retrained model's own AUC."""
+    which = {"final": "target", "retrained": "retain"}[role]
+    golden = json.loads((shared / f"goldens/muse/A/muse_{which}.json").read_text())["privleak"]
+    metrics = results(golden_run)[role]["metrics"]
+    for ours, theirs in (("mia_loss", "PPL"), ("mia_zlib", "PPL/zlib"), ("mia_min_k", "Min-40%")):
+        assert 1 - metrics[ours] == pytest.approx(golden["auc"][f"forget_holdout_{theirs}"], abs=1e-4)
+    if role == "final":
+        assert metrics["privleak"] == pytest.approx(golden["value"]["privleak_with_retain_model_auc"], abs=1e-4)
+    else:
+        assert "privleak" not in metrics
+
+
+@pytest.mark.parametrize("split", ["forget", "holdout"])
+def test_golden_text_scores(golden_run: Path, shared: Path, split: str):
+    """Loss, Min-K% and zlib score of every text."""
+    golden = json.loads((shared / "goldens/muse/A/muse_target.json").read_text())["privleak"]["texts"][split]
+    for ours, theirs in zip(rows(golden_run, split), golden, strict=True):
+        assert ours["answer_nll"] == pytest.approx(theirs["PPL"], abs=1e-4)
+        assert ours["mia_min_k"] == pytest.approx(theirs["Min-40%"], abs=1e-4)
+        assert ours["mia_zlib"] == pytest.approx(theirs["PPL/zlib"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -159,6 +183,30 @@ def test_unusable_data(muse_folder: Path, model_folder: Path, tmp_path: Path, na
     (tmp_path / "broken" / name).write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         MuseData(str(tmp_path / "broken"), model=str(model_folder), eval=EvalOptions(max_new_tokens=5)).setup("test")
+
+
+def test_holdout_text_that_is_forgotten(muse_folder: Path, model_folder: Path, tmp_path: Path):
+    shutil.copytree(muse_folder, tmp_path / "broken")
+    shutil.copy(muse_folder / "privleak" / "forget.json", tmp_path / "broken" / "privleak" / "holdout.json")
+    options = EvalOptions(max_new_tokens=5)
+    data = MuseData(str(tmp_path / "broken"), model=str(model_folder), truncate=True, eval=options)
+    with pytest.raises(UserError, match="4 of 4 forget rows are also holdout rows"):
+        data.setup("test")
+
+
+def test_log_of_the_retrained_model(muse_options: list[str], other_folder: Path, tmp_path: Path):
+    """PrivLeak from a run folder of the retrained model is PrivLeak with that model; without either it says why not."""
+    retrained = str(other_folder)
+    main(["test", *muse_options, "--model.name", retrained, "--run_dir", str(tmp_path / "log"), "--debug"])
+    assert "--eval.retain_log" in results(tmp_path / "log")["unavailable"]["privleak"]
+    assert "privleak" not in results(tmp_path / "log")["final"]["metrics"]
+    found = []
+    for name, value in (("retain_log", str(tmp_path / "log")), ("retrained", retrained)):
+        main(["test", *muse_options, f"--eval.{name}", value, "--run_dir", str(tmp_path / name), "--debug"])
+        found.append(results(tmp_path / name)["final"]["metrics"]["privleak"])
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
+    auc, reference = (results(tmp_path / n)["final"]["metrics"]["mia_min_k"] for n in ("retrained", "log"))
+    assert found[0] == pytest.approx((reference - auc) / (1 - reference) * 100, abs=1e-6)
 
 
 def test_prompts_leave_room(muse_folder: Path, model_folder: Path):

@@ -95,7 +95,8 @@ def _draw(file: Path, title: str, steps: Sequence[tuple[int, dict[str, Any]]], n
     axes.set_xlabel("run, 0 is the start model")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7)
+    if axes.lines:
+        axes.legend(fontsize=7)
     with Writing(file) as handle:
         figure.savefig(handle, format="png")
     plt.close(figure)

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from simnpo_pl.benchmarks.base import UnlearningData
+from simnpo_pl.benchmarks.membership import add_attacks
 from simnpo_pl.benchmarks.splits import decode_with
-from simnpo_pl.data.sources import load_split
-from simnpo_pl.data.text import Texts, text_ids
+from simnpo_pl.data.sources import check_disjoint, load_split
+from simnpo_pl.data.text import Texts, text_ids, text_rows
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.errors import UserError
@@ -73,12 +74,27 @@ class MuseData(UnlearningData):
         forget, retain = (self._knowmem_set(split) for split in ("forget", "retain"))
         for part in (verbmem, forget, retain):
             _check_length(part, limit)
-        sets = [verbmem, forget, retain]
         own, *lost = (part.metrics[part.name] for part in (retain, forget, verbmem))
-        return Evaluation(sets, {"balance": Balance([own], lost, largest=100)}, {}, decode_with(tokenizer))
+        seen, unseen = (self._text_set(split, limit) for split in ("forget", "holdout"))
+        check_disjoint([t["answer"] for t in seen.texts], [t["answer"] for t in unseen.texts], "holdout")
+        attacks = add_attacks(seen, unseen, self.eval, self.find_retain_log(), self.reference_losses)
+        return Evaluation(
+            [verbmem, forget, retain, seen, unseen],
+            {"balance": Balance([own], lost, largest=100), **attacks.metrics},
+            attacks.unavailable,
+            decode_with(tokenizer),
+        )
 
     def _documents(self, split: str) -> list[str]:
         return [row["text"] for row in load_split(self.path, split, ("text",))]
+
+    def _text_set(self, split: str, limit: int | None) -> EvalSet:
+        """Texts that membership inference scores; every token but the first counts."""
+        documents = self._documents(f"privleak/{split}")
+        rows = text_rows(self.tokenizer, documents, limit, self.truncate, f"privleak/{split}")
+        # The beginning of a text stands for a question, by which rows of two evaluations are known to be the same.
+        texts = [{"question": d[:80], "answer": d, "min_k_share": self.eval.min_k} for d in documents]
+        return EvalSet(split, texts, [[row] for row in rows], {})
 
     def _knowmem_set(self, split: str) -> EvalSet:
         rows, shots = (
