@@ -31,7 +31,7 @@ test-all: $(INSTALLED) ## slow tests too
 docs: $(INSTALLED) ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-chaos: $(INSTALLED) ## kill runs of a tiny model 150 times and compare their ends; about ten minutes on two cores
+chaos: $(INSTALLED) ## end runs of a tiny model 200 times by kills and full disks, compare their ends; about ten minutes
 	$(BIN)/python scripts/chaos.py --kills 50 --write docs/reliability.md
 
 lint: $(INSTALLED) ## style and types

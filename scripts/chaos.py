@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import select
 import shutil
 import signal
@@ -29,8 +30,11 @@ KINDS = {
     "training": "in a training step",
     "evaluation": "in an evaluation",
     "checkpoint": "while a checkpoint is written",
+    "disk": "by a disk that takes no more (a limit on the size of files)",
 }
 EVENTS = {"training": b"T", "evaluation": b"E", "checkpoint": b"C"}
+LARGEST = 2**20
+"""Bytes that no file of a run reaches."""
 SETTINGS = {
     "SimNPO, all weights": ["--model.objective", "SimNPO"],
     "NPO, adapter with dropout": [
@@ -86,13 +90,14 @@ def command(data: Path, model: Path, setting: str, run: Path) -> list[str]:
 # -- one run -------------------------------------------------------------------------------------------------
 
 
-def start(arguments: list[str], log: Path, slow_writes: bool = False) -> tuple[int, int]:
+def start(arguments: list[str], log: Path, slow_writes: bool = False, limit: int | None = None) -> tuple[int, int]:
     """Fork a run that reports its events.
 
     Args:
         arguments: Of the command line.
         log: Where it prints.
         slow_writes: Whether writes of a checkpoint take long enough to be hit.
+        limit: Bytes at which files take no more.
 
     Returns:
         Process id, and the pipe of events, a byte each.
@@ -110,6 +115,8 @@ def start(arguments: list[str], log: Path, slow_writes: bool = False) -> tuple[i
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         _report(writing, slow_writes)
         from simnpo_pl.__main__ import main
 
@@ -215,7 +222,7 @@ def trace(arguments: list[str], folder: Path, slow_writes: bool) -> Trace:
     code = finish_quietly(child, pipe)
     if code:
         raise SystemExit(f"the run without a kill failed, see {folder.with_suffix('.log')}")
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    times: dict[str, list[float]] = {kind: [] for kind in EVENTS}
     for (event, at), (_, after) in zip(seen, [*seen[1:], (b"", time.monotonic())], strict=True):
         kind = next(kind for kind, name in EVENTS.items() if name == event)
         times[kind].append(after - at)
@@ -244,8 +251,8 @@ def cycle(kind: str, traced: Trace, arguments: Callable[[Path], list[str]], fold
     """Kill a run once, go on with it, compare.
 
     Returns:
-        `hit` (whether the kill came before the run's end), `within` (whether it left an unfinished write behind, or
-        finished batches of an unfinished evaluation), `whole` (whether the checkpoint there could be read), `differs`.
+        `hit` (whether the run was ended by it), `within` (whether it left an unfinished checkpoint behind, or finished
+        batches of an evaluation; of a disk, whether the run ended with one line that says so), `differs`.
     """
     import torch
 
@@ -253,6 +260,32 @@ def cycle(kind: str, traced: Trace, arguments: Callable[[Path], list[str]], fold
     shutil.rmtree(folder, ignore_errors=True)
     options, log = arguments(folder), folder.with_suffix(".log")
     log.unlink(missing_ok=True)
+    if kind == "disk":
+        # Small files are as likely to be hit as large ones.
+        limit = round(LARGEST ** draw.uniform(0.5, 1))
+        hit = finish(*start(options, log, limit=limit)) == 2
+        errors = [line for line in log.read_text().splitlines() if line.startswith(("error:", "Traceback"))]
+        within = len(errors) == 1 and "File too large" in errors[0]
+    else:
+        hit = _kill(kind, traced, options, log, draw)
+    last = folder / "last.ckpt"
+    if last.exists():
+        torch.load(last, weights_only=True)
+    if kind != "disk":
+        evaluated = any((folder / ".evaluation").glob("*/*.jsonl"))
+        writing = any("last.ckpt." in file.name for file in folder.iterdir())
+        within = {"training": hit, "evaluation": hit and evaluated, "checkpoint": hit and writing}[kind]
+    code = finish(*start(options, log))
+    differs = differences(traced.folder, folder) if code == 0 else [f"exit code {code}, see {log}"]
+    left = [f.name for f in folder.iterdir() if f.name.startswith(".")] if folder.is_dir() else []
+    if not (differs or left):
+        shutil.rmtree(folder)
+        log.unlink()
+    return {"kind": kind, "seed": seed, "hit": hit, "within": within, "differs": [*differs, *left]}
+
+
+def _kill(kind: str, traced: Trace, options: list[str], log: Path, draw: random.Random) -> bool:
+    """Start a run and kill it; whether that came before its end."""
     child, pipe = start(options, log, slow_writes=kind == "checkpoint")
     chosen, delay = draw.randrange(traced.counts[kind]), draw.random() * traced.seconds[kind]
     passed = 0
@@ -263,22 +296,7 @@ def cycle(kind: str, traced: Trace, arguments: Callable[[Path], list[str]], fold
                 os.kill(child, signal.SIGKILL)
                 break
             passed += 1
-    hit = finish(child, pipe) == -signal.SIGKILL
-    last = folder / "last.ckpt"
-    if last.exists():
-        torch.load(last, weights_only=True)
-    within = {
-        "training": True,
-        "evaluation": any((folder / ".evaluation").glob("*/*.jsonl")),
-        "checkpoint": any("last.ckpt." in file.name for file in folder.iterdir()),
-    }[kind]
-    code = finish(*start(options, log))
-    differs = differences(traced.folder, folder) if code == 0 else [f"exit code {code}, see {log}"]
-    left = [f.name for f in folder.iterdir() if f.name.startswith(".")] if folder.is_dir() else []
-    if not (differs or left):
-        shutil.rmtree(folder)
-        log.unlink()
-    return {"kind": kind, "seed": seed, "hit": hit, "within": within, "differs": [*differs, *left]}
+    return finish(child, pipe) == -signal.SIGKILL
 
 
 def work(jobs: list[tuple[str, str, int]], traces: dict[Any, Trace], make: Any, folder: Path, out: int) -> None:
@@ -341,7 +359,7 @@ def chaos(kills: int, folder: Path, data: Path, model: Path, seed: int = 0, work
 
 def markdown(found: list[dict[str, Any]], seconds: float) -> str:
     """Counts as a table."""
-    lines = ["| killed | kills | came before the run's end | left unfinished work behind | ended alike, bit for bit |"]
+    lines = ["| ended | runs | before their end | evidence | gone on with, same end bit for bit |"]
     lines.append("|---|---|---|---|---|")
     for kind, what in KINDS.items():
         own = [one for one in found if one["kind"] == kind]
@@ -349,8 +367,8 @@ def markdown(found: list[dict[str, Any]], seconds: float) -> str:
         alike = sum(not one["differs"] for one in own)
         lines.append(f"| {what} | {len(own)} | {hits} | {within} | {alike} |")
     lines.append("")
-    lines.append(f"{len(found)} kills, {sum(bool(one['differs']) for one in found)} mismatches, ")
-    lines[-1] += f"{seconds / max(1, len(found)):.1f} seconds a kill."
+    lines.append(f"{len(found)} runs ended, {sum(bool(one['differs']) for one in found)} mismatches, ")
+    lines[-1] += f"{seconds / max(1, len(found)):.1f} seconds a run."
     return "\n".join(lines)
 
 

@@ -398,7 +398,7 @@ def test_slurm_job_is_requeued_once_its_state_is_saved(
 
 @SLOW
 def test_kills_from_outside(data_folder: Path, model_folder: Path, tmp_path: Path):
-    """One kill of each kind by the stress script."""
+    """One run ended in each way by the stress script."""
     done = subprocess.run(
         [sys.executable, "scripts/chaos.py", "--kills", "1", "--folder", str(tmp_path / "chaos")],
         capture_output=True,
@@ -406,4 +406,4 @@ def test_kills_from_outside(data_folder: Path, model_folder: Path, tmp_path: Pat
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert "3 kills, 0 mismatches" in done.stdout
+    assert "4 runs ended, 0 mismatches" in done.stdout

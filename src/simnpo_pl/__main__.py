@@ -1,5 +1,6 @@
 """`python -m simnpo_pl`: runs the command line; a mistake of the user is one line and exit code 2."""
 
+import errno
 import logging
 import os
 import socket
@@ -16,6 +17,8 @@ RUNS = {
     "test": "evaluate a model",
     "predict": "write a model's greedy answers",
 }
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a disk says that takes no more; libraries raise errors of their own after it."""
 HELP = """usage: python -m simnpo_pl COMMAND --config FILE [--config OVERLAY ...] [--OPTION VALUE ...]
 
 Makes a causal language model forget question-answer pairs, and measures what it forgot and what it kept.
@@ -90,19 +93,22 @@ def user_message(error: BaseException) -> str | None:
     from argparse import ArgumentError
 
     from simnpo_pl.errors import UserError
+    from simnpo_pl.files import causes
 
-    seen: BaseException | None = error
-    while seen is not None:
+    for seen in causes(error):
         if isinstance(seen, UserError):
             return _line(str(seen))
-        seen = seen.__cause__ or seen.__context__
+        if isinstance(seen, OSError) and seen.errno in UNWRITABLE:
+            return _unwritten(seen)
     # Lightning is not imported for its name: a run that fails before has not loaded it either.
     if isinstance(error, ArgumentError) or type(error).__name__ == "MisconfigurationException":
         return _line(str(error))
-    if isinstance(error, OSError) and error.errno is not None:
-        where = f": {error.filename}" if error.filename else ""
-        return _line(f"{error.strerror or error}{where}; files written before are as they were")
-    return None
+    return _unwritten(error) if isinstance(error, OSError) and error.errno is not None else None
+
+
+def _unwritten(error: OSError) -> str:
+    where = f": {error.filename}" if error.filename else ""
+    return _line(f"{error.strerror or error}{where}; files written before are as they were")
 
 
 def _line(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -22,9 +23,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Load training state; tensors and plain values only.
 
         Raises:
-            UserError: The file is not a whole checkpoint.
+            UserError: The file is not a whole checkpoint, or its content not that of its checksums.
         """
         try:
+            # PyTorch writes checksums but does not look at them.
+            with ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise BadZipFile
             return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
         except FileNotFoundError:
             raise

@@ -150,6 +150,9 @@ class UnlearningCLI(LightningCLI):
         try:
             with self.signals:
                 super()._run_subcommand(subcommand)
+        except OSError as error:
+            error.filename = error.filename or str(self.run_folder.folder)
+            raise
         except Stopped as stop:
             if self.trainer.is_global_zero:
                 folder = self.run_folder.folder

@@ -4,9 +4,12 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from simnpo_pl.errors import UserError
 
 
 class Writing:
@@ -21,7 +24,10 @@ class Writing:
         self.handle = self.temporary.open("wb")
         return self.handle
 
-    def __exit__(self, error: object, *rest: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *rest: object) -> None:
+        for cause in causes(error):
+            if isinstance(cause, OSError) and cause.filename is None:
+                cause.filename = str(self.path)
         try:
             if error is None:
                 self.handle.flush()
@@ -30,8 +36,17 @@ class Writing:
                 os.replace(self.temporary, self.path)
                 sync_folder(self.path.parent)
         finally:
-            self.handle.close()
+            with suppress(OSError):
+                # Of a file that could not be written, the rest cannot be either.
+                self.handle.close()
             self.temporary.unlink(missing_ok=True)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def sync_folder(folder: Path) -> None:
@@ -109,6 +124,32 @@ def write_json(path: Path, content: Any) -> None:
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     """Write JSON lines atomically; numbers that are not finite become null."""
     write_text(path, "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_json(file: Path) -> Any:
+    """Content of a JSON file that a run wrote.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    return _parse(file, file.read_text(encoding="utf-8"))
+
+
+def read_json_lines(file: Path) -> list[Any]:
+    """Content of a file of JSON lines that a run wrote.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    # Not splitlines(): answers may hold other line separators, such as U+2028.
+    return [_parse(file, line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _parse(file: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): give another folder, or mend the file") from error
 
 
 def _finite(content: Any) -> Any:

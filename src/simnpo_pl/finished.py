@@ -1,6 +1,5 @@
 """A finished run, opened again: its model and settings for what is done to it afterwards, its results to add to."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from simnpo_pl.arguments import clear_changed_classes
 from simnpo_pl.callbacks.run_folder import RESULTS
 from simnpo_pl.cli import UnlearningCLI, precision, quiet
 from simnpo_pl.errors import UserError
-from simnpo_pl.files import write_json
+from simnpo_pl.files import read_json, write_json
 from simnpo_pl.report.runs import Run, read_runs
 
 HARDWARE = ("accelerator", "strategy", "devices", "num_nodes", "plugins", "gradient_clip_val", "deterministic")
@@ -83,7 +82,7 @@ def add_results(run: Run, change: Callable[[dict[str, Any]], None]) -> None:
     """
     file = run.folder / RESULTS
     with FileLock(run.folder / ".results.lock"):
-        content = json.loads(file.read_text())
+        content = read_json(file)
         change(content)
         write_json(file, content)
     run.record.clear()

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from simnpo_pl.callbacks.run_folder import RESULTS
 from simnpo_pl.errors import UserError
-from simnpo_pl.files import write_json
+from simnpo_pl.files import read_json, write_json
 
 MADE_OF = "made_of.json"
 """In a run's folder: the options and the configs it was begun with."""
@@ -68,7 +68,7 @@ def fit_once(
 def read_record(folder: Path) -> dict[str, Any] | None:
     """Content of a run's results; None where there is none yet."""
     file = folder / RESULTS
-    return json.loads(file.read_text()) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def _check_options(folder: Path, options: Sequence[str]) -> None:
@@ -79,7 +79,7 @@ def _check_options(folder: Path, options: Sequence[str]) -> None:
         return
     if not file.is_file():
         raise UserError(f"{folder} holds a run that was not begun by this command; move it or choose another folder")
-    known = json.loads(file.read_text())
+    known = read_json(file)
     different = [name for name in found if known.get(name) != json.loads(json.dumps(found[name], default=str))]
     if different:
         raise UserError(

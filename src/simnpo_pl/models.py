@@ -1,11 +1,13 @@
 """Loading and saving models: safetensors only, no remote code, one clear line when a model is not to be had."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.files import replace
@@ -152,6 +154,11 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
         replace(fresh, folder)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

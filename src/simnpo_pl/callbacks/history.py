@@ -1,6 +1,5 @@
 """Losses and learning rate of every optimizer step, as a file that needs no TensorBoard to be read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from simnpo_pl.files import write_json_lines
+from simnpo_pl.files import read_json_lines, write_json_lines
 
 HISTORY = "history.jsonl"
 
@@ -31,7 +30,7 @@ class History(Callback):
         """Keep the steps before the checkpoint of a resumed run; those after it are gone through again."""
         self._step = trainer.global_step
         if trainer.ckpt_path is not None and self.file.is_file():
-            lines = map(json.loads, self.file.read_text().splitlines())
+            lines = read_json_lines(self.file)
             self._lines = [line for line in lines if line["step"] <= self._step]
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

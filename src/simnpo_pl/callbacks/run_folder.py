@@ -1,6 +1,5 @@
 """What a run leaves behind: results of every evaluation, per-row logs, timings, the resolved config."""
 
-import json
 import resource
 import sys
 import time
@@ -15,7 +14,7 @@ from simnpo_pl.callbacks.board import log_evaluation, log_outcome
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.parts import FinishedParts
-from simnpo_pl.files import clean, write_json, write_json_lines, write_text
+from simnpo_pl.files import clean, read_json, write_json, write_json_lines, write_text
 from simnpo_pl.metrics.logs import RetainLog
 from simnpo_pl.summary import describe_objective
 
@@ -60,7 +59,7 @@ class RunFolder(Callback):
         """
         results = self.folder / RESULTS
         if results.is_file():
-            earlier = json.loads(results.read_text())
+            earlier = read_json(results)
             if earlier.get("finished"):
                 raise UserError(
                     f"--run_dir {self.folder} holds a finished run; give another folder, it is not written over"

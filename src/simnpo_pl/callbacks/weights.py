@@ -1,6 +1,5 @@
 """Gradient weights of the forget rows over training: `weights.jsonl` and TensorBoard, from the passes that train."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from simnpo_pl.files import write_json_lines
+from simnpo_pl.files import read_json_lines, write_json_lines
 
 WEIGHTS = "weights.jsonl"
 SCORES = ("weight", "logp", "length")
@@ -38,7 +37,7 @@ class GradientWeights(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Take up the epochs before a checkpoint."""
         if trainer.ckpt_path is not None and self.file.is_file():
-            rows = map(json.loads, self.file.read_text().splitlines())
+            rows = read_json_lines(self.file)
             self.rows = [row for row in rows if row["epoch"] <= trainer.current_epoch]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:

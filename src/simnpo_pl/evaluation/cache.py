@@ -1,7 +1,6 @@
 """Evaluations of models that do not change, start and retrained, are made once and kept."""
 
 import hashlib
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet, plan_digest
-from simnpo_pl.files import write_json, write_json_lines
+from simnpo_pl.files import read_json, read_json_lines, write_json, write_json_lines
 
 
 class EvaluationCache:
@@ -80,9 +79,11 @@ def load(folder: Path | None) -> EvalResult | None:
     """A kept result, if it is there and whole."""
     if folder is None or not (folder / "result.json").is_file():
         return None
-    content = json.loads((folder / "result.json").read_text())
+    try:
+        content, rows = read_json(folder / "result.json"), read_json_lines(folder / "rows.jsonl")
+    except (UserError, FileNotFoundError):
+        return None
     values = {name: float("nan") if value is None else value for name, value in content["values"].items()}
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     return EvalResult(values, content["counts"], content["unavailable"], rows)
 
 

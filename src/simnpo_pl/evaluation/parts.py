@@ -7,6 +7,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class FinishedParts:
         folder.mkdir(parents=True, exist_ok=True)
         self._kept = {number: found for file in sorted(folder.glob("*.jsonl")) for number, found in _read(file)}
         # A line that a kill cut short would spoil the one after it: every process goes on in a file of its own.
-        self._file = (folder / f"{time.time_ns()}-{rank}.jsonl").open("ab", buffering=0)
+        self._file = (folder / f"{time.time_ns()}-{rank}.jsonl").open("ab")
         self._everywhere = _gather(set(self._kept))
 
     def found(self, batch: Mapping[str, Any]) -> Any:
@@ -63,7 +64,11 @@ class FinishedParts:
     def keep(self, batch: Mapping[str, Any], outcome: Any) -> None:
         """Write down what a batch gave: tensors by name, or lists of token ids."""
         content = json.dumps([batch["number"], _plain(outcome)]).encode()
-        self._file.write(b"%08x %b\n" % (zlib.crc32(content), content))
+        try:
+            self._file.write(b"%08x %b\n" % (zlib.crc32(content), content))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         if time.monotonic() - self._synced > SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
@@ -71,7 +76,8 @@ class FinishedParts:
     def close(self) -> None:
         """End writing."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):
+                self._file.close()
             self._file = None
 
     def drop(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simnpo_pl.errors import UserError
+from simnpo_pl.files import read_json_lines
 
 Row = dict[str, Any]
 
@@ -98,9 +99,4 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _lines(file: Path) -> list[Row]:
-    try:
-        return [json.loads(line) for line in file.read_text().splitlines()]
-    except FileNotFoundError:
-        return []
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); run the evaluation again") from error
+    return read_json_lines(file) if file.is_file() else []

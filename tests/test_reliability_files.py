@@ -1,0 +1,212 @@
+"""Full and read-only disks, a hub that vanishes, files cut short: one line, exit code 2, old files intact."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simnpo_pl.checkpoints import AtomicCheckpointIO
+from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation import cache
+from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.files import read_json_lines, write_json, write_json_lines
+from simnpo_pl.models import load_causal_lm, load_tokenizer, save_model
+
+Error = Callable[..., str]
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """A disk on which a file takes no more bytes than this."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("size", [200, 30_000, 200_000])
+def test_full_disk_in_a_run(cli_error: Error, tmp_path: Path, size: int):
+    """At the first small file, in the checkpoint, late in the checkpoint: one line that names the file."""
+    run = tmp_path / "run"
+    with disk_of(size):
+        error = cli_error("fit", "--eval.cache_dir", "null", "--run_dir", str(run))
+    assert "File too large: " in error
+    assert "files written before are as they were" in error
+    left = [f.name for f in run.rglob("*") if f.name.endswith((".tmp", ".new"))]
+    assert left == []
+
+
+def test_full_disk_keeps_the_checkpoint_of_before(tmp_path: Path):
+    io, file = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"x": torch.arange(10)}, file)
+    before = contents(tmp_path)
+    for size in (0, 100, 5_000, 200_000):
+        with disk_of(size), pytest.raises((OSError, RuntimeError)):
+            io.save_checkpoint({"x": torch.zeros(100_000)}, file)
+        assert contents(tmp_path) == before
+    assert io.load_checkpoint(file)["x"].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("size", [100, 20_000])
+def test_full_disk_keeps_the_model_of_before(model_folder: Path, tmp_path: Path, size: int):
+    """The library that writes weights has errors of its own, which become the system's."""
+    model, tokenizer = load_causal_lm(str(model_folder)), load_tokenizer(str(model_folder))
+    save_model(model, tokenizer, tmp_path / "model")
+    before = contents(tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    with disk_of(size), pytest.raises(OSError, match="File too large"):
+        save_model(model, tokenizer, tmp_path / "model")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("where", ["system", "file"])
+def test_folder_that_cannot_be_written(cli_error: Error, model_folder: Path, where: str):
+    if where == "system" and not Path("/sys/kernel").is_dir():
+        pytest.skip("no folder here that not even root writes to")
+    folder = "/sys/simnpo_pl_run" if where == "system" else str(model_folder / "config.json" / "run")
+    error = cli_error("fit", "--run_dir", folder)
+    assert folder in error
+    assert any(word in error for word in ("Operation not permitted", "Permission denied", "Not a directory"))
+
+
+# -- files that are not what they were -----------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_checkpoint_cut_short_or_changed_is_refused(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
+    """Loaded as it was or refused: no bit flips into a silently different weight."""
+    io, file = AtomicCheckpointIO(), tmp_path_factory.getbasetemp() / "changed.ckpt"
+    content = {"state_dict": {"a": torch.arange(500.0)}, "loops": {"epoch": 3}}
+    io.save_checkpoint(content, file)
+    whole = file.read_bytes()
+    if data.draw(st.booleans()):
+        changed = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    else:
+        position, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
+        changed = whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :]
+    file.write_bytes(changed)
+    try:
+        loaded = io.load_checkpoint(file)
+    except UserError:
+        return
+    assert torch.equal(loaded["state_dict"]["a"], content["state_dict"]["a"])
+    assert loaded["loops"] == content["loops"]
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, 20_000])
+def test_weights_cut_short(cli_error: Error, model_folder: Path, tmp_path: Path, size: int):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in model_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:size])
+    error = cli_error("test", "--model.name", str(folder), "--run_dir", str(tmp_path / "run"))
+    assert f"--model.name: the model in {folder} cannot be loaded" in error
+
+
+def test_data_cut_short(cli_error: Error, data_folder: Path, tmp_path: Path):
+    """In the middle of a line; a file cut between two lines has fewer rows, which nothing tells."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for file in data_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    whole = (folder / "forget10.json").read_bytes()
+    (folder / "forget10.json").write_bytes(whole[:-20])
+    error = cli_error("fit", "--data.path", str(folder), "--run_dir", str(tmp_path / "run"))
+    assert "forget10.json line 10: not valid JSON" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_results_of_a_resumed_run_cut_short(cli_error: Error, tmp_path: Path):
+    (tmp_path / "results.json").write_text('{"finished": fal')
+    error = cli_error("fit", "--run_dir", str(tmp_path), "--ckpt_path", "last")
+    assert f"{tmp_path / 'results.json'} is damaged" in error
+
+
+def test_kept_evaluation_that_is_damaged_is_made_again(tmp_path: Path):
+    """Also one whose answers hold separators that end a line elsewhere."""
+    rows = [{"split": "forget", "index": 0, "generation": "a\u2028b\x85c\x0bd\r\ne"}]
+    cache.store(tmp_path / "one", EvalResult({"x": 1.0}, {"x": 1}, {}, rows))
+    found = cache.load(tmp_path / "one")
+    assert found is not None
+    assert found.rows == rows
+    for name in ("rows.jsonl", "result.json"):
+        cache.store(tmp_path / name, EvalResult({"x": 1.0}, {"x": 1}, {}, rows))
+        (tmp_path / name / name).write_text((tmp_path / name / name).read_text()[:-5])
+        assert cache.load(tmp_path / name) is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(texts=st.lists(st.text(), max_size=4))
+def test_lines_come_back_as_they_were(texts: list[str], tmp_path_factory: pytest.TempPathFactory):
+    file = tmp_path_factory.getbasetemp() / "lines.jsonl"
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    write_json_lines(file, [{"text": text} for text in texts])
+    assert read_json_lines(file) == [{"text": text} for text in texts]
+    write_json(file, texts)
+    assert json.loads(file.read_text(encoding="utf-8")) == texts
+
+
+# -- a hub that vanishes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["closes", "cuts"])
+def test_hub_that_vanishes(model_folder: Path, data_folder: Path, tmp_path: Path, way: str):
+    """At the first request, or in the middle of the weights."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            file = model_folder / self.path.split("?")[0].rsplit("/", 1)[-1]
+            if way == "closes":
+                self.connection.close()
+            elif "/resolve/" not in self.path or not file.is_file():
+                self.send_error(404)
+            else:
+                content = file.read_bytes()
+                self.send_response(200)
+                for name, value in {"ETag": f'"{file.name}"', "X-Repo-Commit": "a" * 40}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if self.command == "GET":
+                    half = file.suffix == ".safetensors"
+                    self.wfile.write(content[: len(content) // 2] if half else content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "simnpo_pl", "test", "--config", "configs/tofu.yaml"]
+    command += ["--model.name", "someone/model", "--data.path", str(data_folder), "--run_dir", str(tmp_path / "run")]
+    command += ["--eval.retain_log", "null", "--trainer.accelerator", "cpu"]
+    done = subprocess.run(command, env={**os.environ, **hub}, capture_output=True, text=True, timeout=300)
+    server.shutdown()
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "someone/model is neither a folder here nor to be had from the hub" in line
+    assert "--model.name FOLDER" in line
