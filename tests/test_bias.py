@@ -67,6 +67,14 @@ def test_no_weights(tmp_path: Path):
         analysis.weights_by_epoch(run_of(tmp_path, []))
 
 
+def test_metric_by_epoch(tmp_path: Path):
+    """The start model is epoch 0; an epoch that could not be measured is left out."""
+    epochs = [{"epoch": 1, "metrics": {"model_utility": 0.5}}, {"epoch": 2, "metrics": {"model_utility": None}}]
+    run = Run("run", tmp_path, {"start": {"metrics": {"model_utility": 0.9}}, "epochs": epochs})
+    assert analysis.metric_by_epoch(run, "model_utility") == {0: 0.9, 1: 0.5}
+    assert analysis.metric_by_epoch(run, "forget_quality") == {}
+
+
 def start_row(index: int, nll: float | None, split: str = "forget") -> dict[str, Any]:
     return {"split": split, "index": index, "answer_nll": nll}
 
@@ -218,7 +226,7 @@ def study_file(run_options: list[str], other_folder: Path, tmp_path: Path) -> Pa
     quick = ["--trainer.max_epochs", "1", "--eval.max_new_tokens", "2", "--eval.retrained", str(other_folder)]
     study = {
         "fit": shlex.join([*run_options, *quick]),
-        "methods": {"NPO": "--model.objective NPO", "SimNPO": "--model.objective SimNPO"},
+        "methods": {"NPO": "--model.objective NPO --trainer.max_epochs 2", "SimNPO": "--model.objective SimNPO"},
         "perturbation": {"method": "NPO", "share": 0.25},
         "memorization": {
             "fit": "--model.objective FineTune --model.retain_loss null --data.train_split forget10[:5]+retain90 "
@@ -244,7 +252,7 @@ def test_weights_and_perturbation(
     assert "| NPO | 1 | 10 | " in text
     assert "| NPO-perturbed | 10 | " in text
     figures = {file.name for file in (out / "figures").iterdir()}
-    assert figures == {f"tiny_{name}.png" for name in ("length", "epochs", "knowledge", "halves")}
+    assert figures == {f"tiny_{name}.png" for name in ("length", "epochs", "knowledge", "quality", "halves")}
     record = json.loads((out / "NPO-perturbed" / "results.json").read_text())
     assert record["settings"]["model"]["reference"] == str(out / "reference-share0.25-seed1")
     # The policy is the start model and not the reference, so the very first weights are not 1.
@@ -274,7 +282,7 @@ def test_memorization_and_ablation(
     seen = json.loads((out / "half-start" / "results.json").read_text())["settings"]["data"]["init_args"]
     assert seen["train_split"] == "forget10[:5]+retain90"
     weights = [json.loads(line) for line in (out / "half-NPO" / "weights.jsonl").read_text().splitlines()]
-    assert len(weights) == 10
+    assert len(weights) == 20
     assert {file.name for file in (out / "figures").iterdir()} == {"tiny_memorization.png", "tiny_ablation.png"}
 
 

@@ -92,10 +92,8 @@ def test_weight_scales_the_gradient_of_the_log_prob(
     from simnpo_pl.data.collate import collate
 
     data = TofuData(path=str(data_folder), model=str(model_folder))
-    data.parts = ("forget",)
     data.setup("test")
-    data._setup_training()
-    rows = data._training["forget"][:3]
+    rows = data.token_rows(("forget",))["forget"][:3]
     module = UnlearningModule(
         str(model_folder), objective=objective, retain_loss=None, forget_weight=1.0, reference=str(other_folder)
     )
@@ -167,7 +165,7 @@ def test_tensorboard_has_the_weights(npo_rows: Path):
     for event in logged:
         own = [r["weight"] for r in rows if r["step"] == event.step + 1]
         assert event.value == pytest.approx(sum(own) / len(own), rel=1e-5)
-    assert [event.step for event in events.Histograms("gradient_weight")] == [3, 6]
+    assert [event.step for event in events.Histograms("train/gradient_weights")] == [3, 6]
 
 
 def test_resumed_run_has_every_epoch(npo_rows: Path, cli: CLI, tmp_path: Path):

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from simnpo_pl.analysis.halves import Half
-from simnpo_pl.analysis.weights import chosen_epochs, difficulty, pearson, weights_by_epoch
+from simnpo_pl.analysis.weights import chosen_epochs, difficulty, metric_by_epoch, pearson, weights_by_epoch
 from simnpo_pl.errors import UserError
 from simnpo_pl.report.runs import Run
 from simnpo_pl.report.series import distribution, largest_gap
 
 START = "start"
 """Name of the start model among others."""
+LOG10_005 = -1.30103
 STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -100,6 +101,27 @@ def weight_by_epoch(runs: Sequence[Run], file: Path) -> None:
             axis.set_title(run.name)
             axis.set_xlabel("epoch")
         axes[0][0].set_ylabel("gradient weight")
+
+
+def quality_by_epoch(runs: Sequence[Run], file: Path) -> None:
+    """Model utility and log10 of forget quality of the start model, at 0, and after every evaluated epoch."""
+    from matplotlib.ticker import MaxNLocator
+
+    from simnpo_pl.report.figures import GREY, colour
+
+    titles = {"model_utility": "model utility", "forget_quality/log10_p": "log10 forget quality"}
+    with _panels(file, 1, 2, (2.6, 2.0)) as (_, axes):
+        for axis, (key, title) in zip(axes[0], titles.items(), strict=True):
+            for number, run in enumerate(runs):
+                points = metric_by_epoch(run, key)
+                axis.plot(
+                    list(points), list(points.values()), ".-", color=colour(number), label=run.name, linewidth=1.2
+                )
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_title(title)
+            axis.set_xlabel("epoch")
+        axes[0][1].axhline(LOG10_005, color=GREY, linewidth=0.8, linestyle="--")
+        axes[0][0].legend(fontsize=6)
 
 
 def weight_against_knowledge(runs: Sequence[Run], epochs: Sequence[int], file: Path) -> None:

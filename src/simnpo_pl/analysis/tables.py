@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from simnpo_pl.analysis.halves import Half
-from simnpo_pl.analysis.weights import Correlation, summaries
+from simnpo_pl.analysis.weights import Correlation, metric_by_epoch, summaries
 from simnpo_pl.report.runs import Run
 from simnpo_pl.report.words import number
 
@@ -31,6 +31,17 @@ def weights(runs: Sequence[Run], epochs: Sequence[int]) -> str:
             spread = f"{number(s.mean)} ({number(s.low)} to {number(s.high)})"
             cells = [s.with_length, s.with_probability, s.with_difficulty]
             lines.append([run.name, str(s.epoch), str(s.with_length.n), spread, *map(_correlation, cells)])
+    return markdown(heads, lines)
+
+
+def by_epoch(runs: Sequence[Run], epochs: Sequence[int]) -> str:
+    """Model utility and forget quality of each run by epoch, 0 for the start model."""
+    heads = ["run", "epoch", "model utility", "forget quality"]
+    lines = []
+    for run in runs:
+        utility, quality = (metric_by_epoch(run, name) for name in ("model_utility", "forget_quality"))
+        for epoch in sorted({0, *epochs} & (utility.keys() | quality.keys())):
+            lines.append([run.name, str(epoch), number(utility.get(epoch)), number(quality.get(epoch))])
     return markdown(heads, lines)
 
 

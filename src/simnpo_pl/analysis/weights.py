@@ -69,6 +69,12 @@ def chosen_epochs(run: Run, epochs: Sequence[int]) -> list[int]:
     return [epoch for epoch in epochs if epoch in there] or there[-1:]
 
 
+def metric_by_epoch(run: Run, name: str) -> dict[int, float]:
+    """A metric of the start model, as epoch 0, and after every evaluated epoch; without epochs that lack it."""
+    found = [(0, run.metrics("start")), *((e["epoch"], e["metrics"]) for e in run.record.get("epochs", []))]
+    return {epoch: metrics[name] for epoch, metrics in found if metrics.get(name) is not None}
+
+
 def difficulty(run: Run) -> dict[int, float] | None:
     """The start model's loss on every forget row, nats per token: low for what it knows by heart.
 

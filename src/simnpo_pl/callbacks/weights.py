@@ -123,4 +123,6 @@ class GradientWeights(Callback):
             trainer.logger.log_metrics({"train/gradient_weight": sum(weights) / len(weights)}, step - 1)
         writer: Any = getattr(trainer.logger, "experiment", None)
         if hasattr(writer, "add_histogram"):
-            writer.add_histogram("gradient_weight", torch.tensor([row["weight"] for row in rows]), trainer.global_step)
+            writer.add_histogram(
+                "train/gradient_weights", torch.tensor([row["weight"] for row in rows]), trainer.global_step
+            )

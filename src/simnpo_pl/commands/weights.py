@@ -68,6 +68,11 @@ def describe(runs: "Sequence[Run]", epochs: Sequence[int], folder: Path, prefix:
     figures.weight_against_length(runs, epochs, drawn[0])
     figures.weight_by_epoch(runs, drawn[1])
     figures.weight_against_knowledge(runs, epochs, drawn[2])
+    measured = [run for run in runs if len(run.record.get("epochs", [])) > 1]
+    if measured:
+        parts.append(tables.by_epoch(measured, epochs))
+        drawn.append(folder / f"{prefix}_quality.png")
+        figures.quality_by_epoch(measured, drawn[-1])
     if halves:
         parts.append(tables.halves(halves))
         drawn.append(folder / f"{prefix}_halves.png")
