@@ -313,7 +313,7 @@ def test_results_and_rows(evaluated: Path):
     """Aggregates follow from the rows; PrivLeak from the two models' areas."""
     content = results(evaluated)
     found, retrained = content["final"]["metrics"], content["retrained"]["metrics"]
-    assert content["unavailable"] == {}
+    assert set(content["unavailable"]) == {"forget/fluency"}
     rows = [json.loads(line) for line in (evaluated / "rows.jsonl").read_text().splitlines()]
     by_split = {split: [r for r in rows if r["split"] == split] for split in ("forget", "holdout")}
     assert [len(part) for part in by_split.values()] == [10, 6]
@@ -350,7 +350,7 @@ def test_own_log_as_the_retrained_models(cli: Callable[..., None], evaluated: Pa
         assert results(folder)["final"]["metrics"]["privleak"] == pytest.approx(
             results(evaluated)["final"]["metrics"]["privleak"]
         )
-        assert set(results(folder)["unavailable"]) == {"mia_reference"}
+        assert set(results(folder)["unavailable"]) == {"mia_reference", "forget/fluency"}
 
 
 def test_two_processes(run_options: list[str], evaluated: Path, other_folder: Path, tmp_path: Path):
@@ -382,7 +382,10 @@ def test_two_processes(run_options: list[str], evaluated: Path, other_folder: Pa
             ("--eval.mia_reference", "x", "--data.holdout", "retain90[:2]", "--eval.splits", "[forget]"),
             "--eval.mia_reference: no attack is made here; measure forget and holdout rows",
         ),
-        (("--eval.mia_reference", "./none", "--data.holdout", "retain90[:2]"), "folder ./none does not exist"),
+        (
+            ("--eval.mia_reference", "./none", "--data.holdout", "retain90[:2]"),
+            "--eval.mia_reference: folder ./none does not exist",
+        ),
     ],
 )
 def test_mistakes(cli_error: Callable[..., str], options: tuple[str, ...], message: str):

@@ -252,11 +252,11 @@ class UnlearningCLI(LightningCLI):
                     "--eval.mia_reference: no attack is made here; measure forget and holdout rows, or leave it out"
                 )
             answers = AnswerLosses(sets, self.datamodule.eval, self.datamodule.eos_id, self.datamodule.pad_id)
-            result = self._evaluate_once("mia_reference", self.model.like(name), answers)
+            result = self._evaluate_once("mia_reference", self.model.like(name, "--eval.mia_reference"), answers)
             self.datamodule.use_reference_losses(answers.losses(result))
         name = self.datamodule.eval.retrained
         if name is not None:
-            model = self.model.like(name)
+            model = self.model.like(name, "--eval.retrained")
             self.datamodule.use_retrained_rows(self._evaluate_once("retrained", model).rows, name)
         if self.trainer.is_global_zero:
             if fit:

@@ -93,11 +93,9 @@ def load_causal_lm(
         UserError: The model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if not os.environ.get("TRANSFORMERS_VERBOSITY"):
-        transformers_logging.disable_progress_bar()
+    quiet_loading()
     try:
         resolved = find_model(name, option)
         if (Path(resolved) / ADAPTER_CONFIG).is_file():
@@ -114,6 +112,14 @@ def load_causal_lm(
         raise
     except Exception as error:
         raise _unavailable(name, "model", error, option) from error
+
+
+def quiet_loading() -> None:
+    """Show no progress of loading, unless the user asked transformers to talk."""
+    from transformers.utils import logging as transformers_logging
+
+    if not os.environ.get("TRANSFORMERS_VERBOSITY"):
+        transformers_logging.disable_progress_bar()
 
 
 def frozen_copy(model: Any) -> Any:

@@ -29,6 +29,7 @@ class PolicyModule(pl.LightningModule):
         gradient_checkpointing: Whether activations are computed again in the backward pass.
 
     Attributes:
+        option: Setting that names the model, for messages.
         policy: The model; None before `configure_model`.
         evaluation_result: What the newest evaluation found.
         logs_metrics: Whether its metrics go to the logger.
@@ -47,6 +48,7 @@ class PolicyModule(pl.LightningModule):
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.option = "--model.name"
         self.policy: Any = None
         self.evaluation: Evaluation | None = None
         self.evaluation_result: EvalResult | None = None
@@ -54,9 +56,15 @@ class PolicyModule(pl.LightningModule):
         self.finished_parts: FinishedParts | None = None
         self._policy_scorer: Scorer | None = None
 
-    def like(self, name: str) -> "PolicyModule":
-        """Another model in the same precision, to be evaluated only; its metrics are not this run's."""
+    def like(self, name: str, option: str = "--model.name") -> "PolicyModule":
+        """Another model in the same precision, to be evaluated only; its metrics are not this run's.
+
+        Args:
+            name: Hub id or folder.
+            option: Setting that names it, for messages.
+        """
         other = PolicyModule(name, self.dtype_name, self.attn_implementation)
+        other.option = option
         other.logs_metrics = False
         return other
 
@@ -68,7 +76,7 @@ class PolicyModule(pl.LightningModule):
         """
         if self.policy is not None:
             return
-        self.policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation)
+        self.policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation, self.option)
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 

@@ -40,10 +40,7 @@ def table(record: dict[str, Any]) -> str:
     ]
     for model, metrics in found.items():
         lines.append(f"| {model} | " + " | ".join(number(metrics.get(name)) for name in names) + " |")
-    reasons: dict[str, list[str]] = {}
-    for name, reason in record.get("unavailable", {}).items():
-        reasons.setdefault(reason, []).append(name)
-    lines += [f"{', '.join(names)}: not measured, {reason}" for reason, names in reasons.items()]
+    lines += _not_measured(record.get("unavailable", {}))
     return "\n".join(lines)
 
 
@@ -79,8 +76,16 @@ def measures(evaluation: Any) -> str:
     """
     rows = ", ".join(f"{len(part.texts)} {part.name} rows" for part in evaluation.sets)
     lines = [f"measured on {rows}: {', '.join(evaluation.names())}"]
-    lines += [f"not measured: {name}, {reason}" for name, reason in evaluation.unavailable.items()]
+    lines += _not_measured(evaluation.unavailable)
     return "\n".join(lines)
+
+
+def _not_measured(unavailable: dict[str, str]) -> list[str]:
+    """A line for every reason, with all metrics it holds for."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in unavailable.items():
+        reasons.setdefault(reason, []).append(name)
+    return [f"{', '.join(names)}: not measured, {reason}" for reason, names in reasons.items()]
 
 
 def describe_objective(module: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet, Generation
 from simnpo_pl.metrics.answers import AnswerProbability, ChoiceProbability, ForgetQuality, RowMean, TruthRatio
@@ -24,7 +25,7 @@ def qa_set(
 
     Args:
         name: First part of the metrics' names; `forget` aggregates the truth ratio as TOFU does for forgetting
-            and adds extraction strength and exact memorization.
+            and adds extraction strength, exact memorization and, with a classifier, fluency.
         split: What the rows are called in messages.
         rows: With `question` and `answer`; all or none with `paraphrased_answer` and `perturbed_answer`.
         encode: Tokenises question and answer.
@@ -68,15 +69,26 @@ def qa_set(
     if name == "forget":
         metrics["forget/extraction_strength"] = RowMean("extraction_strength", count)
         metrics["forget/exact_memorization"] = RowMean("exact_memorization", count)
+    fluency = None
+    if name == "forget" and options.fluency_classifier is not None:
+        metrics["forget/fluency"] = RowMean(FLUENCY, count)
+        fluency = FluencyClassifier(options.fluency_classifier, options.fluency_label)
     answers = [encoded[i * kinds : (i + 1) * kinds] for i in range(count)]
+    prompts = [row[0].prompt_ids for row in answers[:generated]]
     return EvalSet(
         name=name,
         texts=[{"question": row["question"], "answer": row["answer"]} for row in rows],
         answers=answers,
         metrics=metrics,
-        generation=Generation([row[0].prompt_ids for row in answers[:generated]], options.max_new_tokens),
+        generation=Generation(prompts, options.max_new_tokens, fluency=fluency),
         has_paraphrase=paraphrased,
     )
+
+
+def not_rated(options: EvalOptions) -> dict[str, str]:
+    """Why the forget answers' fluency is not measured, if it is not."""
+    asked = options.fluency_classifier is not None
+    return {} if asked else {"forget/fluency": "no classifier; give --eval.fluency_classifier FOLDER"}
 
 
 def add_forget_quality(forget: EvalSet, log: RetainLog | None, split: str) -> dict[str, str]:

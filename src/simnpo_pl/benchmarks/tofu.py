@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.membership import add_attacks, holdout_set, load_holdout
-from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, qa_set
+from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, not_rated, qa_set
 from simnpo_pl.data.sources import hub_file, load_lines, load_split
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import TrainingRows
@@ -119,7 +119,8 @@ class TofuData(UnlearningData):
             sets.append(holdout)
         attacks = add_attacks(sets[0], holdout, self.eval, log, self.reference_losses)
         summary = {"model_utility": ModelUtility(parts), **attacks.metrics}
-        return Evaluation(sets, summary, unavailable | attacks.unavailable, decode_with(self.tokenizer))
+        unavailable |= attacks.unavailable | not_rated(self.eval)
+        return Evaluation(sets, summary, unavailable, decode_with(self.tokenizer))
 
     def export(self, result: EvalResult) -> dict[str, Any]:
         """TOFU_EVAL.json, as open-unlearning writes it."""

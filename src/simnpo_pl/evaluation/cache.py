@@ -37,6 +37,8 @@ class EvaluationCache:
         digest = hashlib.sha256(f"{model_fingerprint(model)} {plan_digest(sets)}".encode())
         versions = [version(name) for name in ("simnpo_pl", "torch", "transformers", "rouge-score")]
         settings = (self.options.truth_ratio, self.options.min_k, against, self.precision, versions)
+        if self.options.fluency_classifier is not None:
+            digest.update(f"{model_fingerprint(self.options.fluency_classifier)} {self.options.fluency_label}".encode())
         digest.update(repr(settings).encode())
         return Path(self.options.cache_dir).expanduser() / "evaluations" / digest.hexdigest()[:24]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.fluency import FLUENCY
 from simnpo_pl.evaluation.plan import EvalSet
 from simnpo_pl.evaluation.scoring import ON_DEMAND, Scoring, score_rows
 from simnpo_pl.logprobs import AnswerStates
@@ -78,7 +79,8 @@ class Evaluation:
         self._raw = [_RawScores(len(part.texts), part.kinds) for part in sets]
         self._texts: dict[tuple[int, int], str] = {}
         silent = [metric for part in sets if not part.generate for metric in part.metrics.values()]
-        self._withhold([m for m in silent if m.feature in ROUGE], "no answers are generated, see --eval.generate_rows")
+        lost = [metric for metric in silent if metric.feature in (*ROUGE, FLUENCY)]
+        self._withhold(lost, "no answers are generated, see --eval.generate_rows")
 
     def only(self, splits: Collection[str]) -> "Evaluation":
         """The same over some of its splits; what rests on another one is unavailable.
@@ -122,6 +124,9 @@ class Evaluation:
         """Move the metrics' states to the device of the model."""
         for metric in self._all_metrics():
             metric.to(device)
+        for part in self.sets:
+            if part.generation is not None and part.generation.fluency is not None:
+                part.generation.fluency.device = device
         return self
 
     def reset(self) -> None:
@@ -167,6 +172,16 @@ class Evaluation:
             row = torch.tensor([index]), torch.tensor([0])
             scores = {name: torch.tensor([value]) for name, value in found.items()}
             self._update(number, part, *row, scores, torch.tensor([True]))
+        self._rate(sets, indices)
+
+    def _rate(self, sets: list[int], indices: list[int]) -> None:
+        """Score the fluency of generated texts, those of a split together."""
+        for number, part in enumerate(self.sets):
+            rows = [index for n, index in zip(sets, indices, strict=True) if n == number]
+            if rows and part.generation is not None and part.generation.fluency is not None:
+                rated = torch.tensor(part.generation.fluency([self._texts[number, index] for index in rows]))
+                kind = torch.zeros(len(rows), dtype=torch.long)
+                self._update(number, part, torch.tensor(rows), kind, {FLUENCY: rated}, torch.ones_like(rated).bool())
 
     def compute(self) -> EvalResult:
         """Numbers and rows over all processes; every process gets the same.

@@ -26,6 +26,8 @@ class EvalOptions:
         min_k: Part of an answer's tokens, the least likely ones, that the Min-K% attacks and PrivLeak average.
         mia_reference: Reference model of the reference attack: hub id or folder. Its losses are cached.
         gradnorm: Whether the gradient-norm attack is made: a backward pass for every forget and holdout row.
+        fluency_classifier: Text classifier that rates the generated forget answers: hub id or folder.
+        fluency_label: Its label of fluent text; the rating is that label's probability.
         cache_dir: Folder for evaluations of start and retrained models, which are made once; null keeps none.
     """
 
@@ -42,6 +44,8 @@ class EvalOptions:
     min_k: float = 0.4
     mia_reference: str | None = None
     gradnorm: bool = False
+    fluency_classifier: str | None = None
+    fluency_label: str = "clean"
     cache_dir: str | None = "~/.cache/simnpo_pl"
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.errors import UserError
+from simnpo_pl.evaluation.fluency import FluencyClassifier
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.functional import rouge_l
@@ -25,12 +26,14 @@ class Generation:
         max_new_tokens: Generated tokens at most.
         finish: Makes of the decoded text what is kept and scored, such as its part before a stop word.
         score: Scores of (kept text, the row's answer), by name.
+        fluency: Rates kept texts; None rates none.
     """
 
     prompts: list[list[int]]
     max_new_tokens: int
     finish: Callable[[str], str] = str.strip
     score: Callable[[str, str], dict[str, float]] = rouge_l
+    fluency: FluencyClassifier | None = None
 
 
 @dataclass

@@ -81,6 +81,10 @@ def _rouge(row: dict[str, Any]) -> dict[str, Any]:
     return {names.get(key, key): row[key] for key in keys if row.get(key) is not None}
 
 
+def _fluency(row: dict[str, Any]) -> dict[str, Any]:
+    return {"score": row["fluency"], "generation": row["generation"]}
+
+
 def _score(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda row: {"score": row[key]}
 
@@ -96,6 +100,7 @@ _METRICS = (
     _Metric("{}_Truth_Ratio", _RETAIN, _PARA + _PERT, _ratio("paraphrase_nll"), F.utility_truth_ratio),
     _Metric("{}_Truth_Ratio", _CHOICE, _TRUE + _PERT, _ratio("answer_nll"), F.utility_truth_ratio),
     _Metric("{}_Q_A_ROUGE", _ALL, ("rougeL_recall",), _rouge),
+    _Metric("{}_Q_A_gibberish", _FORGET, ("fluency", "generation"), _fluency),
     _Metric("exact_memorization", _FORGET, ("exact_memorization",), _score("exact_memorization")),
     _Metric("extraction_strength", _FORGET, ("extraction_strength",), _score("extraction_strength")),
 )
