@@ -12,6 +12,7 @@ from simnpo_pl.__main__ import main
 from simnpo_pl.errors import UserError
 
 SPLITS = ["raw/forget[:50%]", "raw/forget[50%:]"]
+UNMEASURED = ["--eval.start", "false", "--eval.final", "false", "--trainer.limit_val_batches", "0"]
 
 
 @pytest.fixture
@@ -70,19 +71,7 @@ def test_successive_requests(
 def test_growing_sets(calls: list[list[str]], quick: list[str], tmp_path: Path):
     """All runs start from the same model; four shares of the forget text are the default."""
     out = tmp_path / "scal"
-    main(
-        [
-            "scalability",
-            "--out",
-            str(out),
-            *quick,
-            "--eval.start",
-            "false",
-            "--trainer.limit_val_batches",
-            "1",
-            "--debug",
-        ]
-    )
+    main(["scalability", "--out", str(out), *quick, *UNMEASURED, "--debug"])
     splits = [results(out / str(n))["settings"]["data"]["init_args"]["forget_split"] for n in (1, 2, 3, 4)]
     assert splits == ["raw/forget[:25%]", "raw/forget[:50%]", "raw/forget[:75%]", "raw/forget"]
     assert len({results(out / str(n))["settings"]["model"]["name"] for n in (1, 2, 3, 4)}) == 1
@@ -95,13 +84,13 @@ def test_unfinished_runs_go_on(calls: list[list[str]], quick: list[str], tmp_pat
     """With a checkpoint from there, without one from the beginning."""
     out = tmp_path / "scal"
     forget = ["--forget", *SPLITS]
-    main(["scalability", "--out", str(out), *forget, *quick, "--eval.start", "false", "--debug"])
+    main(["scalability", "--out", str(out), *forget, *quick, *UNMEASURED, "--debug"])
     for name in ("1", "2"):
         file = out / name / "results.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "finished": False}))
     (out / "2" / "last.ckpt").unlink()
     calls.clear()
-    main(["scalability", "--out", str(out), *forget, *quick, "--eval.start", "false", "--debug"])
+    main(["scalability", "--out", str(out), *forget, *quick, *UNMEASURED, "--debug"])
     assert len(calls) == 2
     assert all(results(out / name)["finished"] for name in ("1", "2"))
 
