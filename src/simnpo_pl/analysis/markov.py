@@ -50,7 +50,7 @@ class Setting:
     steps: int = 60
     every: int = 2
     batch: int = 4
-    stop: float = 1.0
+    stop: float = 0.5
 
 
 SETTINGS = {"small": Setting(), "paper": Setting("paper", lr=5e-4, steps=50, every=1)}
