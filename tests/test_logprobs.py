@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from simnpo_pl import logprobs
-from simnpo_pl.logprobs import Scorer, join
+from simnpo_pl import head
+from simnpo_pl.logprobs import Scorer, divergence, join
+from simnpo_pl.packing import layout_of
 
 
 def rows(seed: int = 0, sizes: tuple[int, ...] = (12, 7, 3, 9)) -> dict[str, torch.Tensor]:
@@ -67,7 +68,7 @@ def test_chunks_equal_one_piece(model_folder: Path, monkeypatch: pytest.MonkeyPa
     """The head in chunks of two tokens, recomputed in the backward pass, gives the same loss and gradient."""
     results = []
     for budget in (2**25, 2 * 1024):
-        monkeypatch.setattr(logprobs, "LOGITS_BUDGET", budget)
+        monkeypatch.setattr(head, "LOGITS_BUDGET", budget)
         model = load(model_folder)
         states = Scorer(model)({"rows": rows()})["rows"]
         loss = states.logps().mean.mean()
@@ -78,6 +79,26 @@ def test_chunks_equal_one_piece(model_folder: Path, monkeypatch: pytest.MonkeyPa
     assert (chunked_grad - whole_grad).norm() / whole_grad.norm() < 1e-5
     torch.testing.assert_close(chunked_scores.logps, whole_scores.logps, rtol=1e-5, atol=1e-6)
     assert chunked_scores.correct.tolist() == whole_scores.correct.tolist()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_divergence_in_chunks(model_folder: Path, other_folder: Path, autocast: bool, monkeypatch: pytest.MonkeyPatch):
+    """KL to another model, four tokens at once, has the value and gradient of all at once."""
+    results = []
+    for budget in (2**25, 16 * 1024):
+        monkeypatch.setattr(head, "LOGITS_BUDGET", budget)
+        model, other = load(model_folder), load(other_folder)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            with torch.no_grad():
+                reference = Scorer(other)({"rows": rows()})["rows"]
+            states = Scorer(model)({"rows": rows()})["rows"]
+            values = states.per_token(lambda logits, _, target: divergence(target, logits), reference)
+        assert (len(values) * 1024 <= budget) is (budget == 2**25)
+        values.mean().backward()
+        results.append((values.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (whole, whole_grad), (chunked, chunked_grad) = results
+    torch.testing.assert_close(chunked, whole, rtol=2e-2 if autocast else 1e-6, atol=1e-6)
+    assert (chunked_grad - whole_grad).norm() / whole_grad.norm() < (2e-2 if autocast else 1e-5)
 
 
 def test_parts_come_back_apart(model_folder: Path):
@@ -130,9 +151,55 @@ def test_sliding_window_within_packed_rows(make_model: Callable[..., Path]):
     torch.testing.assert_close(states.logits(), expected[scored], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite", "mamba", "gpt2"])
+def alike() -> dict[str, torch.Tensor]:
+    """Rows that begin alike: two from one prompt, one that is another's beginning, one repeated, one of its own."""
+    batch = rows()
+    ids = batch["input_ids"]
+    ids[1, :5], ids[2] = ids[0, :5], ids[1]
+    ids = torch.cat([ids, ids[3:]])
+    mask = torch.cat([batch["attention_mask"], batch["attention_mask"][3:]])
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def test_layout_of_rows_that_begin_alike():
+    """A token is placed once for all rows that agree up to it; after the first difference agreement counts no more."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 9, 4], [1, 2, 9, 9], [5, 2, 9, 9]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
+    layout = layout_of(ids, mask)
+    assert layout.cells.tolist() == [0, 1, 2, 3, 6, 11, 12, 13]
+    assert layout.tokens.view(4, 4).tolist() == [[0, 1, 2, 3], [0, 1, 4, 0], [0, 1, 4, 5], [6, 7, 0, 0]]
+    assert layout.positions.tolist() == [[0, 1, 2, 3, 2, 3, 0, 1]]
+    assert layout.shared
+    assert not layout_of(ids[[0, 3]], mask[[0, 3]]).shared
+
+
+def test_rows_that_begin_alike(model_folder: Path):
+    """Computed once, they score and pull as each by itself: loss to 1e-6, gradient to 1e-5, scores to 1e-5."""
+    batch, results = alike(), []
+    for attention in ("sdpa", "eager"):
+        model = load(model_folder, attention)
+        states = Scorer(model)({"rows": batch})["rows"]
+        loss = (states.logps().mean * torch.arange(1, 6)).sum()
+        loss.backward()
+        scores = states.token_scores()
+        results.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()]), scores, len(states.hidden)))
+    (shared, shared_grad, shared_scores, used), (apart, apart_grad, scores, _) = results
+    assert used < len(scores.logps)
+    assert shared.item() == pytest.approx(apart.item(), rel=1e-6)
+    assert (shared_grad - apart_grad).norm() / apart_grad.norm() < 1e-5
+    torch.testing.assert_close(shared_scores.logps, scores.logps, rtol=1e-5, atol=1e-6)
+    assert shared_scores.correct.tolist() == scores.correct.tolist()
+
+
+# How each is run: packed where attention allows it, padded where only the head does, else as a whole.
+FORWARDS = {"gemma2": "padded", "cohere": "packed", "granite": "packed", "mamba": "padded", "gpt2": "packed"}
+
+
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_other_architectures(kind: str):
-    """Scaled or capped logits, recurrent layers, learned positions: packed or not, the log-probs are the model's."""
+    """Scaled or capped logits, recurrent layers, learned positions: however they are run, log-probs are the model's."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -149,13 +216,36 @@ def test_other_architectures(kind: str):
     }[kind]()
     model.eval()
     batch = rows()
-    got = Scorer(model)({"rows": batch})["rows"].logps().total
+    scorer = Scorer(model)
+    assert scorer.forward.__name__ == f"_{FORWARDS[kind]}"
+    got = scorer({"rows": batch})["rows"].logps().total
     for i, length in enumerate((12, 7, 3, 9)):
         ids = batch["input_ids"][i, :length]
         with torch.no_grad():
             own = model(input_ids=ids[None]).logits[0].log_softmax(-1)
         expected = sum(own[t - 1, ids[t]].item() for t in range(2, length))
         assert got[i].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_unknown_change_of_the_logits(model_folder: Path, caplog: pytest.LogCaptureFixture):
+    """A model that does to its logits what no config names is run as a whole, and that is said."""
+    from transformers import LlamaForCausalLM
+
+    class Doubled(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = 2 * output.logits
+            return output
+
+    model, batch = Doubled.from_pretrained(model_folder), rows()
+    with caplog.at_level("INFO", "simnpo_pl"):
+        scorer = Scorer(model)
+    assert "Doubled: rows are padded, not packed (its logits are no known map of its hidden states)" in caplog.text
+    got = scorer({"rows": batch})["rows"].logps().total
+    ids = batch["input_ids"][2, :3]
+    with torch.no_grad():
+        own = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    assert got[2].item() == pytest.approx(own[1, ids[2]].item(), rel=1e-5)
 
 
 def test_join_keeps_rows_apart():

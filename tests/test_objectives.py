@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simnpo_pl.errors import UserError
+from simnpo_pl.head import Head
 from simnpo_pl.logprobs import AnswerLogps, AnswerStates, LayerStates
 from simnpo_pl.objectives import (
     CEU,
@@ -86,12 +87,12 @@ def states(logits: list[list[float]], labels: list[int], rows: list[int]) -> Ans
     """Scored positions whose head is the identity: hidden states are the logits."""
     return AnswerStates(
         hidden=torch.tensor(logits),
+        predictors=torch.arange(len(labels)),
         labels=torch.tensor(labels),
         rows=torch.tensor(rows),
         size=max(rows) + 1,
         width=8,
-        head=torch.nn.Identity(),
-        vocabulary=len(logits[0]),
+        head=Head(torch.nn.Identity(), len(logits[0])),
     )
 
 
@@ -130,7 +131,8 @@ def test_undial():
     Token 1: -(1/4 log 3/4 + 3/4 log 1/4) = 1.1116413; token 2: -(1/4 log 1/4 + 3/4 log 3/4) = 0.5623351; their mean is
     0.8369882. Row 2: log 2.
     """
-    loss = UNDIAL(beta=LOG3)(ForgetInputs(states=STATES, reference_logits=torch.zeros(3, 2)))
+    reference = replace(STATES, hidden=torch.zeros(3, 2))
+    loss = UNDIAL(beta=LOG3)(ForgetInputs(states=STATES, reference_states=reference))
     assert loss.tolist() == pytest.approx([0.8369882, 0.6931472], rel=1e-6)
 
 
@@ -198,10 +200,11 @@ def test_rkld():
     KL(policy || teacher) with the policy at 3/4 and 1/4 is 3/4 log 3 + 1/4 log 1/3 = 1/2 log 3 = 0.5493061, at both
     tokens of row 1; with 1/2 and 1/2 it is 1/2 log 2 + 1/2 log 2/3 = 0.1438410.
     """
-    memorising = torch.tensor([[LOG3 / 2, -1.0]]).repeat(3, 1)
-    inputs = ForgetInputs(states=STATES, reference_logits=torch.zeros(3, 2), memorising_logits=memorising)
+    memorising = replace(STATES, hidden=torch.tensor([[LOG3 / 2, -1.0]]).repeat(3, 1))
+    reference = replace(STATES, hidden=torch.zeros(3, 2))
+    inputs = ForgetInputs(states=STATES, reference_states=reference, memorising_states=memorising)
     assert RKLD(alpha=2.0)(inputs).tolist() == pytest.approx([0.5493061, 0.1438410], rel=1e-6)
-    same = RKLD(alpha=0.0)(inputs._replace(reference_logits=STATES.logits()))
+    same = RKLD(alpha=0.0)(inputs._replace(reference_states=STATES))
     assert same.tolist() == pytest.approx([0, 0], abs=1e-7)
 
 

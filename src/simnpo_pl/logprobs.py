@@ -1,25 +1,21 @@
 """From rows of tokens to answer log-probs: the only shift, mask and log-softmax in the package.
 
-Hidden states are taken at the scored positions alone, the head is applied to those, and the
-log-softmax runs in float32, in chunks where tokens times vocabulary is large.
+Hidden states are taken at the scored positions alone, and the head is applied to those.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from simnpo_pl.data.tokenization import IGNORE_INDEX
+from simnpo_pl.head import Head, TokenFunction
 from simnpo_pl.layers import layer_outputs
 from simnpo_pl.packing import ATTENTION, layout_of, packed_hidden
-
-LOGITS_BUDGET = 2**25
-"""Logits held at once (scored tokens times vocabulary); above it the head runs in chunks."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +82,9 @@ class AnswerStates:
     """The S scored positions of B rows, flat and in row order."""
 
     hidden: Tensor
-    """`(S, D)` hidden states, or `(S, V)` logits where `head` is the identity."""
+    """`(U, D)` hidden states, or `(U, V)` logits where the head is the identity."""
+    predictors: Tensor
+    """`(S,)` which hidden state predicts each label; rows that begin alike share theirs."""
     labels: Tensor
     """`(S,)` token to predict."""
     rows: Tensor
@@ -95,24 +93,57 @@ class AnswerStates:
     """B."""
     width: int
     """T, the padded length of the rows."""
-    head: nn.Module
-    """Maps `hidden` to logits."""
-    vocabulary: int
-    """V."""
+    head: Head
+    """Maps hidden states to logits of V tokens."""
     layers: Mapping[int, LayerStates] = field(default_factory=dict)
     """Number of each layer that was asked for, from 0, to its states."""
 
     def logits(self) -> Tensor:
-        """`(S, V)` logits in float32."""
-        return self.head(self.hidden).float()
+        """`(S, V)` logits in float32; `per_token` holds fewer at once."""
+        return self.head(self.hidden[self.predictors])
+
+    def per_token(self, function: TokenFunction, *others: "AnswerStates") -> Tensor:
+        """Values of a function of each position's logits, with gradient; logits of many tokens are never all held.
+
+        Args:
+            function: Takes logits `(s, V)` and labels `(s,)` of some of the positions, and the logits `(s, V)` of each
+                other model there; gives `(s,)`, each value from its own position alone.
+            others: Other models' states of the same rows; no gradient flows to them.
+
+        Returns:
+            `(S,)`.
+        """
+
+        def with_others(logits: Tensor, labels: Tensor, *hidden: Tensor) -> Tensor:
+            with torch.no_grad():
+                targets = [other.head(states) for other, states in zip(others, hidden, strict=True)]
+            return function(logits, labels, *targets)
+
+        hidden = [states.hidden[states.predictors] for states in (self, *others)]
+        return self.head.per_token(with_others, hidden[0], self.labels, *hidden[1:])
 
     def token_logps(self) -> Tensor:
         """`(S,)` log-prob of each label, nats."""
-        return torch.cat([self._label_logps(h, y) for h, y in self._chunks()])
+        return self.head.logps(self.hidden, self.predictors, self.labels)
 
     def logps(self) -> AnswerLogps:
         """Log-likelihood of every row's answer."""
         return AnswerLogps(self.sum_rows(self.token_logps()), self.lengths())
+
+    @torch.no_grad()
+    def token_scores(self, standardise: Tensor | None = None) -> TokenScores:
+        """Log-prob and correctness of every scored token, without gradient.
+
+        Args:
+            standardise: `(B,)` bool, the rows whose log-probs are also standardised over the vocabulary.
+        """
+        logps, correct = self.head.scores(self.hidden, self.predictors, self.labels)
+        standardised = torch.full_like(logps, torch.nan)
+        if standardise is not None:
+            chosen = standardise[self.rows]
+            hidden = self.hidden[self.predictors[chosen]]
+            standardised[chosen] = self.head.per_token(_standardised, hidden, self.labels[chosen])
+        return TokenScores(logps, correct, standardised)
 
     def lengths(self) -> Tensor:
         """`(B,)` number of scored tokens, float."""
@@ -122,48 +153,10 @@ class AnswerStates:
         """Sum values `(S,)` of scored positions within each row: `(B,)`."""
         return values.new_zeros(self.size).index_add(0, self.rows, values)
 
-    def cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy of logits `(S, V)` against distributions `(S, V)`: `(S,)` nats."""
-        return logits.logsumexp(dim=-1) - (target * logits).sum(dim=-1)
 
-    @torch.no_grad()
-    def token_scores(self, standardise: Tensor | None = None) -> TokenScores:
-        """Log-prob and correctness of every scored token, without gradient.
-
-        Args:
-            standardise: `(B,)` bool, the rows whose log-probs are also standardised over the vocabulary.
-        """
-        logps, correct, standardised = [], [], []
-        chosen = torch.zeros_like(self.labels, dtype=torch.bool) if standardise is None else standardise[self.rows]
-        for (hidden, labels), inside in zip(self._chunks(), chosen.split(self._step), strict=True):
-            logits = self.head(hidden).float()
-            picked = _pick(logits, labels)
-            logps.append(picked)
-            correct.append(logits.argmax(dim=-1) == labels)
-            standardised.append(torch.full_like(picked, torch.nan))
-            if inside.any():
-                standardised[-1][inside] = _standardise(picked[inside], logits[inside])
-        return TokenScores(torch.cat(logps), torch.cat(correct), torch.cat(standardised))
-
-    @property
-    def _step(self) -> int:
-        return max(1, LOGITS_BUDGET // self.vocabulary)
-
-    def _chunks(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self.hidden.split(self._step), self.labels.split(self._step), strict=True))
-
-    def _label_logps(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        def head_logps(hidden: Tensor, labels: Tensor) -> Tensor:
-            return _pick(self.head(hidden).float(), labels)
-
-        if len(self.labels) * self.vocabulary <= LOGITS_BUDGET or not torch.is_grad_enabled():
-            return head_logps(hidden, labels)
-        # Logits of a chunk are computed again in the backward pass instead of being kept.
-        return checkpoint(head_logps, hidden, labels, use_reentrant=False)
-
-
-def _pick(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of logits `(..., V)` against distributions `(..., V)`: `(...)` nats."""
+    return logits.logsumexp(dim=-1) - (target * logits).sum(dim=-1)
 
 
 def divergence(one: Tensor, other: Tensor) -> Tensor:
@@ -172,14 +165,14 @@ def divergence(one: Tensor, other: Tensor) -> Tensor:
     return (logps.exp() * (logps - other.log_softmax(dim=-1))).sum(dim=-1)
 
 
-def _standardise(picked: Tensor, logits: Tensor) -> Tensor:
-    """Log-probs `(S,)` against mean and variance of the log-prob under the distributions of logits `(S, V)`."""
+def _standardised(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probs of labels `(S,)` against mean and deviation of the log-prob under the distributions of logits `(S, V)`."""
     logps = logits.log_softmax(dim=-1)
     # A token without probability adds 0 to both moments, not 0 times infinity.
     probs, finite = logps.exp(), logps.masked_fill(logps == -torch.inf, 0.0)
     mean = (probs * finite).sum(dim=-1)
     variance = (probs * (finite - mean.unsqueeze(-1)) ** 2).sum(dim=-1)
-    return (picked - mean) / variance.clamp(min=1e-6).sqrt()
+    return (logps.gather(1, labels.unsqueeze(1)).squeeze(1) - mean) / variance.clamp(min=1e-6).sqrt()
 
 
 def join(parts: list[Rows]) -> dict[str, Tensor]:
@@ -207,10 +200,9 @@ def answer_lengths(rows: Rows) -> Tensor:
 class Scorer:
     """Turns rows into `AnswerStates` with one causal language model.
 
-    Packs rows where the model's attention allows it and reads hidden states where its head is a
-    plain map of them; whether both hold is tried on two short rows, and a model that computes
-    something else (recurrent layers, attention of its own, scaled or capped logits) takes the
-    padded path through its whole forward.
+    Packs rows where the model's attention allows it, and reads hidden states where its head is a map of them that
+    `head_of` knows. Whether both hold is tried on three short rows; a model that computes something else (recurrent
+    layers, attention of its own, unknown changes of the logits) is run padded, or as a whole.
 
     Args:
         model: A causal language model from transformers.
@@ -219,9 +211,15 @@ class Scorer:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
         self.body: nn.Module = model.base_model
-        self.head: Any = model.get_output_embeddings()
-        self.vocabulary = int(model.config.get_text_config().vocab_size)
-        self.packs = self._pack_agrees()
+        self.head = head_of(model)
+        self.forward = self._find_forward()
+        if self.forward == self._whole:
+            self.head = Head(nn.Identity(), self.head.vocabulary)
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows go through the model without padding."""
+        return self.forward == self._packed
 
     def __call__(self, parts: Mapping[str, Rows], layers: Collection[int] = ()) -> dict[str, AnswerStates]:
         """Scored positions of several sets of rows, from one forward pass.
@@ -233,23 +231,31 @@ class Scorer:
         Returns:
             `AnswerStates` under the same names.
         """
-        states = self._states(join(list(parts.values())), layers)
-        bounds = [0]
-        for rows in parts.values():
-            bounds.append(bounds[-1] + rows["input_ids"].shape[0])
-        result = {}
-        for (name, rows), start, end in zip(parts.items(), bounds, bounds[1:], strict=False):
-            inside = slice(*torch.searchsorted(states.rows, states.rows.new_tensor([start, end])).tolist())
+        joined = join(list(parts.values()))
+        targets, scored = scored_targets(joined)
+        answers = joined["labels"] != IGNORE_INDEX
+        if self.packs:
+            # A token that the mask hides is run only where rows are padded.
+            answers = answers & (joined["attention_mask"] != 0)
+        with layer_outputs(self.model, layers) as outputs:
+            hidden, places = self.forward(joined)
+        result, start = {}, 0
+        for name, rows in parts.items():
+            size, width = rows["input_ids"].shape
+            own = slice(start, start + size)
+            used, predictors = places[own][scored[own]].unique(return_inverse=True)
+            tokens, token_rows = places[own][answers[own]], answers[own].nonzero()[:, 0]
             result[name] = AnswerStates(
-                hidden=states.hidden[inside],
-                labels=states.labels[inside],
-                rows=states.rows[inside] - start,
-                size=end - start,
-                width=rows["input_ids"].shape[1],
-                head=states.head,
-                vocabulary=self.vocabulary,
-                layers={number: layer.between(start, end) for number, layer in states.layers.items()},
+                hidden=hidden.index_select(0, used),
+                predictors=predictors,
+                labels=targets[own][scored[own]],
+                rows=scored[own].nonzero()[:, 0],
+                size=size,
+                width=width,
+                head=self.head,
+                layers={n: LayerStates(outputs[n].flatten(0, 1)[tokens].float(), token_rows, size) for n in layers},
             )
+            start += size
         return result
 
     def all_logits(self, rows: Rows) -> Tensor:
@@ -257,59 +263,66 @@ class Scorer:
         output = self.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
         return output.logits.float()
 
-    def _states(self, rows: Rows, layers: Collection[int] = ()) -> AnswerStates:
-        input_ids, mask, size = rows["input_ids"], rows["attention_mask"], rows["input_ids"].shape[0]
-        targets, scored = scored_targets(rows)
-        answers = rows["labels"] != IGNORE_INDEX
-        with layer_outputs(self.model, layers) as outputs:
-            if self.packs:
-                layout = layout_of(mask)
-                hidden = packed_hidden(self.body, input_ids, layout)
-                hidden = hidden[scored.reshape(-1)[layout.cells]]
-                head = self.head
-                answers = answers & (mask != 0)
-                inside = answers.reshape(-1)[layout.cells].unsqueeze(0)
-            else:
-                output = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-                hidden, head = output.logits[scored], nn.Identity()
-                inside = answers
-        token_rows = answers.nonzero()[:, 0]
-        return AnswerStates(
-            hidden=hidden,
-            labels=targets[scored],
-            rows=scored.nonzero()[:, 0],
-            size=size,
-            width=input_ids.shape[1],
-            head=head,
-            vocabulary=self.vocabulary,
-            layers={n: LayerStates(outputs[n][inside].float(), token_rows, size) for n in layers},
-        )
+    # Each gives hidden states `(N, D)`, and for each cell `(B, T)` of the rows the number of its state.
+
+    def _packed(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        layout = layout_of(rows["input_ids"], rows["attention_mask"])
+        return packed_hidden(self.body, rows["input_ids"], layout), layout.tokens.view(layout.rows, layout.width)
+
+    def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        output = self.body(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
+        return output.last_hidden_state.flatten(0, 1), _cells(rows)
+
+    def _whole(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        output = self.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
+        return output.logits.flatten(0, 1), _cells(rows)
 
     @torch.no_grad()
-    def _pack_agrees(self) -> bool:
-        """Whether packed rows give the model's own logits; says so once where they do not."""
-        config: Any = self.model.config
-        usual, training = getattr(config, "_attn_implementation", None), self.model.training
-        if usual not in ("sdpa", ATTENTION) or getattr(self.head, "weight", None) is None:
-            return False
+    def _find_forward(self) -> Callable[[Rows], tuple[Tensor, Tensor]]:
+        """The fastest way that gives the model's own logits; says so once where it is not the packed one."""
+        usual, training = getattr(self.model.config, "_attn_implementation", None), self.model.training
+        device = next(self.model.parameters()).device
+        # Rows of unlike lengths, of which the first two begin alike: what leaks from row to row would show.
+        ids = (torch.arange(18, device=device) * 7 + 3).reshape(3, 6) % self.head.vocabulary
+        ids[1, :2] = ids[0, :2]
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0
+        rows = {"input_ids": ids, "attention_mask": mask}
         self.model.eval()
-        device: Any = self.head.weight.device
-        # Two rows of unlike lengths: a state that leaks from one row to the next would show.
-        ids = (torch.arange(12, device=device) * 7 + 3).reshape(2, 6) % self.vocabulary
-        mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], device=device)
         try:
             with torch.autocast(device.type, enabled=False):
-                expected = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                self.model.set_attn_implementation(ATTENTION)
-                packed = self.head(packed_hidden(self.body, ids, layout_of(mask)))
-            error = (packed - expected[mask.bool()]).abs().max()
-            tolerance = 1e-4 if packed.dtype == torch.float32 else 5e-2
-            agrees = bool(error <= tolerance * expected.abs().max().clamp(min=1.0))
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            agrees = False
+                expected = self._whole(rows)[0][mask.flatten().bool()].float()
+                if usual in ("sdpa", ATTENTION):
+                    self.model.set_attn_implementation(ATTENTION)
+                    if self._agrees(self._packed, rows, expected):
+                        return self._packed
+                    self.model.set_attn_implementation("sdpa")
+                padded = self._agrees(self._padded, rows, expected)
         finally:
             self.model.train(training)
-        if not agrees:
-            self.model.set_attn_implementation("sdpa")
-            _log.info("%s: rows are padded, not packed (its forward differs)", type(self.model).__name__)
-        return agrees
+        reason = "its attention differs" if padded else "its logits are no known map of its hidden states"
+        _log.info("%s: rows are padded, not packed (%s)", type(self.model).__name__, reason)
+        return self._padded if padded else self._whole
+
+    def _agrees(self, forward: Callable[[Rows], tuple[Tensor, Tensor]], rows: Rows, expected: Tensor) -> bool:
+        try:
+            hidden, places = forward(rows)
+            logits = self.head(hidden)[places[rows["attention_mask"].bool()]]
+        except (TypeError, ValueError, RuntimeError, AttributeError):
+            return False
+        tolerance = 1e-4 if hidden.dtype == torch.float32 else 5e-2
+        return bool((logits - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
+
+
+def head_of(model: Any) -> Head:
+    """The head of a causal language model, with the changes of its logits that its config names."""
+    config = model.config.get_text_config()
+    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
+    scale = float(scale) if isinstance(scale, float | int) else 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
+    return Head(model.get_output_embeddings(), int(config.vocab_size), scale / (divisor or 1.0), cap)
+
+
+def _cells(rows: Rows) -> Tensor:
+    shape = rows["input_ids"].shape
+    return torch.arange(shape.numel(), device=rows["input_ids"].device).view(shape)

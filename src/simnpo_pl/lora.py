@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,10 +208,9 @@ class BaseScorer(Scorer):
     """
 
     def __init__(self, scorer: Scorer) -> None:
-        self.model, self.body = scorer.model, scorer.body
+        self.model, self.body, self.forward = scorer.model, scorer.body, scorer.forward
         # Log-probs are taken after the adapter is on again: an adapted head must not be the one that makes them.
-        self.head = getattr(scorer.head, "base_layer", scorer.head)
-        self.vocabulary, self.packs = scorer.vocabulary, scorer.packs
+        self.head = replace(scorer.head, module=getattr(scorer.head.module, "base_layer", scorer.head.module))
 
     def __call__(self, parts: Mapping[str, Rows], layers: Collection[int] = ()) -> dict[str, AnswerStates]:
         """Scored positions of several sets of rows under the base."""

@@ -72,7 +72,7 @@ class BatchLosses:
     def keeps_reference(self) -> bool:
         """Whether every step runs the reference model."""
         retains = self.retain_loss is not None and self.retain_loss.needs_reference
-        return retains or bool(self.objective.needs & {"reference_logits", "reference_positions"})
+        return retains or bool(self.objective.needs & {"reference_states", "reference_positions"})
 
     @property
     def reads_reference(self) -> bool:
@@ -82,7 +82,7 @@ class BatchLosses:
     @property
     def reads_memorising(self) -> bool:
         """Whether every step runs the memorising model."""
-        return "memorising_logits" in self.objective.needs
+        return "memorising_states" in self.objective.needs
 
     def check_layers(self, model: Any) -> None:
         """See that the policy has the layers whose hidden states something reads.
@@ -123,8 +123,8 @@ class BatchLosses:
         with torch.no_grad():
             if "reference_positions" in needs:
                 reference_positions = self.reference().all_logits(forget)
-            frozen = {"reference_logits": self.reference, "memorising_logits": self.memorising}
-            logits = {n: scorer()({"forget": forget})["forget"].logits() for n, scorer in frozen.items() if n in needs}
+            frozen = {"reference_states": self.reference, "memorising_states": self.memorising}
+            others = {n: scorer()({"forget": forget})["forget"] for n, scorer in frozen.items() if n in needs}
         return ForgetInputs(
             forget=logps.get("forget"),
             alternate=logps.get("alternate"),
@@ -132,8 +132,8 @@ class BatchLosses:
             reference_alternate=totals.get("alternate"),
             states=states["forget"] if "states" in needs else None,
             layer=states["forget"].layers[layer] if "layer" in needs and layer is not None else None,
-            reference_logits=logits.get("reference_logits"),
-            memorising_logits=logits.get("memorising_logits"),
+            reference_states=others.get("reference_states"),
+            memorising_states=others.get("memorising_states"),
             positions=positions,
             reference_positions=reference_positions,
         )

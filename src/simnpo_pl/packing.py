@@ -17,12 +17,20 @@ ATTENTION = "packed_rows"
 
 
 class Layout(NamedTuple):
-    """Where the N real tokens of a packed row stand in the padded `(rows, width)` grid."""
+    """Where the N tokens of a packed row stand in the padded `(rows, width)` grid.
+
+    A token stands in several rows where these begin alike: what the model makes of it depends on what comes before it
+    alone, so it is computed once.
+    """
 
     rows: int
     width: int
     cells: Tensor
-    """`(N,)` flat index `row * width + position` of every real token."""
+    """`(N,)` flat index `row * width + position` of every token's first place."""
+    tokens: Tensor
+    """`(rows * width,)` number of the token at every cell; 0 at padding."""
+    shared: bool
+    """Whether any token stands in more than one row."""
 
     @property
     def positions(self) -> Tensor:
@@ -30,10 +38,13 @@ class Layout(NamedTuple):
         return (self.cells % self.width).unsqueeze(0)
 
     def pad(self, packed: Tensor) -> Tensor:
-        """Spread `(1, H, N, D)` over `(rows, H, width, D)`, zeros elsewhere."""
+        """Spread `(1, H, N, D)` over `(rows, H, width, D)`; what stands at padding has no meaning."""
         heads, size = packed.shape[1], packed.shape[3]
-        grid = packed.new_zeros(self.rows * self.width, heads, size)
-        grid = grid.index_copy(0, self.cells, packed[0].transpose(0, 1))
+        flat = packed[0].transpose(0, 1)
+        if self.shared:
+            grid = flat.index_select(0, self.tokens)
+        else:
+            grid = flat.new_zeros(self.rows * self.width, heads, size).index_copy(0, self.cells, flat)
         return grid.view(self.rows, self.width, heads, size).transpose(1, 2)
 
     def unpad(self, grid: Tensor) -> Tensor:
@@ -42,10 +53,27 @@ class Layout(NamedTuple):
         return flat.index_select(0, self.cells).unsqueeze(0)
 
 
-def layout_of(attention_mask: Tensor) -> Layout:
-    """Layout of right-padded rows given their mask `(B, T)`."""
-    rows, width = attention_mask.shape
-    return Layout(rows, width, attention_mask.reshape(-1).nonzero().squeeze(1))
+def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout:
+    """Layout of right-padded rows.
+
+    Rows share their first tokens with the row above them, as far as both have the same.
+
+    Args:
+        input_ids: `(B, T)`.
+        attention_mask: `(B, T)`, 1 on a row's own tokens.
+    """
+    rows, width = input_ids.shape
+    real = attention_mask != 0
+    same = (input_ids[1:] == input_ids[:-1]) & real[1:] & real[:-1]
+    # A token is the one above it where the whole rows up to it are alike.
+    repeats = nn.functional.pad(same.long().cumprod(dim=1), (0, 0, 1, 0)).bool()
+    first = real & ~repeats
+    number = first.reshape(-1).cumsum(dim=0).view(rows, width) - 1
+    row = torch.arange(rows, device=input_ids.device).unsqueeze(1).expand(rows, width)
+    above = row.masked_fill(repeats, 0).cummax(dim=0).values
+    tokens = number.gather(0, above).masked_fill(~real, 0)
+    cells = first.reshape(-1).nonzero().squeeze(1)
+    return Layout(rows, width, cells, tokens.reshape(-1), len(cells) < int(real.sum()))
 
 
 def _attention(
@@ -93,10 +121,10 @@ def packed_hidden(body: nn.Module, input_ids: Tensor, layout: Layout) -> Tensor:
     Args:
         body: Transformer without its head, whose attention is `packed_rows`.
         input_ids: Right-padded ids `(B, T)`.
-        layout: From `layout_of(attention_mask)`.
+        layout: Of these rows.
 
     Returns:
-        `(N, D)` hidden states, one per real token.
+        `(N, D)` hidden states, one for each token of the layout.
     """
     output = body(
         input_ids=input_ids.reshape(-1)[layout.cells].unsqueeze(0),

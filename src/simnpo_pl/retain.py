@@ -57,7 +57,7 @@ class KL(RetainLoss):
     def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
         """Mean divergence of each retain row over its scored tokens, nats per token, `(B,)`."""
         assert reference is not None
-        return row_means(policy, divergence(reference.logits(), policy.logits()))
+        return row_means(policy, policy.per_token(lambda logits, _, target: divergence(target, logits), reference))
 
     def over_all_positions(self, rows: Rows, policy: Scorer, reference: Scorer) -> Tensor:
         """Mean divergence of each row over all T positions, `(B,)`."""

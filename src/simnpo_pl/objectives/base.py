@@ -19,8 +19,8 @@ Need = Literal[
     "alternate",
     "reference",
     "states",
-    "reference_logits",
-    "memorising_logits",
+    "reference_states",
+    "memorising_states",
     "layer",
     "positions",
     "reference_positions",
@@ -51,10 +51,10 @@ class ForgetInputs(NamedTuple):
     """`(B,)` reference, refusals: sum of log-probs, nats."""
     states: AnswerStates | None = None
     """Policy, every scored token of the forget answers."""
-    reference_logits: Tensor | None = None
-    """`(S, V)` reference, logits at these tokens."""
-    memorising_logits: Tensor | None = None
-    """`(S, V)` memorising model, logits at these tokens."""
+    reference_states: AnswerStates | None = None
+    """Reference, the same tokens, without gradient; see `AnswerStates.per_token`."""
+    memorising_states: AnswerStates | None = None
+    """Memorising model, likewise."""
     layer: LayerStates | None = None
     """Policy, hidden states of the objective's `layer` at the tokens of the forget answers."""
     positions: Positions | None = None

@@ -53,7 +53,7 @@ class PDU(Objective):
             values = _flatness(inputs.positions.logits) * counted
             return values.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)
         states = given(inputs.states)
-        return row_means(states, _flatness(states.logits()))
+        return row_means(states, states.per_token(lambda logits, _: _flatness(logits)))
 
     def total(self, forget: Tensor, retain: Tensor, forget_weight: float, retain_weight: float) -> Tensor:
         """Lagrangian of the two losses."""

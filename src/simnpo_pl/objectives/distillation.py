@@ -17,7 +17,7 @@ class RKLD(Objective):
         alpha: How much is taken off, at least 0; 0 leaves the reference itself.
     """
 
-    needs = frozenset({"states", "reference_logits", "memorising_logits"})
+    needs = frozenset({"states", "reference_states", "memorising_states"})
     mean_over = "tokens"
 
     def __init__(self, alpha: float = 1.0) -> None:
@@ -26,6 +26,9 @@ class RKLD(Objective):
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         """Mean over each answer's tokens, nats per token, `(B,)`."""
-        states, reference = given(inputs.states), given(inputs.reference_logits)
-        teacher = reference - self.alpha * (given(inputs.memorising_logits) - reference).relu()
-        return row_means(states, divergence(states.logits(), teacher))
+
+        def to_teacher(logits: Tensor, labels: Tensor, reference: Tensor, memorising: Tensor) -> Tensor:
+            return divergence(logits, reference - self.alpha * (memorising - reference).relu())
+
+        states, frozen = given(inputs.states), (given(inputs.reference_states), given(inputs.memorising_states))
+        return row_means(states, states.per_token(to_teacher, *frozen))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from simnpo_pl.logprobs import cross_entropy
 from simnpo_pl.objectives.base import ForgetInputs, Objective, given, not_negative, positive, row_means
 
 
@@ -71,9 +72,12 @@ class CEU(Objective):
     def forward(self, inputs: ForgetInputs) -> Tensor:
         """Mean over each answer's tokens but the first, `(B,)`."""
         states = given(inputs.states)
-        logits = states.logits()
-        target = logits.detach().scatter(1, states.labels.unsqueeze(1), -torch.inf).softmax(dim=-1)
-        entropy = states.cross_entropy(logits, target)
+
+        def without_label(logits: Tensor, labels: Tensor) -> Tensor:
+            target = logits.detach().scatter(1, labels.unsqueeze(1), -torch.inf).softmax(dim=-1)
+            return cross_entropy(logits, target)
+
+        entropy = states.per_token(without_label)
         first = torch.ones_like(states.rows, dtype=torch.bool)
         first[1:] = states.rows[1:] != states.rows[:-1]
         return row_means(states, entropy.masked_fill(first, 0.0), skipped=self.skipped_tokens)
@@ -89,7 +93,7 @@ class UNDIAL(Objective):
         beta: What is taken off the label's logit, above 0. The public learning rate is 1e-4.
     """
 
-    needs = frozenset({"states", "reference_logits"})
+    needs = frozenset({"states", "reference_states"})
     mean_over = "tokens"
     default_retain_weight = 0.0
 
@@ -99,7 +103,11 @@ class UNDIAL(Objective):
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         """Mean over each answer's tokens, `(B,)`."""
-        states, reference = given(inputs.states), given(inputs.reference_logits)
-        off = torch.full_like(states.labels, -self.beta, dtype=reference.dtype)
-        target = reference.scatter_add(1, states.labels.unsqueeze(1), off.unsqueeze(1)).softmax(dim=-1)
-        return row_means(states, states.cross_entropy(states.logits(), target))
+
+        def adjusted(logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+            off = torch.full_like(labels, -self.beta, dtype=reference.dtype).unsqueeze(1)
+            target = reference.scatter_add(1, labels.unsqueeze(1), off).softmax(dim=-1)
+            return cross_entropy(logits, target)
+
+        states = given(inputs.states)
+        return row_means(states, states.per_token(adjusted, given(inputs.reference_states)))
