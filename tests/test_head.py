@@ -89,7 +89,9 @@ def test_module_that_is_no_matrix():
     plain, called = Head(module, V), Head(nn.Sequential(module), V)
     expected = gradients(lambda h: plain.logps(h, predictors, labels), module, hidden)
     close(gradients(lambda h: called.logps(h, predictors, labels), module, hidden), expected)
-    for one, other in zip(plain.scores(hidden, predictors, labels), called.scores(hidden, predictors, labels), strict=True):
+    for one, other in zip(
+        plain.scores(hidden, predictors, labels), called.scores(hidden, predictors, labels), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 

@@ -217,6 +217,11 @@ class Scorer:
             self.head = Head(nn.Identity(), self.head.vocabulary)
 
     @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.head.vocabulary
+
+    @property
     def packs(self) -> bool:
         """Whether rows go through the model without padding."""
         return self.forward == self._packed
