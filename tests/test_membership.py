@@ -19,12 +19,13 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from simnpo_pl import logprobs
+from simnpo_pl import head
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.gradients import gradient_norms
 from simnpo_pl.evaluation.scoring import Scoring, score_rows
+from simnpo_pl.head import Head
 from simnpo_pl.logprobs import AnswerStates, Scorer
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.metrics.functional import lowest_share
@@ -125,12 +126,12 @@ def states_of(rows: list[list[tuple[list[float], int]]]) -> AnswerStates:
     flat = [(row, probs, label) for row, positions in enumerate(rows) for probs, label in positions]
     return AnswerStates(
         hidden=torch.tensor([probs for _, probs, _ in flat]).log(),
+        predictors=torch.arange(len(flat)),
         labels=torch.tensor([label for _, _, label in flat]),
         rows=torch.tensor([row for row, _, _ in flat]),
         size=len(rows),
         width=8,
-        head=nn.Identity(),
-        vocabulary=4,
+        head=Head(nn.Identity(), 4),
     )
 
 
@@ -150,7 +151,7 @@ def test_min_k_scores_by_hand(monkeypatch: pytest.MonkeyPatch):
         "min_k_plus_plus": torch.tensor([True, False, True, True]),
     }
     for budget in (2**25, 8):
-        monkeypatch.setattr(logprobs, "LOGITS_BUDGET", budget)
+        monkeypatch.setattr(head, "LOGITS_BUDGET", budget)
         found = score_rows(states, Scoring(EOS, 0.5), wanted)
         assert found["nll"].tolist() == pytest.approx([ln2, ln2, 0.0, math.inf])
         assert found["min_k"].tolist() == pytest.approx([2 * ln2, ln2, math.nan, math.nan], nan_ok=True)

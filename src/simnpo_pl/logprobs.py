@@ -166,7 +166,7 @@ def divergence(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _standardised(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probs of labels `(S,)` against mean and deviation of the log-prob under the distributions of logits `(S, V)`."""
+    """Log-probs of labels `(S,)` against mean and deviation of the log-prob under logits `(S, V)`."""
     logps = logits.log_softmax(dim=-1)
     # A token without probability adds 0 to both moments, not 0 times infinity.
     probs, finite = logps.exp(), logps.masked_fill(logps == -torch.inf, 0.0)
