@@ -151,7 +151,9 @@ class AnswerStates:
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Sum values `(S,)` of scored positions within each row: `(B,)`."""
-        return values.new_zeros(self.size).index_add(0, self.rows, values)
+        # In float64: rounding at every addition would outweigh a small difference of two long answers' sums.
+        sums = values.new_zeros(self.size, dtype=torch.float64).index_add(0, self.rows, values.double())
+        return sums.to(values.dtype)
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
