@@ -48,11 +48,13 @@ class Ablation:
         method: Which of the study's methods.
         beta: Values of beta.
         gamma: Values of gamma.
+        fit: Options of these runs, after the method's.
     """
 
     method: str
     beta: list[float]
     gamma: list[float]
+    fit: str = ""
 
     def __post_init__(self) -> None:
         if not (self.beta and self.gamma):

@@ -125,8 +125,8 @@ def _ablation(runner: "Runner", wanted: "Ablation", file: Path) -> list[str]:
         cells: dict[str, list[float]] = {title: [] for title in metrics.values()}
         for beta in wanted.beta:
             values = ["--model.objective.beta", f"{beta:g}", "--model.objective.gamma", f"{gamma:g}"]
-            method = runner.study.methods[wanted.method]
-            run = runner.run(f"{wanted.method}-beta{beta:g}-gamma{gamma:g}", method, values)
+            own = f"{runner.study.methods[wanted.method]} {wanted.fit}"
+            run = runner.run(f"{wanted.method}-beta{beta:g}-gamma{gamma:g}", own, values)
             final = run.metrics("final")
             for key, title in metrics.items():
                 if key not in final:
