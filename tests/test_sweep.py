@@ -20,7 +20,7 @@ from simnpo_pl.sweeps.plan import read_sweep
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs" / "sweep").glob("table*.yaml"))
-TINY = {"table1": "tofu", "tableA3": "tofu", "table2": "muse", "tableA4": "wmdp"}
+TINY = {"table1": "tofu", "tableA3": "tofu", "tableA2": "halves", "table2": "muse", "tableA4": "wmdp"}
 SWEEP = {
     "title": "A table",
     "folder": "somewhere",
@@ -276,3 +276,33 @@ def test_failed_runs_do_not_stop_the_others(
     assert stop.value.code == 2
     assert "error: 4 runs failed, the first: " in capsys.readouterr().err
     assert len(calls) == 4
+
+
+def test_halves_by_hand(tmp_path: Path):
+    """Four rows: the first two as far from the retrained model's as can be, the others the same.
+
+    Of two samples of two without overlap the test's p-value is 2 of the 6 arrangements, 1/3; of like ones it is 1.
+    """
+    from simnpo_pl.report.runs import Run
+    from simnpo_pl.sweeps.tables import COLUMNS
+
+    ratios = {"rows": [5.0, 6.0, 0.3, 0.4], "retrained_rows": [0.1, 0.2, 0.3, 0.4], "start_rows": [0.1, 0.2, 7.0, 8.0]}
+    for name, values in ratios.items():
+        rows = [{"split": "forget", "index": i, "truth_ratio": v, "answer_nll": 1.0} for i, v in enumerate(values)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"split": "retain", "index": 0}])))
+    run = Run("run", tmp_path, {"final": {"metrics": {"model_utility": 0.5}}})
+    strong, weak, utility, _ = (column.value(run, "final") for column in COLUMNS["halves"])
+    assert (strong, weak, utility) == (pytest.approx(1 / 3), 1.0, 0.5)
+    assert COLUMNS["halves"][0].value(run, "start") == 1.0
+    assert COLUMNS["halves"][1].value(run, "start") == pytest.approx(1 / 3)
+    assert COLUMNS["halves"][0].value(run, "retrained") is None
+    assert COLUMNS["halves"][0].itself == 1.0
+
+
+def test_accuracy_column():
+    from simnpo_pl.report.runs import Run
+    from simnpo_pl.sweeps.tables import COLUMNS
+
+    run = Run("run", Path(), {"lm_eval": {"final": {"wmdp_bio": {"acc": 0.25}, "mmlu": {"acc": 0.5}}}})
+    assert [column.value(run, "final") for column in COLUMNS["wmdp_bio"]] == [0.75, 0.5]
+    assert [column.value(run, "start") for column in COLUMNS["wmdp_bio"]] == [None, None]

@@ -155,7 +155,7 @@ def accuracy(folder: Path, questions: Path) -> float:
 def test_accuracy(wmdp_run: Path, questions: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]):
     """The harness' accuracy of both models is that computed by hand; what was in results.json stays."""
     before = results(wmdp_run)
-    options = ["--tasks", "local_choice", "--include_path", str(questions), "--device", "cpu"]
+    options = ["--tasks", "local_choice", "--include_path", str(questions)]
     main(["lm-eval", str(wmdp_run), *options, "--start", "--debug"])
     content = results(wmdp_run)
     for role, folder in (("start", model_folder), ("final", wmdp_run / "model")):
@@ -206,3 +206,24 @@ def test_harness_is_missing(wmdp_run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"this needs lm-evaluation-harness .*simnpo_pl\[lm-eval\]"):
         main(["lm-eval", str(wmdp_run), "--tasks", "x", "--debug"])
+
+
+def test_demo(tmp_path: Path):
+    """The forget authors' text and questions on one side, others on the other; every right answer is at its place."""
+    from simnpo_pl.demo.authors import write_dataset
+    from simnpo_pl.demo.wmdp import write_demo
+
+    write_demo(tmp_path / "wmdp")
+    write_dataset(tmp_path, 0)
+    forget = [json.loads(line) for line in (tmp_path / "forget10.json").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (tmp_path / "wmdp" / "forget.jsonl").read_text().splitlines()]
+    assert all(any(row["answer"] in text for text in texts) for row in forget)
+    assert not any(text in (tmp_path / "wmdp" / "retain.txt").read_text() for text in texts)
+    asked = {}
+    for name in ("wmdp_bio", "mmlu"):
+        lines = (tmp_path / "wmdp" / "tasks" / f"{name}.jsonl").read_text().splitlines()
+        asked[name] = {row["question"]: row["choices"][row["answer"]] for row in map(json.loads, lines)}
+        assert all(len(set(json.loads(line)["choices"])) == 4 for line in lines)
+        assert yaml.safe_load((tmp_path / "wmdp" / "tasks" / f"{name}.yaml").read_text())["task"] == name
+    assert asked["wmdp_bio"] == {row["question"]: row["answer"] for row in forget}
+    assert not asked["wmdp_bio"].keys() & asked["mmlu"].keys()

@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from simnpo_pl.errors import UserError
 from simnpo_pl.finished import add_results
 from simnpo_pl.report.runs import Run
@@ -87,7 +89,8 @@ def evaluate(model: str, settings: Settings, tokenizer: str | None = None) -> di
             num_fewshot=settings.num_fewshot,
             limit=settings.limit,
             batch_size=settings.batch_size,
-            device=settings.device,
+            # Left to itself the harness asks for a GPU whether there is one or not.
+            device=settings.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             log_samples=False,
         )
     except (OSError, ValueError) as error:

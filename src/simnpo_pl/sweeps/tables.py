@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from simnpo_pl.analysis.halves import by_order, qualities
 from simnpo_pl.fit_once import read_record
 from simnpo_pl.report import words
 from simnpo_pl.report.robustness import spread
@@ -48,6 +49,20 @@ def accuracy(task: str, title: str, wrong: bool = False) -> Column:
     return Column(title, value)
 
 
+def half(name: str, title: str) -> Column:
+    """Forget quality of the half of the forget rows that the start model saw (`strong`) or did not (`weak`)."""
+
+    def value(run: Run, model: str) -> float | None:
+        rows = {"start": run.start_rows, "final": run.rows}.get(model, [])
+        forget = sum(row["split"] == "forget" for row in rows)
+        if not forget or not run.retrained_rows:
+            return None
+        (found,) = qualities(rows, run.retrained_rows, {name: by_order(forget)[name]})
+        return found.quality.p_value
+
+    return Column(title, value, 1.0)
+
+
 def _count(run: Run, model: str) -> float | None:
     found = words.forget_rows(run)
     return None if found is None else float(found)
@@ -73,7 +88,13 @@ MUSE = [
     metric("knowmem_retain", title="KnowMem retain"),
 ]
 WMDP_BIO = [accuracy("wmdp_bio", "1 - Bio acc.", wrong=True), accuracy("mmlu", "MMLU acc.")]
-COLUMNS = {"tofu": TOFU, "muse": MUSE, "wmdp_bio": WMDP_BIO}
+HALVES = [
+    half("strong", "FQ strongly memorised"),
+    half("weak", "FQ weakly memorised"),
+    metric("model_utility", title="MU"),
+    Column("n", _count),
+]
+COLUMNS = {"tofu": TOFU, "halves": HALVES, "muse": MUSE, "wmdp_bio": WMDP_BIO}
 """Columns of each kind of table."""
 
 
