@@ -161,6 +161,14 @@ def test_exports_give_the_adapter_models_logits(model_folder: Path, tmp_path: Pa
     assert not torch.allclose(load_causal_lm(str(model_folder))(ids).logits, expected, atol=1e-2)
 
 
+def test_pickled_adapter_is_not_loaded(model_folder: Path, tmp_path: Path):
+    module = perturbed(str(model_folder))
+    save_model(module.policy, load_tokenizer(str(model_folder)), tmp_path / "adapter", merge=False)
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
+        load_causal_lm(str(tmp_path / "adapter"))
+
+
 def test_run_resumes_exports_and_is_evaluated(cli: CLI, model_folder: Path, tmp_path: Path):
     """Checkpoints hold adapter weights alone; a resumed run ends as an uninterrupted one, whatever it exports."""
     lora = ["--model.objective", "NPO", "--model.lora.rank", "4", "--model.lora.dropout", "0.1"]

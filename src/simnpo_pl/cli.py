@@ -33,6 +33,7 @@ from simnpo_pl.evaluation.losses import AnswerLosses
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.tags import tag
 from simnpo_pl.files import recover
+from simnpo_pl.models import trust_remote_code
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import Objective
 from simnpo_pl.policy import PolicyModule
@@ -75,6 +76,12 @@ class UnlearningCLI(LightningCLI):
             default=None,
             help="Folder of this run; null makes a fresh one under runs/.",
         )
+        parser.add_argument(
+            "--trust_remote_code",
+            type=bool,
+            default=False,
+            help="Whether code that comes with a model or tokenizer is run, with all your rights.",
+        )
         parser.add_class_arguments(EvalOptions, "eval", instantiate=True)
         parser.add_class_arguments(ExportOptions, "export", instantiate=True)
         parser.add_class_arguments(CheckpointOptions, "checkpoint", instantiate=True)
@@ -83,7 +90,11 @@ class UnlearningCLI(LightningCLI):
         parser.link_arguments("eval", "data.init_args.eval", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; an unknown objective is answered with the known ones."""
+        """Parse; an unknown objective is answered with the known ones.
+
+        Raises:
+            UserError: There is no such class, or the seed makes no sense.
+        """
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
@@ -97,6 +108,9 @@ class UnlearningCLI(LightningCLI):
                         "or give the class path of your own"
                     ) from error
             raise
+        seed = self.config[self.config["subcommand"]].seed_everything
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise UserError(f"--seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}")
 
     resumes = False
     """Whether the run goes on with what its folder holds."""
@@ -104,6 +118,7 @@ class UnlearningCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Our table takes the place of Lightning's; the last checkpoint is the run folder's."""
         config = self.config[self.subcommand]
+        trust_remote_code(config.trust_remote_code)
         if "verbose" in config:
             config.verbose = False
         if config.ckpt_path == "last":

@@ -21,6 +21,7 @@ from simnpo_pl.logprobs import AnswerStates, Rows, Scorer
 ADAPTER = "default"
 ADAPTER_CONFIG = "adapter_config.json"
 """File that tells an adapter's folder from a model's."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass
@@ -110,7 +111,7 @@ def save_adapter(model: Any, folder: Path, state: Mapping[str, Tensor] | None = 
     folder.mkdir(parents=True, exist_ok=True)
     model.adapter_config.save_pretrained(folder)
     named = {f"base_model.model.{k.replace(f'.{ADAPTER}.', '.')}": w.contiguous() for k, w in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def load_with_adapter(folder: Path, load_base: Any) -> Any:
@@ -121,9 +122,13 @@ def load_with_adapter(folder: Path, load_base: Any) -> Any:
         load_base: Gives the model of a name.
 
     Raises:
-        UserError: peft is not installed.
+        UserError: peft is not installed, or the weights are no safetensors.
     """
     peft = _peft()
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(
+            f"--model.name: {folder} holds no {ADAPTER_WEIGHTS}; expected an adapter with safetensors weights"
+        )
     base = load_base(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path)
     return peft.PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER).merge_and_unload(safe_merge=True)
 

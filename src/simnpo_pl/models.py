@@ -7,13 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.files import replace
 from simnpo_pl.lora import ADAPTER_CONFIG, has_adapter, load_with_adapter, save_adapter
 
+_trusted = False
 _LOCAL_ROOTS = ("/", "./", "../", "~")
+
+
+def trust_remote_code(trusted: bool) -> None:
+    """Say whether code that comes with a model or tokenizer may be run; by default it may not.
+
+    Args:
+        trusted: Whether it may, from now on in this process.
+    """
+    global _trusted
+    _trusted = trusted
+    if trusted:
+        rank_zero_warn("--trust_remote_code true: code that comes with models and tokenizers runs with all your rights")
 
 
 def load_tokenizer(name: str) -> Any:
@@ -28,7 +42,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(find_model(name))
+        return AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=_trusted)
     except UserError:
         raise
     except Exception as error:
@@ -47,7 +61,7 @@ def context_length(name: str) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(find_model(name)).get_text_config()
+        config = AutoConfig.from_pretrained(find_model(name), trust_remote_code=_trusted).get_text_config()
     except UserError:
         raise
     except Exception as error:
@@ -68,9 +82,9 @@ def count_parameters(name: str) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(find_model(name))
+        config = AutoConfig.from_pretrained(find_model(name), trust_remote_code=_trusted)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=_trusted)
     except UserError:
         raise
     except Exception as error:
@@ -101,17 +115,33 @@ def load_causal_lm(
         if (Path(resolved) / ADAPTER_CONFIG).is_file():
             base_settings = (dtype, attn_implementation, option)
             return load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, *base_settings))
-        return AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolved,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             low_cpu_mem_usage=True,
+            trust_remote_code=_trusted,
+            output_loading_info=True,
             **options,
         )
     except UserError:
         raise
     except Exception as error:
         raise _unavailable(name, "model", error, option) from error
+    model, found = loaded
+    missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if missing:
+        # They would be drawn at random.
+        raise UserError(
+            f"{option}: {name} lacks {len(missing)} of its weights, such as {missing[0]}; give a model whose weights "
+            "are whole and belong to its config.json"
+        )
+    if unused:
+        rank_zero_warn(
+            f"{option}: {len(unused)} weights of {name} have no place in its architecture and are not used, such as "
+            f"{unused[0]}"
+        )
+    return model
 
 
 def quiet_loading() -> None:
@@ -191,6 +221,11 @@ def find_model(name: str, option: str = "--model.name") -> str:
 
 def _unavailable(name: str, what: str, error: Exception, option: str = "--model.name") -> UserError:
     reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return UserError(
+            f"{option}: {name} comes with code of its own, which is not run; look at it, and give --trust_remote_code "
+            "true if it may run with all your rights"
+        )
     if Path(name).expanduser().is_dir():
         return UserError(f"{option}: the {what} in {name} cannot be loaded ({reason[:300]})")
     return UserError(

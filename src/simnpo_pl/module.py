@@ -144,6 +144,7 @@ class UnlearningModule(PolicyModule):
 
     def on_fit_start(self) -> None:
         """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
+        self.check_vocabulary()
         if self._batch_losses.caches_reference and hasattr(self._data, "scoring_parts"):
             batches = self._data.scoring_parts(self._batch_losses.scored_parts)
             # Of another model or other rows, log-probs of an earlier run or a checkpoint would be wrong.

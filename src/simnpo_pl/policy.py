@@ -86,6 +86,19 @@ class PolicyModule(pl.LightningModule):
             self._policy_scorer = Scorer(self.policy)
         return self._policy_scorer
 
+    def check_vocabulary(self) -> None:
+        """See that the model has an embedding for every token of the data.
+
+        Raises:
+            UserError: It has not.
+        """
+        size = self.policy.get_input_embeddings().weight.shape[0]
+        if hasattr(self._data, "largest_id") and (largest := self._data.largest_id()) >= size:
+            raise UserError(
+                f"{self.option}: {self.name} has a vocabulary of {size} tokens, the data has the token {largest}: "
+                "give the model's own tokenizer with --data.tokenizer, or the model that the tokenizer belongs to"
+            )
+
     # -- evaluation --------------------------------------------------------------------------------------
 
     @property
@@ -95,6 +108,7 @@ class PolicyModule(pl.LightningModule):
     def _start_evaluation(self) -> None:
         if not hasattr(self._data, "evaluation"):
             raise UserError("evaluation needs a data module of simnpo_pl.benchmarks, which says what to measure")
+        self.check_vocabulary()
         self.evaluation = self._data.evaluation().to(self.device)
         self.evaluation.reset()
         if self.finished_parts is not None:

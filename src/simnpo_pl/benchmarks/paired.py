@@ -89,6 +89,14 @@ class PairedData(pl.LightningDataModule):
         """Further result files of this benchmark: file name to JSON content."""
         return {}
 
+    def largest_id(self) -> int:
+        """Largest token id that training and evaluation read."""
+        rows = [row.input_ids for part in self._training.values() for row in part]
+        for part in self.evaluation().sets:
+            rows += [row.input_ids for answers in part.answers for row in answers]
+            rows += part.generation.prompts if part.generation is not None else []
+        return max((max(ids) for ids in rows if ids), default=0)
+
     # -- training ----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:

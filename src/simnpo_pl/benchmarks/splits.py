@@ -32,8 +32,10 @@ def qa_set(
         options: What is measured.
 
     Raises:
-        UserError: Rows differ in the columns or the number of perturbed answers they have.
+        UserError: A column does not hold texts, or rows differ in the columns or the number of perturbed answers they
+            have.
     """
+    _check_texts(rows, split)
     paraphrased = _all_or_none(rows, "paraphrased_answer", split)
     perturbed = _all_or_none(rows, "perturbed_answer", split)
     texts = [
@@ -122,6 +124,24 @@ def decode_with(tokenizer: Any) -> Any:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     return decode
+
+
+def _check_texts(rows: Sequence[dict[str, Any]], split: str) -> None:
+    for index, row in enumerate(rows):
+        for column in ("question", "answer", "paraphrased_answer"):
+            value = row.get(column)
+            optional = column == "paraphrased_answer" and not value
+            if not optional and not (isinstance(value, str) and value.strip()):
+                raise UserError(
+                    f"{split} row {index}, counted from 0: expected text as {column}, got {str(value)[:80]!r}; mend or "
+                    "remove the row"
+                )
+        wrong = row.get("perturbed_answer") or []
+        if not (isinstance(wrong, list) and all(isinstance(text, str) and text.strip() for text in wrong)):
+            raise UserError(
+                f"{split} row {index}, counted from 0: expected a list of texts as perturbed_answer, got "
+                f"{str(wrong)[:80]!r}; mend or remove the row"
+            )
 
 
 def _all_or_none(rows: Sequence[dict[str, Any]], column: str, split: str) -> bool:

@@ -211,7 +211,10 @@ def _parse(text: str, file: Path, line: int) -> Any:
     """The value of a JSON text that starts at a line, from 1, of a file."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        if not isinstance(error, json.JSONDecodeError):
+            # Numbers of thousands of digits, nesting of thousands of levels.
+            raise UserError(f"{file} line {line}: {error}; expected texts and lists of texts") from error
         raise UserError(
             f"{file} line {line + error.lineno - 1}: not valid JSON ({error.msg}); expected one object per "
             "line or one array of objects"
