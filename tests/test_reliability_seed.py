@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import results, same_weights
 
+from helpers import results, same_weights
 from simnpo_pl.data.pairing import draw_step_seed
 
 TIMES = ("seconds", "cpu_seconds", "peak_memory_gib", "command")
