@@ -321,3 +321,10 @@ def test_page_on_a_phone(browser: Any, runs: list[Path], tmp_path: Path):
     browser.get((tmp_path / "report.html").as_uri())
     wide = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
     assert browser.execute_script(wide) == 0
+
+
+def test_what_a_cell_holds_stays_in_its_cell():
+    from simnpo_pl.markdown import table
+
+    shown = table(["a", "b"], [["1|2", "x\ny"]]).splitlines()
+    assert shown == ["| a | b |", "|---|---|", "| 1\\|2 | x y |"]

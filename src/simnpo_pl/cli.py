@@ -22,9 +22,9 @@ from simnpo_pl.arguments import clear_changed_classes
 from simnpo_pl.benchmarks.paired import PairedData
 from simnpo_pl.callbacks.checkpoint import LAST, CheckpointOptions, SaveState
 from simnpo_pl.callbacks.export import ExportModel, ExportOptions
-from simnpo_pl.callbacks.history import HISTORY, History
+from simnpo_pl.callbacks.history import History
 from simnpo_pl.callbacks.run_folder import PREDICTIONS, RunFolder
-from simnpo_pl.callbacks.weights import WEIGHTS, GradientWeights
+from simnpo_pl.callbacks.weights import GradientWeights
 from simnpo_pl.checkpoints import AtomicCheckpointIO
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.cache import evaluate_once
@@ -39,13 +39,16 @@ from simnpo_pl.objectives import Objective
 from simnpo_pl.policy import PolicyModule
 from simnpo_pl.retain import RetainLoss
 from simnpo_pl.stopping import Stopped, StopSignals
-from simnpo_pl.summary import measures, plan, table
+from simnpo_pl.summary import measures, plan, table, written
 
 RUN_DIR_VARIABLE = "SIMNPO_PL_RUN_DIR"
 
 
 class UnlearningCLI(LightningCLI):
     """`fit` evaluates the start model, unlearns, exports and evaluates; `validate`, `test`, `predict` only evaluate."""
+
+    resumes = False
+    """Whether the run goes on with what its folder holds."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         self.signals = StopSignals()
@@ -111,9 +114,6 @@ class UnlearningCLI(LightningCLI):
         seed = self.config[self.config["subcommand"]].seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise UserError(f"--seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}")
-
-    resumes = False
-    """Whether the run goes on with what its folder holds."""
 
     def before_instantiate_classes(self) -> None:
         """Our table takes the place of Lightning's; the last checkpoint is the run folder's."""
@@ -340,30 +340,6 @@ def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
 
 def _short_name(objective: Any) -> str:
     return "SimNPO" if objective is None else objective["class_path"].rsplit(".", 1)[-1]
-
-
-def written(folder: Path) -> str:
-    """The files of a run, a line each."""
-    known = {
-        "model": "unlearned model, for AutoModelForCausalLM.from_pretrained",
-        "results.json": "all metrics, versions, times",
-        "rows.jsonl": "scores and generated answers by row",
-        "TOFU_EVAL.json": "the same in open-unlearning's format",
-        HISTORY: "losses by step",
-        WEIGHTS: "gradient weights by forget row and epoch",
-        "config.yaml": "resolved config",
-        LAST: "training state, for --ckpt_path",
-    }
-    lines = [f"  {folder / name}  {what}" for name, what in known.items() if (folder / name).exists()]
-    return "\n".join(
-        [
-            "written:",
-            *lines,
-            "to look at it:",
-            f"  python -m simnpo_pl report {folder}",
-            f"  tensorboard --logdir {folder.parent}",
-        ]
-    )
 
 
 def run(arguments: list[str]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from simnpo_pl import markdown
 from simnpo_pl.errors import UserError
 from simnpo_pl.files import Writing, write_json, write_text
 from simnpo_pl.fit_once import fit_once
@@ -63,13 +64,8 @@ def write_series(out: Path, title: str, splits: Sequence[str], records: Sequence
     rows.append(("retrained", "-", records[0].get("retrained")))
     found = [(label, split, entry["metrics"]) for label, split, entry in rows if entry]
     names = [name for name in COLUMNS if any(name in metrics for *_, metrics in found)]
-    lines = [
-        "| run | forget set | " + " | ".join(COLUMNS[name] for name in names) + " |",
-        "|---" * (len(names) + 2) + "|",
-    ]
-    for label, split, metrics in found:
-        lines.append("| " + " | ".join([label, split, *(number(metrics.get(name)) for name in names)]) + " |")
-    table = "\n".join(lines)
+    cells = [[label, split, *(number(metrics.get(name)) for name in names)] for label, split, metrics in found]
+    table = markdown.table(["run", "forget set", *(COLUMNS[name] for name in names)], cells)
     write_text(out / "table.md", f"# {title}\n\n{table}\n")
     entries = [{"run": label, "forget_split": split, "metrics": metrics} for label, split, metrics in found]
     write_json(out / "table.json", {"title": title, "settings": records[0]["settings"], "runs": entries})

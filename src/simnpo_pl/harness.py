@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from simnpo_pl import markdown
 from simnpo_pl.errors import UserError
 from simnpo_pl.finished import add_results
 from simnpo_pl.report.runs import Run
@@ -136,11 +137,11 @@ def _numbers(task: str, results: Any, limit: int | None) -> dict[str, Any]:
 
 def table(runs: Sequence[Run], tasks: Sequence[str]) -> str:
     """Accuracy of the runs' models on some tasks, as Markdown."""
-    lines = ["| run | model | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 2) + "|"]
+    lines = []
     for run in runs:
         for role, name in (("start", "start"), ("final", "unlearned")):
             held = run.record.get(KEY, {}).get(role)
             if held:
                 cells = [number(held.get(task, {}).get("acc")) for task in tasks]
-                lines.append("| " + " | ".join([Path(run.name).name, name, *cells]) + " |")
-    return "\n".join(lines)
+                lines.append([Path(run.name).name, name, *cells])
+    return markdown.table(["run", "model", *tasks], lines)

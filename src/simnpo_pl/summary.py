@@ -4,6 +4,10 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+from simnpo_pl import markdown
+from simnpo_pl.callbacks.checkpoint import LAST
+from simnpo_pl.callbacks.history import HISTORY
+from simnpo_pl.callbacks.weights import WEIGHTS
 from simnpo_pl.models import count_parameters
 
 COLUMNS = {
@@ -34,14 +38,9 @@ def table(record: dict[str, Any]) -> str:
     names = [name for name in COLUMNS if any(name in metrics for metrics in found.values())]
     if not names:
         return "nothing was evaluated"
-    lines = [
-        "| model | " + " | ".join(COLUMNS[name] for name in names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for model, metrics in found.items():
-        lines.append(f"| {model} | " + " | ".join(number(metrics.get(name)) for name in names) + " |")
-    lines += _not_measured(record.get("unavailable", {}))
-    return "\n".join(lines)
+    cells = [[model, *(number(metrics.get(name)) for name in names)] for model, metrics in found.items()]
+    shown = markdown.table(["model", *(COLUMNS[name] for name in names)], cells)
+    return "\n".join([shown, *_not_measured(record.get("unavailable", {}))])
 
 
 def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
@@ -111,3 +110,27 @@ def number(value: float | None) -> str:
     if value is None or value != value:
         return "-"
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
+
+
+def written(folder: Path) -> str:
+    """The files of a run, a line each."""
+    known = {
+        "model": "unlearned model, for AutoModelForCausalLM.from_pretrained",
+        "results.json": "all metrics, versions, times",
+        "rows.jsonl": "scores and generated answers by row",
+        "TOFU_EVAL.json": "the same in open-unlearning's format",
+        HISTORY: "losses by step",
+        WEIGHTS: "gradient weights by forget row and epoch",
+        "config.yaml": "resolved config",
+        LAST: "training state, for --ckpt_path",
+    }
+    lines = [f"  {folder / name}  {what}" for name, what in known.items() if (folder / name).exists()]
+    return "\n".join(
+        [
+            "written:",
+            *lines,
+            "to look at it:",
+            f"  python -m simnpo_pl report {folder}",
+            f"  tensorboard --logdir {folder.parent}",
+        ]
+    )

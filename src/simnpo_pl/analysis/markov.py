@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from simnpo_pl.markov.models import SizeName
 from simnpo_pl.markov.process import CHAINS, LENGTH, bayes_floors
 
 METHODS: dict[str, tuple[str, dict[str, float]]] = {
@@ -45,7 +46,7 @@ class Setting:
         stop: Retain distance that ends a run, nats: nothing is left to compare beyond it.
     """
 
-    size: Any = "small"
+    size: SizeName = "small"
     lr: float = 2e-3
     steps: int = 60
     every: int = 2

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from simnpo_pl import markdown
 from simnpo_pl.analysis.markov import LENGTHS, LEVELS, METHODS, Curve, at_level, floors
 from simnpo_pl.report.palette import GREY, colour
 
@@ -30,14 +31,15 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             "",
         ]
         heads = [f"{name} @{level:.2f}" for name in FORGET for level in LEVELS]
-        lines += ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        rows = []
         for method in METHODS:
             cells = []
             for name in FORGET:
                 for level in LEVELS:
                     found = [at_level(result["methods"][method], level) for result in group]
                     cells.append(_spread([values[name] for values in found if values]))
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            rows.append([method, *cells])
+        lines.append(markdown.table(["method", *heads], rows))
         for model in ("start", "retrained"):
             shown = [_spread([result[model][name] for result in group]) for name in ("retain", *FORGET)]
             lines += ["", f"{model}: retain {shown[0]}, forget1 {shown[1]}, forget2 {shown[2]}"]

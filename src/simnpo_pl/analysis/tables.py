@@ -4,14 +4,9 @@ from collections.abc import Sequence
 
 from simnpo_pl.analysis.halves import Half
 from simnpo_pl.analysis.weights import Correlation, metric_by_epoch, summaries
+from simnpo_pl.markdown import table
 from simnpo_pl.report.runs import Run
 from simnpo_pl.report.words import number
-
-
-def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def weights(runs: Sequence[Run], epochs: Sequence[int]) -> str:
@@ -31,7 +26,7 @@ def weights(runs: Sequence[Run], epochs: Sequence[int]) -> str:
             spread = f"{number(s.mean)} ({number(s.low)} to {number(s.high)})"
             cells = [s.with_length, s.with_probability, s.with_difficulty]
             lines.append([run.name, str(s.epoch), str(s.with_length.n), spread, *map(_correlation, cells)])
-    return markdown(heads, lines)
+    return table(heads, lines)
 
 
 def by_epoch(runs: Sequence[Run], epochs: Sequence[int]) -> str:
@@ -42,7 +37,7 @@ def by_epoch(runs: Sequence[Run], epochs: Sequence[int]) -> str:
         utility, quality = (metric_by_epoch(run, name) for name in ("model_utility", "forget_quality"))
         for epoch in sorted({0, *epochs} & (utility.keys() | quality.keys())):
             lines.append([run.name, str(epoch), number(utility.get(epoch)), number(quality.get(epoch))])
-    return markdown(heads, lines)
+    return table(heads, lines)
 
 
 def models(runs: Sequence[tuple[str, Run, str]]) -> str:
@@ -63,7 +58,7 @@ def models(runs: Sequence[tuple[str, Run, str]]) -> str:
         metrics = run.metrics(model)
         n = str(run.record.get("counts", {}).get("forget_quality", "-"))
         lines.append([name, n, *(number(metrics.get(column)) for column in columns)])
-    return markdown(["model", "n", *columns.values()], lines)
+    return table(["model", "n", *columns.values()], lines)
 
 
 def halves(found: dict[str, list[Half]]) -> str:
@@ -79,7 +74,7 @@ def halves(found: dict[str, list[Half]]) -> str:
             quality = half.quality
             line += [str(quality.n), *map(number, (quality.p_value, quality.ks_statistic, half.probability))]
         lines.append(line)
-    return markdown(heads, lines)
+    return table(heads, lines)
 
 
 def _correlation(found: Correlation | None) -> str:

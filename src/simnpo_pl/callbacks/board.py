@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from simnpo_pl import markdown
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.tags import tag
 
@@ -63,11 +64,10 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Any:
 
 def _samples(result: EvalResult) -> str:
     """A few answers of every split, as a Markdown table."""
-    lines = ["| split | question | answer | generated |", "|---|---|---|---|"]
+    cells = []
     taken: dict[str, int] = {}
     for row in result.rows:
         if "generation" in row and taken.get(row["split"], 0) < SAMPLES:
             taken[row["split"]] = taken.get(row["split"], 0) + 1
-            cells = (row["split"], row["question"], row["answer"], row["generation"])
-            lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(lines)
+            cells.append((row["split"], row["question"], row["answer"], row["generation"]))
+    return markdown.table(["split", "question", "answer", "generated"], cells)

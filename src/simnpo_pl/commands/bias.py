@@ -114,8 +114,8 @@ def _memorization(runner: "Runner", wanted: "Memorization", known: "Run", file: 
 
 def _ablation(runner: "Runner", wanted: "Ablation", file: Path) -> list[str]:
     """Forget quality and model utility over beta and gamma."""
-    from simnpo_pl.analysis import tables
     from simnpo_pl.analysis.figures import heat_maps
+    from simnpo_pl.markdown import table
     from simnpo_pl.report.words import number
 
     metrics = {"forget_quality": "forget quality", "model_utility": "model utility"}
@@ -140,7 +140,7 @@ def _ablation(runner: "Runner", wanted: "Ablation", file: Path) -> list[str]:
             maps[title].append(line)
     heat_maps(wanted.beta, wanted.gamma, maps, wanted.method, file)
     heads = ["beta", "gamma", *metrics.values(), "forget prob.", "retain prob."]
-    return [f"## {wanted.method} over beta and gamma", tables.markdown(heads, lines), f"figure: {file}"]
+    return [f"## {wanted.method} over beta and gamma", table(heads, lines), f"figure: {file}"]
 
 
 def _start(run: "Run") -> str:

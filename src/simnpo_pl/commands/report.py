@@ -28,6 +28,7 @@ def run(options: Namespace) -> None:
     Raises:
         UserError: A folder is no run, an ending is not known, or the libraries are not installed.
     """
+    from simnpo_pl.files import write_text
     from simnpo_pl.report.runs import read_runs
 
     runs = read_runs(options.runs)
@@ -47,8 +48,6 @@ def run(options: Namespace) -> None:
                 content = paper.markdown(runs, figures)
             else:
                 content = paper.latex(runs)
-            from simnpo_pl.files import write_text
-
             write_text(file, content)
             print(f"written: {file}")
     except ModuleNotFoundError as error:

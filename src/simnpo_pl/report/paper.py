@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from simnpo_pl.markdown import cell, table
 from simnpo_pl.report import robustness, series, words
 from simnpo_pl.report.palette import GREY, colour
 from simnpo_pl.report.runs import Run
@@ -21,22 +22,22 @@ def markdown(runs: Sequence[Run], figures: Sequence[tuple[str, str]]) -> str:
     """
     columns = _measured(runs)
     lines = ["# Unlearning report", ""]
-    lines += [f"* **{run.name}**: {_cell(words.summary(run))}" for run in runs]
+    lines += [f"* **{run.name}**: {cell(words.summary(run))}" for run in runs]
     heads = ["run", "model", "n", *(column.title for column in columns)]
-    lines += ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for run, model, metrics in _models(runs):
-        cells = [run.name, model, words.number(words.forget_rows(run))]
-        cells += [words.number(metrics.get(column.key)) for column in columns]
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    cells = [
+        [run.name, model, words.number(words.forget_rows(run)), *(words.number(metrics.get(c.key)) for c in columns)]
+        for run, model, metrics in _models(runs)
+    ]
+    lines += ["", table(heads, cells)]
     for title, file in figures:
         lines += ["", f"![{title}]({file})"]
-    for key, table in (
+    for key, attack in (
         ("relearn", robustness.relearning_table),
         ("quantized", robustness.quantized_table),
         ("leak", robustness.leak_table),
     ):
         if any(run.record.get(key) for run in runs):
-            lines += ["", table(runs)]
+            lines += ["", attack(runs)]
     versions = {name: version for run in runs for name, version in run.record["versions"].items()}
     lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
     return "\n".join(lines) + "\n"
@@ -152,7 +153,3 @@ def _models(runs: Sequence[Run]) -> list[tuple[Run, str, dict[str, float]]]:
 def _measured(runs: Sequence[Run]) -> list[words.Column]:
     known = {key for _, _, metrics in _models(runs) for key in metrics}
     return [column for column in words.COLUMNS if column.key in known]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from simnpo_pl import markdown
 from simnpo_pl.report import words
 from simnpo_pl.report.runs import Run
 
@@ -82,15 +83,15 @@ def relearning_table(runs: Sequence[Run]) -> str:
     for key in dict.fromkeys((c.settings["epochs"], c.settings["lr"], c.settings["share"]) for c in curves):
         group = [c for c in curves if (c.settings["epochs"], c.settings["lr"], c.settings["share"]) == key]
         heads = ["run", "method", "relearnt", "metric", *(f"epoch {epoch}" for epoch in group[0].epochs)]
-        lines = _head(heads)
+        lines = []
         for curve in group:
             draws = f", {curve.draws} draws" if curve.draws > 1 else ""
             relearnt = f"{curve.rows} {curve.settings['subset']} rows{draws}"
             for name, title in RELEARNT.items():
                 cells = ["-" if value is None else str(value) for value in curve.values[name]]
-                lines.append(_row([curve.run.name, words.method(curve.run), relearnt, title, *cells]))
+                lines.append([curve.run.name, words.method(curve.run), relearnt, title, *cells])
         share = f"{100 * key[2]:g} % of the forget rows"
-        parts.append(f"Relearning {share}, lr {key[1]:g}, falling linearly to 0:\n\n" + "\n".join(lines))
+        parts.append(f"Relearning {share}, lr {key[1]:g}, falling linearly to 0:\n\n{markdown.table(heads, lines)}")
     return "\n\n".join(parts)
 
 
@@ -108,10 +109,10 @@ def quantized_table(runs: Sequence[Run]) -> str:
     if not models:
         return "no quantised evaluation of these runs"
     known = [column for column in MEASURED if any(column in metrics for _, _, metrics in models)]
-    lines = _head(["run", "method", "weights", *(MEASURED[column] for column in known)])
-    for run, name, metrics in models:
-        lines.append(_row([run.name, words.method(run), name, *(words.number(metrics.get(c)) for c in known)]))
-    return "\n".join(lines)
+    cells = [
+        [run.name, words.method(run), n, *(words.number(metrics.get(c)) for c in known)] for run, n, metrics in models
+    ]
+    return markdown.table(["run", "method", "weights", *(MEASURED[column] for column in known)], cells)
 
 
 def leak_table(runs: Sequence[Run]) -> str:
@@ -121,18 +122,11 @@ def leak_table(runs: Sequence[Run]) -> str:
         return "no sampled answers of these runs"
     most = max(entry["settings"]["k"] for _, entry in found)
     shown = sorted({2**i for i in range(most.bit_length())} | {entry["settings"]["k"] for _, entry in found})
-    lines = _head(["run", "method", "temperature", "seed", "rows", "greedy", *(f"leak@{k}" for k in shown)])
+    heads = ["run", "method", "temperature", "seed", "rows", "greedy", *(f"leak@{k}" for k in shown)]
+    lines = []
     for run, entry in found:
         settings, metrics = entry["settings"], entry["metrics"]
         cells = [run.name, words.method(run), f"{settings['temperature']:g}", str(settings["seed"]), str(entry["n"])]
         cells += [words.number(run.metrics("final").get("forget/rouge"))]
-        lines.append(_row([*cells, *(words.number(metrics.get(f"leak@{k}")) for k in shown)]))
-    return "\n".join(lines)
-
-
-def _head(titles: Sequence[str]) -> list[str]:
-    return [_row(titles), "|---" * len(titles) + "|"]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+        lines.append([*cells, *(words.number(metrics.get(f"leak@{k}")) for k in shown)])
+    return markdown.table(heads, lines)

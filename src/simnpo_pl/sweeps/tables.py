@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from simnpo_pl import markdown
 from simnpo_pl.analysis.halves import by_order, qualities
 from simnpo_pl.fit_once import read_record
 from simnpo_pl.report import words
@@ -113,12 +114,13 @@ def table(sweep: Sweep, planned: Sequence[Planned]) -> str:
         if len(sweep.splits) > 1:
             lines += [f"## {split}", ""]
         heads = ["method", *(column.title for column in columns), "seeds"]
-        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        rows = []
         for title, model in (("Original", "start"), ("Retrain", "retrained")):
             having = [run for run in every if run.metrics(model)]
             if having:
-                lines.append(_row(title, having, columns, model))
-        lines += [_row(method, found, columns, "final") for method, found in runs.items() if found]
+                rows.append(_row(title, having, columns, model))
+        rows += [_row(method, found, columns, "final") for method, found in runs.items() if found]
+        lines.append(markdown.table(heads, rows))
         missing = sum(len(sweep.seeds) - len(found) for found in runs.values())
         if missing:
             lines += ["", f"{missing} of {len(sweep.seeds) * len(sweep.methods)} runs are not finished."]
@@ -127,7 +129,7 @@ def table(sweep: Sweep, planned: Sequence[Planned]) -> str:
     return "\n".join(lines)
 
 
-def _row(title: str, runs: Sequence[Run], columns: Sequence[Column], model: str) -> str:
+def _row(title: str, runs: Sequence[Run], columns: Sequence[Column], model: str) -> list[str]:
     cells = []
     for column in columns:
         values = [column.value(run, model) for run in runs]
@@ -136,7 +138,7 @@ def _row(title: str, runs: Sequence[Run], columns: Sequence[Column], model: str)
         found = spread(values)
         cells.append("-" if found is None else words.number(found.mean) if found.deviation == 0 else str(found))
     seeds = len({run.record["seed"] for run in runs})
-    return "| " + " | ".join([title, *cells, str(seeds)]) + " |"
+    return [title, *cells, str(seeds)]
 
 
 def _finished(sweep: Sweep, planned: Sequence[Planned], split: str, method: str) -> list[Run]:

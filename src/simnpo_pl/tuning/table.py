@@ -5,6 +5,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 
+from simnpo_pl import markdown
 from simnpo_pl.report.words import number
 from simnpo_pl.tuning.plan import Tuning
 from simnpo_pl.tuning.study import Search, describe
@@ -20,21 +21,24 @@ def table(tuning: Tuning, searches: Sequence[Search]) -> str:
     for name, method in tuning.methods.items():
         space = "; ".join(f"`{option}` {choice}" for option, choice in method.space.items())
         lines.append(f"* Search space of {name}: {space}.")
-    lines += ["", "## Chosen", "", *_head(tuning, ["method", "trials"])]
+    chosen = []
     for search in searches:
         best, done = search.best(), sum(trial.state.is_finished() for trial in search.trials)
         count = str(done) if done == tuning.trials else f"{done} of {tuning.trials}"
         if best is None:
             reason = "none meets the conditions" if done else "none is finished"
-            lines.append(_row([search.method, count, reason, *["-"] * (len(_titles(tuning)) - 1)]))
+            chosen.append([search.method, count, reason, *["-"] * (len(_titles(tuning)) - 1)])
         else:
-            lines.append(_row([search.method, count, *_cells(tuning, search, best)]))
+            chosen.append([search.method, count, *_cells(tuning, search, best)])
+    lines += ["", "## Chosen", "", markdown.table(["method", "trials", *_titles(tuning)], chosen)]
     for search in searches:
-        lines += ["", f"## {search.method}", "", *_head(tuning, ["trial", "state"])]
         best = search.best()
-        for trial in search.trials:
-            chosen = best is not None and trial.number == best.number
-            lines.append(_row([str(trial.number), _state(search, trial, chosen), *_cells(tuning, search, trial)]))
+        number_chosen = None if best is None else best.number
+        trials = [
+            [str(t.number), _state(search, t, t.number == number_chosen), *_cells(tuning, search, t)]
+            for t in search.trials
+        ]
+        lines += ["", f"## {search.method}", "", markdown.table(["trial", "state", *_titles(tuning)], trials)]
     return "\n".join(lines) + "\n"
 
 
@@ -69,11 +73,6 @@ def _state(search: Search, trial: FrozenTrial, chosen: bool) -> str:
     return "failed" if trial.state == TrialState.FAIL else "not finished"
 
 
-def _head(tuning: Tuning, first: list[str]) -> list[str]:
-    heads = [*first, *_titles(tuning)]
-    return [_row(heads), "|---" * len(heads) + "|"]
-
-
 def _titles(tuning: Tuning) -> list[str]:
     shown = [title for metric, title in SHOWN.items() if metric != tuning.maximise]
     return ["settings", tuning.maximise, *shown, "seconds"]
@@ -87,7 +86,3 @@ def _cells(tuning: Tuning, search: Search, trial: FrozenTrial) -> list[str]:
     metrics = [note["metrics"].get(metric) for metric in (tuning.maximise, *shown)]
     seconds = "-" if note["seconds"] is None else f"{note['seconds']:.0f}"
     return [describe(trial.params), *map(number, metrics), seconds]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
