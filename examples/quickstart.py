@@ -1,7 +1,6 @@
 # %% [markdown]
 # # Unlearning in Python
-# The demo's data and models: fictional authors, and a model that knows all of them. Half a minute on two cores once
-# the models are made, which takes another half.
+# The demo's data and models: fictional authors, and a model that knows all of them, made on first use.
 
 # %%
 import sys

@@ -36,6 +36,12 @@ def test_mistyped_option(capsys: pytest.CaptureFixture[str]):
     assert said == "error: unrecognized arguments: --alhpa 1; --help lists the options\n"
 
 
+def test_mistyped_command(capsys: pytest.CaptureFixture[str]):
+    said = error(capsys, "reprot", "runs/A")
+    assert said.startswith("error: reprot: no such command; known are fit, validate, test, predict, ")
+    assert all(name in said for name in COMMANDS)
+
+
 def test_task_vector(model_folder: Path, other_folder: Path, tmp_path: Path):
     """By hand: start - 0.5 (overfit - start) = 1.5 start - 0.5 overfit."""
     out = tmp_path / "unlearned"

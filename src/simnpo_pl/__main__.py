@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from simnpo_pl.commands import COMMANDS
 from simnpo_pl.commands import run as run_command
+from simnpo_pl.errors import UserError
 
 RUNS = {
     "fit": "evaluate the start model, unlearn, export the model, evaluate it",
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if arguments[0] in COMMANDS:
             run_command(arguments[0], arguments[1:])
+        elif not arguments[0].startswith("-") and arguments[0] not in RUNS:
+            raise UserError(f"{arguments[0]}: no such command; known are {', '.join((*RUNS, *COMMANDS))}")
         else:
             from simnpo_pl.cli import run
 
@@ -92,7 +95,6 @@ def user_message(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for a fault of the program."""
     from argparse import ArgumentError
 
-    from simnpo_pl.errors import UserError
     from simnpo_pl.files import causes
 
     for seen in causes(error):
