@@ -263,11 +263,13 @@ def cycle(kind: str, traced: Trace, arguments: Callable[[Path], list[str]], fold
     if kind == "disk":
         # Small files are as likely to be hit as large ones.
         limit = round(LARGEST ** draw.uniform(0.5, 1))
-        hit = finish(*start(options, log, limit=limit)) == 2
+        ended = finish(*start(options, log, limit=limit))
+        hit = ended == 2
         errors = [line for line in log.read_text().splitlines() if line.startswith(("error:", "Traceback"))]
         within = len(errors) == 1 and "File too large" in errors[0]
     else:
-        hit = _kill(kind, traced, options, log, draw)
+        ended = _kill(kind, traced, options, log, draw)
+        hit = ended == -signal.SIGKILL
     last = folder / "last.ckpt"
     if last.exists():
         torch.load(last, weights_only=True)
@@ -275,7 +277,8 @@ def cycle(kind: str, traced: Trace, arguments: Callable[[Path], list[str]], fold
         evaluated = any((folder / ".evaluation").glob("*/*.jsonl"))
         writing = any("last.ckpt." in file.name for file in folder.iterdir())
         within = {"training": hit, "evaluation": hit and evaluated, "checkpoint": hit and writing}[kind]
-    code = finish(*start(options, log))
+    # A run that came to its end all the same has nothing left to go on with.
+    code = ended and finish(*start(options, log))
     differs = differences(traced.folder, folder) if code == 0 else [f"exit code {code}, see {log}"]
     left = [f.name for f in folder.iterdir() if f.name.startswith(".")] if folder.is_dir() else []
     if not (differs or left):
@@ -284,8 +287,8 @@ def cycle(kind: str, traced: Trace, arguments: Callable[[Path], list[str]], fold
     return {"kind": kind, "seed": seed, "hit": hit, "within": within, "differs": [*differs, *left]}
 
 
-def _kill(kind: str, traced: Trace, options: list[str], log: Path, draw: random.Random) -> bool:
-    """Start a run and kill it; whether that came before its end."""
+def _kill(kind: str, traced: Trace, options: list[str], log: Path, draw: random.Random) -> int:
+    """Start a run and kill it; how it ended."""
     child, pipe = start(options, log, slow_writes=kind == "checkpoint")
     chosen, delay = draw.randrange(traced.counts[kind]), draw.random() * traced.seconds[kind]
     passed = 0
@@ -296,7 +299,7 @@ def _kill(kind: str, traced: Trace, options: list[str], log: Path, draw: random.
                 os.kill(child, signal.SIGKILL)
                 break
             passed += 1
-    return finish(child, pipe) == -signal.SIGKILL
+    return finish(child, pipe)
 
 
 def work(jobs: list[tuple[str, str, int]], traces: dict[Any, Trace], make: Any, folder: Path, out: int) -> None:
