@@ -17,7 +17,7 @@ LAYERS = [
     ["objectives", "retain", "reference", "evaluation", "demo"],
     ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments", "report"],
     ["module"],
-    ["cli"],
+    ["cli", "help"],
     ["finished", "fit_once"],
     ["robustness", "harness", "forget_series", "sweeps", "tuning", "analysis"],
     ["commands"],

@@ -44,6 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         return
+    if arguments[0] in RUNS and not {"-h", "--help"}.isdisjoint(arguments):
+        from simnpo_pl.help import options_help
+
+        print(options_help(arguments[0], RUNS[arguments[0]]))
+        return
+    arguments = ["--help" if word == "--help_all" else word for word in arguments]
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")

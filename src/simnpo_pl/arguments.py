@@ -1,4 +1,4 @@
-"""Naming another objective drops the settings of the one before it.
+"""What the command line adds to its parser: the run's own options, and a rule for a changed objective.
 
 The parser keeps every setting that the new class also has: a `beta` tuned for SimNPO would silently become NPO's. So
 the old value is cleared, with the loss weights and the choice of parameters, wherever a later config or flag names
@@ -10,6 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+RUN_OPTIONS = {
+    "run_dir": ("TEXT", None, "Folder of this run; null makes a fresh one under runs/."),
+    "ckpt_path": ("TEXT", None, "Checkpoint to go on with; last takes that of --run_dir."),
+    "seed_everything": ("N", 0, "Seed of everything that is drawn, from 0 on."),
+    "trust_remote_code": (
+        "true|false",
+        False,
+        "Whether code that comes with a model or tokenizer is run, with all your rights.",
+    ),
+}
+"""Options beside the groups: kind, default and help."""
+TRAINER_DEFAULTS = {
+    "max_epochs": 10,
+    "gradient_clip_val": 1.0,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+"""What differs from Lightning's defaults."""
 
 CLEARED = {
     "model.objective": ("model.objective", "model.forget_weight", "model.retain_weight", "model.trainable"),

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
-from simnpo_pl.arguments import clear_changed_classes
+from simnpo_pl.arguments import RUN_OPTIONS, TRAINER_DEFAULTS, clear_changed_classes
 from simnpo_pl.benchmarks.paired import PairedData
 from simnpo_pl.callbacks.checkpoint import LAST, CheckpointOptions, SaveState
 from simnpo_pl.callbacks.export import ExportModel, ExportOptions
@@ -61,30 +61,14 @@ class UnlearningCLI(LightningCLI):
             seed_everything_default=0,
             args=args,
             parser_kwargs={"exit_on_error": False},
-            trainer_defaults={
-                "max_epochs": 10,
-                "gradient_clip_val": 1.0,
-                "num_sanity_val_steps": 0,
-                "log_every_n_steps": 1,
-                "use_distributed_sampler": False,
-                "enable_model_summary": False,
-            },
+            trainer_defaults=dict(TRAINER_DEFAULTS),
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our own options and what they are linked to."""
-        parser.add_argument(
-            "--run_dir",
-            type=str | None,
-            default=None,
-            help="Folder of this run; null makes a fresh one under runs/.",
-        )
-        parser.add_argument(
-            "--trust_remote_code",
-            type=bool,
-            default=False,
-            help="Whether code that comes with a model or tokenizer is run, with all your rights.",
-        )
+        for name, kind in (("run_dir", str | None), ("trust_remote_code", bool)):
+            _, default, text = RUN_OPTIONS[name]
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         parser.add_class_arguments(EvalOptions, "eval", instantiate=True)
         parser.add_class_arguments(ExportOptions, "export", instantiate=True)
         parser.add_class_arguments(CheckpointOptions, "checkpoint", instantiate=True)

@@ -36,7 +36,8 @@ class UnlearningModule(PolicyModule):
 
     Args:
         name: Start model: hub id or folder with safetensors weights.
-        objective: Forget objective; a class of `simnpo_pl.objectives` by name, or any subclass of `Objective`.
+        objective: Forget objective; a class of `simnpo_pl.objectives` by name, or any subclass of `Objective`; null
+            takes SimNPO.
         retain_loss: Loss on the retain rows (`NLL`, `KL`, `EmbedDiff`), or null for none.
         forget_weight: Coefficient of the forget loss; null takes the objective's own default.
         retain_weight: Coefficient of the retain loss; null takes the objective's own default.
