@@ -163,12 +163,12 @@ def test_own_data_without_wrong_answers_has_no_forget_quality(
 ):
     from simnpo_pl.__main__ import main
 
-    options = ["--config", "configs/jsonl.yaml", "--model.name", str(model_folder), *run_options[6:]]
+    options = ["--config", "configs/own.yaml", "--model.name", str(model_folder), *run_options[6:]]
     options += ["--data.forget", str(data_folder / "forget10.json"), "--eval.retain_log", "log.json"]
     with pytest.raises(SystemExit) as stop:
         main(["fit", *options, "--data.retain", str(data_folder / "retain90.json")])
     assert stop.value.code == 2
-    assert "add both columns" in capsys.readouterr().err
+    assert "column perturbed_answer (forget quality) or --data.holdout (PrivLeak)" in capsys.readouterr().err
 
 
 def test_tokenizer_without_eos(cli_error: Error, model_folder: Path, tmp_path: Path):

@@ -72,7 +72,7 @@ def test_doctor(
     """Versions as installed; a hub that nobody listens at; what a config names, here and not here."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     config = tmp_path / "run.yaml"
-    data = "  class_path: JsonlData\n  init_args: {forget: rows.jsonl, retain: someone/Rows-1.0}"
+    data = "  class_path: OwnData\n  init_args: {forget: rows.jsonl, retain: someone/Rows-1.0}"
     config.write_text(f"model:\n  name: {model_folder}\ndata:\n{data}\n")
     main(["doctor", str(config), "--timeout", "1"])
     shown = capsys.readouterr().out

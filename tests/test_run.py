@@ -437,25 +437,6 @@ def test_finetune_config_makes_models(run_options: list[str], tmp_path: Path):
     assert (tmp_path / "start" / "model" / "model.safetensors").is_file()
 
 
-def test_own_data(run_options: list[str], data_folder: Path, model_folder: Path, tmp_path: Path):
-    """Question and answer only: what such data cannot measure is said, with the reason."""
-    from simnpo_pl.__main__ import main
-
-    options = ["--config", "configs/jsonl.yaml", "--model.name", str(model_folder), *run_options[6:]]
-    options += [
-        "--data.forget",
-        str(data_folder / "forget10.json"),
-        "--data.retain",
-        str(data_folder / "retain90.json"),
-    ]
-    main(["fit", *options, "--run_dir", str(tmp_path / "own"), "--debug"])
-    content = results(tmp_path / "own")
-    assert set(content["unavailable"]) == {"forget_quality", "model_utility"}
-    assert "paraphrased_answer" in content["unavailable"]["forget_quality"]
-    assert content["counts"]["retain/probability"] == 40
-    assert "forget/truth_ratio" not in content["final"]["metrics"]
-
-
 def test_two_processes_are_as_good_as_one(run_options: list[str], finished: Path, other_folder: Path, tmp_path: Path):
     """Two gloo processes: the same losses at every step, the same metrics, every row once."""
     folder = tmp_path / "two"

@@ -53,17 +53,16 @@ def load_holdout(holdout: str, path: str, forget: Sequence[dict[str, Any]]) -> l
     return rows
 
 
-def holdout_set(rows: Sequence[dict[str, Any]], split: str, encode: PromptTemplate, options: EvalOptions) -> EvalSet:
+def holdout_set(rows: Sequence[dict[str, Any]], split: str, encode: PromptTemplate) -> EvalSet:
     """The holdout rows' answers in tokens; only their scores by row are read.
 
     Args:
         rows: With `question` and `answer`.
         split: What the rows are called in messages.
         encode: Tokenises question and answer.
-        options: What is measured.
     """
     encoded = encode.encode_rows([(row["question"], row["answer"]) for row in rows], split)
-    texts = [{"question": r["question"], "answer": r["answer"], "min_k_share": options.min_k} for r in rows]
+    texts = [{"question": row["question"], "answer": row["answer"]} for row in rows]
     return EvalSet("holdout", texts, [[row] for row in encoded], {})
 
 
@@ -91,6 +90,9 @@ def add_attacks(
         if asked:
             raise UserError(f"{' and '.join(asked)} compare forget rows with holdout rows: give --data.holdout too")
         return Attacks({}, dict.fromkeys((*ATTACKS, "privleak"), "no holdout rows; give --data.holdout"))
+    for text in holdout.texts:
+        # Logged by row: a log of another share cannot be compared with.
+        text["min_k_share"] = options.min_k
     reasons = {}
     for part in (forget, holdout):
         answers = [text["answer"] for text in part.texts]

@@ -93,7 +93,7 @@ class MuseData(UnlearningData):
         documents = self._documents(f"privleak/{split}")
         rows = text_rows(self.tokenizer, documents, limit, self.truncate, f"privleak/{split}")
         # The beginning of a text stands for a question, by which rows of two evaluations are known to be the same.
-        texts = [{"question": d[:80], "answer": d, "min_k_share": self.eval.min_k} for d in documents]
+        texts = [{"question": d[:80], "answer": d} for d in documents]
         return EvalSet(split, texts, [[row] for row in rows], {})
 
     def _knowmem_set(self, split: str) -> EvalSet:

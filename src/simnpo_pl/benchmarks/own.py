@@ -1,29 +1,37 @@
-"""Your own questions and answers: one file to forget, one to retain."""
+"""Data of one's own: rows to forget, to retain and to hold out, in any form and from anywhere."""
 
-from typing import Any
+from typing import Any, Literal
 
 from simnpo_pl.benchmarks.base import UnlearningData
-from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, qa_set
-from simnpo_pl.data.sources import load_jsonl, load_lines
+from simnpo_pl.benchmarks.membership import add_attacks, holdout_set
+from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, not_rated, qa_set, text_set
+from simnpo_pl.data.columns import Columns
+from simnpo_pl.data.sources import check_disjoint, load_lines
+from simnpo_pl.data.tables import load_table
+from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate
-from simnpo_pl.data.training import TrainingRows
+from simnpo_pl.data.training import Rows, TrainingRows
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
+from simnpo_pl.evaluation.plan import EvalSet
 
-COLUMNS = ("question", "answer")
+COLUMNS = Columns()
 
 
-class JsonlData(UnlearningData):
-    """Rows from json files of the user's own.
+class OwnData(UnlearningData):
+    """Questions and answers, chats or plain text of the user's own.
 
-    Rows have `question` and `answer`; with `paraphrased_answer` (a text) and `perturbed_answer` (a list of wrong
-    answers) in every row of a file, the truth ratio is measured too, and forget quality where a retrained model is
-    known.
+    What is measured follows from what there is; the results say what is not measured, and why. Every source is a file
+    (.jsonl, .json, .csv, .parquet, .txt), a folder that the `datasets` package loads, or OWNER/NAME on the hub, the
+    latter two with `:SPLIT` or `:CONFIGURATION/SPLIT` after them where they have several.
 
     Args:
-        forget: File of rows to forget, JSON lines or one array.
-        retain: File of rows to keep.
+        forget: Rows to forget.
+        retain: Rows to keep.
+        holdout: Rows like the forget rows that no model was trained on, for membership inference and PrivLeak.
         refusals: File of refusals, one a line, for IDK and DPO.
+        columns: Names of the columns that are read.
+        rows: Plain text is joined and cut in `blocks` of `max_length` tokens, or each of the `documents` is a row.
         retain_eval_rows: How many retain rows are measured, from the first; null for all.
         kwargs: Passed on to `UnlearningData`.
     """
@@ -32,38 +40,95 @@ class JsonlData(UnlearningData):
         self,
         forget: str,
         retain: str | None = None,
+        holdout: str | None = None,
         refusals: str | None = None,
+        columns: Columns = COLUMNS,
+        rows: Literal["blocks", "documents"] = "blocks",
         retain_eval_rows: int | None = 400,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.forget = forget
-        self.retain = retain
+        if retain_eval_rows is not None and retain_eval_rows < 1:
+            raise UserError(f"--data.retain_eval_rows must be at least 1, or null for all, got {retain_eval_rows}")
+        self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
         self.refusals = refusals
+        self.columns = columns
+        self.rows: Literal["blocks", "documents"] = rows
         self.retain_eval_rows = retain_eval_rows
+        self._read: dict[str, Rows] = {}
 
     def training_rows(self) -> TrainingRows:
         """Forget rows, retain rows and refusals."""
         return TrainingRows(
-            forget=load_jsonl(self.forget, COLUMNS),
-            retain=load_jsonl(self.retain, COLUMNS) if self.retain is not None else [],
+            forget=self._rows("forget"),
+            retain=self._rows("retain") if self.sources["retain"] is not None else [],
             refusals=load_lines(self.refusals) if self.refusals is not None else [],
         )
 
     def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
-        """Probability, ROUGE and memorization of the forget rows; probability and ROUGE of the retain rows."""
-        sets = [qa_set("forget", self.forget, load_jsonl(self.forget, COLUMNS), encode, self.eval)]
-        if self.retain is not None:
-            rows = load_jsonl(self.retain, COLUMNS)[: self.retain_eval_rows]
-            sets.append(qa_set("retain", self.retain, rows, encode, self.eval))
+        """Whatever the rows allow."""
+        forget = self._set("forget", encode)
+        sets = [forget]
         unavailable = {"model_utility": "it is defined by TOFU's real authors and world facts"}
-        if "forget/truth_ratio" in sets[0].metrics:
-            unavailable |= add_forget_quality(sets[0], self.find_retain_log(), self.forget)
-        elif self.eval.retain_log or self.eval.retrained:
-            raise UserError(
-                f"forget quality compares truth ratios, but {self.forget} has no paraphrased_answer and "
-                "perturbed_answer: add both columns, or leave out --eval.retain_log and --eval.retrained"
-            )
+        if self.sources["retain"] is not None:
+            sets.append(self._set("retain", encode))
         else:
-            unavailable["forget_quality"] = f"{self.forget} has no paraphrased_answer and perturbed_answer"
-        return Evaluation(sets, {}, unavailable, decode_with(self.tokenizer))
+            unavailable |= dict.fromkeys(("retain/probability", "retain/rouge"), "no retain rows; give --data.retain")
+        has_ratio = "forget/truth_ratio" in forget.metrics
+        asked = self.eval.retain_log or self.eval.retrained
+        if asked and not has_ratio and self.sources["holdout"] is None:
+            raise UserError(
+                "there is nothing to compare with a retrained model: give forget rows with a list of wrong answers in "
+                f"column {self.columns.perturbed_answer} (forget quality) or --data.holdout (PrivLeak), or leave out "
+                "--eval.retain_log and --eval.retrained"
+            )
+        log = self.find_retain_log()
+        if has_ratio:
+            unavailable |= add_forget_quality(forget, log, str(self.sources["forget"]))
+        else:
+            unavailable |= dict.fromkeys(("forget/truth_ratio", "forget_quality"), self._no_ratio())
+        holdout = self._holdout(forget, encode)
+        sets += [] if holdout is None else [holdout]
+        attacks = add_attacks(forget, holdout, self.eval, log, self.reference_losses)
+        unavailable |= attacks.unavailable
+        if isinstance(self._rows("forget"), Texts):
+            unavailable |= dict.fromkeys(("forget/rouge", "forget/fluency"), "plain text has no questions to answer")
+        else:
+            unavailable |= not_rated(self.eval)
+        return Evaluation(sets, attacks.metrics, unavailable, decode_with(self.tokenizer))
+
+    def _rows(self, name: str) -> Rows:
+        """Rows of one of the sources, read once."""
+        if name not in self._read:
+            source, option = self.sources[name], f"--data.{name}"
+            assert source is not None
+            table = load_table(source, option)
+            found = self.columns.read(table, f"{option} {source}")
+            texts = [row for row in found if isinstance(row, str)]
+            self._read[name] = Texts(texts, self.rows) if texts else [row for row in found if isinstance(row, dict)]
+        return self._read[name]
+
+    def _set(self, name: str, encode: PromptTemplate) -> EvalSet:
+        rows = self._rows(name)
+        most = self.retain_eval_rows if name == "retain" else None
+        if isinstance(rows, Texts):
+            return text_set(name, rows, encode, most)
+        return qa_set(name, name, rows[:most], encode, self.eval)
+
+    def _holdout(self, forget: EvalSet, encode: PromptTemplate) -> EvalSet | None:
+        if self.sources["holdout"] is None:
+            return None
+        rows, forgotten = self._rows("holdout"), self._rows("forget")
+        if isinstance(rows, Texts) != isinstance(forgotten, Texts):
+            raise UserError("--data.holdout: expected the form of the forget rows; give both as plain text or neither")
+        if isinstance(rows, Texts):
+            assert isinstance(forgotten, Texts)
+            check_disjoint(forgotten.documents, rows.documents, "holdout")
+            return text_set("holdout", rows, encode)
+        check_disjoint(forget.texts, rows, "holdout")
+        return holdout_set(rows, "holdout", encode)
+
+    def _no_ratio(self) -> str:
+        if isinstance(self._rows("forget"), Texts):
+            return "plain text has no wrong answers"
+        return "the forget rows have no wrong answers, see --data.columns.perturbed_answer"

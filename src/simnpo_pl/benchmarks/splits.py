@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
@@ -16,12 +17,17 @@ NO_RETRAINED = "no retrained model to compare with; give --eval.retain_log FILE 
 
 
 def qa_set(
-    name: str, split: str, rows: Sequence[dict[str, Any]], encode: PromptTemplate, options: EvalOptions
+    name: str,
+    split: str,
+    rows: Sequence[dict[str, Any]],
+    encode: PromptTemplate,
+    options: EvalOptions,
+    choice: bool = False,
 ) -> EvalSet:
     """Answers of a split in tokens, with the metrics its columns allow.
 
-    A split with `perturbed_answer` (a list) has a truth ratio; where it lacks `paraphrased_answer` its probability
-    is that of the right answer among the wrong ones, as TOFU has it for real authors and world facts.
+    A split with `perturbed_answer` (a list) has a truth ratio, in which the answer takes the place of a
+    `paraphrased_answer` it lacks.
 
     Args:
         name: First part of the metrics' names; `forget` aggregates the truth ratio as TOFU does for forgetting
@@ -30,6 +36,8 @@ def qa_set(
         rows: With `question` and `answer`; all or none with `paraphrased_answer` and `perturbed_answer`.
         encode: Tokenises question and answer.
         options: What is measured.
+        choice: Whether probability is that of the right answer among the wrong ones, as TOFU has it for real authors
+            and world facts, instead of the answer's own.
 
     Raises:
         UserError: A column does not hold texts, or rows differ in the columns or the number of perturbed answers they
@@ -55,7 +63,6 @@ def qa_set(
     generated = count if options.generate_rows is None else min(count, options.generate_rows)
     pairs = [(row["question"], answer) for row, answers in zip(rows, texts, strict=True) for answer in answers]
     encoded = encode.encode_rows(pairs, split)
-    choice = perturbed and not paraphrased
     metrics: dict[str, RowMetric] = {
         f"{name}/probability": ChoiceProbability(count, kinds) if choice else AnswerProbability(count),
         f"{name}/rouge": RowMean("rougeL_recall", count),
@@ -87,6 +94,27 @@ def qa_set(
     )
 
 
+def text_set(name: str, texts: Texts, encode: PromptTemplate, most: int | None = None) -> EvalSet:
+    """Rows of plain text, every token of which is scored.
+
+    Args:
+        name: First part of the metrics' names; `forget` adds extraction strength and exact memorization, `holdout`
+            has no metrics of its own.
+        texts: The texts, and whether they are cut in blocks.
+        encode: Brings tokenizer and longest length.
+        most: Rows that are measured, from the first; None for all.
+
+    Raises:
+        UserError: The text cannot be tokenised as asked.
+    """
+    rows = texts.encode(encode, name)[:most]
+    found = [encode.tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in rows]
+    scores = {"forget": ("nll", "exact_memorization", "extraction_strength"), "holdout": ()}.get(name, ("nll",))
+    metrics: dict[str, RowMetric] = {f"{name}/{score}": RowMean(score, len(rows)) for score in scores}
+    # The beginning of a text stands for a question, by which rows of two evaluations are known to be the same.
+    return EvalSet(name, [{"question": t[:80], "answer": t} for t in found], [[row] for row in rows], metrics)
+
+
 def not_rated(options: EvalOptions) -> dict[str, str]:
     """Why the forget answers' fluency is not measured, if it is not."""
     asked = options.fluency_classifier is not None
@@ -111,7 +139,9 @@ def add_forget_quality(forget: EvalSet, log: RetainLog | None, split: str) -> di
     if log is not None:
         questions, answers = ([text[key] for text in forget.texts] for key in ("question", "answer"))
         retrained = match_rows(log, questions, answers, split)
-    forget.metrics["forget_quality"] = ForgetQuality(len(forget.texts), forget.kinds, retrained)
+    forget.metrics["forget_quality"] = ForgetQuality(
+        len(forget.texts), forget.kinds, retrained, has_paraphrase=forget.has_paraphrase
+    )
     if log is not None:
         return {}
     return {"forget_quality": NO_RETRAINED}

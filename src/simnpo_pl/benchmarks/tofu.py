@@ -18,6 +18,9 @@ from simnpo_pl.metrics.answers import ModelUtility
 from simnpo_pl.metrics.export import open_unlearning_log
 from simnpo_pl.metrics.logs import RetainLog, read_retain_log
 
+CHOICE = ("real_authors", "world_facts")
+"""Splits whose questions have a right answer among listed ones."""
+
 
 class TofuData(UnlearningData):
     """TOFU's splits, training pairs and metrics.
@@ -99,7 +102,7 @@ class TofuData(UnlearningData):
     def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
         """The four splits with TOFU's metrics; forget quality where a retrained model is known."""
         sets = [
-            qa_set(name, split, load_split(self.path, split, _columns(name)), encode, self.eval)
+            qa_set(name, split, load_split(self.path, split, _columns(name)), encode, self.eval, name in CHOICE)
             for name, split in self.eval_splits.items()
         ]
         forget_split = self.eval_splits["forget"].replace("_perturbed", "")
@@ -115,7 +118,7 @@ class TofuData(UnlearningData):
         holdout = None
         if self.holdout is not None:
             rows = load_holdout(self.holdout, self.path, sets[0].texts)
-            holdout = holdout_set(rows, "holdout", encode, self.eval)
+            holdout = holdout_set(rows, "holdout", encode)
             sets.append(holdout)
         attacks = add_attacks(sets[0], holdout, self.eval, log, self.reference_losses)
         summary = {"model_utility": ModelUtility(parts), **attacks.metrics}
@@ -128,7 +131,7 @@ class TofuData(UnlearningData):
 
 
 def _columns(name: str) -> tuple[str, ...]:
-    own = ("paraphrased_answer",) if name in ("forget", "retain") else ()
+    own = () if name in CHOICE else ("paraphrased_answer",)
     return ("question", "answer", *own, "perturbed_answer")
 
 

@@ -20,6 +20,7 @@ _TEXT_SUFFIXES = (*_SUFFIXES, ".txt")
 _PART = re.compile(
     r"(?P<name>\w[\w./-]*)(\[((?P<start>-?\d+)(?P<start_pct>%)?)?:((?P<stop>-?\d+)(?P<stop_pct>%)?)?\])?"
 )
+HUB_FILES = "hf://datasets/"
 _HUB_PACKAGES = ("datasets", "huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
 
 
@@ -71,7 +72,7 @@ def load_lines(file: str) -> list[str]:
     Raises:
         UserError: The file is missing, is not UTF-8 text, or has no such line.
     """
-    lines = [line.strip() for line in _read_text(Path(os.path.expanduser(file))).split("\n") if line.strip()]
+    lines = [line.strip() for line in read_text(Path(os.path.expanduser(file))).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{file} has no text: expected one entry per line")
     return lines
@@ -156,7 +157,7 @@ def _load_hub(path: str, name: str) -> list[dict[str, Any]]:
     try:
         return [dict(row) for row in datasets.load_dataset(path, configuration, split=split or "train")]
     except Exception as error:
-        if not _is_hub_failure(error):
+        if not is_hub_failure(error):
             raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(
@@ -167,7 +168,7 @@ def _load_hub(path: str, name: str) -> list[dict[str, Any]]:
         ) from error
 
 
-def _is_hub_failure(error: Exception) -> bool:
+def is_hub_failure(error: Exception) -> bool:
     """Whether a name or the network is to blame, rather than this program."""
     # `datasets` reports unknown configurations as ValueError and retired loading scripts as RuntimeError.
     if isinstance(error, (OSError, ValueError, RuntimeError)):
@@ -175,7 +176,7 @@ def _is_hub_failure(error: Exception) -> bool:
     return any(kind.__module__.startswith(_HUB_PACKAGES) for kind in type(error).__mro__)
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
     """The text of a file, with every line end as a newline."""
     try:
         # A byte order mark, as some editors write it, is dropped.
@@ -188,7 +189,7 @@ def _read_text(file: Path) -> str:
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON array or of JSON lines; strings, and the documents of a text file, as column `text`."""
-    text = _read_text(file)
+    text = read_text(file)
     rows: list[Any]
     if file.suffix == ".txt":
         # More than one blank line belongs to the document before it, so that joining gives the file again.
@@ -258,21 +259,34 @@ def _bounds(match: re.Match[str], rows: int) -> tuple[int, int]:
 
 
 def hub_file(path: str) -> Path:
-    """A local path, or the local copy of a file named hf://datasets/OWNER/NAME/PATH.
+    """A local path of a log, or the local copy of a file named hf://datasets/OWNER/NAME/PATH.
 
     Raises:
         UserError: The hub cannot be reached or has no such file.
     """
-    prefix = "hf://datasets/"
-    if not path.startswith(prefix):
-        return Path(path).expanduser()
-    owner, name, file = path[len(prefix) :].split("/", 2)
+    return hub_download(path, "--eval.retain_log") if path.startswith(HUB_FILES) else Path(path).expanduser()
+
+
+def hub_download(path: str, option: str) -> Path:
+    """The local copy of a file named hf://datasets/OWNER/NAME/PATH.
+
+    Args:
+        path: The name.
+        option: Setting that names it, for messages.
+
+    Raises:
+        UserError: The name is not of this form, or the hub cannot be reached or has no such file.
+    """
+    parts = path.removeprefix(HUB_FILES).split("/", 2)
+    if len(parts) < 3:
+        raise UserError(f"{option} {path}: expected {HUB_FILES}OWNER/NAME/FILE")
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
+        return Path(hf_hub_download(f"{parts[0]}/{parts[1]}", parts[2], repo_type="dataset"))
     except Exception as error:
+        unmeasured = f", or --eval.retrained FOLDER, or {option} null for a run without forget quality"
+        advice = unmeasured if option == "--eval.retain_log" else ""
         raise UserError(
-            f"--eval.retain_log: {path} is not to be had from the hub ({type(error).__name__}); give --eval.retain_log "
-            "FILE, or --eval.retrained FOLDER, or --eval.retain_log null for a run without forget quality"
+            f"{option}: {path} is not to be had from the hub ({type(error).__name__}); give {option} FILE{advice}"
         ) from error

@@ -13,6 +13,7 @@ from datetime import datetime
 
 from transformers import PreTrainedTokenizerBase
 
+from simnpo_pl.data.conversation import Conversation
 from simnpo_pl.errors import UserError
 
 IGNORE_INDEX = -100
@@ -59,7 +60,8 @@ class PromptTemplate:
             None takes the tokenizer's chat template, told the day `date`, or PLAIN_TEMPLATE when it has none.
         max_length: Most tokens a sequence may have, end-of-sequence included; None sets no limit.
         truncate: Cut the answers of longer sequences at the end instead of refusing the data.
-        system_prompt: System message, where the chat template is used; None leaves it to that template.
+        system_prompt: System message, where the chat template is used and a conversation has none of its own; None
+            leaves it to that template.
         date: Day told to the chat template, such as "26 Jul 2024".
 
     Raises:
@@ -115,7 +117,7 @@ class PromptTemplate:
         """Encodes pairs: scored are every token that holds a character of the answer and one end-of-sequence.
 
         Args:
-            pairs: Questions with their answers.
+            pairs: Questions, or conversations, with their answers.
             name: What the rows are called in messages, such as "forget".
 
         Returns:
@@ -128,7 +130,7 @@ class PromptTemplate:
         if not pairs:
             return []
         wheres = [f"{name} row {i}, counted from 0 (question {q[:80]!r})" for i, (q, _) in enumerate(pairs)]
-        prompts = [self._prompt(question) for question, _ in pairs]
+        prompts = [self._prompt(question, where) for (question, _), where in zip(pairs, wheres, strict=True)]
         texts = [prompt + answer for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
         for text, where in zip(texts, wheres, strict=True):
             check_unicode(text, where)
@@ -144,18 +146,31 @@ class PromptTemplate:
         parts = zip(encoded["input_ids"], encoded["offset_mapping"], map(len, prompts), wheres, strict=True)
         return self._limit([self._label(*part) for part in parts], name)
 
-    def _prompt(self, question: str) -> str:
+    def _prompt(self, question: str, where: str) -> str:
         """All text before the answer."""
+        several = isinstance(question, Conversation)
         if self._chat_template is None:
+            if several:
+                raise UserError(
+                    f"{where}: a conversation needs a chat template; leave out --data.template, or give a tokenizer "
+                    "that has one"
+                )
             return self._before + question + self._between
-        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
-        text = self.tokenizer.apply_chat_template(
-            [*system, {"role": "user", "content": question}],
-            chat_template=self._chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-            date_string=self.date,
-        )
+        messages = question.messages if isinstance(question, Conversation) else (("user", question),)
+        if self.system_prompt is not None and messages[0][0] != "system":
+            messages = (("system", self.system_prompt), *messages)
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": role, "content": content} for role, content in messages],
+                chat_template=self._chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                date_string=self.date,
+            )
+        except TemplateError as error:
+            raise UserError(f"{where}: the chat template refuses these messages ({error}); mend the row") from error
         assert isinstance(text, str)
         return text
 

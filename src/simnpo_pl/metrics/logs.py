@@ -156,7 +156,9 @@ def parse_rows(source: str, rows: list[dict[str, Any]]) -> RetainLog:
         return RetainLog(source, split, {i: float(row["truth_ratio"]) for i, row in own.items()}, **extras)
     # A log without wrong answers has no truth ratios; without Min-K% scores either, it is no use.
     rated = extras["min_k"] is None or any("perturbed_nll" in row for row in own.values())
-    right, wrong = ({i: r[key] for i, r in own.items() if rated} for key in ("paraphrase_nll", "perturbed_nll"))
+    # Without a paraphrase the answer itself takes its place.
+    right = {i: r["paraphrase_nll" if "paraphrase_nll" in r else "answer_nll"] for i, r in own.items() if rated}
+    wrong = {i: row["perturbed_nll"] for i, row in own.items() if rated}
     return _retain_log(source, split, right, wrong, **extras)
 
 
