@@ -1,7 +1,14 @@
 """What tests of whole runs read off a run's folder."""
 
 import json
-from collections.abc import Iterator
+import math
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +36,11 @@ def losses(folder: Path) -> list[float]:
     events = EventAccumulator(str(folder))
     events.Reload()
     return [event.value for event in events.Scalars("train/loss")]
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    """Losses and whatever else a run kept of every optimizer step."""
+    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
 @contextmanager
@@ -60,3 +72,81 @@ def same_run(one: Path, other: Path) -> bool:
     files = sorted(f.name for f in (one / "model").iterdir())
     assert files == sorted(f.name for f in (other / "model").iterdir())
     return all((one / "model" / f).read_bytes() == (other / "model" / f).read_bytes() for f in files)
+
+
+def run_processes(
+    count: int,
+    arguments: list[str],
+    log: Path,
+    then: Callable[[list[int]], None] | None = None,
+    seconds: float = 300,
+) -> int:
+    """Run the command line on several gloo processes, forked from this one, which has imported everything.
+
+    Args:
+        count: Processes.
+        arguments: Of the command line.
+        log: What each prints goes to a file of this name and its rank.
+        then: Called with the processes' ids once they run.
+        seconds: After which they are killed.
+
+    Returns:
+        The exit code that all of them had.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(count):
+        child = os.fork()
+        if child == 0:
+            _process(rank, count, port, arguments, log)
+        children.append(child)
+    if then is not None:
+        then(children)
+    codes: dict[int, int] = {}
+    limit = time.monotonic() + seconds
+    while len(codes) < count:
+        for child in set(children) - codes.keys():
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                codes[child] = os.waitstatus_to_exitcode(status)
+                if codes[child]:
+                    # The others may wait for it in vain.
+                    limit = min(limit, time.monotonic() + 10)
+        if time.monotonic() > limit:
+            for child in set(children) - codes.keys():
+                os.kill(child, signal.SIGKILL)
+            limit = math.inf
+        time.sleep(0.01)
+    texts = [log.with_name(f"{log.name}.{rank}").read_text() for rank in range(count)]
+    assert len(set(codes.values())) == 1, "\n".join([str(codes), *texts])
+    return codes[children[0]]
+
+
+def _process(rank: int, count: int, port: int, arguments: list[str], log: Path) -> None:
+    code = 70
+    try:
+        sys.stdout = sys.stderr = log.with_name(f"{log.name}.{rank}").open("a", buffering=1)
+        os.environ.pop("SIMNPO_PL_RUN_DIR", None)
+        place = {
+            "LOCAL_RANK": rank,
+            "NODE_RANK": 0,
+            "WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        os.environ.update({name: str(value) for name, value in place.items()})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from simnpo_pl.__main__ import main
+
+        main(arguments)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 70
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "simnpo_pl"
 LAYERS = [
     ["errors"],
     ["files", "markdown", "stopping", "packing", "head", "layers", "optimization"],
+    ["sharding"],
     ["checkpoints", "logprobs", "lora", "models", "generation", "data", "metrics", "markov"],
     ["objectives", "retain", "reference", "evaluation", "demo"],
     ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments", "report"],

@@ -1,6 +1,5 @@
 """Objectives that read other models, layers or their own past: two processes train as one does."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import results
+from helpers import history, results
 
 CASES = {
     "PDU": ["--model.objective.warmup_epochs", "0", "--model.objective.eps", "1"],
@@ -16,10 +15,6 @@ CASES = {
     "RKLD": ["--model.objective.alpha", "2"],
     "NPORawLogits": [],
 }
-
-
-def history(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from simnpo_pl.sharding import any_process, is_sharded
+
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 """Of logits `(R, V)`, the prompts they belong to `(R,)` and the step from 0: the next tokens `(R,)`."""
 
@@ -86,6 +88,7 @@ def generate(
     stop = torch.tensor(list(eos_ids), device=device)
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    sharded = is_sharded(model)
     for step in range(max_new_tokens):
         logits = _last_logits(model, ids, mask, positions, {cache_name: cache})
         token = choose(logits, rows, step)
@@ -101,6 +104,11 @@ def generate(
         ids = token.unsqueeze(1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         positions = positions[:, -1:] + 1
+        if sharded:
+            any_process(True, device)
+    # Processes whose rows still run need this one's share of the weights.
+    while sharded and any_process(False, device):
+        model(input_ids=ids[:1, :1], use_cache=False, logits_to_keep=1)
     return done
 
 

@@ -274,7 +274,10 @@ class Scorer:
 
     def _packed(self, rows: Rows) -> tuple[Tensor, Tensor]:
         layout = layout_of(rows["input_ids"], rows["attention_mask"])
-        return packed_hidden(self.body, rows["input_ids"], layout), layout.tokens.view(layout.rows, layout.width)
+        # A model that is shared out has a pass of its own, in which it gathers its weights.
+        own = getattr(self.model, "packed_hidden", None)
+        hidden = packed_hidden(self.body, rows["input_ids"], layout) if own is None else own(rows["input_ids"], layout)
+        return hidden, layout.tokens.view(layout.rows, layout.width)
 
     def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
         output = self.body(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)

@@ -119,16 +119,20 @@ class UnlearningModule(PolicyModule):
         Raises:
             UserError: The model cannot be loaded, or has not the layers or parameters that are named.
         """
-        fresh = self.policy is None
         for model, is_read in ((self._reference, self._batch_losses.reads_reference), (self._memorising, True)):
             if model is not None and is_read:
                 find_model(model.name, model.option)
         super().configure_model()
         self._batch_losses.check_layers(self.policy)
-        if self.lora is not None:
-            self._adapter = add_adapter(self.policy, self.lora) if fresh else self._adapter
-        elif self.trainable and (self._trainer is None or self.trainer.state.fn == "fit"):
+        if self.lora is None and self.trainable and (self._trainer is None or self.trainer.state.fn == "fit"):
             train_only(self.policy, self.trainable)
+
+    def load_policy(self) -> Any:
+        """The start model, with its adapter where one is trained."""
+        policy = super().load_policy()
+        if self.lora is not None:
+            self._adapter = add_adapter(policy, self.lora)
+        return policy
 
     # -- frozen models -----------------------------------------------------------------------------------
 
@@ -151,9 +155,9 @@ class UnlearningModule(PolicyModule):
             # Of another model or other rows, log-probs of an earlier run or a checkpoint would be wrong.
             identity = f"{self._reference.name} {fingerprint(batches)}"
             if self._reference.identity != identity:
-                moved = (self.transfer_batch_to_device(batch, self.device, 0) for batch in batches)
+                scorer, strategy = self._reference_scorer(resident=False), self.trainer.strategy
                 with self.trainer.precision_plugin.forward_context():
-                    self._reference.fill(moved, self._data.train_rows, self._reference_scorer(resident=False))
+                    self._reference.fill(batches, self._data.train_rows, scorer, self.device, strategy)
                 self._reference.identity = identity
         if self._batch_losses.keeps_reference:
             self._reference_scorer()

@@ -17,6 +17,7 @@ from simnpo_pl.evaluation.tags import tag
 from simnpo_pl.generation import greedy
 from simnpo_pl.logprobs import Scorer
 from simnpo_pl.models import load_causal_lm
+from simnpo_pl.sharding import shard
 
 
 class PolicyModule(pl.LightningModule):
@@ -76,9 +77,16 @@ class PolicyModule(pl.LightningModule):
         """
         if self.policy is not None:
             return
-        self.policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation, self.option)
+        self.policy = self.load_policy()
+        if self._device_mesh is not None:
+            shard(self.policy, self._device_mesh["data_parallel"])
+
+    def load_policy(self) -> Any:
+        """The model as this process reads it, before it is shared out."""
+        policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation, self.option)
         if self.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return policy
 
     def _scorer(self) -> Scorer:
         assert self.policy is not None, "configure_model() comes first"

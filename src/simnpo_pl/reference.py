@@ -1,7 +1,7 @@
 """Frozen models beside the policy: a resident copy, or their answer log-probs alone where these suffice."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from simnpo_pl.errors import UserError
 from simnpo_pl.logprobs import Rows, Scorer
 from simnpo_pl.models import frozen_copy
+from simnpo_pl.sharding import is_sharded, shard_like
 
 REFERENCE_KEY = "reference_logps"
 """Key under which a part of a batch brings the reference's summed answer log-probs, `(B,)` nats."""
@@ -54,8 +55,13 @@ class FrozenModel:
         """
         scorer = self._resident
         if scorer is None:
-            model = frozen_copy(policy.model) if same else self._load(self.name, option=self.option)
-            scorer = Scorer(model.requires_grad_(False).eval().to(device))
+            shared_out = is_sharded(policy.model)
+            copied = same and not shared_out
+            model = frozen_copy(policy.model) if copied else self._load(self.name, option=self.option)
+            model.requires_grad_(False).eval()
+            if shared_out:
+                shard_like(model, policy.model)
+            scorer = Scorer(model.to(device))
         if scorer.vocabulary != policy.vocabulary:
             raise UserError(
                 f"{self.option}: {self.name} has {scorer.vocabulary} tokens in its vocabulary, the policy "
@@ -82,21 +88,29 @@ class Reference(FrozenModel):
         self.identity = ""
 
     @torch.no_grad()
-    def fill(self, batches: Iterable[Mapping[str, Rows]], rows: int, scorer: Scorer) -> None:
-        """Score all training rows.
+    def fill(
+        self, batches: Sequence[Mapping[str, Rows]], rows: int, scorer: Scorer, device: Any, strategy: Any
+    ) -> None:
+        """Score all training rows, each on one process.
 
         Args:
-            batches: Parts of the training rows with their `index` `(B,)`.
+            batches: Parts of the training rows with their `index` `(B,)`; the same on every process.
             rows: Number of training rows N.
             scorer: Of the reference, in eval mode.
+            device: Where it runs.
+            strategy: Of the Trainer; its processes share the batches.
         """
-        totals: dict[str, Tensor] = {}
-        for batch in batches:
-            for name, part in batch.items():
+        rank, world = strategy.global_rank, strategy.world_size
+        totals = {name: torch.zeros(rows, device=device) for batch in batches for name in batch}
+        for turn in range(0, len(batches), world):
+            # Every process runs equally many, since those of a sharded model wait for each other.
+            number = turn + rank
+            for name, part in batches[number % len(batches)].items():
+                part = {key: value.to(device) for key, value in part.items()}
                 total = scorer({name: part})[name].logps().total
-                stored = totals.setdefault(name, torch.full((rows,), torch.nan))
-                stored[part["index"].cpu()] = total.float().cpu()
-        self.totals = totals
+                if number < len(batches):
+                    totals[name][part["index"]] = total.float()
+        self.totals = {name: strategy.reduce(total, reduce_op="sum").cpu() for name, total in totals.items()}
 
     def add_to(self, batch: Mapping[str, dict[str, Tensor]]) -> None:
         """Put the reference's log-probs `(B,)` into the parts of a training batch."""

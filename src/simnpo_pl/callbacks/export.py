@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.models import save_model
+from simnpo_pl.sharding import gathered
 
 
 @dataclass
@@ -100,7 +101,7 @@ class ExportModel(Callback):
 
     def _save(self, trainer: Any, pl_module: Any) -> None:
         # Every process takes part: sharded weights are gathered here.
-        state = trainer.strategy.lightning_module_state_dict()
+        state = gathered(trainer.strategy)
         prefix = "policy."
         weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if trainer.is_global_zero:
