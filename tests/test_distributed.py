@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import history, results, run_processes, same_run
@@ -216,6 +216,7 @@ def test_every_row_counts_once_on_any_number_of_processes(rows: int):
         assert cells == Counter((i, k) for i in range(rows) for k in range(2))
 
 
+@settings(deadline=None, max_examples=40)
 @given(rows=st.integers(1, 12), world=st.integers(1, 5))
 def test_reference_rows_are_shared_among_processes(rows: int, world: int, model_folder: Path):
     """Every row is scored by one process, the sum over processes is what one process finds."""
