@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all chaos docs lint clean
+.PHONY: help install demo test test-all chaos bench docs lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -34,9 +34,12 @@ docs: $(INSTALLED) ## build the documentation into site/; a warning is an error
 chaos: $(INSTALLED) ## end runs of a tiny model 200 times by kills and full disks, compare their ends; about ten minutes
 	$(BIN)/python scripts/chaos.py --kills 50 --write docs/reliability.md
 
+bench: $(INSTALLED) ## measure time and memory against the public recipe, write docs/performance.md; leave the machine alone meanwhile
+	$(BIN)/python -m bench
+
 lint: $(INSTALLED) ## style and types
-	$(BIN)/ruff check src tests scripts examples
-	$(BIN)/ruff format --check src tests scripts examples
+	$(BIN)/ruff check src tests scripts examples bench
+	$(BIN)/ruff format --check src tests scripts examples bench
 	$(BIN)/mypy
 
 clean: ## remove the environment and caches; runs/ stays

@@ -1,0 +1,71 @@
+"""Measures time and memory, and writes the tables and the figure of docs/performance.md."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    """Run the chosen parts, write what they found."""
+    if sys.argv[1:2] == ["child"]:
+        from bench.children import CHILDREN
+
+        print(json.dumps(CHILDREN[sys.argv[2]](**json.loads(sys.argv[3]))))
+        return
+    options = _options()
+    from bench.measure import machine
+    from bench.parts import PARTS
+    from bench.report import write
+
+    started, found = time.monotonic(), {}
+    for name in options.only or PARTS:
+        say(f"{name} ...")
+        found[name] = PARTS[name](options)
+        say(f"{name}: {time.monotonic() - started:.0f} s in all")
+    record = {
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "machine": machine(),
+        "rows": "TOFU's" if options.data else "random tokens of TOFU's lengths",
+        **found,
+    }
+    write(record, Path(options.out), complete=not options.only and not options.quick)
+
+
+def say(line: str) -> None:
+    """Tell how far it is, apart from the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _options() -> argparse.Namespace:
+    from bench.parts import PARTS
+
+    parser = argparse.ArgumentParser("python -m bench", description=__doc__)
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds and smaller cases: two minutes, a rough look"
+    )
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="parts to measure; all by default")
+    parser.add_argument("--data", help="folder with TOFU's files; random tokens of TOFU's lengths by default")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer for them, of at most 49152 tokens")
+    parser.add_argument("--out", default=str(ROOT / "runs" / "bench"), help="folder for results.json and figure")
+    parser.add_argument("--threads", type=int, help="threads; torch's own choice by default")
+    options = parser.parse_args()
+    if bool(options.data) != bool(options.tokenizer):
+        parser.error("--data and --tokenizer go together")
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Tables and figure of what was measured."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = "<!-- measured: written by make bench -->", "<!-- end of what make bench wrote -->"
+STEP = 200.0
+"""Milliseconds of the step that the Trainer's own time is set against."""
+WAYS = {
+    "public": "public recipe",
+    "packed": "packed (default)",
+    "chunked": "packed, logits made again in the backward pass",
+    "padded": "padded, head on scored positions",
+    "whole": "padded, all logits, reference cached",
+    "checkpointed": "packed, activations made again",
+    "bf16": "packed, bf16 autocast",
+    "lora": "packed, LoRA of rank 16",
+    "body": "bare body on the same tokens",
+}
+
+
+def write(record: dict[str, Any], folder: Path, complete: bool) -> None:
+    """Write results.json, tables and figure to a folder; those of a complete run to the documentation, too.
+
+    Args:
+        record: What was measured.
+        folder: Where to write.
+        complete: Whether all parts were measured in full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = tables(record)
+    (folder / "tables.md").write_text(text)
+    if "growth" in record and "rows" in record:
+        figure(record, folder / "performance.png")
+    print(text)
+    if complete:
+        page = DOCS / "performance.md"
+        before, _, rest = page.read_text().partition(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
+        figure(record, DOCS / "figures" / "performance.png")
+
+
+def tables(record: dict[str, Any]) -> str:
+    """All parts that were measured, as Markdown."""
+    machine = record["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    lines = [
+        f"`{record['command']}`, {record['minutes']} minutes on {machine['cpu']} ({machine['instructions']}, "
+        f"{machine['cores']} cores, {machine['threads']} threads, {machine['system']}), load average at the end "
+        f"{', '.join(map(str, machine['load_average']))}; {versions}. Rows: {record['rows']}.",
+        "",
+    ]
+    if met := targets(record):
+        lines += [*_table(["target", "at most", "measured", "met"], met), ""]
+    for name, part in (("step", _step), ("evaluation", _evaluation), ("growth", _growth), ("rows", _rows)):
+        if name in record:
+            lines += [*part(record[name]), ""]
+    if "processes" in record:
+        lines += [*_processes(record["processes"]), ""]
+    if "lightning" in record:
+        lines += [*_lightning(record["lightning"]), ""]
+    if "start-up" in record:
+        lines += _table(["start-up", "seconds"], [[k, _number(v)] for k, v in record["start-up"].items()])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def targets(record: dict[str, Any]) -> list[list[str]]:
+    """Each target with what was measured, for the parts that were."""
+    found: list[tuple[str, float, float | None]] = []
+    if "step" in record:
+        for method, most in (("NPO", 0.43), ("SimNPO", 0.50)):
+            entry = record["step"]["variants"][f"{method} packed"]
+            found.append((f"{method} step, time as a part of the public recipe's", most, entry["time"]["wall"]))
+            found.append((f"{method} step, working memory likewise", 0.50, entry.get("memory")))
+    if "evaluation" in record:
+        for name, most in (("truth ratio", 0.38), ("generation", 0.60)):
+            found.append((f"{name}, time likewise", most, record["evaluation"][name]["time"]["wall"]))
+    if "lightning" in record:
+        times = record["lightning"]
+        added = (times["Trainer, logging, bar"] - times["plain loop"]) / STEP
+        found.append((f"what Trainer and logging add to a step of {STEP:.0f} ms, as a part of it", 0.05, added))
+    if "rows" in record:
+        points = record["rows"]["points"]
+        few, many = points[0], points[-1]
+        span = f"{few['answers']} to {many['answers']} answers"
+        times = [point["microseconds_per_token"] for point in points]
+        found.append((f"time per scored token from {span}, longest by shortest", 1.10, max(times) / min(times)))
+        memory = many["mib"] / few["mib"] if few["mib"] and many["mib"] else None
+        found.append((f"memory of {many['answers']} answers by that of {few['answers']}", 1.10, memory))
+    if "start-up" in record:
+        for name, most in (("--help", 1), ("fit --help", 1), ("report", 1), ("fit, to its first step", 10)):
+            found.append((f"{name}, seconds", most, record["start-up"][name]))
+    return [[n, _number(m), _number(v), "-" if v is None else "yes" if v <= m else "no"] for n, m, v in found]
+
+
+def _step(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, entry in found["variants"].items():
+        method, way = name.split(" ")
+        rows.append(
+            [
+                method if way != "body" else "-",
+                WAYS[way],
+                _number(entry["seconds"]),
+                _number(entry["time"]["wall"]),
+                _number(entry["time"]["cpu"]),
+                _number(entry.get("mib"), 0),
+                _number(entry.get("memory")),
+            ]
+        )
+    head = ["method", "way", "seconds", "time", "processor time", "MiB", "memory"]
+    title = f"Training step, {found['tokens']} tokens, {found['scored_tokens']} of them scored:"
+    return [title, "", *_table(head, rows)]
+
+
+def _evaluation(found: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            name,
+            *(_number(e[k]) for k in ("public_seconds", "own_seconds")),
+            *(_number(e["time"][k]) for k in ("wall", "cpu")),
+        ]
+        for name, e in found.items()
+    ]
+    generation = found["generation"]
+    note = (
+        f"Truth ratio: {found['truth ratio']['answers']} answers. Generation: {generation['answers']} answers of "
+        f"{generation['mean_tokens']:.0f} tokens on average, the longest {generation['longest']}."
+    )
+    return [*_table(["evaluation", "public recipe, s", "package, s", "time", "processor time"], rows), "", note]
+
+
+def _growth(found: dict[str, Any]) -> list[str]:
+    names = {
+        "answer": "answer tokens, 1 + 1 rows",
+        "vocabulary": "vocabulary, 4 + 4 rows",
+        "batch": "batch, forget + as many retain rows",
+        "block": "block of 2,048 tokens, 1 + 1 rows",
+    }
+    rows = []
+    for name, points in found.items():
+        for point in points:
+            cells = [_number(point["seconds"][way]) for way in ("public", "packed", "chunked")]
+            cells += [_number(point["time"][way]["wall"]) for way in ("packed", "chunked")]
+            cells += [_number(point["mib"][way], 0) for way in ("public", "packed", "chunked")]
+            rows.append([names[name], str(point["size"]), *cells])
+    head = ["NPO step by", "size", "public, s", "packed, s", "chunked, s", "packed time", "chunked time"]
+    return _table([*head, "public, MiB", "packed, MiB", "chunked, MiB"], rows)
+
+
+def _rows(found: dict[str, Any]) -> list[str]:
+    points = found["points"]
+    keys = ("microseconds_per_token", "cpu_microseconds_per_token")
+    rows = [[str(p["answers"]), *(_number(p[k]) for k in keys), _number(p["mib"], 0)] for p in points]
+    return _table(["answers scored", "µs a scored token", "processor µs", "MiB"], rows)
+
+
+def _processes(found: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, *(_number(times[n]) for n in times), _number(times[1] / times[2])]
+        for name, times in (("NPO step", found["step_seconds"]), ("scoring", found["scoring_seconds"]))
+    ]
+    return _table(["on all cores", "1 process, s", "2 processes, s", "speed-up"], rows)
+
+
+def _lightning(found: dict[str, float]) -> list[str]:
+    plain = found["plain loop"]
+    rows = [[n, _number(v), _number(v - plain), f"{100 * (v - plain) / STEP:.1f} %"] for n, v in found.items()]
+    return _table(["step of a small model", "processor ms", "added", f"of a step of {STEP:.0f} ms"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def figure(record: dict[str, Any], file: Path) -> None:
+    """Time and memory of a step by answer length, vocabulary and batch; time of scoring by number of answers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shown = [("answer", "answer length, tokens"), ("vocabulary", "vocabulary, tokens"), ("batch", "batch, forget rows")]
+    plots, axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+
+    def curves(axis: Any, points: list[dict[str, Any]], value: Callable[[dict[str, Any], str], float | None]) -> None:
+        for way in ("public", "packed", "chunked"):
+            values = [value(point, way) for point in points]
+            if None not in values:
+                axis.plot([p["size"] for p in points], values, "o-", label=WAYS[way].replace(" (default)", ""))
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+
+    for column, (name, label) in enumerate(shown):
+        curves(axes[0, column], record["growth"][name], lambda point, way: point["seconds"][way])
+        curves(axes[1, column], record["growth"][name], lambda point, way: point["mib"][way])
+        axes[1, column].set_xlabel(label)
+    axes[0, 0].set_ylabel("NPO step, seconds")
+    axes[1, 0].set_ylabel("working memory, MiB")
+    axes[0, 0].legend(fontsize="small")
+    points = record["rows"]["points"]
+    for row, (key, label) in enumerate(
+        (("microseconds_per_token", "scoring, µs a token"), ("mib", "working memory, MiB"))
+    ):
+        axes[row, 3].plot([p["answers"] for p in points], [p[key] or 0 for p in points], "o-")
+        axes[row, 3].set_ylabel(label)
+        axes[row, 3].set_ylim(bottom=0)
+    axes[1, 3].set_xlabel("answers scored")
+    plots.savefig(file, dpi=110)
+    plt.close(plots)
