@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "simnpo_pl"
 # Lower layers first; a file may import from its own layer and those below.
 LAYERS = [
     ["errors"],
-    ["files", "markdown", "stopping", "packing", "head", "layers", "optimization"],
+    ["files", "markdown", "stopping", "packing", "head", "layers", "optimization", "weight_files"],
     ["sharding"],
     ["checkpoints", "logprobs", "lora", "models", "generation", "data", "metrics", "markov"],
     ["objectives", "retain", "reference", "evaluation", "demo"],

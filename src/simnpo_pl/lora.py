@@ -17,6 +17,7 @@ from torch import Tensor
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.logprobs import AnswerStates, Rows, Scorer
+from simnpo_pl.weight_files import named_weights
 
 ADAPTER = "default"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -141,8 +142,8 @@ def trained_names(model: Any) -> set[str]:
 def base_fingerprint(model: Any) -> str:
     """Tells one base from another by some values of every weight."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().flatten()
+    for name, weight in named_weights(model):
+        flat = weight.flatten()
         some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
         digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()

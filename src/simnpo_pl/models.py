@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from simnpo_pl.errors import UserError
 from simnpo_pl.files import replace
 from simnpo_pl.lora import ADAPTER_CONFIG, has_adapter, load_with_adapter, save_adapter
+from simnpo_pl.weight_files import WeightFiles, model_on_disk
 
 _trusted = False
 _LOCAL_ROOTS = ("/", "./", "../", "~")
@@ -93,7 +95,11 @@ def count_parameters(name: str) -> int:
 
 
 def load_causal_lm(
-    name: str, dtype: str = "float32", attn_implementation: str | None = None, option: str = "--model.name"
+    name: str,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    option: str = "--model.name",
+    shared_out: bool = False,
 ) -> Any:
     """Causal language model, in eval mode as transformers gives it; an adapter is merged into its base.
 
@@ -102,6 +108,7 @@ def load_causal_lm(
         dtype: Type of the weights, `float32` or `bfloat16`.
         attn_implementation: Attention of transformers; None lets it choose.
         option: Setting that names the model, for messages.
+        shared_out: Whether the model is about to be shared out; its weights are read then, where its files allow it.
 
     Raises:
         UserError: The model cannot be loaded.
@@ -115,6 +122,8 @@ def load_causal_lm(
         if (Path(resolved) / ADAPTER_CONFIG).is_file():
             base_settings = (dtype, attn_implementation, option)
             return load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, *base_settings))
+        if shared_out and (unread := _on_disk(resolved, getattr(torch, dtype), options)) is not None:
+            return unread
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolved,
             dtype=getattr(torch, dtype),
@@ -142,6 +151,33 @@ def load_causal_lm(
             f"{unused[0]}"
         )
     return model
+
+
+def _on_disk(name: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
+    """A model that is yet to be read; None where it has to be read as a whole (its files hold it in another form)."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    config = AutoConfig.from_pretrained(name, trust_remote_code=_trusted)
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    files: list[Any]
+    if index is None:
+        files = [cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)]
+    else:
+        files, _ = get_checkpoint_shard_files(name, index)
+    if None in files or getattr(config, "quantization_config", None) is not None:
+        return None
+
+    def build() -> Any:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=_trusted, **options)
+
+    model = model_on_disk(build, WeightFiles(Path(file) for file in files))
+    if model is None or getattr(model, "_keep_in_fp32_modules", None):
+        return None
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.eval()
 
 
 def quiet_loading() -> None:

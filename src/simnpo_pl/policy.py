@@ -82,8 +82,9 @@ class PolicyModule(pl.LightningModule):
             shard(self.policy, self._device_mesh["data_parallel"])
 
     def load_policy(self) -> Any:
-        """The model as this process reads it, before it is shared out."""
-        policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation, self.option)
+        """The model before it is shared out."""
+        shared_out = self._device_mesh is not None
+        policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation, self.option, shared_out)
         if self.gradient_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return policy

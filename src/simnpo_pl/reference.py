@@ -56,8 +56,10 @@ class FrozenModel:
         scorer = self._resident
         if scorer is None:
             shared_out = is_sharded(policy.model)
-            copied = same and not shared_out
-            model = frozen_copy(policy.model) if copied else self._load(self.name, option=self.option)
+            if same and not shared_out:
+                model = frozen_copy(policy.model)
+            else:
+                model = self._load(self.name, option=self.option, shared_out=shared_out)
             model.requires_grad_(False).eval()
             if shared_out:
                 shard_like(model, policy.model)

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from simnpo_pl.errors import UserError
 from simnpo_pl.layers import layers_of
 from simnpo_pl.packing import Layout, packed_hidden
+from simnpo_pl.weight_files import fill_shards
 
 INDEX, REST = ".metadata", "meta.pt"
 
@@ -38,7 +39,7 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
     the head is applied to some positions only, after the pass.
 
     Args:
-        model: Causal language model from transformers.
+        model: Causal language model from transformers; one that is yet to be read is read now.
         mesh: The devices, along one dimension.
 
     Raises:
@@ -47,6 +48,7 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    fill_shards(model, mesh.get_local_rank(), mesh.size())
 
     def hidden(self: Any, input_ids: Tensor, layout: Layout) -> Tensor:
         return packed_hidden(self.base_model, input_ids, layout)
