@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -266,3 +267,9 @@ def test_file_is_no_sharded_checkpoint(run_options: list[str], tmp_path: Path):
     options += ["--ckpt_path", str(tmp_path / "last.ckpt"), "--run_dir", str(tmp_path / "run")]
     assert run_processes(1, ["fit", *run_options, *options], tmp_path / "log") == 2
     assert "is no whole checkpoint of a sharded run" in (tmp_path / "log.0").read_text()
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_is_not_installed(cli_error: Callable[..., str]):
+    error = cli_error("fit", "--config", "configs/hardware/deepspeed_zero3.yaml", "--trainer.accelerator", "cpu")
+    assert "--trainer.strategy deepspeed_stage_3 needs DeepSpeed: pip install 'simnpo_pl[deepspeed]'" in error

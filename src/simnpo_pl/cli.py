@@ -8,6 +8,7 @@ import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,11 @@ class UnlearningCLI(LightningCLI):
         config = self.config[self.subcommand]
         folder = self._folder(config)
         given = self._get(self.config_init, "trainer")
+        if str(given["strategy"]).startswith("deepspeed") and find_spec("deepspeed") is None:
+            raise UserError(
+                f"--trainer.strategy {given['strategy']} needs DeepSpeed: pip install 'simnpo_pl[deepspeed]', or take "
+                "--config configs/hardware/fsdp.yaml, which shares models out with PyTorch alone"
+            )
         if given["logger"] in (None, True):
             kwargs["logger"] = TensorBoardLogger(str(folder), name="", version="")
         kwargs["precision"] = precision(given)
