@@ -11,13 +11,14 @@ import lightning.pytorch as pl
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM, gradient_norms
+from simnpo_pl.evaluation.memory import Halves
 from simnpo_pl.evaluation.parts import FinishedParts, identity
 from simnpo_pl.evaluation.plan import plan_digest
 from simnpo_pl.evaluation.tags import tag
 from simnpo_pl.generation import greedy
 from simnpo_pl.logprobs import Scorer
 from simnpo_pl.models import load_causal_lm
-from simnpo_pl.sharding import shard
+from simnpo_pl.sharding import is_sharded, shard
 
 
 class PolicyModule(pl.LightningModule):
@@ -56,6 +57,7 @@ class PolicyModule(pl.LightningModule):
         self.logs_metrics = True
         self.finished_parts: FinishedParts | None = None
         self._policy_scorer: Scorer | None = None
+        self._in_halves = Halves(self._run)
 
     def like(self, name: str, option: str = "--model.name") -> "PolicyModule":
         """Another model in the same precision, to be evaluated only; its metrics are not this run's.
@@ -132,7 +134,8 @@ class PolicyModule(pl.LightningModule):
         assert self.evaluation is not None
         outcome: Any = None if self.finished_parts is None else self.finished_parts.found(batch)
         if outcome is None:
-            outcome = self._run(batch)
+            # Processes that share a model out wait for each other: none may run more batches than another.
+            outcome = (self._run if is_sharded(self.policy) else self._in_halves)(batch)
             if self.finished_parts is not None:
                 self.finished_parts.keep(batch, outcome)
         (self.evaluation.add_generations if "prompts" in batch else self.evaluation.add_scores)(batch, outcome)
