@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from simnpo_pl import head
-from simnpo_pl.logprobs import Scorer, divergence, join
+from simnpo_pl.logprobs import Scorer, divergence, join, score_together
 from simnpo_pl.packing import layout_of
 
 
@@ -111,6 +111,29 @@ def test_parts_come_back_apart(model_folder: Path):
         assert together[name].size == alone.size == len(part["input_ids"])
         torch.testing.assert_close(together[name].logps().total, alone.logps().total, rtol=1e-5, atol=1e-5)
         assert together[name].lengths().tolist() == alone.lengths().tolist()
+
+
+@pytest.mark.parametrize("budget", [2**25, 0], ids=["kept", "again"])
+def test_parts_through_the_head_together(model_folder: Path, budget: int, monkeypatch: pytest.MonkeyPatch):
+    """Losses to 1e-6 and gradients to 1e-5 of parts that go through it apart, and of those logits taken whole."""
+    monkeypatch.setattr(head, "LOGITS_BUDGET", budget)
+    monkeypatch.setattr(head, "CPU_CHUNK", 512)
+    parts, results = {"forget": rows(0), "retain": rows(1, (4, 11))}, []
+    for way in ("together", "apart", "whole"):
+        model = load(model_folder, "eager" if way == "whole" else "sdpa")
+        scorer = Scorer(model)
+        states = scorer(parts)
+        if way == "together":
+            states = score_together(states, ["forget", "retain"])
+            assert all(part.known_logps is not None for part in states.values())
+        logps = {name: part.logps() for name, part in states.items()}
+        loss = logps["forget"].mean.square().mean() - 0.5 * logps["retain"].total.mean()
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((loss.item(), gradient))
+    for loss, gradient in results[1:]:
+        assert results[0][0] == pytest.approx(loss, rel=1e-6)
+        assert ((results[0][1] - gradient).norm() / gradient.norm()).item() < 1e-5
 
 
 def test_correct_tokens(model_folder: Path):

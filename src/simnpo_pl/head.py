@@ -55,14 +55,14 @@ class Head:
         Returns:
             `(S,)` nats.
         """
-        if not self._is_plain:
+        if not self.is_plain:
             return self.per_token(_label_logps, hidden[predictors], labels)
         return _Logps.apply(self._ready(hidden), *self._parameters, self.cap, predictors, labels)
 
     @torch.no_grad()
     def scores(self, hidden: Tensor, predictors: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probs `(S,)` of labels and whether each is the most probable token, without gradient; see `logps`."""
-        if not self._is_plain:
+        if not self.is_plain:
             hidden = hidden[predictors]
             hits = self.per_token(lambda logits, y: logits.argmax(dim=-1) == y, hidden, labels)
             return self.per_token(_label_logps, hidden, labels), hits
@@ -91,7 +91,7 @@ class Head:
         step = max(1, LOGITS_BUDGET // (4 * self.vocabulary))
         if len(hidden) * self.vocabulary <= LOGITS_BUDGET:
             return function(self(hidden), *others)
-        if self._is_plain:
+        if self.is_plain:
             return _PerToken.apply(self._ready(hidden), *self._parameters, self.cap, function, step, *others)
 
         def values(hidden: Tensor, *others: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Head:
         return torch.cat([checkpoint(values, *chunk, use_reentrant=False) for chunk in chunks])
 
     @property
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether the map is a matrix at hand: not sharded, quantised, adapted or watched by hooks."""
         module = self.module
         if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
@@ -163,11 +163,16 @@ class _Norm:
     def __init__(self, hidden: Tensor) -> None:
         self.high = torch.full((len(hidden),), -torch.inf, device=hidden.device)
         self.total = torch.zeros_like(self.high)
+        self._work: Tensor | None = None
 
     def add(self, logits: Tensor, high: Tensor) -> None:
         """Take logits `(U, v)` with their maxima `(U,)`."""
         high = torch.maximum(self.high, high)
-        self.total = self.total * (self.high - high).exp_() + (logits - high.unsqueeze(1)).exp_().sum(dim=-1)
+        if self._work is None or self._work.shape != logits.shape:
+            # One block of memory for all chunks: fresh pages cost more than the sums.
+            self._work = torch.empty_like(logits)
+        terms = torch.sub(logits, high.unsqueeze(1), out=self._work).exp_()
+        self.total = self.total * (self.high - high).exp_() + terms.sum(dim=-1)
         self.high = high
 
     @property
@@ -256,9 +261,12 @@ class _Logps(torch.autograd.Function):
         linear = _Linear(weight, bias, ctx.cap)
         gradients = _Gradients(ctx, linear, hidden)
         by_state = torch.zeros_like(log_sum).index_add_(0, predictors, gradient)
+        work: Tensor | None = None
         for number, tokens in enumerate(linear.chunks(hidden)):
             logits = kept[number] if kept else linear(hidden, tokens)
-            by_logit = (logits - log_sum.unsqueeze(1)).exp_().mul_(-by_state.unsqueeze(1))
+            work = torch.empty_like(logits) if work is None or work.shape != logits.shape else work
+            by_logit = torch.sub(logits, log_sum.unsqueeze(1), out=work)
+            by_logit.exp_().mul_(-by_state.unsqueeze(1))
             gradients.add(linear.before_cap(by_logit, logits), tokens=tokens)
         gradients.add_labels(linear.before_cap(gradient.clone(), own), predictors, labels)
         return *gradients.result(), None, None, None

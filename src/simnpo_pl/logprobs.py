@@ -5,7 +5,7 @@ Hidden states are taken at the scored positions alone, and the head is applied t
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +97,8 @@ class AnswerStates:
     """Maps hidden states to logits of V tokens."""
     layers: Mapping[int, LayerStates] = field(default_factory=dict)
     """Number of each layer that was asked for, from 0, to its states."""
+    known_logps: Tensor | None = None
+    """`(S,)` log-prob of each label, where `score_together` has made them; nats."""
 
     def logits(self) -> Tensor:
         """`(S, V)` logits in float32; `per_token` holds fewer at once."""
@@ -124,6 +126,8 @@ class AnswerStates:
 
     def token_logps(self) -> Tensor:
         """`(S,)` log-prob of each label, nats."""
+        if self.known_logps is not None:
+            return self.known_logps
         return self.head.logps(self.hidden, self.predictors, self.labels)
 
     def logps(self) -> AnswerLogps:
@@ -154,6 +158,25 @@ class AnswerStates:
         # In float64: rounding at every addition would outweigh a small difference of two long answers' sums.
         sums = values.new_zeros(self.size, dtype=torch.float64).index_add(0, self.rows, values.double())
         return sums.to(values.dtype)
+
+
+def score_together(parts: Mapping[str, AnswerStates], names: Collection[str]) -> dict[str, AnswerStates]:
+    """The same parts, the log-probs of those named made in one pass through the head.
+
+    The gradient by the head's weights, as large as these, is then held once and not once a part.
+    """
+    chosen = [parts[name] for name in names]
+    if len(chosen) < 2 or not chosen[0].head.is_plain:
+        return dict(parts)
+    starts = torch.tensor([0, *(len(states.hidden) for states in chosen[:-1])]).cumsum(0).tolist()
+    logps = chosen[0].head.logps(
+        torch.cat([states.hidden for states in chosen]),
+        torch.cat([states.predictors + start for states, start in zip(chosen, starts, strict=True)]),
+        torch.cat([states.labels for states in chosen]),
+    )
+    own = logps.split([len(states.labels) for states in chosen])
+    made = {name: replace(parts[name], known_logps=part) for name, part in zip(names, own, strict=True)}
+    return {**parts, **made}
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -311,7 +334,7 @@ class Scorer:
         finally:
             self.model.train(training)
         reason = "its attention differs" if padded else "its logits are no known map of its hidden states"
-        _log.info("%s: rows are padded, not packed (%s)", type(self.model).__name__, reason)
+        _log.warning("%s: rows are padded, not packed (%s)", type(self.model).__name__, reason)
         return self._padded if padded else self._whole
 
     def _agrees(self, forward: Callable[[Rows], tuple[Tensor, Tensor]], rows: Rows, expected: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simnpo_pl.layers import check_layer
-from simnpo_pl.logprobs import AnswerStates, Scorer, answer_lengths
+from simnpo_pl.logprobs import AnswerStates, Scorer, answer_lengths, score_together
 from simnpo_pl.objectives import ForgetInputs, Objective, Positions
 from simnpo_pl.reference import REFERENCE_KEY
 from simnpo_pl.retain import RetainLoss
@@ -102,7 +102,7 @@ class BatchLosses:
         readers = (self.objective, self.retain_loss)
         layers = {reader.layer for reader in readers if reader is not None and reader.layer is not None}
         # One forward pass for all of them.
-        states = self.policy()(rows, layers) if rows else {}
+        states = score_together(self.policy()(rows, layers), self._logps_of(rows)) if rows else {}
         inputs = self._inputs(batch, states)
         per_row = self.objective(inputs)
         weights = self.objective.gradient_weights(inputs)
@@ -112,6 +112,14 @@ class BatchLosses:
         counted = batch[(self.scored_parts or ["forget"])[0]]
         forget_loss = _average(per_row, counted, self.objective.mean_over, self.objective.skipped_tokens)
         return forget_loss, self._retain(batch, states, per_row)
+
+    def _logps_of(self, rows: Batch) -> list[str]:
+        """Parts of the policy's rows whose log-probs are read."""
+        read = {
+            *self.objective.needs,
+            *(["retain"] if self.retain_loss is not None and self.retain_loss.reads_logps else []),
+        }
+        return [name for name in rows if name in read]
 
     def _inputs(self, batch: Batch, states: Mapping[str, AnswerStates]) -> ForgetInputs:
         needs, forget, layer = self.objective.needs, batch["forget"], self.objective.layer

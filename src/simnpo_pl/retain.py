@@ -14,6 +14,8 @@ class RetainLoss(nn.Module):
 
     needs_reference: ClassVar[bool] = False
     """Whether the frozen reference model must be at hand in every step."""
+    reads_logps: ClassVar[bool] = False
+    """Whether it reads the policy's answer log-probs; these are then made along with the forget rows'."""
     mean_over: Literal["examples", "tokens"] = "tokens"
     """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
     layer: int | None = None
@@ -32,6 +34,8 @@ class RetainLoss(nn.Module):
 
 class NLL(RetainLoss):
     """Cross-entropy on the retain answers, nats per token."""
+
+    reads_logps = True
 
     def forward(self, policy: AnswerStates, reference: AnswerStates | None = None) -> Tensor:
         """Mean negative log-likelihood of each retain answer, nats per token, `(B,)`."""
