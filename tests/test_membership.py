@@ -374,7 +374,7 @@ def test_two_processes(run_options: list[str], evaluated: Path, other_folder: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--eval.gradnorm", "true"), "--eval.gradnorm compare forget rows with holdout rows: give --data.holdout too"),
+        (("--eval.gradnorm", "true"), "--eval.gradnorm: this compares forget with holdout rows; give --data.h"),
         (("--data.holdout", "missing.json"), "cannot read missing.json"),
         (("--data.holdout", "holdout99"), "holdout99"),
         (("--data.holdout", "forget10_perturbed[:2]"), "2 of 10 forget rows are also holdout rows"),

@@ -5,6 +5,7 @@ the old value is cleared, with the loss weights and the choice of parameters, wh
 another class.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,36 @@ def clear_changed_classes(arguments: list[str]) -> list[str]:
         flags.add(name)
         result += words
     return result
+
+
+_INSIDE = re.compile(r"""Parser key "([\w.]+)": .*?class_path '[\w.]*?(\w+)': (.*)""")
+_UNKNOWN = re.compile(r"""unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted""")
+_WRONG = re.compile(r"""Parser key "([\w.]+)": (.*?(?:Got|Given) value: (\S.*))""")
+_KIND = re.compile(r"""Expected a (?:<class '[\w.]*?(\w+)'>|typing\.Literal\[(.*?)\])""")
+_OUTER = " - Expected a <class 'NoneType'> Given value type: <class 'jsonargparse"
+_KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
+
+
+def plain(message: str) -> str:
+    """What the parser says of a setting of a class, in the command line's own words; any other message as it is.
+
+    Args:
+        message: Of the parser.
+    """
+    message = " ".join(message.split())
+    inside = _INSIDE.match(message)
+    if inside is None:
+        return message
+    group, owner, problem = inside[1], inside[2], inside[3].partition(_OUTER)[0]
+    unknown, wrong = _UNKNOWN.match(problem), _WRONG.match(problem)
+    if unknown is not None:
+        name = unknown[1] or unknown[2]
+        return f"--{group}.{name}: {owner} has no such setting; python -m simnpo_pl fit --help lists those there are"
+    kinds = _KIND.findall(wrong[2]) if wrong is not None else []
+    if wrong is None or not kinds:
+        return message
+    expected = " or ".join(_KINDS.get(kind, kind) or words.replace("', '", "' or '") for kind, words in kinds)
+    return f"--{group}.{wrong[1]}: expected {expected}, got {wrong[3]}"
 
 
 def _options(arguments: list[str]) -> Iterator[tuple[str, str, list[str]]]:

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
-from simnpo_pl.arguments import RUN_OPTIONS, TRAINER_DEFAULTS, clear_changed_classes
+from simnpo_pl.arguments import RUN_OPTIONS, TRAINER_DEFAULTS, clear_changed_classes, plain
 from simnpo_pl.benchmarks.paired import PairedData
 from simnpo_pl.callbacks.checkpoint import LAST, CheckpointOptions, SaveState
 from simnpo_pl.callbacks.export import ExportModel, ExportOptions
@@ -43,6 +43,8 @@ from simnpo_pl.stopping import Stopped, StopSignals
 from simnpo_pl.summary import measures, plan, table, written
 
 RUN_DIR_VARIABLE = "SIMNPO_PL_RUN_DIR"
+CLASSES: dict[str, type[Any]] = {"model.objective": Objective, "model.retain_loss": RetainLoss, "data": PairedData}
+"""Options that name a class, and what it is a kind of."""
 
 
 class UnlearningCLI(LightningCLI):
@@ -78,24 +80,24 @@ class UnlearningCLI(LightningCLI):
         parser.link_arguments("eval", "data.init_args.eval", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; an unknown objective is answered with the known ones.
+        """Parse; the name of an unknown class is answered with the known ones.
 
         Raises:
-            UserError: There is no such class, or the seed makes no sense.
+            UserError: There is no such class or setting, a value is none of its kind, or the seed makes no sense.
         """
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            for option, base in (("objective", Objective), ("retain_loss", RetainLoss)):
+            for option, base in CLASSES.items():
                 name = re.search(r"Expected a dot import path string: (\S+)", str(error))
-                if f'"model.{option}"' in str(error) and name:
-                    names = (cls.__name__ for cls in _subclasses(base) if cls.__module__.startswith("simnpo_pl."))
-                    known = ", ".join(sorted(name for name in names if not name.startswith("Lazy")))
+                if f'"{option}"' in str(error) and name:
+                    found = {cls.__name__: cls.__module__ for cls in _subclasses(base)}
+                    ours = [n for n, m in found.items() if m.startswith("simnpo_pl.") and not m.endswith(".base")]
+                    known = ", ".join(sorted(n for n in ours if not n.startswith("Lazy")))
                     raise UserError(
-                        f"--model.{option} {name[1]}: no such class; known are {known}, "
-                        "or give the class path of your own"
+                        f"--{option} {name[1]}: no such class; known are {known}, or give the class path of your own"
                     ) from error
-            raise
+            raise UserError(plain(str(error))) from error
         seed = self.config[self.config["subcommand"]].seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise UserError(f"--seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}")
@@ -289,7 +291,8 @@ class UnlearningCLI(LightningCLI):
     def _report(self) -> None:
         if self.trainer.is_global_zero:
             print(table(self.run_folder.record))
-            print(written(self.run_folder.folder))
+            board = any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers)
+            print(written(self.run_folder.folder, board))
 
     # -- names -------------------------------------------------------------------------------------------
 

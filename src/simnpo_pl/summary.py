@@ -112,8 +112,13 @@ def number(value: float | None) -> str:
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
 
 
-def written(folder: Path) -> str:
-    """The files of a run, a line each."""
+def written(folder: Path, board: bool = True) -> str:
+    """The files of a run and how to look at them, a line each.
+
+    Args:
+        folder: The run's folder.
+        board: Whether TensorBoard's events are among the files.
+    """
     known = {
         "model": "unlearned model, for AutoModelForCausalLM.from_pretrained",
         "results.json": "all metrics, versions, times",
@@ -131,6 +136,6 @@ def written(folder: Path) -> str:
             *lines,
             "to look at it:",
             f"  python -m simnpo_pl report {folder}",
-            f"  tensorboard --logdir {folder.parent}",
+            *([f"  tensorboard --logdir {folder.parent}"] if board else []),
         ]
     )

@@ -88,7 +88,7 @@ def add_attacks(
     if holdout is None:
         asked = [f"--eval.{n}" for n in ("mia_reference", "gradnorm") if getattr(options, n)]
         if asked:
-            raise UserError(f"{' and '.join(asked)} compare forget rows with holdout rows: give --data.holdout too")
+            raise UserError(f"{' and '.join(asked)}: this compares forget with holdout rows; give --data.holdout too")
         return Attacks({}, dict.fromkeys((*ATTACKS, "privleak"), "no holdout rows; give --data.holdout"))
     for text in holdout.texts:
         # Logged by row: a log of another share cannot be compared with.
