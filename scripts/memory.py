@@ -112,14 +112,18 @@ def layer_bytes(case: Case) -> float:
 
 
 def logits_bytes(case: Case, chunk: int) -> float:
-    """What the head keeps and works on, see `simnpo_pl.head`: forget and retain rows one after the other."""
+    """What the head keeps and works on, see `simnpo_pl.head`."""
     from simnpo_pl.head import LOGITS_BUDGET
 
-    part = ROWS // 2 * (WIDTH - 1) * case.config["vocab_size"]
-    kept = part if part <= LOGITS_BUDGET else 0
-    # A chunk of logits and its gradient; the KL loss has two models' logits, and probabilities of both.
-    at_work = 8 * min(part, LOGITS_BUDGET // 4) if case.method == "NPO+KL" else 2 * min(chunk, part)
-    return 4.0 * (kept * (1 if case.method == "NPO+KL" else 2) + at_work)
+    logits = ROWS * (WIDTH - 1) * case.config["vocab_size"]
+    at_work = 0
+    if case.method == "NPO+KL":
+        # Of the retain rows, two models' logits and log-probs, the probabilities, differences, products and a gradient.
+        logits //= 2
+        at_work = 8 * (logits if logits <= LOGITS_BUDGET else LOGITS_BUDGET // 4)
+    kept = logits if logits <= LOGITS_BUDGET else 0
+    # A chunk of logits and its gradient.
+    return 4.0 * (kept + max(at_work, 2 * min(chunk, logits)))
 
 
 _counted: dict[str, int] = {}
