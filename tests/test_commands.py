@@ -87,3 +87,12 @@ def test_doctor(
     assert "is no config" in error(capsys, "doctor", str(tmp_path / "list.yaml"))
     monkeypatch.setenv("HF_ENDPOINT", "here")
     assert "HF_ENDPOINT must be a web address, got here" in error(capsys, "doctor", str(config))
+
+
+@pytest.mark.parametrize("board", [True, False])
+def test_tensorboard_is_named_where_it_was_used(tmp_path: Path, board: bool):
+    from simnpo_pl.summary import written
+
+    said = written(tmp_path / "run", board).splitlines()
+    assert f"  python -m simnpo_pl report {tmp_path / 'run'}" in said
+    assert (f"  tensorboard --logdir {tmp_path}" in said) == board

@@ -128,6 +128,31 @@ def runs(tmp_path: Path) -> list[Path]:
     return [write_run(tmp_path / "one", 0.55, 0.2), write_run(tmp_path / "two", 0.65, 1e-6)]
 
 
+def test_columns_are_those_measured(runs: list[Path], tmp_path: Path):
+    """All six attacks are columns where there are values, on the page, in Markdown and in LaTeX."""
+    from simnpo_pl.metrics.membership import ATTACKS
+
+    assert [column.key for column in words.ATTACKS] == list(ATTACKS)
+    shown = [column.key for column in words.measured(read_runs(runs))]
+    assert shown == [
+        "forget_quality",
+        "forget_quality/log10_p",
+        "model_utility",
+        "forget/probability",
+        "retain/probability",
+    ]
+    found = {name: 0.1 * number for number, name in enumerate(ATTACKS, start=1)}
+    attacked = write_run(tmp_path / "attacked", 0.5, 0.5, final={"metrics": {**found, "privleak": None}})
+    assert [c.title for c in words.measured(read_runs([attacked]))][-7:-1] == [c.title for c in words.ATTACKS]
+    out = [str(tmp_path / name) for name in ("report.html", "report.md", "rows.tex")]
+    main(["report", str(runs[0]), str(attacked), "-o", *out])
+    for file in out:
+        text = Path(file).read_text()
+        assert all(column.title in text for column in words.ATTACKS)
+        assert "0.6" in text
+        assert "PrivLeak" not in text.split("<script")[0]
+
+
 def test_summary_in_words(runs: list[Path]):
     said = [words.summary(run) for run in read_runs(runs)]
     assert said[0] == (

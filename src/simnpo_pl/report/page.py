@@ -31,7 +31,7 @@ def html(runs: Sequence[Run]) -> str:
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     return environment.get_template("report.html").render(
         runs=[{**_run(run), "colour": colour(number)} for number, run in enumerate(runs)],
-        columns=words.COLUMNS,
+        columns=words.measured(runs),
         number=words.number,
         figures=figures(runs),
         data={"table": _table(runs), "rows": {run.name: _rows(run) for run in runs if run.rows}},

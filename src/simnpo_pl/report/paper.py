@@ -20,7 +20,7 @@ def markdown(runs: Sequence[Run], figures: Sequence[tuple[str, str]]) -> str:
         runs: In the order they are shown.
         figures: Title and file, as seen from the Markdown file, of each figure.
     """
-    columns = _measured(runs)
+    columns = words.measured(runs)
     lines = ["# Unlearning report", ""]
     lines += [f"* **{run.name}**: {cell(words.summary(run))}" for run in runs]
     heads = ["run", "model", "n", *(column.title for column in columns)]
@@ -45,7 +45,7 @@ def markdown(runs: Sequence[Run], figures: Sequence[tuple[str, str]]) -> str:
 
 def latex(runs: Sequence[Run]) -> str:
     """Rows for a `tabular`, the columns named in a comment."""
-    columns = _measured(runs)
+    columns = words.measured(runs)
     lines = ["% " + " & ".join(["run", "model", *(column.title for column in columns)])]
     for run, model, metrics in _models(runs):
         cells = [run.name, model, *(words.number(metrics.get(column.key)) for column in columns)]
@@ -148,8 +148,3 @@ def _relearning(axes: Any, runs: Sequence[Run]) -> bool:
 def _models(runs: Sequence[Run]) -> list[tuple[Run, str, dict[str, float]]]:
     names = {"final": "unlearned", "start": "start", "retrained": "retrained"}
     return [(run, names[model], run.metrics(model)) for run in runs for model in names if run.metrics(model)]
-
-
-def _measured(runs: Sequence[Run]) -> list[words.Column]:
-    known = {key for _, _, metrics in _models(runs) for key in metrics}
-    return [column for column in words.COLUMNS if column.key in known]

@@ -1,5 +1,6 @@
 """A run in plain words, and as a row of a table."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from simnpo_pl.report.runs import Run
@@ -18,6 +19,21 @@ PARTS = [
     for split, title in (("retain", "retain"), ("real_authors", "authors"), ("world_facts", "facts"))
     for metric, short in (("rouge", "R"), ("probability", "P"), ("truth_ratio", "T"))
 ]
+ATTACKS = [
+    Column(
+        f"mia_{name}",
+        f"MIA {title}",
+        f"membership inference by {what}: area under the curve, beside the retrained model's",
+    )
+    for name, title, what in (
+        ("loss", "loss", "the loss"),
+        ("zlib", "zlib", "the loss over the size when compressed"),
+        ("min_k", "Min-K", "the least probable tokens"),
+        ("min_k_plus_plus", "Min-K++", "the least probable tokens, standardised"),
+        ("reference", "reference", "the loss against a reference model's"),
+        ("gradnorm", "gradnorm", "the norm of the gradient"),
+    )
+]
 COLUMNS = [
     Column("forget_quality", "forget quality", "p-value against the retrained model; above 0.05 not told apart"),
     Column("forget_quality/log10_p", "log10 p", "log10 of forget quality"),
@@ -29,6 +45,7 @@ COLUMNS = [
     Column("forget/extraction_strength", "ES", "extraction strength, 0 to 1"),
     Column("forget/exact_memorization", "EM", "exact memorization, 0 to 1"),
     Column("privleak", "PrivLeak", "membership inference against the retrained model; 0 is best"),
+    *ATTACKS,
     Column("verbmem_forget", "VerbMem", "MUSE: ROUGE-L of continued forget passages, 0 to 100"),
     Column("knowmem_forget", "KnowMem forget", "MUSE: ROUGE-L of answers on the forget set, 0 to 100"),
     Column("knowmem_retain", "KnowMem retain", "MUSE: ROUGE-L of answers on the retain set, 0 to 100"),
@@ -45,6 +62,13 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return str(value)
     return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def measured(runs: Sequence[Run]) -> list[Column]:
+    """Columns that a model of one of the runs has a value for."""
+    models = ("final", "start", "retrained")
+    known = {key for run in runs for model in models for key, value in run.metrics(model).items() if value is not None}
+    return [column for column in COLUMNS if column.key in known]
 
 
 def method(run: Run) -> str:
