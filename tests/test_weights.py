@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,3 +183,20 @@ def test_resumed_run_has_every_epoch(npo_rows: Path, cli: CLI, tmp_path: Path):
 def test_no_file_without_weights(cli: CLI, tmp_path: Path):
     cli("fit", *QUICK, "--run_dir", str(tmp_path / "run"), "--model.objective", "IDK", "--trainer.max_epochs", "1")
     assert not (tmp_path / "run" / "weights.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(run_options: list[str], cli: CLI, tmp_path: Path):
+    """Nine rows in steps of four: each process holds a part of a step, and in the last one of them has a filler row."""
+    options = ["--model.objective", "NPO", "--data.train_split", "forget10[:9]", *QUICK]
+    one, two = tmp_path / "one", tmp_path / "two"
+    cli("fit", *options, "--run_dir", str(one))
+    command = [sys.executable, "-m", "simnpo_pl", "fit", *run_options, *options, "--run_dir", str(two), "--debug"]
+    command += ["--config", "configs/hardware/ddp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    alone, shared = read(one), read(two)
+    assert [(r["epoch"], r["index"]) for r in alone] == [(e, i) for e in (1, 2) for i in range(9)]
+    for ours, theirs in zip(alone, shared, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-3)
+    assert [sum(r["step"] == s for r in shared) for s in range(1, 7)] == [4, 4, 1, 4, 4, 1]
