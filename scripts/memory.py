@@ -8,24 +8,20 @@ of its own that trains, less that before the model was loaded.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Freed memory goes back to the system, so that the peak is that of what is held at once.
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 
 LARGE: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": {
@@ -39,11 +35,11 @@ LARGE: dict[str, dict[str, Any]] = {
 }
 SMALL: dict[str, dict[str, Any]] = {
     "wide": {
-        **{"vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8},
+        **{"vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4},
         **{"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False},
     },
     "large vocabulary": {
-        **{"vocab_size": 65536, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6},
+        **{"vocab_size": 65536, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2},
         **{"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
     },
 }
@@ -52,6 +48,7 @@ RANK = 16
 ROWS, WIDTH = 16, 128
 """Rows in a forward pass, half of them to forget and half to retain, and tokens in each."""
 GB, MB = 1e9, 1e6
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
 
 @dataclass(frozen=True)
@@ -203,8 +200,8 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def train(folder: str, case: Case) -> int:
-    """Largest resident memory of three optimizer steps, less that before the model was there; bytes."""
+def train(folder: str, case: Case, found: Any) -> None:
+    """Put into `found` the largest resident memory of two optimizer steps, less that before the model; bytes."""
     import lightning.pytorch as pl
     import torch
 
@@ -236,7 +233,7 @@ def train(folder: str, case: Case) -> int:
         lr=1e-5,
     )
     trainer = pl.Trainer(
-        max_steps=3,
+        max_steps=2,
         accelerator="cpu",
         precision="bf16-mixed" if case.autocast else "32-true",
         logger=False,
@@ -248,8 +245,8 @@ def train(folder: str, case: Case) -> int:
 
     forget_peak()
     before = resident()
-    trainer.fit(module, torch.utils.data.DataLoader([batch] * 3, batch_size=None))
-    return resident("VmHWM") - before
+    trainer.fit(module, torch.utils.data.DataLoader([batch] * 2, batch_size=None))
+    found.put(resident("VmHWM") - before)
 
 
 def load(folder: str, rank: int, processes: int, port: int, by_slices: bool, found: Any) -> None:
@@ -318,7 +315,7 @@ def small_cases() -> list[tuple[str, Case]]:
     """What is measured."""
     wide, vocabulary = SMALL.values()
     known = [Case(wide, method, lora) for lora in (False, True) for method in METHODS]
-    known += [Case(vocabulary, method, lora) for lora in (False, True) for method in ("SimNPO", "NPO+KL")]
+    known += [Case(vocabulary, method, False) for method in ("SimNPO", "NPO+KL")]
     known += [Case(wide, "SimNPO", lora, checkpointing=True) for lora in (False, True)]
     return [(next(name for name, config in SMALL.items() if config == case.config), case) for case in known]
 
@@ -333,13 +330,7 @@ def small_table() -> str:
         for name, config in SMALL.items():
             llama(config).save_pretrained(Path(folder) / name)
         for name, case in small_cases():
-            arguments = [str(Path(folder) / name), json.dumps(asdict(case))]
-            done = subprocess.run(
-                [sys.executable, __file__, "--measure", *arguments], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                sys.exit(done.stderr)
-            measured = int(done.stdout.split()[-1])
+            measured = in_a_process(str(Path(folder) / name), case)
             expected = sum(computed(case, 2**20).values())
             trained = "adapter" if case.lora else "all"
             lines.append(
@@ -348,6 +339,18 @@ def small_table() -> str:
             )
             print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
+
+
+def in_a_process(folder: str, case: Case) -> int:
+    """What `train` finds in a process forked from this one."""
+    context = multiprocessing.get_context("fork")
+    found = context.Queue()
+    child = context.Process(target=train, args=(folder, case, found))
+    child.start()
+    child.join()
+    if child.exitcode:
+        sys.exit(f"a measurement ended with exit code {child.exitcode}")
+    return int(found.get())
 
 
 def loading_table(folder: str) -> str:
@@ -390,16 +393,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loading", metavar="FOLDER", help="a model whose loading on two processes is measured, too")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="page that takes the tables between its marks")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.measure:
-        folder, case = options.measure
-        print(train(folder, Case(**json.loads(case))))
-        return
-    tables = {"memory": large_table(), "memory-measured": small_table()}
+    if THRESHOLD not in os.environ:
+        # Freed memory goes back to the system, so that the peak is that of what is held at once.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {THRESHOLD: "65536"})
+    makers = {"memory": large_table, "memory-measured": small_table}
     if options.loading:
-        tables["loading"] = loading_table(options.loading)
-    for name, table in tables.items():
+        makers["loading"] = lambda: loading_table(options.loading)
+    for name, make in makers.items():
+        table = make()
         print(f"{table}\n")
         if options.write:
             text = options.write.read_text()

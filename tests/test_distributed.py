@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from helpers import history, results, run_processes, same_run
 from simnpo_pl.data.pairing import PairedSampler
@@ -99,6 +100,20 @@ def test_weights_shared_out_on_two_processes(one_process: Any, tmp_path: Path, m
     weights = [name for name in saved if name.startswith("state_dict.")]
     assert weights
     assert all(".lora_" in name for name in weights) is ("adapter" in method)
+
+
+@SLOW
+def test_weights_shared_out_under_bfloat16_autocast(one_process: Any, tmp_path: Path):
+    """Weights, their export and the checkpoint stay in float32."""
+    options, one = one_process("all weights, cached reference")
+    folder = tmp_path / "run"
+    overlays = [w for name in ("fsdp", "bf16", "checkpointing") for w in ("--config", f"configs/hardware/{name}.yaml")]
+    shared = [*overlays, "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--run_dir", str(folder)]
+    assert run_processes(2, [*options, *shared], tmp_path / "log") == 0
+    for a, b in zip(history(folder)[:2], history(one)[:2], strict=True):
+        assert a == pytest.approx(b, rel=0.05)
+    assert {weight.dtype for weight in load_file(folder / "model" / "model.safetensors").values()} == {torch.float32}
+    assert results(folder)["finished"]
 
 
 @pytest.mark.parametrize(

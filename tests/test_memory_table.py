@@ -1,9 +1,6 @@
 """The table of memory: published sizes, what methods differ in, and one case against what a process takes."""
 
-import json
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -66,7 +63,5 @@ def test_sum_is_what_a_process_takes(memory: ModuleType, tmp_path: Path):
     case = memory.Case(memory.SMALL["wide"], "SimNPO", False)
     torch.manual_seed(0)
     memory.llama(case.config).save_pretrained(tmp_path)
-    command = [sys.executable, memory.__file__, "--measure", str(tmp_path), json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
     expected = sum(memory.computed(case, 2**20).values())
-    assert int(done.stdout.split()[-1]) == pytest.approx(expected, rel=0.2)
+    assert memory.in_a_process(str(tmp_path), case) == pytest.approx(expected, rel=0.2)
