@@ -35,7 +35,7 @@ chaos: $(INSTALLED) ## end runs of a tiny model 200 times by kills and full disk
 	$(BIN)/python scripts/chaos.py --kills 50 --write docs/reliability.md
 
 bench: $(INSTALLED) ## measure time and memory against the public recipe, write docs/performance.md; leave the machine alone meanwhile
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --write docs/performance.md
 
 lint: $(INSTALLED) ## style and types
 	$(BIN)/ruff check src tests scripts examples bench

@@ -34,10 +34,10 @@ def main() -> None:
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "minutes": round((time.monotonic() - started) / 60, 1),
         "machine": machine(),
-        "rows": "TOFU's" if options.data else "random tokens of TOFU's lengths",
+        "texts": "TOFU's" if options.data else "random tokens of TOFU's lengths",
         **found,
     }
-    write(record, Path(options.out), complete=not options.only and not options.quick)
+    write(record, Path(options.out), options.write and Path(options.write))
 
 
 def say(line: str) -> None:
@@ -49,15 +49,17 @@ def _options() -> argparse.Namespace:
     from bench.parts import PARTS
 
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds and smaller cases: two minutes, a rough look"
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller cases: a rough look")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="parts to measure; all by default")
     parser.add_argument("--data", help="folder with TOFU's files; random tokens of TOFU's lengths by default")
     parser.add_argument("--tokenizer", help="folder of the tokenizer for them, of at most 49152 tokens")
     parser.add_argument("--out", default=str(ROOT / "runs" / "bench"), help="folder for results.json and figure")
+    parser.add_argument("--write", metavar="PAGE", help="page whose measured part, and whose figure, are replaced")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the model; the targets are for 8")
     parser.add_argument("--threads", type=int, help="threads; torch's own choice by default")
     options = parser.parse_args()
+    if options.write and (options.only or not Path(options.write).is_file()):
+        parser.error("--write takes a page that exists, and all parts")
     if bool(options.data) != bool(options.tokenizer):
         parser.error("--data and --tokenizer go together")
     if options.threads:

@@ -1,15 +1,16 @@
 """The recipe of public unlearning code, plainly: the yardstick.
 
-Every set of rows goes through the model by itself, padded to its longest row. Logits are taken at every position. The
-reference stays in memory and scores its rows in every step.
+Every set of rows goes through the model by itself, with its labels, padded to its longest row. Logits are taken at
+every position. The reference stays in memory and scores its rows in every step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
@@ -17,8 +18,23 @@ from simnpo_pl.data.tokenization import TokenRow
 Batch = dict[str, Tensor]
 
 
+RowLosses = Callable[[Any, Batch], tuple[Tensor, Tensor]]
+
+
 def row_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed loss of each answer and its length, `(B,)` both."""
+    """Summed loss of each answer and its length, `(B,)` both.
+
+    Public code hands the model the labels, of which this makes a mean loss that nobody reads, copies the logits for the
+    shift, and has the classes in the second dimension.
+    """
+    logits = model(**batch, use_cache=False).logits[:, :-1].contiguous()
+    labels = batch["labels"][:, 1:].contiguous()
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    return losses.sum(dim=-1), (labels != -100).sum(dim=-1)
+
+
+def lean_row_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The same without that: one cross-entropy over logits as they lie."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     labels = batch["labels"][:, 1:]
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
@@ -45,9 +61,11 @@ def ga(model: Any, reference: Any, forget: Batch, retain: Batch) -> Tensor:
     return -mean_loss(model, forget) + mean_loss(model, retain)
 
 
-def npo(model: Any, reference: Any, forget: Batch, retain: Batch, beta: float = 0.1) -> Tensor:
+def npo(
+    model: Any, reference: Any, forget: Batch, retain: Batch, beta: float = 0.1, of: RowLosses = row_losses
+) -> Tensor:
     """NPO with cross-entropy on the retain rows."""
-    return _npo(model, reference, forget, beta) + mean_loss(model, retain)
+    return _npo(model, reference, forget, beta, of) + mean_loss(model, retain)
 
 
 def npo_kl(model: Any, reference: Any, forget: Batch, retain: Batch, beta: float = 0.1) -> Tensor:
@@ -55,16 +73,18 @@ def npo_kl(model: Any, reference: Any, forget: Batch, retain: Batch, beta: float
     return _npo(model, reference, forget, beta) + kl(model, reference, retain)
 
 
-def simnpo(model: Any, reference: Any, forget: Batch, retain: Batch, beta: float = 2.5) -> Tensor:
+def simnpo(
+    model: Any, reference: Any, forget: Batch, retain: Batch, beta: float = 2.5, of: RowLosses = row_losses
+) -> Tensor:
     """SimNPO with cross-entropy on the retain rows; needs no reference."""
-    losses, lengths = row_losses(model, forget)
+    losses, lengths = of(model, forget)
     return -2 / beta * F.logsigmoid(beta * losses / lengths).mean() + mean_loss(model, retain)
 
 
-def _npo(model: Any, reference: Any, forget: Batch, beta: float) -> Tensor:
+def _npo(model: Any, reference: Any, forget: Batch, beta: float, of: RowLosses = row_losses) -> Tensor:
     with torch.no_grad():
-        before, _ = row_losses(reference, forget)
-    now, _ = row_losses(model, forget)
+        before, _ = of(reference, forget)
+    now, _ = of(model, forget)
     return -2 / beta * F.logsigmoid(beta * (now - before)).mean()
 
 
@@ -81,14 +101,26 @@ def truth_ratio_losses(model: Any, questions: Sequence[Sequence[TokenRow]], size
     return [list(row) for row in zip(*columns, strict=True)]
 
 
+class _Ends(LogitsProcessor):
+    """Ends every row of a batch after a number of its own of tokens."""
+
+    def __init__(self, lengths: Sequence[int], eos: int, start: int) -> None:
+        self.lengths, self.eos, self.start = torch.tensor(lengths), eos, start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ended = input_ids.shape[1] - self.start >= self.lengths
+        scores[:, self.eos] = torch.where(ended, torch.inf, -torch.inf)
+        return scores
+
+
 @torch.no_grad()
 def generate(
-    model: Any, prompts: Sequence[list[int]], max_new_tokens: int, eos: Sequence[int], size: int = 16
+    model: Any, prompts: Sequence[list[int]], lengths: Sequence[int], eos: int, size: int = 16
 ) -> list[list[int]]:
-    """Greedy answers by transformers, in the order of the rows, padded on the left."""
+    """Greedy answers of given lengths by transformers, in the order of the rows, padded on the left."""
     answers = []
     for start in range(0, len(prompts), size):
-        chosen = prompts[start : start + size]
+        chosen, ends = prompts[start : start + size], lengths[start : start + size]
         width = max(len(prompt) for prompt in chosen)
         ids = torch.tensor([[0] * (width - len(p)) + p for p in chosen])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in chosen])
@@ -96,11 +128,10 @@ def generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=list(eos),
+            max_new_tokens=max(lengths) + 1,
+            logits_processor=LogitsProcessorList([_Ends(ends, eos, width)]),
+            eos_token_id=eos,
             pad_token_id=0,
         )
-        for row in output[:, width:].tolist():
-            end = next((i for i, token in enumerate(row) if token in eos), len(row))
-            answers.append(row[:end])
+        answers += [row[:end] for row, end in zip(output[:, width:].tolist(), ends, strict=True)]
     return answers

@@ -1,7 +1,6 @@
-"""Sizes of model and batch to measure at; a case travels to another process as JSON."""
+"""Sizes of model and batch to measure at."""
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from bench.data import Batch, Rows, batch_of, freeze, model_of
@@ -49,7 +48,3 @@ class Case:
         """A variant's step, with nothing else in memory."""
         reference = freeze(self.model()) if variant.holds_reference else None
         return Step(variant, self.model(), reference, *self.rows())
-
-    def dumps(self, **more: Any) -> str:
-        """As JSON, with further entries."""
-        return json.dumps({**asdict(self), **more})

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from bench.cases import Case
 from bench.data import Rows, model_of
 from bench.evaluation import Losses
-from bench.measure import in_a_process, median, peak
+from bench.measure import each_in_a_process, in_a_process, median, peak
 from bench.step import Step, Variant
 
 
-def step_peak(case: Case, variant: Variant) -> float | None:
-    """Working memory of a step above weights, reference and gradients, MiB; measured in another process."""
-    return json.loads(in_a_process("child", "step_peak", case.dumps(method=variant.method, way=variant.way)))
+def step_peaks(wanted: Sequence[tuple[Case, Variant]]) -> list[float | None]:
+    """Working memory of steps above weights, reference and gradients, MiB."""
+    return each_in_a_process(_step_peak, wanted)
 
 
-def scoring_peak(rows: int) -> float | None:
-    """Working memory of scoring so many rows above the model, MiB; measured in another process."""
-    return json.loads(in_a_process("child", "scoring_peak", json.dumps({"rows": rows})))
+def scoring_peaks(rows: Sequence[int]) -> list[float | None]:
+    """Working memory of scoring so many questions above the model, MiB."""
+    return each_in_a_process(_scoring_peak, [(number,) for number in rows])
 
 
 def distributed(kind: str, processes: int, **settings: Any) -> float:
@@ -45,9 +45,8 @@ def distributed(kind: str, processes: int, **settings: Any) -> float:
 # -- in the other process --------------------------------------------------------------------------------
 
 
-def _step_peak(method: str, way: str, **case: Any) -> float | None:
-    variant = Variant(method, way)
-    step = Case(**case).step(variant)
+def _step_peak(case: Case, variant: Variant) -> float | None:
+    step = case.step(variant)
     # Libraries take their buffers in a first step, on few tokens.
     rows = step.rows
     step.rows = {name: _short(part) for name, part in rows.items()}
@@ -65,7 +64,7 @@ def _short(part: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _scoring_peak(rows: int) -> float | None:
-    losses = Losses(_small_model(), Rows(VOCABULARY).questions(8))
+    losses = Losses(small_model(), Rows(VOCABULARY).questions(8))
     losses()
     losses.sets[0].answers = Rows(VOCABULARY).questions(rows)
     return peak(losses)
@@ -92,7 +91,7 @@ def _scoring_time(rank: int, processes: int, port: int, rounds: int, questions: 
     from simnpo_pl.evaluation.plan import EvalBatches, scoring_batches
     from simnpo_pl.evaluation.scoring import Scoring, score_rows
 
-    losses = Losses(_small_model(), Rows(VOCABULARY).questions(questions))
+    losses = Losses(small_model(), Rows(VOCABULARY).questions(questions))
     batches = EvalBatches(scoring_batches(losses.sets, 2048, 0), rank, processes)
     if processes > 1:
         _join(rank, processes, port)
@@ -129,17 +128,15 @@ def _seconds(work: Callable[[], Any], rounds: int) -> float:
     return median(times[1:])
 
 
-VOCABULARY = 16384
+VOCABULARY = 8192
 
 
-def _small_model() -> Any:
+def small_model() -> Any:
     """For evaluations of many rows."""
     return model_of(VOCABULARY, 256, 4)
 
 
 CHILDREN: dict[str, Callable[..., Any]] = {
-    "step_peak": _step_peak,
-    "scoring_peak": _scoring_peak,
     "step_time": _step_time,
     "scoring_time": _scoring_time,
 }

@@ -21,6 +21,9 @@ COMMON_START = 0.67
 """A perturbed answer begins as the paraphrase does, for up to this part of its tokens: then rows have as many distinct
 beginnings as TOFU's forget10_perturbed."""
 
+SEED = 4
+"""With it, the first 8 + 8 rows are like TOFU's on average: 57 tokens, 62 % of them answers, a quarter of padding."""
+
 Batch = dict[str, Tensor]
 
 
@@ -38,8 +41,8 @@ def model_of(
         num_key_value_heads=width // 64,
         max_position_embeddings=positions,
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     return LlamaForCausalLM(config)
 
 
@@ -55,7 +58,7 @@ class Rows:
     def __init__(self, vocabulary: int, data: str | None = None, tokenizer: str | None = None) -> None:
         self.vocabulary = vocabulary
         self.data = data
-        self.random = np.random.default_rng(0)
+        self.random = np.random.default_rng(SEED)
         if data is not None:
             from simnpo_pl.data.sources import load_split
             from simnpo_pl.models import load_tokenizer

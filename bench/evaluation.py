@@ -1,6 +1,7 @@
 """Evaluation: truth ratios and greedy answers, by the public recipe and by the package."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,11 @@ import torch
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.evaluation.plan import EvalSet, Generation, generation_batches, scoring_batches
 from simnpo_pl.evaluation.scoring import Scoring, score_rows
-from simnpo_pl.generation import greedy
+from simnpo_pl.generation import generate, most_probable
 from simnpo_pl.logprobs import Scorer
 
 TOKENS, PROMPTS = 2048, 48
 """Defaults of `--eval.tokens_per_batch` and `--eval.prompts_per_batch`."""
-ANSWER_TOKENS = 35
-"""Mean length of an answer of TOFU."""
 
 
 class Losses:
@@ -47,39 +46,24 @@ class Answers:
     Args:
         model: Generates.
         prompts: Token ids.
-        max_new_tokens: Generated tokens at most.
-        eos: An answer ends before the first of these ids.
+        lengths: Tokens of each answer: an untrained model has learnt no end.
+        eos: Id that ends an answer.
     """
 
-    def __init__(self, model: Any, prompts: list[list[int]], max_new_tokens: int, eos: Sequence[int]) -> None:
-        self.model, self.eos = model.eval(), eos
-        self.sets = [EvalSet("forget", [{} for _ in prompts], [], {}, Generation(prompts, max_new_tokens))]
+    def __init__(self, model: Any, prompts: list[list[int]], lengths: Sequence[int], eos: int) -> None:
+        self.model, self.eos, self.lengths = model.eval(), eos, torch.tensor(lengths)
+        self.sets = [EvalSet("forget", [{} for _ in prompts], [], {}, Generation(prompts, max(lengths) + 1))]
 
     def __call__(self, at_once: int = PROMPTS) -> list[list[int]]:
         """Plan and generate."""
-        assert self.sets[0].generation is not None
-        answers: list[list[int]] = [[] for _ in self.sets[0].generation.prompts]
+        answers: list[list[int]] = [[] for _ in self.lengths]
         for batch in generation_batches(self.sets, at_once):
-            found = greedy(self.model, batch["prompts"], batch["max_new_tokens"], self.eos)
+            ends = partial(self._choose, self.lengths[batch["index"]])
+            found = generate(self.model, batch["prompts"], batch["max_new_tokens"], [self.eos], ends)
             for index, answer in zip(batch["index"].tolist(), found, strict=True):
                 answers[index] = answer
         return answers
 
-
-def ends(model: Any, prompts: list[list[int]], max_new_tokens: int, vocabulary: int) -> list[int]:
-    """Ids that end answers so that these have TOFU's mean length: an untrained model has learnt no end.
-
-    Of the ids in a fixed random order as many are taken as bring the mean length of the answers nearest to it.
-    """
-    free = Answers(model, prompts, max_new_tokens, [])()
-    order = np.random.default_rng(0).permutation(vocabulary)
-    place = np.empty(vocabulary, dtype=np.int64)
-    place[order] = np.arange(vocabulary)
-    rows = [place[np.array(row)] for row in free]
-
-    def mean_length(count: int) -> float:
-        return float(np.mean([np.argmax(row < count) if (row < count).any() else len(row) for row in rows]))
-
-    counts = sorted({int(value) + 1 for row in rows for value in row})
-    best = min(counts, key=lambda count: abs(mean_length(count) - ANSWER_TOKENS))
-    return order[:best].tolist()
+    def _choose(self, lengths: torch.Tensor, logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        logits[:, self.eos] = torch.where(step >= lengths[rows], torch.inf, -torch.inf)
+        return most_probable(logits, rows, step)

@@ -1,13 +1,15 @@
 """Interleaved times, peak memory in a process of its own, and what the machine is."""
 
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,26 +23,30 @@ Work = Callable[[], Any]
 class Times:
     """Seconds of one variant, round by round."""
 
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
+    wall: list[float]
+    cpu: list[float]
 
 
-def interleave(variants: Mapping[str, Work], rounds: int, say: Callable[[str], None] | None = None) -> dict[str, Times]:
+def interleave(variants: Mapping[str, Work], rounds: int, longest: float = float("inf")) -> dict[str, Times]:
     """Times of several variants, each run once in every round, so that whatever slows the machine slows all.
 
-    A first round is not counted: it is the one that fetches memory and warms caches.
+    A first round is not counted: it is the one that fetches memory and warms caches. Where it takes longer than
+    `longest` seconds it is the only one, and counted.
     """
-    times = {name: Times() for name in variants}
-    for number in range(rounds + 1):
-        for name, work in variants.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            work()
-            if number:
-                times[name].wall.append(time.perf_counter() - wall)
-                times[name].cpu.append(time.process_time() - cpu)
-        if say is not None:
-            say(f"round {number} of {rounds}" if number else "warm-up")
-    return times
+    start = time.perf_counter()
+    taken = [_round(variants)]
+    if time.perf_counter() - start <= longest:
+        taken = [_round(variants) for _ in range(rounds)]
+    return {name: Times([one[name][0] for one in taken], [one[name][1] for one in taken]) for name in variants}
+
+
+def _round(variants: Mapping[str, Work]) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name, work in variants.items():
+        wall, cpu = time.perf_counter(), time.process_time()
+        work()
+        found[name] = (time.perf_counter() - wall, time.process_time() - cpu)
+    return found
 
 
 def median(values: list[float]) -> float:
@@ -76,16 +82,31 @@ def _status(key: str) -> int:
     return int(line.split()[1])
 
 
-def in_a_process(*arguments: str, threads: int | None = None) -> str:
-    """Last line that `python -m bench` prints for these arguments.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "THP_MEM_ALLOC_ENABLE": "0"}
+"""Large blocks go back to the system as soon as they are freed, so that a process's size is what it holds."""
 
-    Large blocks go back to the system as soon as they are freed, so that the process's size is what it holds.
+
+def each_in_a_process(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], at_once: int = 2) -> list[Any]:
+    """What a function of this package gives for each tuple of arguments, each in a fresh process of one thread.
+
+    The processes are forked from one that has read the modules and done nothing.
     """
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    env["THP_MEM_ALLOC_ENABLE"] = "0"
-    if threads is not None:
-        env["OMP_NUM_THREADS"] = str(threads)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.children"])
+    kept = dict(os.environ)
+    os.environ.update(MALLOC, OMP_NUM_THREADS="1")
+    try:
+        with ProcessPoolExecutor(at_once, mp_context=context, max_tasks_per_child=1) as pool:
+            return list(pool.map(function, *zip(*calls, strict=True)))
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+
+
+def in_a_process(*arguments: str, threads: int) -> str:
+    """Last line that `python -m bench` prints for these arguments."""
     command = [sys.executable, "-m", "bench", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
@@ -93,6 +114,11 @@ def in_a_process(*arguments: str, threads: int | None = None) -> str:
 
 
 # -- machine ---------------------------------------------------------------------------------------------
+
+
+def has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 numbers; another emulates them, many times slower."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def machine() -> dict[str, Any]:

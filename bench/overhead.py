@@ -115,7 +115,8 @@ def _trainer(folder: str, batches: Sequence[Any], log: bool) -> list[float]:
             enable_checkpointing=False,
             callbacks=[clock],
         )
-        trainer.fit(module, DataLoader(batches, batch_size=None))
+        loader: Any = DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
+        trainer.fit(module, loader)
     return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
 
 

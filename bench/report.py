@@ -1,16 +1,21 @@
 """Tables and figure of what was measured."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parents[1] / "docs"
-BEGIN, END = "<!-- measured: written by make bench -->", "<!-- end of what make bench wrote -->"
+BEGIN, END = "<!-- measured: written by python -m bench -->", "<!-- end of what python -m bench wrote -->"
+FIGURE = (
+    "![Time and memory of a step by answer length, vocabulary and batch; of scoring by number "
+    "of answers](figures/performance.png)"
+)
 STEP = 200.0
 """Milliseconds of the step that the Trainer's own time is set against."""
 WAYS = {
     "public": "public recipe",
+    "lean": "public recipe without needless work",
     "packed": "packed (default)",
     "chunked": "packed, logits made again in the backward pass",
     "padded": "padded, head on scored positions",
@@ -22,13 +27,13 @@ WAYS = {
 }
 
 
-def write(record: dict[str, Any], folder: Path, complete: bool) -> None:
-    """Write results.json, tables and figure to a folder; those of a complete run to the documentation, too.
+def write(record: dict[str, Any], folder: Path, page: Path | None = None) -> None:
+    """Write results.json, tables and figure to a folder, and where a page is given into that, too.
 
     Args:
         record: What was measured.
         folder: Where to write.
-        complete: Whether all parts were measured in full.
+        page: Markdown page with a part between two marks; its figure lies in `figures` beside it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -37,11 +42,11 @@ def write(record: dict[str, Any], folder: Path, complete: bool) -> None:
     if "growth" in record and "rows" in record:
         figure(record, folder / "performance.png")
     print(text)
-    if complete:
-        page = DOCS / "performance.md"
+    if page is not None:
         before, _, rest = page.read_text().partition(BEGIN)
-        page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
-        figure(record, DOCS / "figures" / "performance.png")
+        page.write_text(f"{before}{BEGIN}\n\n{text}\n{FIGURE}\n\n{END}{rest.partition(END)[2]}")
+        (page.parent / "figures").mkdir(exist_ok=True)
+        shutil.copyfile(folder / "performance.png", page.parent / "figures" / "performance.png")
 
 
 def tables(record: dict[str, Any]) -> str:
@@ -51,7 +56,7 @@ def tables(record: dict[str, Any]) -> str:
     lines = [
         f"`{record['command']}`, {record['minutes']} minutes on {machine['cpu']} ({machine['instructions']}, "
         f"{machine['cores']} cores, {machine['threads']} threads, {machine['system']}), load average at the end "
-        f"{', '.join(map(str, machine['load_average']))}; {versions}. Rows: {record['rows']}.",
+        f"{', '.join(map(str, machine['load_average']))}; {versions}. Rows: {record['texts']}.",
         "",
     ]
     if met := targets(record):
@@ -113,8 +118,14 @@ def _step(found: dict[str, Any]) -> list[str]:
             ]
         )
     head = ["method", "way", "seconds", "time", "processor time", "MiB", "memory"]
-    title = f"Training step, {found['tokens']} tokens, {found['scored_tokens']} of them scored:"
-    return [title, "", *_table(head, rows)]
+    title = (
+        f"Training step, 8 + 8 rows: {found['tokens']} tokens, {found['scored_tokens']} of them scored, "
+        f"{100 * (1 - found['tokens'] / found['cells']):.0f} % of the padded rows padding."
+    )
+    without = [] if found["bf16"] else ["", "No bf16: this processor has no instructions for it and emulates them."]
+    parts = " and ".join(f"{_number(part)} for {method}" for method, part in found["multiplications"].items())
+    floor = ["", f"Counting multiplications alone, the packed step needs {parts} of the public recipe's."]
+    return [title, "", *_table(head, rows), *floor, *without]
 
 
 def _evaluation(found: dict[str, Any]) -> list[str]:
@@ -136,10 +147,9 @@ def _evaluation(found: dict[str, Any]) -> list[str]:
 
 def _growth(found: dict[str, Any]) -> list[str]:
     names = {
-        "answer": "answer tokens, 1 + 1 rows",
+        "answer": "answer tokens, 1 + 1 rows; 2,048 are a block of MUSE",
         "vocabulary": "vocabulary, 4 + 4 rows",
         "batch": "batch, forget + as many retain rows",
-        "block": "block of 2,048 tokens, 1 + 1 rows",
     }
     rows = []
     for name, points in found.items():

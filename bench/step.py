@@ -19,12 +19,14 @@ from simnpo_pl.packing import layout_of, packed_hidden
 from simnpo_pl.reference import REFERENCE_KEY
 from simnpo_pl.retain import KL, NLL
 
-METHODS = {
+METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., torch.Tensor]]] = {
     "GA": (GradDiff, NLL, baseline.ga),
     "NPO": (NPO, NLL, baseline.npo),
     "NPO+KL": (NPO, KL, baseline.npo_kl),
     "SimNPO": (partial(SimNPO, beta=2.5), NLL, baseline.simnpo),
 }
+LEAN = {name: partial(METHODS[name][2], of=baseline.lean_row_losses) for name in ("NPO", "SimNPO")}
+"""The public recipe as it might be written with care: no loss that nobody reads, no copy of the logits."""
 WAYS = ("packed", "chunked", "padded", "whole", "checkpointed", "bf16", "lora")
 """How the package runs a step: packed is its default; chunked makes logits again in the backward pass; padded and
 whole are for models that cannot pack; checkpointed makes activations again; bf16 is autocast; lora trains adapters."""
@@ -36,7 +38,8 @@ class Variant:
 
     Args:
         method: Key of `METHODS`.
-        way: `public` for the plain recipe, `body` for the bare transformer body, or one of `WAYS`.
+        way: `public` for the plain recipe, `lean` for it without needless work, `body` for the bare transformer body,
+            or one of `WAYS`.
     """
 
     method: str
@@ -50,7 +53,7 @@ class Variant:
         """Whether a second model stays in memory."""
         if self.way == "lora" or self.way == "body":
             return False
-        return self.method == "NPO+KL" or (self.way == "public" and self.method == "NPO")
+        return self.method == "NPO+KL" or (self.way in ("public", "lean") and self.method == "NPO")
 
 
 class Step:
@@ -66,7 +69,7 @@ class Step:
 
     def __init__(self, variant: Variant, model: Any, reference: Any, forget: Batch, retain: Batch) -> None:
         self.variant, self.model, self.rows = variant, model.train(), {"forget": dict(forget), "retain": dict(retain)}
-        self.loss = self._public(reference) if variant.way == "public" else self._own(reference)
+        self.loss = self._public(reference) if variant.way in ("public", "lean") else self._own(reference)
 
     def __call__(self) -> torch.Tensor:
         """Loss and gradients of one step."""
@@ -84,7 +87,9 @@ class Step:
         return loss.detach()
 
     def _public(self, reference: Any) -> Callable[[], torch.Tensor]:
-        return lambda: METHODS[self.variant.method][2](self.model, reference, self.rows["forget"], self.rows["retain"])
+        method = self.variant.method
+        recipe = METHODS[method][2] if self.variant.way == "public" else LEAN[method]
+        return lambda: recipe(self.model, reference, self.rows["forget"], self.rows["retain"])
 
     def _own(self, reference: Any) -> Callable[[], torch.Tensor]:
         way = self.variant.way
@@ -102,7 +107,7 @@ class Step:
             self.rows["forget"][REFERENCE_KEY] = scorer({"forget": self.rows["forget"]})["forget"].logps().total
         if way == "lora":
             add_adapter(self.model, LoraOptions())
-            other = BaseScorer(scorer)
+            other: Any = BaseScorer(scorer)
         else:
             other = None if reference is None else Scorer(reference)
         losses = BatchLosses(objective(), retain_loss(), lambda: scorer, lambda: other, lambda: other)
