@@ -393,6 +393,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loading", metavar="FOLDER", help="a model whose loading on two processes is measured, too")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="page that takes the tables between its marks")
+    parser.add_argument("--only", nargs="+", choices=["memory", "memory-measured", "loading"], help="tables to make")
     options = parser.parse_args()
     if THRESHOLD not in os.environ:
         # Freed memory goes back to the system, so that the peak is that of what is held at once.
@@ -400,8 +401,8 @@ def main() -> None:
     makers = {"memory": large_table, "memory-measured": small_table}
     if options.loading:
         makers["loading"] = lambda: loading_table(options.loading)
-    for name, make in makers.items():
-        table = make()
+    for name in options.only or makers:
+        table = makers[name]()
         print(f"{table}\n")
         if options.write:
             text = options.write.read_text()
