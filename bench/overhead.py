@@ -144,7 +144,7 @@ def _first_step(folder: Path, number: int) -> float:
     options = ["--model.name", folder / "model", "--data.forget", folder / "forget.jsonl"]
     options += ["--data.retain", folder / "retain.jsonl", "--run_dir", folder / f"run{number}", "--eval.start", "false"]
     options += ["--eval.generate_rows", "2", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
-    options += ["--trainer.callbacks", "bench.overhead.FirstStep"]
+    options += ["--trainer.callbacks+", "bench.overhead.FirstStep"]
     command = _command(["fit", "--config", "configs/own.yaml", *map(str, options)])
     start = time.perf_counter()
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
