@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -24,6 +25,7 @@ from simnpo_pl.benchmarks.paired import PairedData
 from simnpo_pl.callbacks.checkpoint import LAST, CheckpointOptions, SaveState
 from simnpo_pl.callbacks.export import ExportModel, ExportOptions
 from simnpo_pl.callbacks.history import History
+from simnpo_pl.callbacks.progress import ProgressBar
 from simnpo_pl.callbacks.run_folder import PREDICTIONS, RunFolder
 from simnpo_pl.callbacks.weights import GradientWeights
 from simnpo_pl.checkpoints import AtomicCheckpointIO
@@ -133,7 +135,10 @@ class UnlearningCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(str(folder), name="", version="")
         kwargs["precision"] = precision(given)
         self.run_folder = RunFolder(folder, self._resolved(config), self._settings(config), int(config.seed_everything))
-        callbacks: list[Any] = [*(given["callbacks"] or []), self.run_folder]
+        own = given["callbacks"] or []
+        callbacks: list[Any] = [*(own if isinstance(own, list) else [own]), self.run_folder]
+        if given["enable_progress_bar"] is not False and not any(isinstance(c, AnyProgressBar) for c in callbacks):
+            callbacks.append(ProgressBar())
         if self.subcommand == "fit":
             self.export = ExportModel(folder / "model", self._get(self.config_init, "export"))
             callbacks += [
