@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,13 +31,18 @@ def main() -> None:
         say(f"{name} ...")
         found[name] = PARTS[name](options)
         say(f"{name}: {time.monotonic() - started:.0f} s in all")
-    record = {
+    record: dict[str, Any] = {
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "minutes": round((time.monotonic() - started) / 60, 1),
         "machine": machine(),
         "texts": "TOFU's" if options.data else "random tokens of TOFU's lengths",
         **found,
     }
+    earlier = Path(options.out) / "results.json"
+    if options.only and earlier.is_file():
+        # Parts that are measured again take the place of those of the whole run.
+        whole, again = json.loads(earlier.read_text()), [record["command"], record["machine"]["load_average"]]
+        record = {**whole, **found, "again": {**whole.get("again", {}), **dict.fromkeys(found, again)}}
     write(record, Path(options.out), options.write and Path(options.write))
 
 
@@ -50,7 +56,9 @@ def _options() -> argparse.Namespace:
 
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller cases: a rough look")
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="parts to measure; all by default")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PARTS), help="parts to measure, beside those in --out; default: all"
+    )
     parser.add_argument("--data", help="folder with TOFU's files; random tokens of TOFU's lengths by default")
     parser.add_argument("--tokenizer", help="folder of the tokenizer for them, of at most 49152 tokens")
     parser.add_argument("--out", default=str(ROOT / "runs" / "bench"), help="folder for results.json and figure")
@@ -58,8 +66,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8, help="layers of the model; the targets are for 8")
     parser.add_argument("--threads", type=int, help="threads; torch's own choice by default")
     options = parser.parse_args()
-    if options.write and (options.only or not Path(options.write).is_file()):
-        parser.error("--write takes a page that exists, and all parts")
+    whole = not options.only or (Path(options.out) / "results.json").is_file()
+    if options.write and not (whole and Path(options.write).is_file()):
+        parser.error("--write takes a page that exists, and all parts, measured now or held by --out")
     if bool(options.data) != bool(options.tokenizer):
         parser.error("--data and --tokenizer go together")
     if options.threads:

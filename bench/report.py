@@ -1,10 +1,13 @@
 """Tables and figure of what was measured."""
 
 import json
+import operator
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from simnpo_pl import markdown
 
 BEGIN, END = "<!-- measured: written by python -m bench -->", "<!-- end of what python -m bench wrote -->"
 FIGURE = (
@@ -59,6 +62,8 @@ def tables(record: dict[str, Any]) -> str:
         f"{', '.join(map(str, machine['load_average']))}; {versions}. Rows: {record['texts']}.",
         "",
     ]
+    for part, (command, load) in record.get("again", {}).items():
+        lines += [f"Part `{part}` was measured again by `{command}`, load average {', '.join(map(str, load))}.", ""]
     if met := targets(record):
         lines += [*_table(["target", "at most", "measured", "met"], met), ""]
     for name, part in (("step", _step), ("evaluation", _evaluation), ("growth", _growth), ("rows", _rows)):
@@ -99,7 +104,7 @@ def targets(record: dict[str, Any]) -> list[list[str]]:
     if "start-up" in record:
         for name, most in (("--help", 1), ("fit --help", 1), ("report", 1), ("fit, to its first step", 10)):
             found.append((f"{name}, seconds", most, record["start-up"][name]))
-    return [[n, _number(m), _number(v), "-" if v is None else "yes" if v <= m else "no"] for n, m, v in found]
+    return [[n, _number(m), _beside(v, m), "-" if v is None else "yes" if v <= m else "no"] for n, m, v in found]
 
 
 def _step(found: dict[str, Any]) -> list[str]:
@@ -171,7 +176,7 @@ def _rows(found: dict[str, Any]) -> list[str]:
 
 def _processes(found: dict[str, Any]) -> list[str]:
     rows = [
-        [name, *(_number(times[n]) for n in times), _number(times[1] / times[2])]
+        [name, *map(_number, times.values()), _number(operator.truediv(*times.values()))]
         for name, times in (("NPO step", found["step_seconds"]), ("scoring", found["scoring_seconds"]))
     ]
     return _table(["on all cores", "1 process, s", "2 processes, s", "speed-up"], rows)
@@ -184,7 +189,12 @@ def _lightning(found: dict[str, float]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return markdown.table(head, rows).split("\n")
+
+
+def _beside(value: float | None, most: float) -> str:
+    """With a third digit where two would hide on which side of the most it is."""
+    return _number(value, 3 if value is not None and _number(value) == _number(most) else 2)
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import baseline, report
+from bench import baseline, parts, report
+from bench.__main__ import main
 from bench.cases import Case
 from bench.data import Rows
 from bench.evaluation import Answers, Losses
@@ -121,3 +122,23 @@ def test_parts_by_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     report.write(few, tmp_path)
     assert "Trainer, logging, bar" in capsys.readouterr().out
     assert not (tmp_path / "performance.png").exists()
+
+
+def test_a_part_measured_again_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    page, out = tmp_path / "page.md", tmp_path / "out"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.write(record(), out, page)
+    again = {"plain loop": 10.0, "Trainer": 11.0, "Trainer, logging, bar": 20.046}
+    monkeypatch.setitem(parts.PARTS, "lightning", lambda options: again)
+    words = ["--only", "lightning", "--out", str(out), "--write", str(page)]
+    monkeypatch.setattr("sys.argv", ["bench", *words])
+    main()
+    text = page.read_text()
+    assert f"Part `lightning` was measured again by `python -m bench {' '.join(words)}`, load average " in text
+    # Two digits would not tell on which side of 0.05 it is.
+    assert "| what Trainer and logging add to a step of 200 ms, as a part of it | 0.05 | 0.050 | no |" in text
+    assert "| SimNPO step, time as a part of the public recipe's | 0.50 | 0.45 | yes |" in text
+    assert "| NPO step | 2.00 | 1.00 | 2.00 |" in text
+    assert "`python -m bench`, 1.0 minutes on a processor" in text
