@@ -43,6 +43,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--model.objective", "RKLD", "--model.memorising", "./none"), "--model.memorising: folder ./none does not"),
         (("--model.objective", "NPO", "--model.reference", "./none"), "--model.reference: folder ./none does not"),
         (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),
+        (("--config", "configs/no_such.yaml"), "error: --config: File does not exist: "),
         (("--model.objective.betta", "1"), "error: --model.objective.betta: SimNPO has no such setting; python -m"),
         (("--data", "Tofu"), "--data Tofu: no such class; known are DemoData, MarkovData, MuseData, OwnData, TofuData"),
         (("--data.forget_splits", "forget10"), "error: --data.forget_splits: TofuData has no such setting; python -m"),

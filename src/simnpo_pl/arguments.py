@@ -70,7 +70,7 @@ _KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "
 
 
 def plain(message: str) -> str:
-    """What the parser says of a setting of a class, in the command line's own words; any other message as it is.
+    """What the parser says, in the command line's own words where these are known.
 
     Args:
         message: Of the parser.
@@ -78,7 +78,7 @@ def plain(message: str) -> str:
     message = " ".join(message.split())
     inside = _INSIDE.match(message)
     if inside is None:
-        return message
+        return re.sub(r'^Parser key "([\w.]+)": ', r"--\1: ", message)
     group, owner, problem = inside[1], inside[2], inside[3].partition(_OUTER)[0]
     unknown, wrong = _UNKNOWN.match(problem), _WRONG.match(problem)
     if unknown is not None:
