@@ -170,6 +170,8 @@ def truth_ratios_of_halves(found: dict[str, list[Half]], file: Path) -> None:
         found: Name of a model to its halves; each model must have the same ones; `START` is drawn apart.
         file: Where to draw.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     from simnpo_pl.report.figures import GREY, colour
 
     names = [half.name for half in next(iter(found.values()))]
@@ -188,6 +190,10 @@ def truth_ratios_of_halves(found: dict[str, list[Half]], file: Path) -> None:
                 gap = largest_gap(half.unlearned, retrained)
                 axis.plot([gap.at] * 2, [gap.low, gap.high], color=shade, linewidth=0.8, linestyle=":")
             axis.set_xscale("log")
+            # Few labels, which do not run into each other where the ratios span less than a decade.
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_title(f"{name} half, n = {len(retrained)}")
             axis.legend(title="forget quality", loc="upper left", bbox_to_anchor=(1, 1), fontsize=6, title_fontsize=6)
             axis.set_xlabel("truth ratio R")
