@@ -41,7 +41,11 @@ def adamw(
         return AdamW8bit(groups, lr=lr, betas=betas)
     # Some strategies hand over parameters that the fused kernel does not know.
     fused = all(type(p.data) is Tensor and p.is_floating_point() for p in trained)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+    # The fused kernel claims to unscale gradients itself; Lightning then refuses to clip them in mixed precision.
+    # Without the claim the scaler, if there is one, unscales before clipping.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    return optimizer
 
 
 def schedule(shape: Shape, warmup: int, total: int) -> Callable[[int], float]:
