@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from simnpo_pl import head
@@ -123,6 +125,25 @@ def test_autocast(budget: int, monkeypatch: pytest.MonkeyPatch):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         close([own.scores(hidden, predictors, labels)[0]], expected[:1], 2e-2)
         close([own.per_token(lambda z: z[:, 0], hidden)], [own(hidden)[:, 0]], 2e-2)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**31), st.floats(0.1, 30), st.booleans(), st.sampled_from([None, 5.0, 30.0]))
+def test_bfloat16_log_probs_are_those_of_the_normalized_logits(seed: int, size: float, bias: bool, cap: float | None):
+    """Never above 0, and the plain path's: a label's logit may not be more exact than the sum it is divided by."""
+    torch.manual_seed(seed)
+    module = nn.Linear(D, V, bias=bias)
+    hidden, predictors = torch.randn(U, D), torch.randint(0, U, (S,))
+    module.weight.data *= size
+    own = Head(module, V, cap=cap)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = own(hidden)
+        labels = logits[predictors].argmax(dim=-1)
+        labels[::3] = torch.randint(0, V, labels[::3].shape)
+        expected = logits.log_softmax(dim=-1)[predictors, labels]
+        for got in (own.logps(hidden, predictors, labels), own.scores(hidden, predictors, labels)[0]):
+            assert got.max() <= 0
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_weights_in_bfloat16():

@@ -67,15 +67,15 @@ class Head:
             hits = self.per_token(lambda logits, y: logits.argmax(dim=-1) == y, hidden, labels)
             return self.per_token(_label_logps, hidden, labels), hits
         linear, hidden = _Linear(*self._parameters, self.cap), self._ready(hidden)
-        norm = _Norm(hidden)
+        norm, own = _Norm(hidden), _Labels(predictors, labels)
         best = torch.zeros_like(norm.high, dtype=torch.long)
         for tokens in linear.chunks(hidden):
             logits = linear(hidden, tokens)
             high, place = logits.max(dim=-1)
             best = torch.where(high > norm.high, place + tokens.start, best)
             norm.add(logits, high)
-        logps = linear.of_labels(hidden[predictors], labels) - norm.log_sum[predictors]
-        return logps, best[predictors] == labels
+            own.add(logits, tokens)
+        return own.logits - norm.log_sum[predictors], best[predictors] == labels
 
     def per_token(self, function: TokenFunction, hidden: Tensor, *others: Tensor) -> Tensor:
         """Values of a function of every token's logits; gradient flows to hidden states and head.
@@ -132,13 +132,9 @@ class _Linear(NamedTuple):
 
     def __call__(self, hidden: Tensor, tokens: slice = slice(None)) -> Tensor:
         """Float32 logits `(U, v)` of a part of the vocabulary."""
-        logits = (hidden @ self.weight[tokens].to(hidden.dtype).t()).float()
-        return self.capped(logits if self.bias is None else logits.add_(self.bias[tokens]))
-
-    def of_labels(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Float32 logit `(S,)` of one token for each hidden state `(S, D)`."""
-        logits = (hidden.float() * self.weight[labels].float()).sum(dim=-1)
-        return self.capped(logits if self.bias is None else logits.add_(self.bias[labels]))
+        bias = None if self.bias is None else self.bias[tokens].to(hidden.dtype)
+        logits = nn.functional.linear(hidden, self.weight[tokens].to(hidden.dtype), bias)
+        return self.capped(logits.float())
 
     def capped(self, logits: Tensor) -> Tensor:
         """Apply the soft cap in place."""
@@ -151,8 +147,8 @@ class _Linear(NamedTuple):
     def chunks(self, hidden: Tensor) -> Iterator[slice]:
         """Parts of the vocabulary to work on one after the other."""
         at_once = CPU_CHUNK if hidden.device.type == "cpu" else GPU_CHUNK
-        # Narrower products are slow.
-        step, size = max(512, at_once // max(1, len(hidden))), len(self.weight)
+        # Narrower products are slow, and so are kernels whose width is no multiple of 128.
+        step, size = max(512, at_once // max(1, len(hidden)) // 128 * 128), len(self.weight)
         for start in range(0, size, step):
             yield slice(start, min(start + step, size))
 
@@ -181,13 +177,40 @@ class _Norm:
         return self.high + self.total.log()
 
 
+class _Labels:
+    """The logits of S labels, and where their gradients belong, over a vocabulary that comes in chunks.
+
+    They are the logits that are normalized: one computed more exactly could exceed the sum it is divided by.
+    """
+
+    def __init__(self, predictors: Tensor, labels: Tensor) -> None:
+        self.predictors, self.labels = predictors, labels
+        self.logits = torch.zeros_like(labels, dtype=torch.float32)
+
+    def add(self, logits: Tensor, tokens: slice) -> None:
+        """Take logits `(U, v)`."""
+        inside, place = self._places(tokens)
+        self.logits = torch.where(inside, logits[self.predictors, place], self.logits)
+
+    def add_gradient(self, by_logit: Tensor, tokens: slice, gradient: Tensor) -> None:
+        """Add the gradient `(S,)` by the labels' logits to that by a chunk of logits `(U, v)`, in place."""
+        inside, place = self._places(tokens)
+        values = gradient.to(by_logit.dtype) * inside
+        by_logit.index_put_((self.predictors, place), values, accumulate=True)
+
+    def _places(self, tokens: slice) -> tuple[Tensor, Tensor]:
+        """Which labels are in a chunk, and their place in it; no selection, for which a GPU would have to wait."""
+        inside = (self.labels >= tokens.start) & (self.labels < tokens.stop)
+        return inside, (self.labels - tokens.start).clamp(0, tokens.stop - tokens.start - 1)
+
+
 class _Gradients:
     """Gradients of a linear map and its input, gathered from gradients of logits."""
 
-    def __init__(self, ctx: Any, linear: _Linear, hidden: Tensor) -> None:
+    def __init__(self, ctx: Any, linear: _Linear, hidden: Tensor, weight: Tensor) -> None:
         self.linear, self.input = linear, hidden
         self.hidden = torch.zeros_like(hidden, dtype=torch.float32)
-        self.weight = torch.empty_like(linear.weight) if ctx.needs_input_grad[1] else None
+        self.weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         self.bias = torch.zeros_like(linear.bias) if linear.bias is not None and ctx.needs_input_grad[2] else None
 
     def add(self, by_logit: Tensor, rows: slice = slice(None), tokens: slice = slice(None), first: bool = True) -> None:
@@ -206,15 +229,6 @@ class _Gradients:
             _add_product(self.weight[tokens], low.t(), hidden, first)
         if self.bias is not None:
             self.bias[tokens] += by_logit.sum(dim=0)
-
-    def add_labels(self, gradient: Tensor, predictors: Tensor, labels: Tensor) -> None:
-        """Take the gradient `(S,)` by the logit of one token of each of S hidden states."""
-        gradient = gradient.unsqueeze(1)
-        self.hidden.index_add_(0, predictors, gradient * self.linear.weight[labels])
-        if self.weight is not None:
-            self.weight.index_add_(0, labels, (gradient * self.input[predictors]).to(self.weight.dtype))
-        if self.bias is not None:
-            self.bias.index_add_(0, labels, gradient.squeeze(1).to(self.bias.dtype))
 
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return self.hidden.to(self.input.dtype), self.weight, self.bias
@@ -242,24 +256,24 @@ class _Logps(torch.autograd.Function):
         predictors: Tensor,
         labels: Tensor,
     ) -> Tensor:
-        linear, norm = _Linear(weight, bias, cap), _Norm(hidden)
+        linear, norm, own = _Linear(weight, bias, cap), _Norm(hidden), _Labels(predictors, labels)
         keep, kept = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= LOGITS_BUDGET, []
         for tokens in linear.chunks(hidden):
             logits = linear(hidden, tokens)
             norm.add(logits, logits.amax(dim=-1))
+            own.add(logits, tokens)
             if keep:
                 kept.append(logits)
-        own = linear.of_labels(hidden[predictors], labels)
         ctx.cap = cap
-        ctx.save_for_backward(hidden, weight, bias, predictors, labels, norm.log_sum, own, *kept)
-        return own - norm.log_sum[predictors]
+        ctx.save_for_backward(hidden, weight, bias, predictors, labels, norm.log_sum, *kept)
+        return own.logits - norm.log_sum[predictors]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, predictors, labels, log_sum, own, *kept = ctx.saved_tensors
-        linear = _Linear(weight, bias, ctx.cap)
-        gradients = _Gradients(ctx, linear, hidden)
+        hidden, weight, bias, predictors, labels, log_sum, *kept = ctx.saved_tensors
+        linear, own = _Linear(weight, bias, ctx.cap), _Labels(predictors, labels)
+        gradients = _Gradients(ctx, linear, hidden, weight)
         by_state = torch.zeros_like(log_sum).index_add_(0, predictors, gradient)
         work: Tensor | None = None
         for number, tokens in enumerate(linear.chunks(hidden)):
@@ -267,8 +281,8 @@ class _Logps(torch.autograd.Function):
             work = torch.empty_like(logits) if work is None or work.shape != logits.shape else work
             by_logit = torch.sub(logits, log_sum.unsqueeze(1), out=work)
             by_logit.exp_().mul_(-by_state.unsqueeze(1))
+            own.add_gradient(by_logit, tokens, gradient)
             gradients.add(linear.before_cap(by_logit, logits), tokens=tokens)
-        gradients.add_labels(linear.before_cap(gradient.clone(), own), predictors, labels)
         return *gradients.result(), None, None, None
 
 
@@ -291,7 +305,8 @@ class _PerToken(torch.autograd.Function):
         dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.autocast = torch.autocast(device, dtype, enabled)
         ctx.save_for_backward(hidden, weight, bias, *others)
-        linear = _Linear(weight, bias, cap)
+        # Cast once: every chunk of tokens reads the whole weight.
+        linear = _Linear(weight.to(hidden.dtype), bias, cap)
         chunks = zip(*(tensor.split(step) for tensor in (hidden, *others)), strict=True)
         return torch.cat([function(linear(rows), *rest) for rows, *rest in chunks])
 
@@ -299,8 +314,8 @@ class _PerToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *others = ctx.saved_tensors
-        linear = _Linear(weight, bias, ctx.cap)
-        gradients = _Gradients(ctx, linear, hidden)
+        linear = _Linear(weight.to(hidden.dtype), bias, ctx.cap)
+        gradients = _Gradients(ctx, linear, hidden, weight)
         for start in range(0, len(hidden), ctx.step):
             rows = slice(start, start + ctx.step)
             logits = linear(hidden[rows]).requires_grad_()

@@ -44,7 +44,7 @@ def adamw(
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
     # The fused kernel claims to unscale gradients itself; Lightning then refuses to clip them in mixed precision.
     # Without the claim the scaler, if there is one, unscales before clipping.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
