@@ -27,6 +27,22 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def golden_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the models behind the golden values: `target`, `retain` and `policy`."""
+    from transformers import AutoModelForCausalLM
+
+    goldens = Path(__file__).parent / "goldens"
+    model = AutoModelForCausalLM.from_pretrained(goldens / "target", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1234)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.02)
+    policy = tmp_path_factory.mktemp("goldens") / "policy"
+    model.save_pretrained(policy)
+    return {"target": goldens / "target", "retain": goldens / "retain", "policy": policy}
+
+
+@pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few rows of the demo's data set in TOFU's layout: 10 to forget, 40 to retain."""
     from simnpo_pl.demo.authors import write_dataset

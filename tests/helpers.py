@@ -1,5 +1,6 @@
-"""What tests of whole runs read off a run's folder."""
+"""What tests of whole runs read off a run's folder, and the golden values."""
 
+import gzip
 import json
 import math
 import os
@@ -16,6 +17,15 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def golden(name: str) -> Any:
+    """Content of a file of `tests/goldens`."""
+    data = (GOLDENS / name).read_bytes()
+    return json.loads(gzip.decompress(data) if name.endswith(".gz") else data)
 
 
 def results(folder: Path) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Losses and gradient norms of public implementations on one model and batch, met through the public module."""
 
-import json
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import golden as read_golden
 
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import (
@@ -24,6 +25,8 @@ from simnpo_pl.objectives import (
     SimNPORawLogits,
 )
 from simnpo_pl.retain import KL, NLL, EmbedDiff, RetainLoss
+
+GOLDEN = read_golden("losses.json")
 
 # Case: objective, retain loss, forget weight, retain weight. Public KL averages over every position; a margin delta
 # inside beta is gamma = beta * delta here.
@@ -52,10 +55,9 @@ def tensors(part: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
-def test_loss_and_gradient(shared: Path, case: str, packed: bool):
-    fixture = shared / "goldens" / "A"
-    stored = json.loads((fixture / "batches.json").read_text())
-    golden = json.loads((fixture / "losses.json").read_text())["losses"][case]
+def test_loss_and_gradient(golden_models: dict[str, Path], case: str, packed: bool):
+    stored = copy.deepcopy(GOLDEN)
+    golden = GOLDEN["losses"][case]
     objective, retain_loss, forget_weight, retain_weight = CASES[case]
     if "alternate" in objective.needs:
         both, retain = stored["dpo_batch"]["forget"], stored["dpo_batch"]["retain"]
@@ -63,8 +65,8 @@ def test_loss_and_gradient(shared: Path, case: str, packed: bool):
     else:
         parts = {name: stored["batch"][name] for name in ("forget", "retain")}
     module = UnlearningModule(
-        name=str(fixture / "policy"),
-        reference=str(fixture / "target"),
+        name=str(golden_models["policy"]),
+        reference=str(golden_models["target"]),
         objective=objective,
         retain_loss=retain_loss,
         forget_weight=forget_weight,
@@ -91,34 +93,33 @@ def value_and_gradient_norm(module: UnlearningModule, batch: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("case", ["PDU_warmup0", "PDU_warmup5"])
-def test_dual_variable_after_a_step(shared: Path, case: str):
-    golden = json.loads((shared / "goldens" / "A" / "losses.json").read_text())["losses"]
+def test_dual_variable_after_a_step(golden_models: dict[str, Path], case: str):
+    golden = GOLDEN["losses"]
     objective = PDU(0.3, warmup_epochs=0 if case.endswith("0") else 5)
     objective.after_step(torch.tensor(golden["GradDiff_NLL"]["retain_loss_unweighted"]), 1.0, epoch=0)
     assert objective.dual == pytest.approx(golden[case]["preferences_after_call"][1], rel=1e-6)
 
 
 @pytest.mark.parametrize(("case", "retain_loss"), [("RMU_EMBED_DIFF", EmbedDiff(1, "crossed")), ("RMU_NLL", NLL())])
-def test_rmu(shared: Path, case: str, retain_loss: RetainLoss):
+def test_rmu(golden_models: dict[str, Path], case: str, retain_loss: RetainLoss):
     """Public code divides every row's sum by every row's length.
 
     The stored attention mask hides the last answer token, whose state counts; such a token runs only when padded.
     """
-    fixture = shared / "goldens" / "A"
-    golden = json.loads((fixture / "losses.json").read_text())["losses"][case]
+    golden = GOLDEN["losses"][case]
     objective = RMU(layer=1, coefficient=2.0, seed=0, average_over="crossed")
     vector = objective.coefficient * objective.direction(64)
     assert vector.tolist() == pytest.approx(golden["control_vec"], rel=1e-6)
     module = UnlearningModule(
-        name=str(fixture / "policy"),
-        reference=str(fixture / "target"),
+        name=str(golden_models["policy"]),
+        reference=str(golden_models["target"]),
         objective=objective,
         retain_loss=retain_loss,
         trainable=[".*"],
         attn_implementation="eager",
     )
     module.configure_model()
-    batch = json.loads((fixture / "batches.json").read_text())["batch"]
+    batch = copy.deepcopy(GOLDEN)["batch"]
     losses = module.losses({name: tensors(part) for name, part in batch.items()})
     assert losses["forget_loss"].item() == pytest.approx(golden["forget_loss_unweighted"], rel=1e-5)
     assert losses["retain_loss"].item() == pytest.approx(golden["retain_loss_unweighted"], rel=1e-5)
@@ -127,18 +128,17 @@ def test_rmu(shared: Path, case: str, retain_loss: RetainLoss):
     assert norm == pytest.approx(golden["grad_norm"], rel=1e-5)
 
 
-def test_rmu_packed_and_padded(shared: Path):
+def test_rmu_packed_and_padded(golden_models: dict[str, Path]):
     """With every token in the attention mask, packed rows give what padded ones give."""
-    fixture = shared / "goldens" / "A"
-    batch = json.loads((fixture / "batches.json").read_text())["batch"]
+    batch = copy.deepcopy(GOLDEN)["batch"]
     for part in batch.values():
         for mask, labels in zip(part["attention_mask"], part["labels"], strict=True):
             mask[:] = [int(bool(m) or y != -100) for m, y in zip(mask, labels, strict=True)]
     found = []
     for attention in (None, "eager"):
         module = UnlearningModule(
-            name=str(fixture / "policy"),
-            reference=str(fixture / "target"),
+            name=str(golden_models["policy"]),
+            reference=str(golden_models["target"]),
             objective=RMU(layer=0, coefficient=2.0),
             retain_loss=EmbedDiff(layer=1),
             attn_implementation=attention,
@@ -156,13 +156,13 @@ def test_rmu_packed_and_padded(shared: Path):
     ("kind", "delta"),
     [("npo", None), ("npo_gdr", None), *((kind, delta) for kind in ("simnpo", "simnpo_gdr") for delta in (0.0, 0.1))],
 )
-def test_raw_logits_of_public_muse_code(shared: Path, kind: str, delta: float | None, beta: float):
-    golden = json.loads((shared / "goldens" / "muse" / "A" / "losses.json").read_text())
+def test_raw_logits_of_public_muse_code(golden_models: dict[str, Path], kind: str, delta: float | None, beta: float):
+    golden = GOLDEN["muse"]
     wanted = {"loss_type": kind, "beta": beta, **({} if delta is None else {"gamma": delta})}
     case = next(c for c in golden["repository"] if wanted.items() <= c.items())
     module = UnlearningModule(
-        name=str(shared / "goldens" / "A" / "target"),
-        reference=str(shared / "goldens" / "A" / "retain"),
+        name=str(golden_models["target"]),
+        reference=str(golden_models["retain"]),
         objective=NPORawLogits(beta) if delta is None else SimNPORawLogits(beta, delta),
         forget_weight=case.get("npo_coeff"),
         retain_weight=case.get("coeff", 1.0) if kind.endswith("gdr") else 0.0,
@@ -178,22 +178,24 @@ def test_raw_logits_of_public_muse_code(shared: Path, kind: str, delta: float | 
 
 
 @pytest.mark.parametrize("side", ["forget", "retain"])
-def test_summed_log_probs(shared: Path, side: str):
-    fixture = shared / "goldens" / "A"
-    stored = json.loads((fixture / "batches.json").read_text())["batch"][side]
-    golden = json.loads((fixture / "losses.json").read_text())["summed_nll_per_sequence"]["policy"][side]
-    module = UnlearningModule(name=str(fixture / "policy"))
+def test_summed_log_probs(golden_models: dict[str, Path], side: str):
+    stored = copy.deepcopy(GOLDEN)["batch"][side]
+    golden = GOLDEN["summed_nll_per_sequence"]["policy"][side]
+    module = UnlearningModule(name=str(golden_models["policy"]))
     module.configure_model()
     total = module._scorer()({"rows": tensors(stored)})["rows"].logps().total
     assert (-total).tolist() == pytest.approx(golden, rel=1e-5)
 
 
-def test_kl_over_answers_differs_from_kl_over_all(shared: Path):
+def test_kl_over_answers_differs_from_kl_over_all(golden_models: dict[str, Path]):
     """The default leaves out questions and padding, by hand from full logits."""
-    fixture = shared / "goldens" / "A"
-    stored = json.loads((fixture / "batches.json").read_text())["batch"]
+    stored = copy.deepcopy(GOLDEN)["batch"]
     batch = {name: tensors(part) for name, part in stored.items()}
-    settings = {"name": str(fixture / "policy"), "reference": str(fixture / "target"), "objective": GradDiff()}
+    settings = {
+        "name": str(golden_models["policy"]),
+        "reference": str(golden_models["target"]),
+        "objective": GradDiff(),
+    }
     module = UnlearningModule(**settings, retain_loss=KL())
     module.configure_model()
     loss = module.losses(batch)["retain_loss"].item()
@@ -207,11 +209,12 @@ def test_kl_over_answers_differs_from_kl_over_all(shared: Path):
     assert loss != pytest.approx(0.5775297284126282, rel=1e-2)
 
 
-def test_undial_over_answer_tokens(shared: Path):
+def test_undial_over_answer_tokens(golden_models: dict[str, Path]):
     """Public code averages over prompt and padding; over the answers' tokens alone its value is 4.744792."""
-    fixture = shared / "goldens" / "A"
-    stored = json.loads((fixture / "batches.json").read_text())["batch"]
-    module = UnlearningModule(name=str(fixture / "policy"), reference=str(fixture / "target"), objective=UNDIAL())
+    stored = copy.deepcopy(GOLDEN)["batch"]
+    module = UnlearningModule(
+        name=str(golden_models["policy"]), reference=str(golden_models["target"]), objective=UNDIAL()
+    )
     module.configure_model()
     losses = module.losses({name: tensors(part) for name, part in stored.items()})
     assert losses["loss"].item() == pytest.approx(4.744792, rel=1e-6)

@@ -1,37 +1,37 @@
 """Losses of text in blocks by the papers' formulas, as recorded for the first two blocks of a small corpus."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import golden as read_golden
 from transformers import AutoTokenizer
 
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.text import text_blocks
+from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import NPO, GradAscent, GradDiff, SimNPO
 
 
 @pytest.fixture(scope="module")
-def golden(shared: Path) -> dict[str, Any]:
-    return json.loads((shared / "goldens/muse/A/losses.json").read_text())
+def golden() -> dict[str, Any]:
+    return read_golden("losses.json")["muse"]
 
 
 @pytest.fixture(scope="module")
-def blocks(shared: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """The first two blocks of forget and retain text, cut by this package."""
-    tokenizer = AutoTokenizer.from_pretrained(shared / "goldens/A/target")
-    folder = shared / "goldens/muse/corpus/raw"
-    texts = {name: (folder / f"{file}.txt").read_text() for name, file in (("forget", "forget"), ("retain", "retain1"))}
-    return {name: collate(text_blocks(tokenizer, text, 128)[:2], pad_id=1) for name, text in texts.items()}
+def blocks(golden: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """The first two blocks of forget and retain text."""
+    ids = {name: golden["batch"][f"{name}_input_ids"] for name in ("forget", "retain")}
+    return {name: collate([TokenRow(row, [-100, *row[1:]]) for row in rows], pad_id=1) for name, rows in ids.items()}
 
 
-def losses(shared: Path, blocks: dict[str, Any], **settings: Any) -> tuple[float, float]:
+def losses(golden_models: dict[str, Path], blocks: dict[str, Any], **settings: Any) -> tuple[float, float]:
     """Value and gradient norm of a whole loss on these blocks."""
-    fixture = shared / "goldens/A"
-    module = UnlearningModule(str(fixture / "target"), reference=str(fixture / "retain"), forget_weight=1.0, **settings)
+    module = UnlearningModule(
+        str(golden_models["target"]), reference=str(golden_models["retain"]), forget_weight=1.0, **settings
+    )
     module.configure_model()
     loss = module.losses(blocks)["loss"]
     loss.backward()
@@ -47,7 +47,12 @@ def objective(entry: dict[str, Any]) -> NPO | SimNPO:
     return SimNPO(entry["beta"], gamma=factor * entry["gamma"])
 
 
-def test_blocks_are_those_recorded(golden: dict[str, Any], blocks: dict[str, Any]):
+def test_blocks_are_those_recorded(golden: dict[str, Any], shared: Path):
+    """As cut by this package from the corpus."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "goldens/A/target")
+    folder = shared / "goldens/muse/corpus/raw"
+    texts = {name: (folder / f"{file}.txt").read_text() for name, file in (("forget", "forget"), ("retain", "retain1"))}
+    blocks = {name: collate(text_blocks(tokenizer, text, 128)[:2], pad_id=1) for name, text in texts.items()}
     assert blocks["forget"]["input_ids"].tolist() == golden["batch"]["forget_input_ids"]
     assert blocks["retain"]["input_ids"].tolist() == golden["batch"]["retain_input_ids"]
     scored = (blocks["forget"]["labels"][:, 1:] != -100).sum(dim=1).tolist()
@@ -55,24 +60,26 @@ def test_blocks_are_those_recorded(golden: dict[str, Any], blocks: dict[str, Any
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_papers_formulas(shared: Path, golden: dict[str, Any], blocks: dict[str, Any], number: int):
+def test_papers_formulas(golden_models: dict[str, Path], golden: dict[str, Any], blocks: dict[str, Any], number: int):
     entry = golden["paper"][number]
-    value, norm = losses(shared, blocks, objective=objective(entry), retain_loss=None)
+    value, norm = losses(golden_models, blocks, objective=objective(entry), retain_loss=None)
     assert value == pytest.approx(entry["value"], rel=1e-5)
     assert norm == pytest.approx(entry["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_papers_formulas_on_retain_blocks(shared: Path, golden: dict[str, Any], blocks: dict[str, Any], number: int):
+def test_papers_formulas_on_retain_blocks(
+    golden_models: dict[str, Path], golden: dict[str, Any], blocks: dict[str, Any], number: int
+):
     """Where policy and reference are close, so that NPO's beta matters."""
     entry = [entry for entry in golden["on_retain_blocks"] if entry["formula"] == "paper"][number]
-    value, _ = losses(shared, {"forget": blocks["retain"]}, objective=objective(entry), retain_loss=None)
+    value, _ = losses(golden_models, {"forget": blocks["retain"]}, objective=objective(entry), retain_loss=None)
     assert value == pytest.approx(entry["value"], rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["ga", "ga_gdr"])
-def test_gradient_ascent(shared: Path, golden: dict[str, Any], blocks: dict[str, Any], kind: str):
+def test_gradient_ascent(golden_models: dict[str, Path], golden: dict[str, Any], blocks: dict[str, Any], kind: str):
     entry = next(e for e in golden["repository"] if e["code"] == "muse_bench" and e["loss_type"] == kind)
-    value, norm = losses(shared, blocks, objective=GradAscent() if kind == "ga" else GradDiff())
+    value, norm = losses(golden_models, blocks, objective=GradAscent() if kind == "ga" else GradDiff())
     assert value == pytest.approx(entry["value"], rel=1e-5)
     assert norm == pytest.approx(entry["grad_norm"], rel=1e-5)
