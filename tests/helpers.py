@@ -18,7 +18,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-
 GOLDENS = Path(__file__).parent / "goldens"
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import golden as read_golden
 
+from helpers import golden as read_golden
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import (
     CEU,

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import golden as read_golden
 from transformers import AutoTokenizer
 
+from helpers import golden as read_golden
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.text import text_blocks
 from simnpo_pl.data.tokenization import TokenRow

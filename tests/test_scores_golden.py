@@ -1,13 +1,13 @@
-"""Scores of token rows and what they add up to, as public code has them; the whole command is in test_metrics_golden."""
+"""Scores of token rows and what they add up to, as public code has them; test_metrics_golden runs the command."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import golden
 from sklearn.metrics import roc_auc_score
 
+from helpers import golden
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.evaluation.gradients import gradient_norms
