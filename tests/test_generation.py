@@ -244,10 +244,10 @@ def test_sharded_model_that_is_not_batched(model_folder: Path, run_options: list
     vocabulary = AutoConfig.from_pretrained(model_folder).vocab_size
     build("mamba", vocab_size=vocabulary).save_pretrained(tmp_path / "mamba")
     options = ["test", *run_options, "--model.name", str(tmp_path / "mamba"), "--eval.prompts_per_batch", "4"]
-    main([*options, "--run_dir", str(tmp_path / "one"), "--debug"])
+    with pytest.warns(UserWarning, match="MambaForCausalLM generates prompts of one length at a time"):
+        main([*options, "--run_dir", str(tmp_path / "one"), "--debug"])
     shared = ["--config", "configs/hardware/fsdp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
     assert run_processes(2, [*options, *shared, "--run_dir", str(tmp_path / "two")], tmp_path / "log") == 0
-    assert (tmp_path / "log.0").read_text().count("generates prompts of one length at a time") == 1
     texts = [
         [json.loads(line).get("generation") for line in (tmp_path / name / "rows.jsonl").read_text().splitlines()]
         for name in ("one", "two")
