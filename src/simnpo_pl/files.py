@@ -69,8 +69,11 @@ def replace(fresh: Path, target: Path) -> None:
     `recover` brings back.
     """
     if fresh.is_dir():
+        # Some writers make files that other users cannot read, whatever the umask; the folder follows it.
+        mode = fresh.stat().st_mode & 0o666
         for file in fresh.rglob("*"):
             if file.is_file():
+                file.chmod(mode)
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         old = _old(target)

@@ -5,7 +5,9 @@ The base with its adapter switched off is the start model, so a reference needs 
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simnpo_pl.errors import UserError
+from simnpo_pl.files import read_json
 from simnpo_pl.logprobs import AnswerStates, Rows, Scorer
 from simnpo_pl.weight_files import named_weights
 
@@ -54,19 +57,21 @@ class LoraOptions:
 
 
 def add_adapter(model: Any, options: LoraOptions) -> dict[str, Any]:
-    """Freeze a model and put a fresh adapter on it, which changes nothing yet.
+    """Freeze a model and add a new adapter, which changes nothing yet.
 
     Args:
         model: Model from transformers.
-        options: The adapter's.
+        options: Of the adapter.
 
     Returns:
         What weights of this adapter belong to: base, rank, scale and layers.
 
     Raises:
-        UserError: peft is not installed, or no layer has a name that was given.
+        UserError: peft is not installed, no layer has a name that was given, or a layer's weights are tied.
     """
     peft = _peft()
+    require_merged(model, "--model.name")
+    base = base_fingerprint(model)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=options.rank,
@@ -74,30 +79,44 @@ def add_adapter(model: Any, options: LoraOptions) -> dict[str, Any]:
         lora_dropout=options.dropout,
         target_modules=options.target_modules or "all-linear",
     )
-    base = base_fingerprint(model)
     # The same weights on every process and after any number of draws before: they follow from the run's seed alone.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Tied weights are refused below.
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
         torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
         try:
             peft.inject_adapter_in_model(config, model, ADAPTER)
         except ValueError as error:
             raise UserError(f"--model.lora: {' '.join(str(error).split())[:300]}") from error
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            # Small updates would fall below the resolution of a base in half precision.
-            parameter.data = parameter.data.float()
+    _refuse_tied(model, "--model.lora.target_modules")
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in trained.values():
+        # Small updates would fall below the resolution of a base in half precision.
+        parameter.data = parameter.data.float()
     folder = Path(model.name_or_path).expanduser()
-    # The adapter's own folder names its base, from wherever it is read.
+    # The adapter's folder names its base, wherever it is read from.
     config.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else model.name_or_path
     config.inference_mode = True
-    model.adapter_config = config
-    layers = sorted({name.rsplit(".lora_", 1)[0] for name in trained_names(model)})
+    layers = sorted({name.rsplit(".lora_", 1)[0] for name in trained})
     return {"base": base, "rank": options.rank, "alpha": options.alpha, "layers": layers}
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether `add_adapter` was called on a model."""
-    return hasattr(model, "adapter_config")
+    """Whether a model has an adapter beside its weights."""
+    return hasattr(model, "peft_config")
+
+
+def require_merged(model: Any, option: str) -> None:
+    """Refuse a model whose adapter `load_with_adapter` left beside its base: it can only be evaluated.
+
+    Raises:
+        UserError: The model has an adapter.
+    """
+    if has_adapter(model):
+        raise UserError(
+            f"{option}: the adapter is not merged, because bfloat16 would round its update; give --model.dtype "
+            "float32, or a model that was exported with --export.adapter false"
+        )
 
 
 def save_adapter(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -108,35 +127,61 @@ def save_adapter(model: Any, folder: Path, state: Mapping[str, Tensor] | None = 
         folder: Where to write.
         state: Weights to save in place of the model's own.
     """
-    weights = adapter_state(model.state_dict() if state is None else state)
+    weights = _peft().get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     folder.mkdir(parents=True, exist_ok=True)
-    model.adapter_config.save_pretrained(folder)
-    named = {f"base_model.model.{k.replace(f'.{ADAPTER}.', '.')}": w.contiguous() for k, w in weights.items()}
+    model.peft_config[ADAPTER].save_pretrained(folder)
+    named = {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}
     save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def load_with_adapter(folder: Path, load_base: Any) -> Any:
-    """Model of an adapter's folder, the adapter merged into its base.
+def load_with_adapter(folder: Path, load_base: Callable[[str], Any], merge: bool, option: str) -> Any:
+    """Model of an adapter's folder.
 
     Args:
         folder: Holds adapter_config.json and adapter_model.safetensors.
         load_base: Gives the model of a name.
+        merge: Whether the adapter is merged into its base, or left beside it in float32.
+        option: Setting that names the folder, for messages.
 
     Raises:
-        UserError: peft is not installed, or the weights are no safetensors.
+        UserError: peft is not installed, the weights are not safetensors or not whole, the base cannot be loaded, or
+            the adapter is on tied weights.
     """
     peft = _peft()
     if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise UserError(f"{option}: {folder} holds no {ADAPTER_WEIGHTS}; expected an adapter with safetensors weights")
+    name = base_name(folder)
+    try:
+        base = load_base(name)
+    except UserError as error:
         raise UserError(
-            f"--model.name: {folder} holds no {ADAPTER_WEIGHTS}; expected an adapter with safetensors weights"
-        )
-    base = load_base(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path)
-    return peft.PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER).merge_and_unload(safe_merge=True)
+            f"{option}: {folder} holds an adapter of the base model {name!r}, which cannot be loaded; set "
+            f"base_model_name_or_path in its {ADAPTER_CONFIG} to where the base is ({error})"
+        ) from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        model = peft.PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER)
+    if not merge:
+        return model.get_base_model()
+    _refuse_tied(base, option)
+    return model.merge_and_unload(safe_merge=True)
 
 
-def trained_names(model: Any) -> set[str]:
-    """Names of the weights that are trained."""
-    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+def base_name(folder: Path) -> str:
+    """Hub id or folder of the base that an adapter's folder names."""
+    return str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+
+
+def _refuse_tied(model: Any, option: str) -> None:
+    """Refuse an adapter on weights that another layer uses, too: merged, it would change that layer as well."""
+    uses = Counter(weight for module in model.modules() for weight in module._parameters.values())
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        if base is not None and uses[base.weight] > 1:
+            raise UserError(
+                f"{option}: {name} shares its weights with another layer (tied embeddings), which merging an adapter "
+                "would change, too; leave it out"
+            )
 
 
 def base_fingerprint(model: Any) -> str:
@@ -149,18 +194,8 @@ def base_fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def adapter_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Those weights of a model that are an adapter's."""
-    return {name: weight for name, weight in state.items() if ".lora_" in name}
-
-
 def without_base(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A checkpoint's weights less those of the frozen base.
-
-    Args:
-        state: All weights.
-        prefix: What the names of the model's own start with.
-    """
+    """A checkpoint's weights less those of the frozen base, whose names start with a prefix."""
     return {name: weight for name, weight in state.items() if not name.startswith(prefix) or ".lora_" in name}
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 
 from simnpo_pl.errors import UserError
-from simnpo_pl.files import replace
-from simnpo_pl.lora import ADAPTER_CONFIG, has_adapter, load_with_adapter, save_adapter
+from simnpo_pl.files import read_json, replace, write_json
+from simnpo_pl.lora import ADAPTER_CONFIG, base_name, has_adapter, load_with_adapter, save_adapter
 from simnpo_pl.weight_files import WeightFiles, model_on_disk
 
 _trusted = False
@@ -60,15 +60,7 @@ def context_length(name: str) -> int | None:
     Raises:
         UserError: The config cannot be loaded.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(find_model(name), trust_remote_code=_trusted).get_text_config()
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unavailable(name, "config", error) from error
-    length = getattr(config, "max_position_embeddings", None)
+    length = getattr(_config(name).get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
@@ -76,22 +68,35 @@ def count_parameters(name: str) -> int:
     """Parameters of a model, from its config alone; tied ones count once.
 
     Args:
-        name: Hub id or folder.
+        name: Hub id or folder; an adapter's counts those of its base.
 
     Raises:
         UserError: The config cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = _config(name)
     try:
-        config = AutoConfig.from_pretrained(find_model(name), trust_remote_code=_trusted)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=_trusted)
+    except Exception as error:
+        raise _unavailable(name, "config", error) from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _config(name: str) -> Any:
+    """Config of a model, or of an adapter's base."""
+    from transformers import AutoConfig
+
+    try:
+        found = find_model(name)
+        if (Path(found) / ADAPTER_CONFIG).is_file():
+            found = find_model(base_name(Path(found)))
+        return AutoConfig.from_pretrained(found, trust_remote_code=_trusted)
     except UserError:
         raise
     except Exception as error:
         raise _unavailable(name, "config", error) from error
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def load_causal_lm(
@@ -100,8 +105,12 @@ def load_causal_lm(
     attn_implementation: str | None = None,
     option: str = "--model.name",
     shared_out: bool = False,
+    merge: bool = False,
 ) -> Any:
-    """Causal language model, in eval mode as transformers gives it; an adapter is merged into its base.
+    """Causal language model, in eval mode as transformers gives it.
+
+    An adapter is merged into its base in float32. In bfloat16 that would round its update, so it stays beside its base
+    in float32, as peft loads it, unless `merge` is set.
 
     Args:
         name: Hub id or folder with safetensors weights, of a model or of an adapter.
@@ -109,6 +118,7 @@ def load_causal_lm(
         attn_implementation: Attention of transformers; None lets it choose.
         option: Setting that names the model, for messages.
         shared_out: Whether the model is about to be shared out; its weights are read then, where its files allow it.
+        merge: Whether an adapter is merged in bfloat16, too.
 
     Raises:
         UserError: The model cannot be loaded.
@@ -120,8 +130,9 @@ def load_causal_lm(
     try:
         resolved = find_model(name, option)
         if (Path(resolved) / ADAPTER_CONFIG).is_file():
-            base_settings = (dtype, attn_implementation, option)
-            return load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, *base_settings))
+            settings = (dtype, attn_implementation, option)
+            merge = merge or dtype == "float32"
+            return load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, *settings), merge, option)
         if shared_out and (unread := _on_disk(resolved, getattr(torch, dtype), options)) is not None:
             return unread
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -215,16 +226,18 @@ def save_model(
     try:
         if has_adapter(model) and merge:
             save_adapter(model, fresh / "adapter", state)
-            merged = load_causal_lm(str(fresh / "adapter"), str(model.dtype).removeprefix("torch."))
+            merged = load_causal_lm(str(fresh / "adapter"), str(model.dtype).removeprefix("torch."), merge=True)
             shutil.rmtree(fresh / "adapter")
             merged.save_pretrained(fresh)
         elif has_adapter(model):
+            # Beside a config.json transformers would look for the base's weights here.
             save_adapter(model, fresh, state)
-            model.config.save_pretrained(fresh)
+            model.generation_config.save_pretrained(fresh)
         else:
             model.save_pretrained(fresh, state_dict=state)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
+        _add_transformers_4_names(fresh)
         replace(fresh, folder)
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
@@ -233,6 +246,27 @@ def save_model(
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _add_transformers_4_names(folder: Path) -> None:
+    """Let transformers 4 load a folder, too: it knows some settings by other names, and ignores the new ones."""
+    file = folder / "config.json"
+    if file.is_file():
+        config = read_json(file)
+        rope = config.get("rope_parameters") or {}
+        # Settings by type of layer have no name in transformers 4.
+        if "rope_theta" in rope:
+            own = ("rope_theta", "partial_rotary_factor")
+            config |= {name: rope[name] for name in own if name in rope}
+            if rope.get("rope_type", "default") != "default":
+                config["rope_scaling"] = {name: value for name, value in rope.items() if name not in own}
+        write_json(file, config | {"torch_dtype": config.get("dtype")})
+    file = folder / "tokenizer_config.json"
+    if file.is_file():
+        config = read_json(file)
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_json(file, config)
 
 
 def find_model(name: str, option: str = "--model.name") -> str:
