@@ -17,7 +17,7 @@ from simnpo_pl.data.pairing import draw_step_seed
 from simnpo_pl.errors import UserError
 from simnpo_pl.layers import train_only
 from simnpo_pl.logprobs import Scorer
-from simnpo_pl.lora import BaseScorer, LoraOptions, add_adapter, check_adapter, without_base
+from simnpo_pl.lora import BaseScorer, LoraOptions, add_adapter, check_adapter, require_merged, without_base
 from simnpo_pl.losses import Batch, BatchLosses
 from simnpo_pl.models import find_model, load_causal_lm
 from simnpo_pl.objectives import Objective, SimNPO
@@ -124,8 +124,10 @@ class UnlearningModule(PolicyModule):
                 find_model(model.name, model.option)
         super().configure_model()
         self._batch_losses.check_layers(self.policy)
-        if self.lora is None and self.trainable and (self._trainer is None or self.trainer.state.fn == "fit"):
-            train_only(self.policy, self.trainable)
+        if self.lora is None and (self._trainer is None or self.trainer.state.fn == "fit"):
+            require_merged(self.policy, "--model.name")
+            if self.trainable:
+                train_only(self.policy, self.trainable)
 
     def load_policy(self) -> Any:
         """The start model, with its adapter where one is trained."""
