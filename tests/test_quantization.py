@@ -39,8 +39,16 @@ def test_round_trip(model_folder: Path, rounding: Rounding):
 
 def test_what_cannot_be_rounded(make_model: Callable[..., Path]):
     model = AutoModelForCausalLM.from_pretrained(make_model(0))
-    with pytest.raises(UserError, match=r"--group_size 24 does not divide the 32 inputs of model.layers.0"):
-        quantize(model, Rounding(4, 24))
+    for size, fitting in ((24, 16), (1000, 32), (9, 8)):
+        # 32 inputs of attention and the first feed-forward matrices, 64 of the second: divisors of 32 fit all.
+        message = rf"--group_size {size} does not divide the 32 inputs of model.layers.0.* of 32, such as {fitting}$"
+        with pytest.raises(UserError, match=message):
+            quantize(model, Rounding(4, size))
+    odd = AutoModelForCausalLM.from_pretrained(make_model(0, intermediate_size=72))
+    with pytest.raises(
+        UserError, match=r"--group_size 32 does not divide the 72 inputs of .* a divisor of 8, such as 8$"
+    ):
+        quantize(odd, Rounding(4, 32))
     # Its layers are convolutions in name.
     other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8))
     with pytest.raises(UserError, match="GPT2LMHeadModel has no linear layer"):

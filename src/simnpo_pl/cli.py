@@ -191,14 +191,14 @@ class UnlearningCLI(LightningCLI):
         self._report()
 
     def _final_result(self) -> EvalResult:
-        """Evaluation of the exported model, made now unless it was made after its last step."""
-        best = self.export.options.best is not None
+        """Evaluation of the exported model, made now unless an epoch's evaluation was of the same weights."""
         newest = self.run_folder.result if self.run_folder.result_step == self.trainer.global_step else None
-        result = self.export.result if best else newest
-        if result is None:
-            model = self.model.like(str(self.export.folder)) if best else self.model
+        result = newest if self.export.options.best is None else self.export.result
+        if result is None or self.model.lora is not None:
+            # An adapter is evaluated as it was exported: merging it rounds.
+            model = self.model.like(str(self.export.folder))
             model.logs_metrics = True
-            self.run_folder.role = "final"
+            self.run_folder.role, self.run_folder.result = "final", None
             self.trainer.test(model, datamodule=self.datamodule, verbose=False)
             result = self._measured()
         return result

@@ -150,16 +150,11 @@ def load_with_adapter(folder: Path, load_base: Callable[[str], Any], merge: bool
     peft = _peft()
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{option}: {folder} holds no {ADAPTER_WEIGHTS}; expected an adapter with safetensors weights")
-    name = base_name(folder)
-    try:
+    with base_of(folder, option) as name:
         base = load_base(name)
-    except UserError as error:
-        raise UserError(
-            f"{option}: {folder} holds an adapter of the base model {name!r}, which cannot be loaded; set "
-            f"base_model_name_or_path in its {ADAPTER_CONFIG} to where the base is ({error})"
-        ) from error
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
         model = peft.PeftModel.from_pretrained(base, folder, adapter_name=ADAPTER)
     if not merge:
         return model.get_base_model()
@@ -167,9 +162,21 @@ def load_with_adapter(folder: Path, load_base: Callable[[str], Any], merge: bool
     return model.merge_and_unload(safe_merge=True)
 
 
-def base_name(folder: Path) -> str:
-    """Hub id or folder of the base that an adapter's folder names."""
-    return str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+@contextmanager
+def base_of(folder: Path, option: str = "--model.name") -> Iterator[str]:
+    """Name of the base that an adapter's folder belongs to, to be read inside.
+
+    Raises:
+        UserError: It cannot be read; says where it is named.
+    """
+    name = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
+    try:
+        yield name
+    except UserError as error:
+        raise UserError(
+            f"{option}: {folder} holds an adapter of the base model {name!r}, which cannot be loaded; set "
+            f"base_model_name_or_path in its {ADAPTER_CONFIG} to where the base is ({error})"
+        ) from error
 
 
 def _refuse_tied(model: Any, option: str) -> None:

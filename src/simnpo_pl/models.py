@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.files import read_json, replace, write_json
-from simnpo_pl.lora import ADAPTER_CONFIG, base_name, has_adapter, load_with_adapter, save_adapter
+from simnpo_pl.lora import ADAPTER_CONFIG, base_of, has_adapter, load_with_adapter, save_adapter
 from simnpo_pl.weight_files import WeightFiles, model_on_disk
 
 _trusted = False
@@ -91,7 +91,8 @@ def _config(name: str) -> Any:
     try:
         found = find_model(name)
         if (Path(found) / ADAPTER_CONFIG).is_file():
-            found = find_model(base_name(Path(found)))
+            with base_of(Path(found)) as base:
+                return _config(base)
         return AutoConfig.from_pretrained(found, trust_remote_code=_trusted)
     except UserError:
         raise
@@ -236,7 +237,8 @@ def save_model(
         else:
             model.save_pretrained(fresh, state_dict=state)
         if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
+            # Transformers 4 reads a chat template here only.
+            tokenizer.save_pretrained(fresh, save_jinja_files=False)
         _add_transformers_4_names(fresh)
         replace(fresh, folder)
     except SafetensorError as error:
@@ -258,6 +260,8 @@ def _add_transformers_4_names(folder: Path) -> None:
         if "rope_theta" in rope:
             own = ("rope_theta", "partial_rotary_factor")
             config |= {name: rope[name] for name in own if name in rope}
+            if config["model_type"] == "gpt_neox":
+                config |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
             if rope.get("rope_type", "default") != "default":
                 config["rope_scaling"] = {name: value for name, value in rope.items() if name not in own}
         write_json(file, config | {"torch_dtype": config.get("dtype")})
@@ -266,6 +270,8 @@ def _add_transformers_4_names(folder: Path) -> None:
         config = read_json(file)
         if config.get("tokenizer_class") == "TokenizersBackend":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
         write_json(file, config)
 
 

@@ -31,6 +31,8 @@ class ExportOptions:
 class ExportModel(Callback):
     """Saves policy and tokenizer under `folder`, whole or not at all.
 
+    A policy that trains all weights is exported as it was evaluated. One with an adapter is not: merging it rounds.
+
     Args:
         folder: Where the model is to stand.
         options: Which epoch's.
@@ -108,3 +110,5 @@ class ExportModel(Callback):
             save_model(
                 pl_module.policy, trainer.datamodule.tokenizer, self.folder, weights, merge=not self.options.adapter
             )
+        # The others may read the folder next.
+        trainer.strategy.barrier()

@@ -4,6 +4,7 @@ Unlearning moves weights little; rounding them may bring back what was forgotten
 Failure of LLM Unlearning via Quantization").
 """
 
+import math
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.finished import add_results, reopen
+from simnpo_pl.lora import require_merged
 from simnpo_pl.report.runs import Run
 
 
@@ -51,15 +53,18 @@ def quantize(model: Any, rounding: Rounding) -> int:
         from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
     except ModuleNotFoundError as error:
         raise UserError(f"quantisation needs {error.name}: pip install 'simnpo_pl[quantize]'") from error
+    require_merged(model, "RUN/model")
     head = model.get_output_embeddings()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     if not layers:
         raise UserError(f"{type(model).__name__} has no linear layer whose weights could be rounded")
     for name, layer in layers.items():
         if rounding.group_size is not None and layer.in_features % rounding.group_size:
+            common = math.gcd(*(one.in_features for one in layers.values()))
+            fitting = max(size for size in range(1, min(rounding.group_size, common) + 1) if common % size == 0)
             raise UserError(
-                f"--group_size {rounding.group_size} does not divide the {layer.in_features} inputs of {name}; "
-                "give a divisor, such as 32"
+                f"--group_size {rounding.group_size} does not divide the {layer.in_features} inputs of {name}; give a "
+                f"divisor of {common}, such as {fitting}"
             )
     rounded = sum(layer.weight.numel() for layer in layers.values())
     granularity = PerAxis(0) if rounding.group_size is None else PerGroup(rounding.group_size)

@@ -1,0 +1,204 @@
+"""Exported folders: they hold the model that the final metrics are of, for other libraries and other users, too."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from helpers import results
+from simnpo_pl.errors import UserError
+from simnpo_pl.lora import LoraOptions, add_adapter
+from simnpo_pl.models import context_length, count_parameters, load_causal_lm, load_tokenizer, save_model
+from simnpo_pl.module import UnlearningModule
+from simnpo_pl.robustness.quantization import Rounding, quantize
+
+CLI = Callable[..., None]
+LORA = ("--model.lora.rank", "4", "--model.lora.alpha", "8")
+HALF = ("--model.dtype", "bfloat16")
+ADAPTER = ("--export.adapter", "true")
+BEST = ("--export.best", "forget/probability", "--export.mode", "min")
+MIXED = ("--trainer.precision", "bf16-mixed")
+
+
+@pytest.fixture(scope="module")
+def small_folder(make_model: Callable[..., Path]) -> Path:
+    """A model of one layer whose head is tied to its embeddings."""
+    return make_model(0, num_hidden_layers=1, tie_word_embeddings=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (*MIXED, *BEST),
+        (*LORA, *BEST),
+        (*LORA, *ADAPTER),
+        (*LORA, *HALF, *ADAPTER),
+        (*LORA, *HALF, *BEST),
+    ],
+    ids=lambda options: " ".join(option.rsplit(".", 1)[-1] for option in options),
+)
+def test_final_metrics_are_those_of_the_folder(cli: CLI, small_folder: Path, tmp_path: Path, options: tuple[str, ...]):
+    """To the last bit: the folder is evaluated again by `test`. The model is tied, and the best epoch is the first."""
+    run, again = tmp_path / "run", tmp_path / "again"
+    quick = ("--eval.generate_rows", "0", "--eval.start", "false", "--trainer.logger", "false")
+    epochs = ("--trainer.max_epochs", "2" if BEST[0] in options else "1")
+    cli("fit", "--model.name", str(small_folder), *quick, *epochs, *options, "--run_dir", str(run))
+    model = [*(HALF if "bfloat16" in options else ()), *(MIXED if "bf16-mixed" in options else ())]
+    cli("test", "--model.name", str(run / "model"), *quick, *model, "--run_dir", str(again))
+    final = results(run)["final"]["metrics"]
+    assert results(again)["final"]["metrics"] == final
+    assert results(run)["exported_epoch"] == 1
+    first = results(run)["epochs"][0]["metrics"]["forget/probability"]
+    assert final["forget/probability"] == pytest.approx(first, rel=0.05)
+
+
+@pytest.fixture
+def adapted(model_folder: Path) -> Callable[..., Any]:
+    """Makes models with an adapter that is not at its start, where it would change nothing."""
+
+    def make(dtype: str = "float32", folder: Path = model_folder, **options: Any) -> Any:
+        model = load_causal_lm(str(folder), dtype)
+        add_adapter(model, LoraOptions(rank=4, alpha=8.0, **options))
+        generator = torch.Generator().manual_seed(3)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data.normal_(0, 0.3, generator=generator)
+        return model.eval()
+
+    return make
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(20).reshape(2, 10)).logits.float()
+
+
+def test_adapter_folder_is_what_was_trained(adapted: Callable[..., Any], model_folder: Path, tmp_path: Path):
+    """By transformers and by peft, on a base in half precision too, which merging would round."""
+    model, tokenizer = adapted(), load_tokenizer(str(model_folder))
+    model.generation_config.max_new_tokens = 7
+    save_model(model, tokenizer, tmp_path / "full", merge=False)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "full")), logits(model))
+    saved = json.loads((tmp_path / "full" / "generation_config.json").read_text())
+    assert saved["max_new_tokens"] == 7
+    assert context_length(str(tmp_path / "full")) == 256
+    assert count_parameters(str(tmp_path / "full")) == count_parameters(str(model_folder))
+    assert AutoTokenizer.from_pretrained(tmp_path / "full").get_vocab() == tokenizer.get_vocab()
+    half = adapted("bfloat16")
+    save_model(half, tokenizer, tmp_path / "half", merge=False)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    ours, merged = (load_causal_lm(str(tmp_path / "half"), "bfloat16", merge=merge) for merge in (False, True))
+    assert torch.equal(logits(loaded), logits(half))
+    assert torch.equal(logits(ours), logits(half))
+    assert not torch.equal(logits(merged), logits(half))
+
+
+def test_adapter_beside_its_base_is_not_changed(adapted: Callable[..., Any], tmp_path: Path):
+    """Training or rounding its weights would leave the adapter as it is."""
+    save_model(adapted("bfloat16"), None, tmp_path / "half", merge=False)
+    model = load_causal_lm(str(tmp_path / "half"), "bfloat16")
+    for change in (lambda: quantize(model, Rounding(8)), lambda: add_adapter(model, LoraOptions())):
+        with pytest.raises(UserError, match=r"the adapter is not merged, .* give --model\.dtype float32"):
+            change()
+    with pytest.raises(UserError, match=r"--model\.name: the adapter is not merged"):
+        UnlearningModule(str(tmp_path / "half"), dtype="bfloat16").configure_model()
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_adapter_on_tied_weights(
+    adapted: Callable[..., Any], small_folder: Path, model_folder: Path, tmp_path: Path, layer: str
+):
+    """Merged into tied weights it would change both layers: refused; into weights of its own it is exported."""
+    with pytest.raises(UserError, match=rf"--model.lora.target_modules: .*{layer} shares its weights"):
+        adapted(folder=small_folder, target_modules=[layer, "q_proj"])
+    model = adapted(target_modules=[layer, "q_proj"])
+    save_model(model, None, tmp_path / "adapter", merge=False)
+    save_model(model, None, tmp_path / "merged")
+    for folder in ("adapter", "merged"):
+        torch.testing.assert_close(logits(load_causal_lm(str(tmp_path / folder))), logits(model), rtol=1e-4, atol=1e-4)
+    # An adapter of another project.
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(model_folder), str(small_folder)))
+    with pytest.raises(UserError, match=rf"--model.name: .*{layer} shares its weights"):
+        load_causal_lm(str(tmp_path / "adapter"))
+
+
+def test_adapter_whose_base_has_moved(adapted: Callable[..., Any], tmp_path: Path):
+    save_model(adapted(), None, tmp_path / "adapter", merge=False)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(config.read_text())
+    for base in ("../models/base", None):
+        config.write_text(json.dumps(content | {"base_model_name_or_path": base}))
+        for load in (load_causal_lm, context_length):
+            with pytest.raises(
+                UserError, match=rf"adapter of the base model '{base}', .*; set base_model_name_or_path"
+            ):
+                load(str(tmp_path / "adapter"))
+
+
+def test_every_file_follows_the_umask(adapted: Callable[..., Any], model_folder: Path, tmp_path: Path):
+    """Another user can serve the model where the umask lets others read."""
+    tokenizer = load_tokenizer(str(model_folder))
+    for umask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        folder = tmp_path / oct(mode)
+        before = os.umask(umask)
+        try:
+            save_model(load_causal_lm(str(model_folder)), tokenizer, folder / "whole")
+            save_model(adapted(), tokenizer, folder / "merged")
+            save_model(adapted(), tokenizer, folder / "adapter", merge=False)
+        finally:
+            os.umask(before)
+        modes = {file.name: file.stat().st_mode & 0o777 for file in folder.rglob("*") if file.is_file()}
+        assert {"model.safetensors", "adapter_model.safetensors", "tokenizer.json", "config.json"} <= modes.keys()
+        assert set(modes.values()) == {mode}, modes
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 500.0},
+    "scaled": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_transformers_4_finds_its_names(model_folder: Path, tmp_path: Path, rope: str):
+    """Settings stand under their names of version 4, too (seen to give the same loss in 4.45.1); 5 reads the same."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, rope_parameters=dict(ROPES[rope]), **sizes)).eval()
+    tokenizer = load_tokenizer(str(model_folder))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    save_model(model, tokenizer, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["rope_theta"] == ROPES[rope]["rope_theta"]
+    scaling = {name: value for name, value in ROPES[rope].items() if name != "rope_theta"}
+    assert config.get("rope_scaling") == (scaling if rope == "scaled" else None)
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    told = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert told["additional_special_tokens"] == ["<|user|>"]
+    assert told["chat_template"] == tokenizer.chat_template
+    again = AutoConfig.from_pretrained(tmp_path / "model")
+    assert again.rope_parameters == model.config.rope_parameters
+    loaded, read = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        AutoTokenizer.from_pretrained(tmp_path / "model"),
+    )
+    assert torch.equal(logits(loaded), logits(model))
+    assert type(read) is type(tokenizer)
+    for name in ("special_tokens_map", "all_special_tokens", "chat_template"):
+        assert getattr(read, name) == getattr(tokenizer, name)
+    assert read("<|user|>Where is it?") == tokenizer("<|user|>Where is it?")
