@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from simnpo_pl.benchmarks import DemoData
 from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.models import save_model
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import SimNPO
 
@@ -53,6 +54,5 @@ for name in ("forget/probability", "retain/probability", "model_utility"):
 
 # %%
 out = FOLDER / "unlearned"
-module.policy.save_pretrained(out)
-AutoTokenizer.from_pretrained(START).save_pretrained(out)
+save_model(module.policy, data.tokenizer, out)
 print(f"written: {out}, {AutoModelForCausalLM.from_pretrained(out).num_parameters():,} parameters")

@@ -15,6 +15,9 @@ from simnpo_pl.benchmarks import WmdpData
 from simnpo_pl.demo.muse import write_corpus
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.harness import Settings, evaluate
+from simnpo_pl.lora import LoraOptions, add_adapter
+from simnpo_pl.models import load_causal_lm, load_tokenizer, save_model
 
 ROOT = Path(__file__).parents[1]
 CHOICES = ("A", "B", "C", "D")
@@ -168,6 +171,19 @@ def test_accuracy(wmdp_run: Path, questions: Path, model_folder: Path, capsys: p
         assert math.isfinite(held["acc_stderr"])
     assert {key: content[key] for key in before} == before
     assert "| wmdp | unlearned |" in capsys.readouterr().out
+
+
+def test_accuracy_of_an_adapter(questions: Path, model_folder: Path, tmp_path: Path):
+    """Exported alone, it is measured on its base."""
+    model = load_causal_lm(str(model_folder))
+    add_adapter(model, LoraOptions(rank=4))
+    for weight in model.parameters():
+        weight.data += weight.requires_grad
+    save_model(model, load_tokenizer(str(model_folder)), tmp_path / "adapter", merge=False)
+    settings = Settings(("local_choice",), include_path=str(questions), device="cpu")
+    found = evaluate(str(tmp_path / "adapter"), settings)["local_choice"]["acc"]
+    assert found == pytest.approx(accuracy(tmp_path / "adapter", questions))
+    assert found != pytest.approx(accuracy(model_folder, questions))
 
 
 def test_unknown_task(wmdp_run: Path, questions: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,6 +11,8 @@ import torch
 from simnpo_pl import markdown
 from simnpo_pl.errors import UserError
 from simnpo_pl.finished import add_results
+from simnpo_pl.lora import ADAPTER_CONFIG, base_of
+from simnpo_pl.models import find_model
 from simnpo_pl.report.runs import Run
 from simnpo_pl.summary import number
 
@@ -81,10 +83,14 @@ def evaluate(model: str, settings: Settings, tokenizer: str | None = None) -> di
     except ImportError as error:
         raise UserError(f"this needs lm-evaluation-harness ({error}): pip install 'simnpo_pl[lm-eval]'") from error
     manager = _task_manager(settings)
+    weights = {"pretrained": model}
+    if (Path(model) / ADAPTER_CONFIG).is_file():
+        with base_of(Path(model)) as base:
+            weights = {"pretrained": find_model(base), "peft": model}
     try:
         results = lm_eval.simple_evaluate(
             model="hf",
-            model_args={"pretrained": model, "tokenizer": tokenizer or model, "dtype": settings.dtype},
+            model_args={**weights, "tokenizer": tokenizer or model, "dtype": settings.dtype},
             tasks=list(settings.tasks),
             task_manager=manager,
             num_fewshot=settings.num_fewshot,

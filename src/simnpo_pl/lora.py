@@ -216,13 +216,15 @@ def check_adapter(saved: dict[str, Any] | None, ours: dict[str, Any] | None) -> 
     Raises:
         UserError: They differ.
     """
-    if (saved is None) != (ours is None):
+    if saved is None or ours is None:
+        if saved is ours:
+            return
         what = ("the whole model", "an adapter") if saved is None else ("an adapter", "the whole model")
         raise UserError(
             f"--ckpt_path: the checkpoint holds {what[0]}, --model.lora trains {what[1]}: give the options of its run"
         )
-    for key, value in (saved or {}).items():
-        if ours is not None and ours.get(key) != value:
+    for key, value in saved.items():
+        if ours.get(key) != value:
             told = f": {value} there, {ours.get(key)} here" if key in ("rank", "alpha") else ""
             raise UserError(
                 f"--ckpt_path: the checkpoint's adapter differs in its {key}{told}; give --model.name and --model.lora "

@@ -20,6 +20,7 @@ from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import PLAIN_TEMPLATE, PromptTemplate, TokenRow
 from simnpo_pl.demo import EPOCHS
 from simnpo_pl.logprobs import Scorer
+from simnpo_pl.models import save_model
 
 VOCABULARY = 1536
 MAX_LENGTH = 128
@@ -148,8 +149,7 @@ def build_models(folder: Path, seed: int = 0, progress: bool = True, epochs: int
         steps = epochs * -(-len(rows) // BATCH)
         with tqdm(total=steps, desc=f"training {name}", position=position, disable=not progress) as bar:
             train(model, rows, seed, epochs, bar)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        save_model(model, tokenizer, folder / name)
 
     threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
     # The library's bar for writing files would stand between those of training.
