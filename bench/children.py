@@ -89,7 +89,7 @@ def _step_time(rank: int, processes: int, port: int, rounds: int, method: str) -
 
 def _scoring_time(rank: int, processes: int, port: int, rounds: int, questions: int) -> float:
     from simnpo_pl.evaluation.plan import EvalBatches, scoring_batches
-    from simnpo_pl.evaluation.scoring import Scoring, score_rows
+    from simnpo_pl.evaluation.scoring import score_rows
 
     losses = Losses(small_model(), Rows(VOCABULARY).questions(questions))
     batches = EvalBatches(scoring_batches(losses.sets, 2048, 0), rank, processes)
@@ -99,7 +99,7 @@ def _scoring_time(rank: int, processes: int, port: int, rounds: int, questions: 
     @torch.no_grad()
     def work() -> None:
         for number in range(len(batches)):
-            score_rows(losses.scorer({"rows": batches[number]})["rows"], Scoring())
+            score_rows(losses.scorer({"rows": batches[number]})["rows"], batches[number]["end"])
         if processes > 1:
             dist.barrier()
 

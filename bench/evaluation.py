@@ -9,7 +9,7 @@ import torch
 
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.evaluation.plan import EvalSet, Generation, generation_batches, scoring_batches
-from simnpo_pl.evaluation.scoring import Scoring, score_rows
+from simnpo_pl.evaluation.scoring import score_rows
 from simnpo_pl.generation import generate, most_probable
 from simnpo_pl.logprobs import Scorer
 
@@ -35,7 +35,7 @@ class Losses:
         losses = np.full((len(answers), len(answers[0])), np.nan)
         for batch in scoring_batches(self.sets, tokens, 0):
             with torch.no_grad():
-                scores = score_rows(self.scorer({"rows": batch})["rows"], Scoring())
+                scores = score_rows(self.scorer({"rows": batch})["rows"], batch["end"])
             losses[batch["index"], batch["kind"]] = scores["nll"]
         return losses.tolist()
 

@@ -24,7 +24,7 @@ from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.gradients import gradient_norms
-from simnpo_pl.evaluation.scoring import Scoring, score_rows
+from simnpo_pl.evaluation.scoring import score_rows
 from simnpo_pl.head import Head
 from simnpo_pl.logprobs import AnswerStates, Scorer
 from simnpo_pl.metrics.answers import RowMean
@@ -145,28 +145,29 @@ def test_min_k_scores_by_hand(monkeypatch: pytest.MonkeyPatch):
     row 0, missing in row 1 and all there is in row 2. Row 3 has a token without probability.
     """
     rows = [[(SHARP, 0), (SHARP, 2), (LAST, EOS)], [(SHARP, 0), (SHARP, 0)], [(LAST, EOS)], [(SHARP, 0), (LAST, 0)]]
-    states, ln2 = states_of(rows), math.log(2)
+    states, ends, ln2 = states_of(rows), torch.tensor([1, 0, 1, 0]), math.log(2)
     wanted = {
         "min_k": torch.tensor([True, True, True, True]),
         "min_k_plus_plus": torch.tensor([True, False, True, True]),
     }
     for budget in (2**25, 8):
         monkeypatch.setattr(head, "LOGITS_BUDGET", budget)
-        found = score_rows(states, Scoring(EOS, 0.5), wanted)
+        found = score_rows(states, ends, 0.5, wanted)
         assert found["nll"].tolist() == pytest.approx([ln2, ln2, 0.0, math.inf])
         assert found["min_k"].tolist() == pytest.approx([2 * ln2, ln2, math.nan, math.nan], nan_ok=True)
         assert found["min_k_plus_plus"].tolist() == pytest.approx([1.0] + [math.nan] * 3, nan_ok=True)
         assert found["exact_memorization"].tolist() == pytest.approx([0.5, 1, math.nan, math.nan], nan_ok=True)
         assert found["extraction_strength"].tolist() == pytest.approx([0, 1, math.nan, math.nan], nan_ok=True)
-    whole = score_rows(states, Scoring(EOS, 1.0), wanted)
+    whole = score_rows(states, ends, 1.0, wanted)
     assert whole["min_k_plus_plus"][0].item() == pytest.approx(0.0, abs=1e-6)
     assert whole["min_k"][0].item() == pytest.approx(1.5 * ln2)
-    assert "min_k" not in score_rows(states, Scoring(EOS))
+    assert "min_k" not in score_rows(states, ends)
 
 
 def test_a_sure_distribution_has_a_score(monkeypatch: pytest.MonkeyPatch):
     """No variance: the deviation is taken for a thousandth, so that nothing is divided by zero."""
-    score = score_rows(states_of([[(LAST, EOS), (LAST, EOS)]]), Scoring(2), {"min_k_plus_plus": torch.tensor([True])})
+    wanted = {"min_k_plus_plus": torch.tensor([True])}
+    score = score_rows(states_of([[(LAST, EOS), (LAST, EOS)]]), torch.tensor([0]), wanted=wanted)
     assert score["min_k_plus_plus"].tolist() == [0.0]
 
 
@@ -176,7 +177,7 @@ def test_a_sure_distribution_has_a_score(monkeypatch: pytest.MonkeyPatch):
 def token_rows() -> dict[str, torch.Tensor]:
     ids = torch.tensor([[5, 6, 7, 8, 9, EOS], [5, 6, 11, EOS, 0, 0]])
     labels = torch.tensor([[-100, -100, 7, 8, 9, EOS], [-100, -100, 11, EOS, -100, -100]])
-    return {"input_ids": ids, "labels": labels, "attention_mask": (ids != 0).long()}
+    return {"input_ids": ids, "labels": labels, "attention_mask": (ids != 0).long(), "end": torch.tensor([1, 1])}
 
 
 def test_gradient_norm_by_hand(model_folder: Path):
@@ -194,7 +195,7 @@ def test_gradient_norm_by_hand(model_folder: Path):
     model.train()
     with torch.inference_mode():
         rows = {name: value.clone() for name, value in token_rows().items()}
-        found = gradient_norms(model, Scorer(model), rows, EOS)
+        found = gradient_norms(model, Scorer(model), rows)
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
     assert model.training
     assert not frozen.requires_grad
@@ -207,7 +208,7 @@ def test_gradient_norm_without_dropout():
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5, embd_pdrop=0.5))
     model.train()
-    once, again = (gradient_norms(model, Scorer(model), token_rows(), EOS) for _ in range(2))
+    once, again = (gradient_norms(model, Scorer(model), token_rows()) for _ in range(2))
     assert once.tolist() == again.tolist()
 
 
@@ -217,11 +218,11 @@ def test_gradient_norm_of_an_adapter_is_that_of_the_merged_model(model_folder: P
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.5)
     model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config)
-    beside = gradient_norms(model, Scorer(model), token_rows(), EOS)
+    beside = gradient_norms(model, Scorer(model), token_rows())
     assert [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name] == []
     merged = model.merge_and_unload()
     assert beside.tolist() == pytest.approx(
-        gradient_norms(merged, Scorer(merged), token_rows(), EOS).tolist(), rel=1e-4
+        gradient_norms(merged, Scorer(merged), token_rows()).tolist(), rel=1e-4
     )
 
 
@@ -232,10 +233,11 @@ def test_gradient_norm_goldens(shared: Path, split: str):
     file = {"forget": shared / "tofu" / "forget10_perturbed.json", "holdout": shared / "goldens/data/holdout10.json"}
     lines = [json.loads(line) for line in file[split].read_text().splitlines()[:20]]
     encode = PromptTemplate(AutoTokenizer.from_pretrained(folder), "Question: {question}\nAnswer:\n{answer}")
-    rows = collate(encode.encode_rows([(row["question"], row["answer"]) for row in lines], split), 0)
+    encoded = encode.encode_rows([(row["question"], row["answer"]) for row in lines], split)
+    rows = {**collate(encoded, 0), "end": torch.tensor([row.end for row in encoded])}
     model = AutoModelForCausalLM.from_pretrained(folder)
     golden = json.loads((folder.parent / "metrics_policy.json").read_text())["metrics"]["mia_gradnorm"]
-    found = gradient_norms(model, Scorer(model), rows, EOS).tolist()
+    found = gradient_norms(model, Scorer(model), rows).tolist()
     assert found == pytest.approx(golden[split]["value_by_index"][:20], rel=1e-5)
 
 

@@ -83,6 +83,7 @@ def words(**special: str) -> PreTrainedTokenizerFast:
 def scored_text(tokenizer: PreTrainedTokenizerFast, row: TokenRow) -> str:
     """The scored tokens as text, without the end-of-sequence that must close them, and only them."""
     scored = [label for label in row.labels if label != -100]
+    assert row.end == 1
     start = len(row.prompt_ids)
     assert row.labels == [-100] * start + scored
     assert row.input_ids[start:] == scored
@@ -161,12 +162,12 @@ def test_a_chat_template_is_dated_and_brings_its_own_start(date: str) -> None:
     row = template.encode("{answer}?", "The author")
     assert tokenizer.decode(row.input_ids) == (f"<s>{CHAT_DATE_STRING}\nuser: {{answer}}?\nassistant: The author</s>")
     assert scored_text(tokenizer, row) == " The author"
-    assert template.description == "the tokenizer's chat template, dated 26 Jul 2024"
+    assert template.description == "the tokenizer's chat template, dated 26 Jul 2024, answers end with '</s>'"
 
 
 def test_a_chat_template_without_a_start_gets_none() -> None:
     tokenizer = byte_level()
-    tokenizer.chat_template = "{{ messages[0].content }}: "
+    tokenizer.chat_template = "{{ messages[0].content }}: {{ messages[1].content if messages[1] }}"
     assert tokenizer.decode(PromptTemplate(tokenizer).encode("Who?", "The author").input_ids) == (
         "Who?: The author</s>"
     )
@@ -296,7 +297,7 @@ def test_ids_and_labels_equal_the_stored_ones() -> None:
     for name, split in stored.items():
         for row in split["rows"]:
             ours = template.encode_rows([(row["question"], row["answer"])], name)[0]
-            assert ours == TokenRow(row["input_ids"], row["labels"])
+            assert ours == TokenRow(row["input_ids"], row["labels"], end=1)
             assert ours.prompt_ids == row["prompt_ids"]
             compared += 1
     assert compared >= 30

@@ -263,7 +263,7 @@ class UnlearningCLI(LightningCLI):
                 raise UserError(
                     "--eval.mia_reference: no attack is made here; measure forget and holdout rows, or leave it out"
                 )
-            answers = AnswerLosses(sets, self.datamodule.eval, self.datamodule.eos_id, self.datamodule.pad_id)
+            answers = AnswerLosses(sets, self.datamodule.eval, self.datamodule.pad_id)
             result = self._evaluate_once("mia_reference", self.model.like(name, "--eval.mia_reference"), answers)
             self.datamodule.use_reference_losses(answers.losses(result))
         name = self.datamodule.eval.retrained

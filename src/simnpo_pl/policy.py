@@ -124,7 +124,7 @@ class PolicyModule(pl.LightningModule):
         self.evaluation.reset()
         if self.finished_parts is not None:
             options, plan = self._data.eval, plan_digest(self.evaluation.sets)
-            batches = (options.tokens_per_batch, options.prompts_per_batch, self.evaluation.scoring, self._end_ids())
+            batches = (options.tokens_per_batch, options.prompts_per_batch, self.evaluation.min_k, self._end_ids())
             run_in = (self.trainer.precision, self.device.type, self.dtype_name, self.attn_implementation)
             kind = type(self.evaluation).__qualname__
             of = identity(self.policy, kind, plan, batches, run_in, version("torch"), version("transformers"))
@@ -146,13 +146,13 @@ class PolicyModule(pl.LightningModule):
         if "prompts" in batch:
             return greedy(self.policy, batch["prompts"], batch["max_new_tokens"], self._end_ids())
         if "gradients" in batch:
-            return {GRADIENT_NORM: gradient_norms(self.policy, self._scorer(), batch, self.evaluation.scoring.eos_id)}
+            return {GRADIENT_NORM: gradient_norms(self.policy, self._scorer(), batch)}
         return self.evaluation.score(self._scorer()({"rows": batch})["rows"], batch)
 
     def _end_ids(self) -> list[int]:
         """Tokens that end an answer."""
         own = getattr(self.policy.generation_config, "eos_token_id", None)
-        known = [self._data.eos_id, *(own if isinstance(own, list) else [own])]
+        known = [*self._data.end_ids, *(own if isinstance(own, list) else [own])]
         return sorted({token for token in known if token is not None})
 
     def _finish_evaluation(self, prefix: str) -> None:

@@ -4,18 +4,19 @@ A benchmark is a subclass that says which rows are trained on and what is measur
 """
 
 from abc import abstractmethod
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
 
 from simnpo_pl.benchmarks.paired import PairedData
+from simnpo_pl.data.conversation import AnswerEnd
 from simnpo_pl.data.sources import hub_file
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
 from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
-from simnpo_pl.evaluation.scoring import Scoring
 from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log
 from simnpo_pl.models import context_length, load_tokenizer
 
@@ -32,6 +33,10 @@ class UnlearningData(PairedData):
         system_prompt: System message, where the chat template is used; null for that template's own.
         chat_date: Date that chat templates write into the prompt, such as "26 Jul 2024"; fixed, so that results
             do not change by day.
+        chat_template_kwargs: Variables of the chat template, such as {"enable_thinking": false}.
+        answer_end: What ends an answer and is scored with it, where the chat template is used: `turn` writes the whole
+            conversation by the template and takes what it ends an answer with; `eos` puts the tokenizer's end-of-sequence
+            token right after the answer.
         max_length: Longest sequence, tokens; null takes the limit of tokenizer and model.
         truncate: Whether longer sequences are cut at the end of the answer instead of being refused.
         forget_rows: Rows the objective is applied to, by their place in the forget set from 0; null for all.
@@ -45,6 +50,8 @@ class UnlearningData(PairedData):
         template: str | None = None,
         system_prompt: str | None = None,
         chat_date: str = CHAT_DATE_STRING,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        answer_end: AnswerEnd = "turn",
         max_length: int | None = None,
         truncate: bool = False,
         forget_rows: list[int] | None = None,
@@ -56,6 +63,8 @@ class UnlearningData(PairedData):
         self.template = template
         self.system_prompt = system_prompt
         self.chat_date = chat_date
+        self.chat_template_kwargs = chat_template_kwargs
+        self.answer_end = answer_end
         self.max_length = max_length
         self.truncate = truncate
         self.forget_rows = forget_rows
@@ -100,6 +109,8 @@ class UnlearningData(PairedData):
             self.truncate,
             system_prompt=self.system_prompt,
             date=self.chat_date,
+            answer_end=self.answer_end,
+            chat_template_kwargs=self.chat_template_kwargs,
         )
 
     def context(self) -> int | None:
@@ -112,12 +123,13 @@ class UnlearningData(PairedData):
     @property
     def pad_id(self) -> int:
         """Any id of the vocabulary; padding is masked by length, never recognised by its id."""
-        return self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_id
+        known = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if known is None else known)
 
     @property
-    def eos_id(self) -> int:
-        """End-of-sequence id."""
-        return int(self.tokenizer.eos_token_id)
+    def end_ids(self) -> Collection[int]:
+        """Tokens that end an answer, known once the answers are tokens."""
+        return self.encoder.end_ids
 
     def token_rows(self, parts: tuple[str, ...]) -> dict[str, list[TokenRow]]:
         """The rows to train on, in tokens."""
@@ -129,7 +141,7 @@ class UnlearningData(PairedData):
     def make_evaluation(self) -> Evaluation:
         """The splits and metrics to measure."""
         made = self.build_evaluation(self.encoder)
-        made.scoring = Scoring(self.eos_id, self.eval.min_k)
+        made.min_k = self.eval.min_k
         return made
 
     def forget_lengths(self) -> list[int]:

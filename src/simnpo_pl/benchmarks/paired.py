@@ -4,6 +4,7 @@ It knows no text and no tokenizer, and no model.
 """
 
 from abc import abstractmethod
+from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as pl
@@ -113,9 +114,9 @@ class PairedData(pl.LightningDataModule):
         return 0
 
     @property
-    def eos_id(self) -> int | None:
-        """Token that ends an answer; None where nothing is generated."""
-        return None
+    def end_ids(self) -> Collection[int]:
+        """Tokens that end an answer; empty where nothing is generated."""
+        return ()
 
     @property
     def train_rows(self) -> int:

@@ -89,7 +89,7 @@ def qa_set(
         texts=[{"question": row["question"], "answer": row["answer"]} for row in rows],
         answers=answers,
         metrics=metrics,
-        generation=Generation(prompts, options.max_new_tokens, fluency=fluency),
+        generation=Generation(prompts, options.max_new_tokens, encode.finish, fluency=fluency),
         has_paraphrase=paraphrased,
     )
 

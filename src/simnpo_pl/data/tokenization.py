@@ -6,14 +6,13 @@ offsets then say which tokens hold the answer.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from simnpo_pl.data.conversation import Conversation
+from simnpo_pl.data.conversation import AnswerEnd, ChatTemplate, Conversation, Placed, parse_date
 from simnpo_pl.errors import UserError
 
 IGNORE_INDEX = -100
@@ -34,10 +33,12 @@ class TokenRow:
         input_ids: Ids of the whole sequence, T of them.
         labels: For each of the T positions the id itself where it is scored, else IGNORE_INDEX. The labels
             are not shifted: a scored id is predicted from the ids before it.
+        end: Number of scored ids that end the answer, the last ones; 0 where it was cut, and for plain text.
     """
 
     input_ids: list[int]
     labels: list[int]
+    end: int = 0
 
     @property
     def length(self) -> int:
@@ -57,15 +58,16 @@ class PromptTemplate:
     Args:
         tokenizer: A fast tokenizer (one that reports character offsets) with an end-of-sequence token.
         template: Text with `{question}` and, at its end, `{answer}`, each once; other braces are literal.
-            None takes the tokenizer's chat template, told the day `date`, or PLAIN_TEMPLATE when it has none.
-        max_length: Most tokens a sequence may have, end-of-sequence included; None sets no limit.
+            None takes the tokenizer's chat template, or PLAIN_TEMPLATE when it has none.
+        max_length: Most tokens a sequence may have, the end of the answer included; None sets no limit.
         truncate: Cut the answers of longer sequences at the end instead of refusing the data.
-        system_prompt: System message, where the chat template is used and a conversation has none of its own; None
-            leaves it to that template.
-        date: Day told to the chat template, such as "26 Jul 2024".
+        system_prompt: See `ChatTemplate`, as the following.
+        date: Day such as "26 Jul 2024".
+        answer_end: What ends an answer; without a chat template always the end-of-sequence token.
+        chat_template_kwargs: Variables of the chat template.
 
     Raises:
-        UserError: The tokenizer, the template or the date does not qualify, or `max_length` is below 1.
+        UserError: The tokenizer, the template or an option does not qualify, or `max_length` is below 1.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class PromptTemplate:
         truncate: bool = False,
         system_prompt: str | None = None,
         date: str = CHAT_DATE_STRING,
+        answer_end: AnswerEnd = "turn",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         kind = type(tokenizer).__name__
         if not tokenizer.is_fast:
@@ -84,114 +88,99 @@ class PromptTemplate:
             raise UserError(f"the tokenizer ({kind}) has no end-of-sequence token: set its eos_token")
         if max_length is not None and max_length < 1:
             raise UserError(f"max_length must be at least 1 token, got {max_length}: raise it or leave it out")
+        parse_date(date)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncate = truncate
-        self.system_prompt = system_prompt
-        self.date = date
-        self._chat_template: str | None = None
-        day = _parse_date(date)
+        self.chat: ChatTemplate | None = None
         if template is None and tokenizer.chat_template is not None:
-            # Templates may call this function even when given a date.
-            self._chat_template = re.sub(
-                r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
-                lambda match: repr(day.strftime(match[2])),
-                tokenizer.get_chat_template(),
-            )
+            self.chat = ChatTemplate(tokenizer, date, system_prompt, chat_template_kwargs, answer_end)
+        elif chat_template_kwargs:
+            raise UserError("--data.chat_template_kwargs: no chat template is used here; leave it out")
         self._template = PLAIN_TEMPLATE if template is None else template
         self._before, self._between = _split_template(self._template)
+        self.end_ids = {int(tokenizer.eos_token_id)}
 
     @property
     def description(self) -> str:
         """The form of the prompt in a few words, for logs."""
-        if self._chat_template is not None:
-            system = "" if self.system_prompt is None else f", system prompt {self.system_prompt!r}"
-            return f"the tokenizer's chat template, dated {self.date}{system}"
-        return f"template {self._template!r}"
+        return f"template {self._template!r}" if self.chat is None else self.chat.description
+
+    def finish(self, generated: str) -> str:
+        """A generated answer without what follows a turn's end of ordinary text, at which no generation stops."""
+        ordinary = self.chat is not None and self.chat.end_id is None and self.chat.end
+        return (generated.split(ordinary)[0] if ordinary else generated).strip()
 
     def encode(self, question: str, answer: str) -> TokenRow:
         """Encodes one pair; see `encode_rows`."""
         return self.encode_rows([(question, answer)], "given")[0]
 
     def encode_rows(self, pairs: Sequence[tuple[str, str]], name: str) -> list[TokenRow]:
-        """Encodes pairs: scored are every token that holds a character of the answer and one end-of-sequence.
+        """Encodes pairs: scored are every token that holds a character of the answer and those that end it.
 
         Args:
             pairs: Questions, or conversations, with their answers.
             name: What the rows are called in messages, such as "forget".
 
         Returns:
-            One row per pair, in order. A truncated row has no end-of-sequence.
+            One row per pair, in order. A truncated row has no end.
 
         Raises:
-            UserError: An answer yields no token or holds the end-of-sequence token, a prompt is empty, or a
-                sequence is longer than `max_length` (with `truncate`: its prompt alone fills that length).
+            UserError: An answer yields no token or holds one that ends answers, a prompt is empty, the chat template
+                refuses a row, or a sequence is longer than `max_length` (with `truncate`: its prompt alone fills it).
         """
         if not pairs:
             return []
         wheres = [f"{name} row {i}, counted from 0 (question {q[:80]!r})" for i, (q, _) in enumerate(pairs)]
-        prompts = [self._prompt(question, where) for (question, _), where in zip(pairs, wheres, strict=True)]
-        texts = [prompt + answer for prompt, (_, answer) in zip(prompts, pairs, strict=True)]
-        for text, where in zip(texts, wheres, strict=True):
+        placed = [self._place(*pair, where) for pair, where in zip(pairs, wheres, strict=True)]
+        for (text, _, _), where in zip(placed, wheres, strict=True):
             check_unicode(text, where)
+        if self.chat is not None and self.chat.end_id is not None:
+            self.end_ids.add(self.chat.end_id)
         encoded = self.tokenizer(
-            texts,
+            [text for text, _, _ in placed],
             # The text of a chat template carries its own special tokens.
-            add_special_tokens=self._chat_template is None,
+            add_special_tokens=self.chat is None,
             return_offsets_mapping=True,
             padding=False,
             truncation=False,
             verbose=False,
         )
-        parts = zip(encoded["input_ids"], encoded["offset_mapping"], map(len, prompts), wheres, strict=True)
+        parts = zip(encoded["input_ids"], encoded["offset_mapping"], placed, wheres, strict=True)
         return self._limit([self._label(*part) for part in parts], name)
 
-    def _prompt(self, question: str, where: str) -> str:
-        """All text before the answer."""
-        several = isinstance(question, Conversation)
-        if self._chat_template is None:
-            if several:
-                raise UserError(
-                    f"{where}: a conversation needs a chat template; leave out --data.template, or give a tokenizer "
-                    "that has one"
-                )
-            return self._before + question + self._between
-        messages = question.messages if isinstance(question, Conversation) else (("user", question),)
-        if self.system_prompt is not None and messages[0][0] != "system":
-            messages = (("system", self.system_prompt), *messages)
-        from jinja2 import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in messages],
-                chat_template=self._chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-                date_string=self.date,
+    def _place(self, question: str, answer: str, where: str) -> Placed:
+        if self.chat is not None:
+            return self.chat.place(question, answer, where)
+        if isinstance(question, Conversation):
+            raise UserError(
+                f"{where}: a conversation needs a chat template; leave out --data.template, or give a tokenizer "
+                "that has one"
             )
-        except TemplateError as error:
-            raise UserError(f"{where}: the chat template refuses these messages ({error}); mend the row") from error
-        assert isinstance(text, str)
-        return text
+        prompt = self._before + question + self._between
+        return Placed(prompt + answer, len(prompt), len(prompt + answer))
 
-    def _label(self, ids: list[int], offsets: Sequence[tuple[int, int]], answer_start: int, where: str) -> TokenRow:
-        """Cuts off what follows the answer, adds the end-of-sequence and marks what is scored.
+    def _label(self, ids: list[int], offsets: Sequence[tuple[int, int]], placed: Placed, where: str) -> TokenRow:
+        """Cuts off what follows the answer, adds the end-of-sequence unless the text has an end, marks what is scored.
 
         A token holds part of the answer exactly when it ends after the answer starts. Its own start says
         less: some tokenizers trim leading spaces from offsets, down to an empty span. Special tokens added
         around the text have the span (0, 0).
         """
-        held = [index for index, (_, end) in enumerate(offsets) if end > answer_start]
-        if not held:
+        held = [index for index, (_, end) in enumerate(offsets) if end > placed.start]
+        end = sum(offsets[index][0] >= placed.stop and offsets[index][1] > placed.stop for index in held)
+        if len(held) == end:
             raise UserError(f"{where}: the tokenizer makes no token of the answer; mend or remove the row")
         first, last = held[0], held[-1]
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if eos in ids[first : last + 1]:
+        if found := self.end_ids.intersection(ids[first : last + 1 - end]):
             raise UserError(
-                f"{where}: the answer holds the end-of-sequence token {self.tokenizer.eos_token!r}, which is "
-                "added by itself; remove it from the text"
+                f"{where}: the answer holds the end-of-sequence token "
+                f"{self.tokenizer.convert_ids_to_tokens(min(found))!r}, which is added by itself; remove it from the text"
             )
-        ids = [*ids[: last + 1], eos]
+        ids = ids[: last + 1]
+        if placed.stop == len(placed.text):
+            ids, end = [*ids, self.tokenizer.eos_token_id], 1
+        bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             # The template spells out the token that the tokenizer adds as well.
             ids, first = ids[1:], first - 1
@@ -200,7 +189,7 @@ class PromptTemplate:
                 f"{where}: no token stands before the answer, so its first token cannot be scored; "
                 "put text before {answer} in the template"
             )
-        return TokenRow(ids, [IGNORE_INDEX] * first + ids[first:])
+        return TokenRow(ids, [IGNORE_INDEX] * first + ids[first:], end)
 
     def _limit(self, rows: list[TokenRow], name: str) -> list[TokenRow]:
         """Refuses or cuts rows longer than the limit."""
@@ -220,14 +209,8 @@ class PromptTemplate:
                     f"{name} row {index}, counted from 0: the prompt alone has {len(row.prompt_ids)} tokens, "
                     f"which leaves no room within max_length = {limit}: raise it or remove the row"
                 )
-        return [TokenRow(row.input_ids[:limit], row.labels[:limit]) for row in rows]
-
-
-def _parse_date(date: str) -> datetime:
-    try:
-        return datetime.strptime(date, "%d %b %Y")
-    except ValueError:
-        raise UserError(f'--data.chat_date must be a day such as "{CHAT_DATE_STRING}", got {date!r}') from None
+        lefts = [max(row.end - max(len(row.input_ids) - limit, 0), 0) for row in rows]
+        return [TokenRow(r.input_ids[:limit], r.labels[:limit], end) for r, end in zip(rows, lefts, strict=True)]
 
 
 def _split_template(template: str) -> tuple[str, str]:

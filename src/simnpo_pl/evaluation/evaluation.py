@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.fluency import FLUENCY
 from simnpo_pl.evaluation.plan import EvalSet
-from simnpo_pl.evaluation.scoring import ON_DEMAND, Scoring, score_rows
+from simnpo_pl.evaluation.scoring import ON_DEMAND, score_rows
 from simnpo_pl.logprobs import AnswerStates
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.functional import ROUGE
@@ -61,7 +61,7 @@ class Evaluation:
         decode: Turns generated token ids into text.
 
     Attributes:
-        scoring: How answers are scored.
+        min_k: Part of the tokens that Min-K% and Min-K%++ average.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Evaluation:
         self.sets = sets
         self.summary = dict(summary)
         self.unavailable = dict(unavailable)
-        self.scoring = Scoring()
+        self.min_k = 0.4
         self._decode = decode
         self._raw = [_RawScores(len(part.texts), part.kinds) for part in sets]
         self._texts: dict[tuple[int, int], str] = {}
@@ -101,7 +101,7 @@ class Evaluation:
             # Scores of one split alone are of no use, and some of them cost a backward pass a row.
             kept = [replace(part, scores={}) for part in kept]
         result = type(self)(kept, self.summary, self.unavailable, self._decode)
-        result.scoring = self.scoring
+        result.min_k = self.min_k
         result._withhold(dropped, "it rests on splits that --eval.splits leaves out")
         return result
 
@@ -142,7 +142,7 @@ class Evaluation:
             states: Scored positions of the answers.
             batch: As `scoring_batches` makes it.
         """
-        return score_rows(states, self.scoring, self._wanted(batch))
+        return score_rows(states, batch["end"], self.min_k, self._wanted(batch))
 
     def _wanted(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rows `(B,)` of a batch that have a reader of a score made on demand; scores without any are left out."""

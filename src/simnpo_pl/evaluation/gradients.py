@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from simnpo_pl.errors import UserError
-from simnpo_pl.evaluation.scoring import without_eos
+from simnpo_pl.evaluation.scoring import without_end
 from simnpo_pl.logprobs import Scorer
 
 GRADIENT_NORM = "gradient_norm"
 
 
-def gradient_norms(model: Any, scorer: Scorer, rows: Mapping[str, Tensor], eos_id: int | None) -> Tensor:
+def gradient_norms(model: Any, scorer: Scorer, rows: Mapping[str, Tensor]) -> Tensor:
     """Size of each answer's gradient with respect to the weights.
 
     Every weight counts, whether it is trained or not, and the model is in eval mode, so the number depends on the
@@ -23,8 +23,8 @@ def gradient_norms(model: Any, scorer: Scorer, rows: Mapping[str, Tensor], eos_i
     Args:
         model: Causal language model; its gradients, modes and flags are left as they were.
         scorer: Scores rows with that model.
-        rows: `input_ids`, `labels` and `attention_mask` `(B, T)`.
-        eos_id: Id of the EOS, which is left out of the loss; None where rows have none.
+        rows: `input_ids`, `labels` and `attention_mask` `(B, T)`; and `end` `(B,)`, the number of tokens that end each
+            answer, which are left out of the loss.
 
     Returns:
         `(B,)` mean over the parameter tensors of the L2 norm of the gradient of the row's mean loss, nats per token.
@@ -49,7 +49,7 @@ def gradient_norms(model: Any, scorer: Scorer, rows: Mapping[str, Tensor], eos_i
                 # Copies, because tensors made in inference mode cannot take part in a backward pass.
                 one = {name: rows[name][row : row + 1, :width].clone() for name in _NAMES}
                 states = scorer({"row": one})["row"]
-                loss = -states.token_logps()[without_eos(states, eos_id)].mean()
+                loss = -states.token_logps()[without_end(states, rows["end"][row : row + 1])].mean()
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
                 sizes = [gradient.float().norm() for gradient in found if gradient is not None]
                 norms.append(torch.stack(sizes).mean().detach())

@@ -20,13 +20,15 @@ class AnswerLosses(pl.LightningDataModule):
     Args:
         sets: The splits; of each row the first answer is scored.
         eval: Options of the evaluation.
-        eos_id: Id of the EOS.
         pad_id: Token id that fills rows up.
     """
 
-    def __init__(self, sets: Sequence[EvalSet], eval: EvalOptions, eos_id: int, pad_id: int) -> None:
+    end_ids = frozenset[int]()
+    """Nothing is generated."""
+
+    def __init__(self, sets: Sequence[EvalSet], eval: EvalOptions, pad_id: int) -> None:
         super().__init__()
-        self.eval, self.eos_id, self.pad_id = eval, eos_id, pad_id
+        self.eval, self.pad_id = eval, pad_id
         answers = [EvalSet(part.name, part.texts, [rows[:1] for rows in part.answers], {}) for part in sets]
         self._evaluation = Evaluation(answers, {}, {}, str)
 

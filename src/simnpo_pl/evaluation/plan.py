@@ -82,7 +82,7 @@ def plan_digest(sets: Sequence[EvalSet]) -> str:
         if part.generation is not None:
             digest.update(f"{part.generation.prompts} {part.generation.max_new_tokens}".encode())
         for answers in part.answers:
-            digest.update(repr([(row.input_ids, row.labels) for row in answers]).encode())
+            digest.update(repr([(row.input_ids, row.labels, row.end) for row in answers]).encode())
     return digest.hexdigest()
 
 
@@ -137,7 +137,7 @@ def scoring_batches(sets: Sequence[EvalSet], tokens: int, pad_id: int) -> list[d
     """All answers of all splits, longest first, in batches of at most `tokens` tokens.
 
     Returns:
-        Batches with `input_ids`, `labels`, `attention_mask` `(B, T)` and `set`, `index`, `kind` `(B,)`.
+        Batches with `input_ids`, `labels`, `attention_mask` `(B, T)` and `set`, `index`, `kind`, `end` `(B,)`.
     """
     flat = [
         (s, i, k, row)
@@ -163,6 +163,7 @@ def scoring_batches(sets: Sequence[EvalSet], tokens: int, pad_id: int) -> list[d
             "set": torch.tensor([item[0] for item in batch]),
             "index": torch.tensor([item[1] for item in batch]),
             "kind": torch.tensor([item[2] for item in batch]),
+            "end": torch.tensor([item[3].end for item in batch]),
         }
         for batch in batches
     ]
@@ -183,6 +184,7 @@ def gradient_batches(sets: Sequence[EvalSet], pad_id: int) -> list[dict[str, Any
             "set": torch.tensor([number]),
             "index": torch.tensor([index]),
             "kind": torch.tensor([0]),
+            "end": torch.tensor([row.end]),
             "gradients": True,
         }
         for number, index, row in flat

@@ -1,7 +1,6 @@
 """Per-row scores of one forward pass: everything teacher forcing says of an answer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,37 +12,27 @@ MIN_K, MIN_K_PLUS_PLUS = ON_DEMAND = ("min_k", "min_k_plus_plus")
 """Scores that are made only for the rows where they are read."""
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """How answers are scored.
-
-    Args:
-        eos_id: Id of the EOS that ends an answer, unless it was cut; None where rows have none.
-        min_k: Part of the tokens that Min-K% and Min-K%++ average.
-    """
-
-    eos_id: int | None = None
-    min_k: float = 0.4
-
-
 @torch.no_grad()
-def score_rows(states: AnswerStates, scoring: Scoring, wanted: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def score_rows(
+    states: AnswerStates, ends: Tensor, min_k: float = 0.4, wanted: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Scores of B answers.
 
     Args:
         states: Scored positions of the answers.
-        scoring: How.
+        ends: `(B,)` number of tokens that end each answer, see `TokenRow.end`.
+        min_k: Part of the tokens that Min-K% and Min-K%++ average.
         wanted: Name of a score on demand to the rows `(B,)` bool where it is read.
 
     Returns:
-        `nll` `(B,)`, nats per token with the EOS; and without the EOS `exact_memorization` and `extraction_strength`
+        `nll` `(B,)`, nats per token with the end; and without the end `exact_memorization` and `extraction_strength`
         `(B,)`, shares of the answer's tokens, and where wanted `min_k` and `min_k_plus_plus` `(B,)`, see
         `metrics.functional.lowest_share`. Where `nll` is not finite, the others are NaN.
     """
     wanted = wanted or {}
     tokens = states.token_scores(wanted.get(MIN_K_PLUS_PLUS))
     nll = -states.sum_rows(tokens.logps) / states.lengths()
-    kept = without_eos(states, scoring.eos_id)
+    kept = without_end(states, ends)
     lengths = states.sum_rows(kept.float()).long().tolist()
 
     def by_row(function: Callable[[Tensor], float], values: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -53,7 +42,7 @@ def score_rows(states: AnswerStates, scoring: Scoring, wanted: Mapping[str, Tens
         return nll.new_tensor(scores).masked_fill(~nll.isfinite(), torch.nan)
 
     def lowest(values: Tensor) -> float:
-        return lowest_share(values, scoring.min_k)
+        return lowest_share(values, min_k)
 
     scores = {
         "nll": nll,
@@ -66,6 +55,7 @@ def score_rows(states: AnswerStates, scoring: Scoring, wanted: Mapping[str, Tens
     return scores
 
 
-def without_eos(states: AnswerStates, eos_id: int | None) -> Tensor:
-    """`(S,)` bool, the scored positions other than the EOS."""
-    return torch.ones_like(states.labels, dtype=torch.bool) if eos_id is None else states.labels != eos_id
+def without_end(states: AnswerStates, ends: Tensor) -> Tensor:
+    """`(S,)` bool, the scored positions other than the last `ends` `(B,)` of each row."""
+    stops = states.lengths().long().cumsum(0) - ends
+    return torch.arange(len(states.rows), device=stops.device) < stops[states.rows]
