@@ -119,6 +119,18 @@ def test_rows(cli_error: Error, data_folder: Path, tmp_path: Path):
         assert message in cli_error("fit", "--run_dir", str(tmp_path / "run"), "--data.path", path)
 
 
+def test_rows_to_measure_are_checked_like_those_to_train_on(cli_error: Error, data_folder: Path, tmp_path: Path):
+    forget, retain = rows_of(data_folder, "forget10_perturbed"), rows_of(data_folder, "retain_perturbed")
+    cases = {
+        "forget10_perturbed rows 2 and ": {"forget10_perturbed": [*forget, forget[2]]},
+        "forget rows are also retain rows": {"retain_perturbed": [*retain, forget[1]]},
+        "holdout rows 0 and 1, counted from 0, have the same": {"holdout": [{"question": "Q?", "answer": "a"}] * 2},
+    }
+    for number, (message, changed) in enumerate(cases.items()):
+        path = copy_data(data_folder, tmp_path / str(number), **changed)
+        assert message in cli_error("test", "--data.path", path, "--data.holdout", "holdout" if number == 2 else "null")
+
+
 def test_perturbed_answers_differ_in_number(cli_error: Error, data_folder: Path, tmp_path: Path):
     rows = rows_of(data_folder, "retain_perturbed")
     rows[3]["perturbed_answer"] = rows[3]["perturbed_answer"][:2]

@@ -44,7 +44,8 @@ PLAIN_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n### End\n{% e
 NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 THINKING = CHATML.replace(
     "{{ m.content }}",
-    "{{ '<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' and '<think>' not in m.content }}{{ m.content }}",
+    "{{ '<think>\n\n</think>\n\n' if loop.last and m.role == 'assistant' and '<think>' not in m.content }}"
+    "{{ m.content }}",
 ).replace(
     "assistant\n{% endif %}",
     "assistant\n{{ '<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking }}{% endif %}",
@@ -76,8 +77,8 @@ def split_text(tokenizer: Any, row: TokenRow) -> tuple[str, str, str]:
 @pytest.mark.parametrize(
     ("template", "eos", "prompt", "answer", "end", "stops"),
     [
-        (GEMMA, "</s>", "<s><start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n", "It is A.", "<end_of_turn>",
-         {"</s>", "<end_of_turn>"}),
+        (GEMMA, "</s>", "<s><start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n", "It is A.",
+         "<end_of_turn>", {"</s>", "<end_of_turn>"}),
         (PHI3, "</s>", "<|user|>\nWho?<|end|>\n<|assistant|>\n", " It is A.\n", "<|end|>", {"</s>", "<|end|>"}),
         (CHATML, "</s>", "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n", " It is A.\n", "<|im_end|>",
          {"</s>", "<|im_end|>"}),
@@ -91,7 +92,7 @@ def split_text(tokenizer: Any, row: TokenRow) -> tuple[str, str, str]:
         (THINKING, "</s>", f"<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n{THOUGHT}", " It is A.\n",
          "<|im_end|>", {"</s>", "<|im_end|>"}),
     ],
-    ids=["Gemma", "Phi-3", "ChatML", "Llama-3", "Llama-2", "no generation prompt", "ordinary text", "no end", "thinking"],
+    ids=["Gemma", "Phi-3", "ChatML", "Llama-3", "Llama-2", "no prompt", "ordinary text", "no end", "thinking"],
 )  # fmt: skip
 def test_an_answer_ends_as_in_the_whole_conversation(
     template: str, eos: str, prompt: str, answer: str, end: str, stops: set[str]
@@ -133,10 +134,11 @@ def test_conversations_of_several_turns_and_thoughts():
     tokenizer = chat_tokenizer(THINKING)
     turns = Conversation([("system", "Be brief."), ("user", "Hi."), ("assistant", "Yes?"), ("user", "Who?")])
     prompt, answer, end = split_text(tokenizer, PromptTemplate(tokenizer).encode(turns, "A."))
-    assert prompt.endswith(f"assistant\nYes?<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n{THOUGHT}")
+    assert prompt.endswith(f"Yes?<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n{THOUGHT}")
     assert (answer, end) == ("A.", "<|im_end|>")
     # A thought of its own stands where the template writes an empty one, and is scored.
-    prompt, answer, end = split_text(tokenizer, PromptTemplate(tokenizer).encode("Who?", "<think>\nHm.\n</think>\n\nA."))
+    row = PromptTemplate(tokenizer).encode("Who?", "<think>\nHm.\n</think>\n\nA.")
+    prompt, answer, end = split_text(tokenizer, row)
     assert prompt.endswith("<|im_start|>assistant\n")
     assert (answer, end) == ("<think>\nHm.\n</think>\n\nA.", "<|im_end|>")
 
@@ -170,12 +172,12 @@ def test_variables_of_the_template():
         (CHATML, {"chat_template_kwargs": {"date_string": "1 Jan 2020"}}, "'date_string' is set by other options"),
         (CHATML, {"chat_template_kwargs": {"add_generation_prompt": False}}, "'add_generation_prompt' is set by other"),
         (None, {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: no chat template is used here"),
-        ("{{ messages[0].content }}", {}, "the chat template leaves out the assistant's messages; set --data.answer_end"),
-        (CHATML.replace("assistant\n{%", "assistant\n<think>{%"), {}, r"the chat template goes on with '<think>' where an "
-         r"answer is asked for, and with 'An answer.<|im_end|>\\n' where it is given; make them agree with --data"),
+        ("{{ messages[0].content }}", {}, "the chat template leaves out the assistant's messages; set"),
+        (CHATML.replace("assistant\n{%", "assistant\n<think>{%"), {}, r"the chat template goes on with '<think>' where "
+         r"an answer is asked for, and with 'An answer.<|im_end|>\\n' where it is given; make them agree with --data"),
         (CHATML.replace("m.content", "m.content | upper"), {}, "the chat template leaves out the assistant's messages"),
-        (CHATML.replace("m.content", "m.content | replace('It', 'She')"), {}, r"forget row 0, counted from 0 \(question "
-         r"'Who\?'\): the chat template changes the answer, to 'She is A."),
+        (CHATML.replace("m.content", "m.content | replace('It', 'She')"), {}, r"forget row 0, counted from 0 \(quest"
+         r"ion 'Who\?'\): the chat template changes the answer, to 'She is A."),
         (GEMMA, {}, r"forget row 1, .*: the answer holds the end-of-sequence token '<end_of_turn>'"),
     ],
 )  # fmt: skip

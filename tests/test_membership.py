@@ -221,9 +221,7 @@ def test_gradient_norm_of_an_adapter_is_that_of_the_merged_model(model_folder: P
     beside = gradient_norms(model, Scorer(model), token_rows())
     assert [name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name] == []
     merged = model.merge_and_unload()
-    assert beside.tolist() == pytest.approx(
-        gradient_norms(merged, Scorer(merged), token_rows()).tolist(), rel=1e-4
-    )
+    assert beside.tolist() == pytest.approx(gradient_norms(merged, Scorer(merged), token_rows()).tolist(), rel=1e-4)
 
 
 @pytest.mark.parametrize("split", ["forget", "holdout"])

@@ -28,7 +28,8 @@ from simnpo_pl.evaluation.options import EvalOptions
 ROOT = Path(__file__).parents[1]
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    "[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] "
+    "{{ '[no thought] ' if enable_thinking is defined and not enable_thinking }}{% endif %}"
 )
 
 
@@ -83,6 +84,24 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path):
     assert len(load_table(str(folder), "--data.forget")) == 1
     (tmp_path / "t.txt").write_text("One.\n\nTwo.\n")
     assert load_table(str(tmp_path / "t.txt"), "--data.forget") == [{"text": "One."}, {"text": "Two.\n"}]
+
+
+def test_csv_is_text_in_a_folder_too(tmp_path: Path):
+    """Left to itself the `datasets` package makes numbers, booleans and nothing of such answers."""
+    rows = [{"question": "When?", "answer": answer} for answer in ("1984", "007", "1e3", "NA", "null", "True")]
+    for folder, answers in (("numbers", rows[:3]), ("names", rows[3:5]), ("all", rows)):
+        (tmp_path / folder).mkdir()
+        text = "".join(f"{row['question']},{row['answer']}\n" for row in answers)
+        (tmp_path / folder / "train.csv").write_text("question,answer\n" + text)
+        assert load_table(str(tmp_path / folder), "--data.forget") == answers
+        assert load_table(f"{tmp_path / folder}:train[1:]", "--data.forget") == answers[1:]
+        assert load_table(str(tmp_path / folder / "train.csv"), "--data.forget") == answers
+
+
+def test_numbers_of_json_lines_are_refused(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"question": "When?", "answer": 1984}\n')
+    with pytest.raises(UserError, match=r"a.jsonl row 0, counted from 0: expected text as answer, got 1984"):
+        Columns().read(load_table(str(tmp_path / "a.jsonl"), "--data.forget"), str(tmp_path / "a.jsonl"))
 
 
 def test_a_field_longer_than_the_csv_module_takes_by_default(tmp_path: Path):
@@ -270,7 +289,8 @@ def test_what_is_measured_follows_from_the_rows(model_folder: Path, tmp_path: Pa
     assert set(text.names()) == keep | {"forget/nll", "forget/exact_memorization", "forget/extraction_strength"}
     assert text.unavailable["forget/truth_ratio"] == "plain text has no wrong answers"
     assert len(text.sets[0].texts) == 1
-    rows = evaluation(model_folder, forget=str(tmp_path / "t.txt"), retain=str(tmp_path / "t.txt"), rows="documents")
+    (tmp_path / "u.txt").write_text("A third is elsewhere.\n")
+    rows = evaluation(model_folder, forget=str(tmp_path / "t.txt"), retain=str(tmp_path / "u.txt"), rows="documents")
     assert [row["answer"] for row in rows.sets[0].texts] == ["One sentence is here.", "Another one is there.\n"]
     assert {"retain/nll"} == {name for name in rows.names() if name.startswith("retain")}
 
@@ -333,6 +353,12 @@ def cli_own(run_options: list[str], chat_folder: Path, tmp_path: Path) -> Callab
     [
         ({"holdout": "t.txt"}, "--data.holdout: expected the form of the forget rows"),
         ({"holdout": "a.jsonl"}, "2 of 2 forget rows are also holdout rows"),
+        ({"retain": "a.jsonl"}, "2 of 2 forget rows are also retain rows; the first is forget row 0 = retain row 0"),
+        ({"retain": "b.jsonl", "holdout": "b.jsonl"}, "1 of 1 retain rows are also holdout rows; the first"),
+        ({"forget": "twice.jsonl"}, "forget rows 0 and 1, counted from 0, have the same question and answer"),
+        ({"retain": "twice.jsonl", "retain_eval_rows": 1}, "retain rows 0 and 1, counted from 0, have the same"),
+        ({"holdout": "twice.jsonl"}, "holdout rows 0 and 1, counted from 0, have the same question and answer"),
+        ({"forget": "twice.txt", "rows": "documents"}, "forget rows 0 and 2, counted from 0, have the same text"),
         ({"forget": "t.txt", "holdout": "t.txt", "max_length": 8}, "2 of 2 forget rows are also holdout rows"),
         ({"retain_eval_rows": 0}, "--data.retain_eval_rows must be at least 1, or null for all, got 0"),
         ({"forget": "t.txt", "max_length": 1}, "blocks of text need at least 2 tokens"),
@@ -342,8 +368,11 @@ def cli_own(run_options: list[str], chat_folder: Path, tmp_path: Path) -> Callab
 def test_mistakes(model_folder: Path, tmp_path: Path, options: dict[str, Any], message: str):
     lines(tmp_path / "a.jsonl", *qa(1, 2))
     lines(tmp_path / "mixed.jsonl", *qa(1, **WRONG), *qa(2))
+    lines(tmp_path / "b.jsonl", *qa(3))
+    lines(tmp_path / "twice.jsonl", *qa(4, 4))
     (tmp_path / "t.txt").write_text("One sentence is here.\n\nAnother one is there.\n")
-    paths = {k: str(tmp_path / v) if isinstance(v, str) else v for k, v in {"forget": "a.jsonl", **options}.items()}
+    (tmp_path / "twice.txt").write_text("One.\n\n* * *\n\nOne.\n")
+    paths = {k: str(tmp_path / v) if "." in str(v) else v for k, v in {"forget": "a.jsonl", **options}.items()}
     with pytest.raises(UserError, match=message):
         evaluation(model_folder, **paths)
 

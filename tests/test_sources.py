@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from simnpo_pl.data.sources import (
     check_disjoint,
-    check_training_rows,
+    check_rows,
     load_jsonl,
     load_lines,
     load_split,
@@ -222,16 +222,22 @@ def test_unreadable_texts_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [{"question": "q", "answer": " "}, {"question": None, "answer": "a"}])
 def test_training_rows_without_text_are_refused(bad: dict) -> None:
     with pytest.raises(UserError, match=r"forget row 3, counted from 0: expected text as (question|answer), got"):
-        check_training_rows([*rows(3), bad], "forget")
+        check_rows([*rows(3), bad], "forget")
 
 
 def test_repeated_training_rows_are_refused() -> None:
     with pytest.raises(UserError, match="retain rows 1 and 3, counted from 0, have the same question and answer"):
-        check_training_rows([*rows(3), {"question": "q1 ", "answer": "a1"}], "retain")
+        check_rows([*rows(3), {"question": "q1 ", "answer": "a1"}], "retain")
+
+
+def test_repeated_texts_are_refused() -> None:
+    check_rows(["one", "two"], "forget")
+    with pytest.raises(UserError, match="forget rows 0 and 2, counted from 0, have the same text: remove one"):
+        check_rows(["one", "two", "one\n"], "forget")
 
 
 def test_one_question_may_have_two_answers() -> None:
-    check_training_rows([{"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}], "retain")
+    check_rows([{"question": "q", "answer": "a"}, {"question": "q", "answer": "b"}], "retain")
 
 
 def test_overlap_of_forget_and_retain_is_refused() -> None:
@@ -248,9 +254,13 @@ def test_the_real_tofu_splits_pass_every_check(forget: str, retain: str) -> None
     forget_rows = load_split(folder, f"forget{forget}", COLUMNS)
     retain_rows = load_split(folder, f"retain{retain}", COLUMNS)
     assert len(forget_rows) + len(retain_rows) == 4000
-    check_training_rows(forget_rows, "forget")
-    check_training_rows(retain_rows, "retain")
+    check_rows(forget_rows, "forget")
+    check_rows(retain_rows, "retain")
     check_disjoint(forget_rows, retain_rows, "retain")
+    measured = {name: load_split(folder, f"{name}_perturbed", COLUMNS) for name in (f"forget{forget}", "retain")}
+    for name, split in measured.items():
+        check_rows(split, name)
+    check_disjoint(*measured.values(), "retain")
     refusals = load_lines(f"{folder}/idontknow.jsonl")
     assert len(refusals) == 100
 

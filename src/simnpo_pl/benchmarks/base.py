@@ -34,9 +34,8 @@ class UnlearningData(PairedData):
         chat_date: Date that chat templates write into the prompt, such as "26 Jul 2024"; fixed, so that results
             do not change by day.
         chat_template_kwargs: Variables of the chat template, such as {"enable_thinking": false}.
-        answer_end: What ends an answer and is scored with it, where the chat template is used: `turn` writes the whole
-            conversation by the template and takes what it ends an answer with; `eos` puts the tokenizer's end-of-sequence
-            token right after the answer.
+        answer_end: What ends an answer and is scored with it, where the chat template is used: `turn` for what the
+            template itself writes there; `eos` for the tokenizer's end-of-sequence token.
         max_length: Longest sequence, tokens; null takes the limit of tokenizer and model.
         truncate: Whether longer sequences are cut at the end of the answer instead of being refused.
         forget_rows: Rows the objective is applied to, by their place in the forget set from 0; null for all.

@@ -1,12 +1,13 @@
 """Data of one's own: rows to forget, to retain and to hold out, in any form and from anywhere."""
 
+from itertools import combinations
 from typing import Any, Literal
 
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.membership import add_attacks, holdout_set
 from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, not_rated, qa_set, text_set
 from simnpo_pl.data.columns import Columns
-from simnpo_pl.data.sources import check_disjoint, load_lines
+from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines
 from simnpo_pl.data.tables import load_table
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate
@@ -67,6 +68,7 @@ class OwnData(UnlearningData):
 
     def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
         """Whatever the rows allow."""
+        self._check_disjoint()
         forget = self._set("forget", encode)
         sets = [forget]
         unavailable = {"model_utility": "it is defined by TOFU's real authors and world facts"}
@@ -87,7 +89,7 @@ class OwnData(UnlearningData):
             unavailable |= add_forget_quality(forget, log, str(self.sources["forget"]))
         else:
             unavailable |= dict.fromkeys(("forget/truth_ratio", "forget_quality"), self._no_ratio())
-        holdout = self._holdout(forget, encode)
+        holdout = self._holdout(encode)
         sets += [] if holdout is None else [holdout]
         attacks = add_attacks(forget, holdout, self.eval, log, self.reference_losses)
         unavailable |= attacks.unavailable
@@ -105,6 +107,9 @@ class OwnData(UnlearningData):
             table = load_table(source, option)
             found = self.columns.read(table, f"{option} {source}")
             texts = [row for row in found if isinstance(row, str)]
+            # Between the blank lines of a book, a line may well come again.
+            if not texts or self.rows == "documents":
+                check_rows(found, name)
             self._read[name] = Texts(texts, self.rows) if texts else [row for row in found if isinstance(row, dict)]
         return self._read[name]
 
@@ -115,18 +120,22 @@ class OwnData(UnlearningData):
             return text_set(name, rows, encode, most)
         return qa_set(name, name, rows[:most], encode, self.eval)
 
-    def _holdout(self, forget: EvalSet, encode: PromptTemplate) -> EvalSet | None:
+    def _holdout(self, encode: PromptTemplate) -> EvalSet | None:
         if self.sources["holdout"] is None:
             return None
         rows, forgotten = self._rows("holdout"), self._rows("forget")
         if isinstance(rows, Texts) != isinstance(forgotten, Texts):
             raise UserError("--data.holdout: expected the form of the forget rows; give both as plain text or neither")
         if isinstance(rows, Texts):
-            assert isinstance(forgotten, Texts)
-            check_disjoint(forgotten.documents, rows.documents, "holdout")
             return text_set("holdout", rows, encode)
-        check_disjoint(forget.texts, rows, "holdout")
         return holdout_set(rows, "holdout", encode)
+
+    def _check_disjoint(self) -> None:
+        """Refuses rows that are in two of the sources, trained on or not."""
+        given = {name: self._rows(name) for name, source in self.sources.items() if source is not None}
+        items = {name: rows.documents if isinstance(rows, Texts) else rows for name, rows in given.items()}
+        for one, other in combinations(items, 2):
+            check_disjoint(items[one], items[other], other, one)
 
     def _no_ratio(self) -> str:
         if isinstance(self._rows("forget"), Texts):

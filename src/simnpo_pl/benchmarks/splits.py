@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from simnpo_pl.data.sources import check_rows
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.errors import UserError
@@ -40,9 +41,10 @@ def qa_set(
             and world facts, instead of the answer's own.
 
     Raises:
-        UserError: A column does not hold texts, or rows differ in the columns or the number of perturbed answers they
-            have.
+        UserError: A column does not hold texts, a row is repeated, or rows differ in the columns or the number of
+            perturbed answers they have.
     """
+    check_rows(rows, split)
     _check_texts(rows, split)
     paraphrased = _all_or_none(rows, "paraphrased_answer", split)
     perturbed = _all_or_none(rows, "perturbed_answer", split)
@@ -158,14 +160,12 @@ def decode_with(tokenizer: Any) -> Any:
 
 def _check_texts(rows: Sequence[dict[str, Any]], split: str) -> None:
     for index, row in enumerate(rows):
-        for column in ("question", "answer", "paraphrased_answer"):
-            value = row.get(column)
-            optional = column == "paraphrased_answer" and not value
-            if not optional and not (isinstance(value, str) and value.strip()):
-                raise UserError(
-                    f"{split} row {index}, counted from 0: expected text as {column}, got {str(value)[:80]!r}; mend or "
-                    "remove the row"
-                )
+        value = row.get("paraphrased_answer")
+        if value and not (isinstance(value, str) and value.strip()):
+            raise UserError(
+                f"{split} row {index}, counted from 0: expected text as paraphrased_answer, got {str(value)[:80]!r}; "
+                "mend or remove the row"
+            )
         wrong = row.get("perturbed_answer") or []
         if not (isinstance(wrong, list) and all(isinstance(text, str) and text.strip() for text in wrong)):
             raise UserError(

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.membership import add_attacks, holdout_set, load_holdout
 from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, not_rated, qa_set
-from simnpo_pl.data.sources import hub_file, load_lines, load_split
+from simnpo_pl.data.sources import check_disjoint, check_rows, hub_file, load_lines, load_split
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.errors import UserError
@@ -101,8 +101,10 @@ class TofuData(UnlearningData):
 
     def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
         """The four splits with TOFU's metrics; forget quality where a retrained model is known."""
+        rows = {name: load_split(self.path, split, _columns(name)) for name, split in self.eval_splits.items()}
+        check_disjoint(rows["forget"], rows["retain"], "retain")
         sets = [
-            qa_set(name, split, load_split(self.path, split, _columns(name)), encode, self.eval, name in CHOICE)
+            qa_set(name, split, rows[name], encode, self.eval, name in CHOICE)
             for name, split in self.eval_splits.items()
         ]
         forget_split = self.eval_splits["forget"].replace("_perturbed", "")
@@ -117,8 +119,9 @@ class TofuData(UnlearningData):
         }
         holdout = None
         if self.holdout is not None:
-            rows = load_holdout(self.holdout, self.path, sets[0].texts)
-            holdout = holdout_set(rows, "holdout", encode)
+            held_out = load_holdout(self.holdout, self.path, sets[0].texts)
+            check_rows(held_out, "holdout")
+            holdout = holdout_set(held_out, "holdout", encode)
             sets.append(holdout)
         attacks = add_attacks(sets[0], holdout, self.eval, log, self.reference_losses)
         summary = {"model_utility": ModelUtility(parts), **attacks.metrics}

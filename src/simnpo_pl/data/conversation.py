@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -255,7 +255,7 @@ def parse_date(date: str) -> datetime:
 def _check_beginning(prompt: str, whole: str, where: str) -> None:
     """Refuses a conversation that does not begin with its prompt: a model would answer another text than is scored."""
     if not whole.startswith(prompt):
-        same = len(os.path.commonprefix([prompt, whole]))
+        same = next(place for place, (one, other) in enumerate(zip_longest(prompt, whole)) if one != other)
         raise UserError(
             f"{where}: the chat template goes on with {prompt[same:][:40]!r} where an answer is asked for, and with "
             f"{whole[same:][:40]!r} where it is given; make them agree with --data.chat_template_kwargs, or set "

@@ -48,10 +48,10 @@ def load_split(path: str, split: str, columns: Sequence[str]) -> list[dict[str, 
     for match in [_match_part(part.strip(), split) for part in split.split("+")]:
         found = _load_named(path, match["name"], _TEXT_SUFFIXES if "text" in columns else _SUFFIXES)
         _check_columns(found, columns, f"split {match['name']!r} of {path}")
-        start, stop = _bounds(match, len(found))
-        if start >= stop:
+        chosen = found[_slice(match, len(found))]
+        if not chosen:
             raise UserError(f"split {match[0]!r} selects no row: there are {len(found)}, counted from 0")
-        rows += found[start:stop]
+        rows += chosen
     return rows
 
 
@@ -78,47 +78,49 @@ def load_lines(file: str) -> list[str]:
     return lines
 
 
-def check_training_rows(rows: Sequence[Mapping[str, Any]], name: str) -> None:
+def check_rows(rows: Sequence[Mapping[str, Any] | str], name: str) -> None:
     """Refuses rows without text and repeated rows, which would silently weigh more than the others.
 
     Args:
-        rows: Rows with the columns `question` and `answer`.
+        rows: Rows with the columns `question` and `answer`, or plain texts.
         name: What the rows are called in messages, such as "forget".
 
     Raises:
-        UserError: A question or answer is not text or is blank, or two rows agree in both.
+        UserError: A question, an answer or a text is not text or is blank, or two rows agree, white space around the
+            texts aside.
     """
     seen: dict[tuple[str, str], int] = {}
     for index, row in enumerate(rows):
-        for column in ("question", "answer"):
-            value = row.get(column)
+        texts = {"text": row} if isinstance(row, str) else {c: row.get(c) for c in ("question", "answer")}
+        for column, value in texts.items():
             if not isinstance(value, str) or not value.strip():
                 where = f"{name} row {index}, counted from 0"
-                raise UserError(f"{where}: expected text as {column}, got {value!r}; mend or remove the row")
+                raise UserError(f"{where}: expected text as {column}, got {str(value)[:80]!r}; mend or remove the row")
         first = seen.setdefault(_pair(row), index)
         if first != index:
             where = f"{name} rows {first} and {index}, counted from 0,"
-            raise UserError(f"{where} have the same question and answer: remove one")
+            raise UserError(f"{where} have the same {' and '.join(texts)}: remove one")
 
 
 def check_disjoint(
-    forget: Sequence[Mapping[str, Any] | str], other: Sequence[Mapping[str, Any] | str], name: str
+    one: Sequence[Mapping[str, Any] | str], other: Sequence[Mapping[str, Any] | str], name: str, first: str = "forget"
 ) -> None:
     """Refuses data that would be forgotten and retained, or compared with itself.
 
     Args:
-        forget: Rows with the columns `question` and `answer`, or plain texts.
+        one: Rows with the columns `question` and `answer`, or plain texts.
         other: The same.
         name: What the other rows are, such as "retain".
+        first: What the first rows are.
 
     Raises:
-        UserError: A forget row is also among the others, white space around the texts aside.
+        UserError: A row is in both, white space around the texts aside.
     """
     kept = {_pair(row): index for index, row in reversed(list(enumerate(other)))}
-    shared = [(index, kept[_pair(row)]) for index, row in enumerate(forget) if _pair(row) in kept]
+    shared = [(index, kept[_pair(row)]) for index, row in enumerate(one) if _pair(row) in kept]
     if shared:
         raise UserError(
-            f"{len(shared)} of {len(forget)} forget rows are also {name} rows; the first is forget row "
+            f"{len(shared)} of {len(one)} {first} rows are also {name} rows; the first is {first} row "
             f"{shared[0][0]} = {name} row {shared[0][1]}, counted from 0; remove them from one of the sets"
         )
 
@@ -151,24 +153,49 @@ def _load_named(path: str, name: str, suffixes: Sequence[str]) -> list[dict[str,
 
 def _load_hub(path: str, name: str) -> list[dict[str, Any]]:
     """All rows of one configuration of a hub data set, of its split where one is named, else of its training split."""
+    configuration, _, split = name.partition("/")
+    failure = (
+        f"could not read split {name!r} of data set {path!r} from the Hugging Face hub, and there is no "
+        "local folder of that name"
+    )
+    advice = (
+        "check both names and the connection, or use local files with --data.path FOLDER; the run in configs/demo.yaml "
+        "needs no network"
+    )
+    return [dict(row) for row in load_data_set(path, configuration, split or "train", failure, advice)]
+
+
+def load_data_set(place: str, configuration: str | None, split: str | None, failure: str, advice: str) -> Any:
+    """A data set as the `datasets` package loads it, but the columns of CSV files as the text that they are.
+
+    Args:
+        place: Folder, or name on the hub.
+        configuration: One of its configurations.
+        split: One of its splits, which may be cut; None for all of them.
+        failure: What has failed, for messages.
+        advice: What to do, for messages.
+
+    Raises:
+        UserError: There is no such data set, or it cannot be loaded.
+    """
     import datasets
 
-    configuration, _, split = name.partition("/")
     try:
-        return [dict(row) for row in datasets.load_dataset(path, configuration, split=split or "train")]
+        found = datasets.load_dataset(place, configuration, split=split)
+        one = next(iter(found.values())) if isinstance(found, datasets.DatasetDict) else found
+        if getattr(one, "builder_name", None) == "csv":
+            # By itself it makes numbers of digits, and nothing of NA.
+            texts = datasets.Features(dict.fromkeys(one.column_names, datasets.Value("string")))
+            found = datasets.load_dataset(place, configuration, split=split, features=texts, keep_default_na=False)
+        return found
     except Exception as error:
-        if not is_hub_failure(error):
+        if not _is_hub_failure(error):
             raise
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"could not read split {name!r} of data set {path!r} from the Hugging Face hub, and there is no "
-            f"local folder of that name ({type(error).__name__}: {reason}); check both names and the "
-            "connection, or use local files with --data.path FOLDER; the run in configs/demo.yaml needs "
-            "no network"
-        ) from error
+        raise UserError(f"{failure} ({type(error).__name__}: {reason}); {advice}") from error
 
 
-def is_hub_failure(error: Exception) -> bool:
+def _is_hub_failure(error: Exception) -> bool:
     """Whether a name or the network is to blame, rather than this program."""
     # `datasets` reports unknown configurations as ValueError and retired loading scripts as RuntimeError.
     if isinstance(error, (OSError, ValueError, RuntimeError)):
@@ -244,18 +271,11 @@ def _match_part(part: str, split: str) -> re.Match[str]:
     return match
 
 
-def _bounds(match: re.Match[str], rows: int) -> tuple[int, int]:
-    """First row and end of a slice, both between 0 and the number of rows."""
+def _slice(match: re.Match[str], rows: int) -> slice:
+    """The rows that a part of a split expression names."""
     # One percent sign makes both ends percentages, as in `datasets`.
-    percent = match["start_pct"] or match["stop_pct"]
-
-    def bound(text: str | None, default: int) -> int:
-        if text is None:
-            return default
-        value = round(int(text) * rows / 100) if percent else int(text)
-        return min(max(value + rows, 0) if value < 0 else value, rows)
-
-    return bound(match["start"], 0), bound(match["stop"], rows)
+    share = rows / 100 if match["start_pct"] or match["stop_pct"] else 1
+    return slice(*(None if end is None else round(int(end) * share) for end in (match["start"], match["stop"])))
 
 
 def hub_file(path: str) -> Path:

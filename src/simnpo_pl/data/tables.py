@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from simnpo_pl.data.sources import HUB_FILES, hub_download, is_hub_failure, load_jsonl, read_text
+from simnpo_pl.data.sources import HUB_FILES, hub_download, load_data_set, load_jsonl, read_text
 from simnpo_pl.errors import UserError
 
 _LOCAL_ROOTS = ("/", "./", "../", "~")
@@ -104,16 +104,11 @@ def _load_data_set(name: str, option: str) -> list[dict[str, Any]]:
             "folder, or OWNER/NAME:SPLIT of a data set on the hub"
         )
     place = str(folder) if folder.is_dir() else location
-    try:
-        found = datasets.load_dataset(place, configuration or None, split=split or None)
-    except Exception as error:
-        if not is_hub_failure(error):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{option}: could not load data set {name} ({type(error).__name__}: {reason}); check its name, "
-            "configuration and split, written NAME:CONFIGURATION/SPLIT, and the connection, or give a file"
-        ) from error
+    advice = (
+        "check its name, configuration and split, written NAME:CONFIGURATION/SPLIT, and the connection, or give a file"
+    )
+    failure = f"{option}: could not load data set {name}"
+    found = load_data_set(place, configuration or None, split or None, failure, advice)
     if isinstance(found, datasets.DatasetDict):
         if "train" not in found and len(found) > 1:
             first = next(iter(found))

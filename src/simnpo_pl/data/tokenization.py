@@ -173,9 +173,10 @@ class PromptTemplate:
             raise UserError(f"{where}: the tokenizer makes no token of the answer; mend or remove the row")
         first, last = held[0], held[-1]
         if found := self.end_ids.intersection(ids[first : last + 1 - end]):
+            token = self.tokenizer.convert_ids_to_tokens(min(found))
             raise UserError(
-                f"{where}: the answer holds the end-of-sequence token "
-                f"{self.tokenizer.convert_ids_to_tokens(min(found))!r}, which is added by itself; remove it from the text"
+                f"{where}: the answer holds the end-of-sequence token {token!r}, which is "
+                "added by itself; remove it from the text"
             )
         ids = ids[: last + 1]
         if placed.stop == len(placed.text):

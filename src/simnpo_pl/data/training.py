@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.pairing import MicroBatch, PairedSampler, draw_alternate
-from simnpo_pl.data.sources import check_disjoint, check_training_rows
+from simnpo_pl.data.sources import check_disjoint, check_rows
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
 from simnpo_pl.errors import UserError
@@ -93,7 +93,7 @@ class TrainingRows:
 def _encode(rows: Rows, encoder: PromptTemplate, name: str) -> list[TokenRow]:
     if isinstance(rows, Texts):
         return rows.encode(encoder, name)
-    check_training_rows(rows, name)
+    check_rows(rows, name)
     return encoder.encode_rows([(row["question"], row["answer"]) for row in rows], name)
 
 
