@@ -258,6 +258,6 @@ def _check_beginning(prompt: str, whole: str, where: str) -> None:
         same = next(place for place, (one, other) in enumerate(zip_longest(prompt, whole)) if one != other)
         raise UserError(
             f"{where}: the chat template goes on with {prompt[same:][:40]!r} where an answer is asked for, and with "
-            f"{whole[same:][:40]!r} where it is given; make them agree with --data.chat_template_kwargs, or set "
-            "--data.answer_end eos"
+            f"{whole[same:][:40]!r} where it is given; make them agree with --data.chat_template_kwargs, or write "
+            "the prompt with --data.template"
         )
