@@ -11,7 +11,7 @@ from helpers import golden
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.evaluation.gradients import gradient_norms
-from simnpo_pl.evaluation.scoring import MIN_K, MIN_K_PLUS_PLUS, Scoring, score_rows
+from simnpo_pl.evaluation.scoring import MIN_K, MIN_K_PLUS_PLUS, score_rows
 from simnpo_pl.generation import greedy
 from simnpo_pl.logprobs import Scorer
 from simnpo_pl.metrics import functional as F
@@ -32,7 +32,7 @@ def token_rows(split: str) -> list[list[TokenRow]]:
     """The answers of each row."""
     return [
         [
-            TokenRow(ids, [-100] * (len(ids) - scored) + ids[len(ids) - scored :])
+            TokenRow(ids, [-100] * (len(ids) - scored) + ids[len(ids) - scored :], end=int(ids[-1] == END))
             for ids, scored in zip(row["input_ids"], row["scored"], strict=True)
         ]
         for row in ROWS["rows"][split]
@@ -47,7 +47,8 @@ def test_scores_by_row(model, split: str):
     answers = [answer for row in rows for answer in row]
     states = Scorer(lm)({"rows": collate(answers, END)})["rows"]
     every = torch.ones(len(answers), dtype=torch.bool)
-    found = score_rows(states, Scoring(END, 0.4), {MIN_K: every, MIN_K_PLUS_PLUS: every})
+    ends = torch.tensor([answer.end for answer in answers])
+    found = score_rows(states, ends, 0.4, {MIN_K: every, MIN_K_PLUS_PLUS: every})
     first = [sum(map(len, rows[:i])) for i in range(len(rows))]
     for start, row, entry in zip(first, rows, expected[split], strict=True):
         if "nll" in entry:
@@ -65,7 +66,8 @@ def test_scores_by_row(model, split: str):
 def test_gradient_norms_by_row(model):
     lm, expected = model
     rows = [row[0] for row in token_rows("forget")[:3]]
-    found = gradient_norms(lm, Scorer(lm), collate(rows, END), END)
+    batch = {**collate(rows, END), "end": torch.tensor([row.end for row in rows])}
+    found = gradient_norms(lm, Scorer(lm), batch)
     assert found.tolist() == pytest.approx([entry["mia_gradnorm"] for entry in expected["forget"][:3]], rel=1e-5)
 
 
