@@ -97,9 +97,10 @@ class Step:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         scorer = Scorer(self.model)
         if way in ("padded", "whole"):
-            scorer.forward = getattr(scorer, f"_{way}")
+            scorer.forward.way = "padded"
         if way == "whole":
-            scorer.head = head.Head(torch.nn.Identity(), scorer.vocabulary)
+            scorer.forward.reads_logits = True
+            scorer.head = scorer.forward.head = head.Head(torch.nn.Identity(), scorer.vocabulary)
         if way == "body":
             return self._body
         objective, retain_loss, _ = METHODS[self.variant.method]

@@ -139,7 +139,7 @@ def _count(case: Case, depth: int) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from simnpo_pl.lora import LoraOptions, add_adapter
-    from simnpo_pl.packing import ATTENTION, layout_of, packed_hidden
+    from simnpo_pl.packing import layout_of, packed_hidden
 
     # Rows that differ from their first token on.
     ids = torch.arange(ROWS * WIDTH).view(ROWS, WIDTH) % case.config["vocab_size"]
@@ -147,7 +147,6 @@ def _count(case: Case, depth: int) -> int:
     with torch.device("meta"):
         model = llama(case.config | {"num_hidden_layers": depth})
         model = model.to(torch.bfloat16) if case.half_base else model
-        model.set_attn_implementation(ATTENTION)
         if case.lora:
             # Weights without values have no fingerprint.
             with patch("simnpo_pl.lora.base_fingerprint", return_value=""):
@@ -170,7 +169,8 @@ def _count(case: Case, depth: int) -> int:
                 kept[storage._cdata] = storage
             return tensor
 
-        layout = layout._replace(cells=mode.from_tensor(layout.cells), tokens=mode.from_tensor(layout.tokens))
+        tensors = {name: mode.from_tensor(getattr(layout, name)) for name in ("cells", "tokens", "positions")}
+        layout = layout._replace(**tensors)
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=case.autocast),

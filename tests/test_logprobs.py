@@ -216,40 +216,6 @@ def test_rows_that_begin_alike(model_folder: Path):
     assert shared_scores.correct.tolist() == scores.correct.tolist()
 
 
-# How each is run: packed where attention allows it, padded where only the head does, else as a whole.
-FORWARDS = {"gemma2": "padded", "cohere": "packed", "granite": "packed", "mamba": "padded", "gpt2": "packed"}
-
-
-@pytest.mark.parametrize("kind", FORWARDS)
-def test_other_architectures(kind: str):
-    """Scaled or capped logits, recurrent layers, learned positions: however they are run, log-probs are the model's."""
-    import transformers as t
-
-    torch.manual_seed(0)
-    small = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
-    model = {
-        "gemma2": lambda: t.Gemma2ForCausalLM(
-            t.Gemma2Config(**small, **heads, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.5)
-        ),
-        "cohere": lambda: t.CohereForCausalLM(t.CohereConfig(**small, **heads, logit_scale=0.1)),
-        "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**small, **heads, logits_scaling=8.0)),
-        "mamba": lambda: t.MambaForCausalLM(t.MambaConfig(**small)),
-        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=4)),
-    }[kind]()
-    model.eval()
-    batch = rows()
-    scorer = Scorer(model)
-    assert scorer.forward.__name__ == f"_{FORWARDS[kind]}"
-    got = scorer({"rows": batch})["rows"].logps().total
-    for i, length in enumerate((12, 7, 3, 9)):
-        ids = batch["input_ids"][i, :length]
-        with torch.no_grad():
-            own = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-        expected = sum(own[t - 1, ids[t]].item() for t in range(2, length))
-        assert got[i].item() == pytest.approx(expected, rel=1e-4)
-
-
 def test_unknown_change_of_the_logits(model_folder: Path, caplog: pytest.LogCaptureFixture):
     """A model that does to its logits what no config names is run as a whole, and that is said."""
     from transformers import LlamaForCausalLM

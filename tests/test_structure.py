@@ -14,6 +14,7 @@ LAYERS = [
     ["errors"],
     ["files", "markdown", "stopping", "packing", "head", "layers", "optimization", "weight_files"],
     ["sharding"],
+    ["forward"],
     ["checkpoints", "logprobs", "lora", "models", "generation", "data", "metrics", "markov"],
     ["objectives", "retain", "reference", "evaluation", "demo"],
     ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments", "report"],

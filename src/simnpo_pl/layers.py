@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from simnpo_pl.errors import UserError
 
 
+def body_of(model: Any) -> Any:
+    """The transformer of a causal language model, without its head."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
 def layers_of(model: Any) -> nn.ModuleList:
     """The list of a model's layers.
 
@@ -40,18 +45,18 @@ def check_layer(model: Any, layer: int, option: str) -> None:
 
 
 @contextmanager
-def layer_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
-    """Hidden states that the named layers give in a forward pass made inside the context.
+def layer_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, list[Tensor]]]:
+    """Hidden states `(B * T, D)` that the named layers give in each forward pass made inside the context.
 
     Args:
         model: Causal language model from transformers.
         layers: Numbers, from 0.
     """
-    outputs: dict[int, Tensor] = {}
+    outputs: dict[int, list[Tensor]] = {number: [] for number in layers}
 
     def keep(number: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs[number] = output[0] if isinstance(output, tuple) else output
+            outputs[number].append((output[0] if isinstance(output, tuple) else output).flatten(0, 1))
 
         return hook
 

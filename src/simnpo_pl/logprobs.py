@@ -3,8 +3,7 @@
 Hidden states are taken at the scored positions alone, and the head is applied to those.
 """
 
-import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from simnpo_pl.data.tokenization import IGNORE_INDEX
+from simnpo_pl.errors import UserError
+from simnpo_pl.forward import Forward
 from simnpo_pl.head import Head, TokenFunction
 from simnpo_pl.layers import layer_outputs
-from simnpo_pl.packing import ATTENTION, layout_of, packed_hidden
-
-_log = logging.getLogger(__name__)
 
 Rows = Mapping[str, Tensor]
 """`input_ids`, `labels` (-100 where not scored) and `attention_mask`, each `(B, T)`, right-padded."""
@@ -225,21 +223,20 @@ def answer_lengths(rows: Rows) -> Tensor:
 class Scorer:
     """Turns rows into `AnswerStates` with one causal language model.
 
-    Packs rows where the model's attention allows it, and reads hidden states where its head is a map of them that
-    `head_of` knows. Whether both hold is tried on three short rows; a model that computes something else (recurrent
-    layers, attention of its own, unknown changes of the logits) is run padded, or as a whole.
+    Packs rows where that is known to be right, and reads hidden states where the model's head is a map of them that is
+    known; see `Forward`.
 
     Args:
         model: A causal language model from transformers.
+
+    Raises:
+        UserError: The model is no causal one.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = model
-        self.body: nn.Module = model.base_model
-        self.head = head_of(model)
-        self.forward = self._find_forward()
-        if self.forward == self._whole:
-            self.head = Head(nn.Identity(), self.head.vocabulary)
+        self.forward = Forward(model)
+        self.head = self.forward.head
 
     @property
     def vocabulary(self) -> int:
@@ -249,7 +246,7 @@ class Scorer:
     @property
     def packs(self) -> bool:
         """Whether rows go through the model without padding."""
-        return self.forward == self._packed
+        return self.forward.way == "packed"
 
     def __call__(self, parts: Mapping[str, Rows], layers: Collection[int] = ()) -> dict[str, AnswerStates]:
         """Scored positions of several sets of rows, from one forward pass.
@@ -263,12 +260,11 @@ class Scorer:
         """
         joined = join(list(parts.values()))
         targets, scored = scored_targets(joined)
-        answers = joined["labels"] != IGNORE_INDEX
-        if self.packs:
-            # A token that the mask hides is run only where rows are padded.
-            answers = answers & (joined["attention_mask"] != 0)
+        answers = (joined["labels"] != IGNORE_INDEX) & (joined["attention_mask"] != 0)
+        self.forward.check(joined)
         with layer_outputs(self.model, layers) as outputs:
             hidden, places = self.forward(joined)
+        outputs = {n: torch.cat(passes) for n, passes in outputs.items()}
         result, start = {}, 0
         for name, rows in parts.items():
             size, width = rows["input_ids"].shape
@@ -283,79 +279,21 @@ class Scorer:
                 size=size,
                 width=width,
                 head=self.head,
-                layers={n: LayerStates(outputs[n].flatten(0, 1)[tokens].float(), token_rows, size) for n in layers},
+                layers={n: LayerStates(outputs[n][tokens].float(), token_rows, size) for n in layers},
             )
             start += size
         return result
 
     def all_logits(self, rows: Rows) -> Tensor:
-        """`(B, T, V)` float32 logits at every position, padding included."""
+        """`(B, T, V)` float32 logits at every position, padding included.
+
+        Raises:
+            UserError: The model gives those of single rows only.
+        """
+        if self.forward.way == "alone" or self.forward.depends_on_length(rows["input_ids"].shape[1]):
+            raise UserError(
+                f"{type(self.model).__name__} runs rows one by one and has no logits of padding; "
+                "give an objective and a retain loss that read answers alone"
+            )
         output = self.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
         return output.logits.float()
-
-    # Each gives hidden states `(N, D)`, and for each cell `(B, T)` of the rows the number of its state.
-
-    def _packed(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        layout = layout_of(rows["input_ids"], rows["attention_mask"])
-        # A model that is shared out has a pass of its own, in which it gathers its weights.
-        own = getattr(self.model, "packed_hidden", None)
-        hidden = packed_hidden(self.body, rows["input_ids"], layout) if own is None else own(rows["input_ids"], layout)
-        return hidden, layout.tokens.view(layout.rows, layout.width)
-
-    def _padded(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        output = self.body(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
-        return output.last_hidden_state.flatten(0, 1), _cells(rows)
-
-    def _whole(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        output = self.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
-        return output.logits.flatten(0, 1), _cells(rows)
-
-    @torch.no_grad()
-    def _find_forward(self) -> Callable[[Rows], tuple[Tensor, Tensor]]:
-        """The fastest way that gives the model's own logits; says so once where it is not the packed one."""
-        usual, training = getattr(self.model.config, "_attn_implementation", None), self.model.training
-        device = next(self.model.parameters()).device
-        # Rows of unlike lengths, of which the first two begin alike: what leaks from row to row would show.
-        ids = (torch.arange(18, device=device) * 7 + 3).reshape(3, 6) % self.head.vocabulary
-        ids[1, :2] = ids[0, :2]
-        mask = torch.ones_like(ids)
-        mask[1, 4:] = 0
-        rows = {"input_ids": ids, "attention_mask": mask}
-        self.model.eval()
-        try:
-            with torch.autocast(device.type, enabled=False):
-                expected = self._whole(rows)[0][mask.flatten().bool()].float()
-                if usual in ("sdpa", ATTENTION):
-                    self.model.set_attn_implementation(ATTENTION)
-                    if self._agrees(self._packed, rows, expected):
-                        return self._packed
-                    self.model.set_attn_implementation("sdpa")
-                padded = self._agrees(self._padded, rows, expected)
-        finally:
-            self.model.train(training)
-        reason = "its attention differs" if padded else "its logits are no known map of its hidden states"
-        _log.warning("%s: rows are padded, not packed (%s)", type(self.model).__name__, reason)
-        return self._padded if padded else self._whole
-
-    def _agrees(self, forward: Callable[[Rows], tuple[Tensor, Tensor]], rows: Rows, expected: Tensor) -> bool:
-        try:
-            hidden, places = forward(rows)
-            logits = self.head(hidden)[places[rows["attention_mask"].bool()]]
-        except (TypeError, ValueError, RuntimeError, AttributeError):
-            return False
-        tolerance = 1e-4 if hidden.dtype == torch.float32 else 5e-2
-        return bool((logits - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
-
-
-def head_of(model: Any) -> Head:
-    """The head of a causal language model, with the changes of its logits that its config names."""
-    config = model.config.get_text_config()
-    scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
-    scale = float(scale) if isinstance(scale, float | int) else 1.0
-    cap = getattr(config, "final_logit_softcapping", None)
-    return Head(model.get_output_embeddings(), int(config.vocab_size), scale / (divisor or 1.0), cap)
-
-
-def _cells(rows: Rows) -> Tensor:
-    shape = rows["input_ids"].shape
-    return torch.arange(shape.numel(), device=rows["input_ids"].device).view(shape)

@@ -258,7 +258,7 @@ class BaseScorer(Scorer):
     """
 
     def __init__(self, scorer: Scorer) -> None:
-        self.model, self.body, self.forward = scorer.model, scorer.body, scorer.forward
+        self.model, self.forward = scorer.model, scorer.forward
         # Log-probs are taken after the adapter is on again: an adapted head must not be the one that makes them.
         self.head = replace(scorer.head, module=getattr(scorer.head.module, "base_layer", scorer.head.module))
 

@@ -1,19 +1,43 @@
 """Rows through a transformer without padding: all real tokens form one long row.
 
-Only attention needs to know where rows begin, so it alone re-pads them; every other layer
-sees just the real tokens. Registered with transformers as the attention named `packed_rows`.
+Only attention needs to know where rows begin, so it alone re-pads them; every other layer sees just the real tokens.
+The mask that the model makes for a layer carries the layout to that layer's attention. For this, the attention and the
+mask named `sdpa` are registered with transformers again: without such a mask they are what they were.
 """
 
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import masking_utils as masks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-ATTENTION = "packed_rows"
+ATTENTION = "sdpa"
+"""Attention of transformers that packed rows need."""
+
+LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Entries of a config's `layer_types` that packed rows serve."""
+
+_MASKS = frozenset(
+    function.__code__
+    for function in (
+        masks.causal_mask_function,
+        masks.sliding_window_overlay(1),
+        masks.chunked_overlay(1, torch.zeros(1)),
+        masks.and_masks(masks.causal_mask_function),
+    )
+)
+_PROBE = 32
+MISFITS = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
+"""What a model raises that does not take a call."""
+
+
+class NotPackable(ValueError):
+    """A model whose attention depends on more than the places of tokens within their rows."""
 
 
 class Layout(NamedTuple):
@@ -31,11 +55,8 @@ class Layout(NamedTuple):
     """`(rows * width,)` number of the token at every cell; 0 at padding."""
     shared: bool
     """Whether any token stands in more than one row."""
-
-    @property
-    def positions(self) -> Tensor:
-        """`(1, N)` position of every token within its own row."""
-        return (self.cells % self.width).unsqueeze(0)
+    positions: Tensor
+    """`(1, N)` position of every token within its own row."""
 
     def pad(self, packed: Tensor) -> Tensor:
         """Spread `(1, H, N, D)` over `(rows, H, width, D)`; what stands at padding has no meaning."""
@@ -73,7 +94,46 @@ def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout:
     above = row.masked_fill(repeats, 0).cummax(dim=0).values
     tokens = number.gather(0, above).masked_fill(~real, 0)
     cells = first.reshape(-1).nonzero().squeeze(1)
-    return Layout(rows, width, cells, tokens.reshape(-1), len(cells) < int(real.sum()))
+    shared = len(cells) < int(real.sum())
+    return Layout(rows, width, cells, tokens.reshape(-1), shared, (cells % width).unsqueeze(0))
+
+
+class _Packed(NamedTuple):
+    """What a mask says to the attention of its layer."""
+
+    layout: Layout
+    allowed: Tensor | None
+    """`(width, width)` which keys a query of the same row may see; None for all up to its own."""
+
+
+_current: ContextVar[Layout | None] = ContextVar("layout of the packed pass that is under way", default=None)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Mask of a packed pass, of one cell, which a model hands to its attention; else the ordinary one."""
+    layout = _current.get()
+    if layout is None:
+        return masks.sdpa_mask(*args, **kwargs)
+    function, local = kwargs["mask_function"], kwargs.get("local_size")
+    if not _is_known(function):
+        raise NotPackable("its attention mask is not known")
+    allowed = None
+    if function is not masks.causal_mask_function and (local is None or local < layout.width):
+        sizes = {"batch_size": 1, "q_length": layout.width, "kv_length": layout.width, "device": layout.cells.device}
+        grid = masks.sdpa_mask(**sizes, mask_function=function, allow_is_causal_skip=False)
+        assert grid is not None
+        allowed = grid[0, 0]
+    carrier: Any = layout.cells.new_zeros(1, 1, 1, 1, dtype=torch.bool)
+    carrier.packed = _Packed(layout, allowed)
+    return carrier
+
+
+def _is_known(function: Any) -> bool:
+    """Whether a mask function is causal, with or without a window or chunks."""
+    if getattr(function, "__code__", None) not in _MASKS:
+        return False
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    return all(_is_known(part) for parts in held if isinstance(parts, tuple) for part in parts)
 
 
 def _attention(
@@ -84,54 +144,99 @@ def _attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packed_layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed row; ordinary sdpa where no layout is passed."""
-    if packed_layout is None:
+    """Attention within each packed row where the mask is one of a packed pass; else ordinary sdpa."""
+    packed: _Packed | None = getattr(attention_mask, "packed", None)
+    if packed is None and _current.get() is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    window = kwargs.get("sliding_window")
-    mask = None
-    if window is not None and packed_layout.width > window:
-        distance = torch.arange(packed_layout.width, device=query.device)
-        distance = distance[:, None] - distance[None, :]
-        mask = (distance >= 0) & (distance < window)
+    if packed is None or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
+        raise NotPackable("its attention depends on more than a mask of places")
+    layout, allowed = packed
+    if not query.shape[2] == key.shape[2] == len(layout.cells):
+        raise NotPackable("its attention sees more than the tokens of a row")
     groups = query.shape[1] // key.shape[1]
     output = F.scaled_dot_product_attention(
-        packed_layout.pad(query),
-        packed_layout.pad(key).repeat_interleave(groups, dim=1),
-        packed_layout.pad(value).repeat_interleave(groups, dim=1),
-        attn_mask=mask,
+        layout.pad(query),
+        layout.pad(key).repeat_interleave(groups, dim=1),
+        layout.pad(value).repeat_interleave(groups, dim=1),
+        attn_mask=allowed,
         dropout_p=dropout,
         scale=scaling,
-        is_causal=mask is None,
+        is_causal=allowed is None,
     )
-    return packed_layout.unpad(output), None
+    return layout.unpad(output), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)
 
 
-def packed_hidden(body: nn.Module, input_ids: Tensor, layout: Layout) -> Tensor:
+def raise_if_device(error: Exception) -> None:
+    """Raise what says nothing of the model: no memory, or a fault of the device."""
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+        raise error
+
+
+def packed_hidden(body: Callable[..., Any], input_ids: Tensor, layout: Layout) -> Tensor:
     """Last hidden states of the real tokens of padded rows.
 
     Args:
-        body: Transformer without its head, whose attention is `packed_rows`.
+        body: Transformer without its head, whose attention is `sdpa`.
         input_ids: Right-padded ids `(B, T)`.
         layout: Of these rows.
 
     Returns:
         `(N, D)` hidden states, one for each token of the layout.
+
+    Raises:
+        NotPackable: Attention of the model is not one that packed rows serve.
     """
-    output = body(
-        input_ids=input_ids.reshape(-1)[layout.cells].unsqueeze(0),
-        # A four-dimensional mask is handed through as it stands: no (N, N) mask is built.
-        attention_mask=layout.cells.new_zeros(1, 1, 1, 1, dtype=torch.bool),
-        position_ids=layout.positions,
-        use_cache=False,
-        packed_layout=layout,
-    )
+    ids = input_ids.reshape(-1)[layout.cells].unsqueeze(0)
+    before = _current.set(layout)
+    try:
+        # Every token counts: with this mask none looks for rows in the positions.
+        output = body(
+            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=layout.positions, use_cache=False
+        )
+    finally:
+        _current.reset(before)
     return output.last_hidden_state[0]
+
+
+def why_not_packed(model: Any, body: Callable[..., Any]) -> str | None:
+    """Why the rows of a model cannot be packed; None where they can.
+
+    They can where tokens meet in attention alone, and all of that attention has a mask that depends on the places of
+    tokens within their rows. Each token is run as a row of its own, one of them NaN: no other may become NaN.
+
+    Args:
+        model: Causal language model from transformers.
+        body: Runs it without its head.
+    """
+    config = model.config.get_text_config()
+    if config._attn_implementation != ATTENTION:
+        return f"its attention is {config._attn_implementation}, not {ATTENTION}"
+    if unknown := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
+        return f"it has layers of type {', '.join(sorted(unknown))}"
+    embedding = model.get_input_embeddings()
+    count = min(_PROBE, getattr(config, "max_position_embeddings", None) or _PROBE)
+    numbers = torch.arange(count, device=next(model.parameters()).device)
+    layout = Layout(count, 1, numbers, numbers, False, numbers.unsqueeze(0))
+
+    def poison(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.index_fill(1, numbers[1:2], torch.nan)
+
+    handle = embedding.register_forward_hook(poison)
+    try:
+        # Two ids: any vocabulary has them.
+        hidden = packed_hidden(body, (numbers % 2).unsqueeze(1), layout)
+    except MISFITS as error:
+        raise_if_device(error)
+        return str(error).partition("\n")[0]
+    finally:
+        handle.remove()
+    reached = hidden.isnan().any(dim=-1).tolist()
+    return None if reached == [n == 1 for n in range(count)] else "its tokens meet outside attention, too"

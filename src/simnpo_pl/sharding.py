@@ -25,8 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from simnpo_pl.errors import UserError
-from simnpo_pl.layers import layers_of
-from simnpo_pl.packing import Layout, packed_hidden
+from simnpo_pl.layers import body_of, layers_of
 from simnpo_pl.weight_files import fill_shards
 
 INDEX, REST = ".metadata", "meta.pt"
@@ -50,11 +49,11 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     fill_shards(model, mesh.get_local_rank(), mesh.size())
 
-    def hidden(self: Any, input_ids: Tensor, layout: Layout) -> Tensor:
-        return packed_hidden(self.base_model, input_ids, layout)
+    def body(self: Any, **inputs: Any) -> Any:
+        return body_of(self)(**inputs)
 
-    model.packed_hidden = MethodType(hidden, model)
-    register_fsdp_forward_method(model, "packed_hidden")
+    model.run_body = MethodType(body, model)
+    register_fsdp_forward_method(model, "run_body")
 
 
 def shard_like(model: Any, other: Any) -> None:
