@@ -105,7 +105,7 @@ def build(kind: str, **options: Any) -> Any:
     config = config_class(**given)
     with torch.device("meta"):
         size = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
-    assert size < 3e6, f"{kind} has {size} parameters"
+    assert size < 2e7, f"{kind} has {size} parameters"
     torch.manual_seed(0)
     return model_class._from_config(config).eval()
 
@@ -199,9 +199,10 @@ def test_layer_states_one_by_one():
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
 def test_bidirectional_models_are_refused(kind: str):
-    """What sees the label is not scored."""
+    """What sees the label is not scored, unless its config makes it a decoder."""
     with pytest.raises(UserError, match="is no causal language model: what it says of a token depends on later tokens"):
         Scorer(build(kind))
+    assert Scorer(build(kind, is_decoder=True)).forward.way == "padded"
 
 
 @torch.no_grad()
@@ -293,15 +294,51 @@ def test_packed_rows_are_checked_again(monkeypatch: pytest.MonkeyPatch, caplog: 
         caplog.clear()
 
 
-# Not built here: their text part has no tiny config of these options, or transformers lacks a library for them.
-UNBUILT: set[str] = set()
-REFUSED = {"bert"}
+# Of the others, what of their configs is not in SMALL.
+OTHERS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "deepseek_v2", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu"), LATENT),
+    "codegen": {"rotary_dim": 8},
+    "dots3_note_text": LATENT,
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+}
+MASKED = (
+    "bert bert-generation big_bird camembert cpmant data2vec-text electra ernie megatron-bert rembert roberta "
+    "roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet"
+).split()
+# No tiny config without pictures, sound or the text part's own name; or one that needs more than a handful of options.
+UNBUILT = (
+    "blt cohere_compass_text dbrx dots3_note emu3 fuyu gemma3 gemma3n gemma4 gemma4_assistant gemma4_unified "
+    "gemma4_unified_assistant git got_ocr2 llama4 longcat_flash mllama moss_transcribe_diarize musicgen musicgen_melody "
+    "phi4_multimodal qwen3_5 qwen3_5_moe qwen4_exp reformer xmod"
+).split()
+# Its masks are finite numbers: padding changes a row a little.
+PROPHETNET = {"prophetnet": 1e-3}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - FAMILIES.keys() - UNBUILT - REFUSED))
+@pytest.mark.parametrize(
+    "kind", sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - FAMILIES.keys() - set(UNBUILT) - set(MASKED))
+)
 @torch.no_grad()
 def test_log_probs_of_all_others(kind: str):
     """To 1e-4 nats a token, in whatever way."""
-    model, batch = build(kind), rows()
-    torch.testing.assert_close(logps_of(Scorer(model), batch), own_logps(model, batch), rtol=0, atol=1e-4)
+    model, batch = build(kind, **OTHERS.get(kind, {})), rows()
+    expected = own_logps(model, batch)
+    torch.testing.assert_close(logps_of(Scorer(model), batch), expected, rtol=0, atol=PROPHETNET.get(kind, 1e-4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MASKED)
+def test_all_masked_models_are_refused(kind: str):
+    with pytest.raises(UserError, match="is no causal language model"):
+        Scorer(build(kind))

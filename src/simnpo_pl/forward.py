@@ -77,23 +77,23 @@ class Forward:
         Args:
             rows: Right-padded `input_ids` and `attention_mask`, `(B, T)`; the number of a padded cell has no meaning.
         """
-        way = "alone" if self.depends_on_length(rows["input_ids"].shape[1]) else self.way
+        way = self.way_of(rows)
         self._may_run(way)
         return self._run(way, rows)
+
+    def way_of(self, rows: Mapping[str, Tensor]) -> str:
+        """How these rows are run; one by one where the longest would change the positions of the others."""
+        long = self._rope_limit is not None and rows["input_ids"].shape[1] > self._rope_limit
+        return "alone" if long else self.way
 
     def check(self, rows: Mapping[str, Tensor]) -> None:
         """Compare with rows alone where it is time to; take the next way where they differ."""
         self._calls += 1
         width = rows["input_ids"].shape[1]
         wider = width > 2 * self._checked_width and not is_sharded(self.model)
-        if self.way == "alone" or self.depends_on_length(width) or not (wider or self._calls in _CHECKED_CALLS):
-            return
-        self._checked_width = max(width, self._checked_width)
-        self._compare(rows)
-
-    def depends_on_length(self, width: int) -> bool:
-        """Whether a row of this many tokens changes the positions of shorter rows beside it."""
-        return self._rope_limit is not None and width > self._rope_limit
+        if self.way_of(rows) != "alone" and (wider or self._calls in _CHECKED_CALLS):
+            self._checked_width = max(width, self._checked_width)
+            self._compare(rows)
 
     def _set(self, way: str, reason: str) -> None:
         self.way = way

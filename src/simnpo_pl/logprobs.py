@@ -260,7 +260,10 @@ class Scorer:
         """
         joined = join(list(parts.values()))
         targets, scored = scored_targets(joined)
-        answers = (joined["labels"] != IGNORE_INDEX) & (joined["attention_mask"] != 0)
+        answers = joined["labels"] != IGNORE_INDEX
+        if self.forward.way_of(joined) != "padded":
+            # A token that the mask hides is run only where rows are padded.
+            answers = answers & (joined["attention_mask"] != 0)
         self.forward.check(joined)
         with layer_outputs(self.model, layers) as outputs:
             hidden, places = self.forward(joined)
@@ -290,7 +293,7 @@ class Scorer:
         Raises:
             UserError: The model gives those of single rows only.
         """
-        if self.forward.way == "alone" or self.forward.depends_on_length(rows["input_ids"].shape[1]):
+        if self.forward.way_of(rows) == "alone":
             raise UserError(
                 f"{type(self.model).__name__} runs rows one by one and has no logits of padding; "
                 "give an objective and a retain loss that read answers alone"
