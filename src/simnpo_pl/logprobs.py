@@ -267,7 +267,7 @@ class Scorer:
         self.forward.check(joined)
         with layer_outputs(self.model, layers) as outputs:
             hidden, places = self.forward(joined)
-        outputs = {n: torch.cat(passes) for n, passes in outputs.items()}
+        by_layer = {n: torch.cat(passes) for n, passes in outputs.items()}
         result, start = {}, 0
         for name, rows in parts.items():
             size, width = rows["input_ids"].shape
@@ -282,7 +282,7 @@ class Scorer:
                 size=size,
                 width=width,
                 head=self.head,
-                layers={n: LayerStates(outputs[n][tokens].float(), token_rows, size) for n in layers},
+                layers={n: LayerStates(by_layer[n][tokens].float(), token_rows, size) for n in layers},
             )
             start += size
         return result

@@ -119,8 +119,8 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
         raise NotPackable("its attention mask is not known")
     allowed = None
     if function is not masks.causal_mask_function and (local is None or local < layout.width):
-        sizes = {"batch_size": 1, "q_length": layout.width, "kv_length": layout.width, "device": layout.cells.device}
-        grid = masks.sdpa_mask(**sizes, mask_function=function, allow_is_causal_skip=False)
+        width, device = layout.width, layout.cells.device
+        grid = masks.sdpa_mask(1, width, width, mask_function=function, allow_is_causal_skip=False, device=device)
         assert grid is not None
         allowed = grid[0, 0]
     carrier: Any = layout.cells.new_zeros(1, 1, 1, 1, dtype=torch.bool)
