@@ -153,8 +153,9 @@ class AnswerStates:
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Sum values `(S,)` of scored positions within each row: `(B,)`."""
-        # In float64: rounding at every addition would outweigh a small difference of two long answers' sums.
-        sums = values.new_zeros(self.size, dtype=torch.float64).index_add(0, self.rows, values.double())
+        # In float64: rounding at every addition would outweigh a small difference of two long answers' sums. MPS has none.
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        sums = values.new_zeros(self.size, dtype=wide).index_add(0, self.rows, values.to(wide))
         return sums.to(values.dtype)
 
 
