@@ -35,7 +35,7 @@ from simnpo_pl.retain import KL, NLL, EmbedDiff, RetainLoss
 
 
 class Losses(pl.Callback):
-    """Keeps the logged losses of every optimizer step."""
+    """Keeps the logged losses of every optimizer step, and the frozen models as the last step left them."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -44,6 +44,10 @@ class Losses(pl.Callback):
         if trainer.global_step > len(self.steps):
             names = ("train/loss", "train/forget_loss", "train/retain_loss")
             self.steps.append({name: trainer.callback_metrics[name].item() for name in names})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        frozen = (pl_module._reference, pl_module._memorising)
+        pl_module.residents = [model and model._resident for model in frozen]
 
 
 @pytest.fixture
@@ -140,12 +144,12 @@ def test_rkld_with_cut_batches(
     assert 0.01 < sum(losses[-3:]) < sum(losses[:3])
     from simnpo_pl.models import load_causal_lm
 
-    for held, name in (
-        (module._reference, model_folder if start_is_reference else other_folder),
-        (module._memorising, memorising),
+    for held, name in zip(
+        module.residents, (model_folder if start_is_reference else other_folder, memorising), strict=True
     ):
         fresh = load_causal_lm(str(name))
-        assert all(map(torch.equal, held._resident.model.parameters(), fresh.parameters()))
+        assert all(map(torch.equal, held.model.parameters(), fresh.parameters()))
+    assert module._reference._resident is module._memorising._resident is None
     assert all(name.startswith("policy.") for name in module.state_dict())
 
 
@@ -257,9 +261,9 @@ def test_reference_is_in_no_checkpoint_and_no_optimizer(
     assert set(saved["state_dict"]) == {f"policy.{name}" for name in module.policy.state_dict()}
     trained = {id(p) for p in module.policy.parameters()}
     assert {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]} == trained
-    assert (module._reference._resident is not None) is (
-        isinstance(retain_loss, KL) or isinstance(objective, NPORawLogits)
-    )
+    assert (module.residents[0] is not None) is (isinstance(retain_loss, KL) or isinstance(objective, NPORawLogits))
+    # It would take memory from the final evaluation.
+    assert module._reference._resident is None
     assert bool(saved["reference_logps"]["totals"]) is ("reference" in objective.needs)
 
 
@@ -290,7 +294,7 @@ def test_start_model_is_its_own_reference(fit: Callable[..., Any], precision: st
 def test_kl_reference_packs_like_the_policy(fit: Callable[..., Any]):
     module, _, _ = fit(SimNPO(), KL(), epochs=1)
     assert module._scorer().packs
-    assert module._reference._resident.packs
+    assert module.residents[0].packs
 
 
 def test_reference_stays_as_it_was(fit: Callable[..., Any], other_folder: Path):
@@ -298,7 +302,7 @@ def test_reference_stays_as_it_was(fit: Callable[..., Any], other_folder: Path):
 
     module, _, _ = fit(SimNPO(), KL(), reference=str(other_folder))
     fresh = load_causal_lm(str(other_folder))
-    held = module._reference._resident.model
+    held = module.residents[0].model
     assert all(torch.equal(a, b) for a, b in zip(held.parameters(), fresh.parameters(), strict=True))
     assert not held.training
     assert not any(p.requires_grad for p in held.parameters())

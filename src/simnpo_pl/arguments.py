@@ -6,7 +6,7 @@ another class.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,29 @@ def plain(message: str) -> str:
         return message
     expected = " or ".join(_KINDS.get(kind, kind) or words.replace("', '", "' or '") for kind, words in kinds)
     return f"--{group}.{wrong[1]}: expected {expected}, got {wrong[3]}"
+
+
+def unknown_class(message: str, bases: Mapping[str, type[Any]]) -> str | None:
+    """An answer to the name of an unknown class, with the known ones; None where the parser says something else.
+
+    Args:
+        message: Of the parser.
+        bases: Options that name a class, and what it is a kind of.
+    """
+    name = re.search(r"Expected a dot import path string: (\S+)", message)
+    for option, base in bases.items():
+        if f'"{option}"' in message and name:
+            found = {cls.__name__: cls.__module__ for cls in _subclasses(base)}
+            ours = [n for n, m in found.items() if m.startswith("simnpo_pl.") and not m.endswith(".base")]
+            known = ", ".join(sorted(n for n in ours if not n.startswith("Lazy")))
+            return f"--{option} {name[1]}: no such class; known are {known}, or give the class path of your own"
+    return None
+
+
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _subclasses(cls)
 
 
 def _options(arguments: list[str]) -> Iterator[tuple[str, str, list[str]]]:

@@ -2,12 +2,10 @@
 
 import logging
 import os
-import re
 import sys
 import time
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,10 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
-from simnpo_pl.arguments import RUN_OPTIONS, TRAINER_DEFAULTS, clear_changed_classes, plain
+from simnpo_pl.arguments import RUN_OPTIONS, TRAINER_DEFAULTS, clear_changed_classes, plain, unknown_class
 from simnpo_pl.benchmarks.paired import PairedData
 from simnpo_pl.callbacks.checkpoint import LAST, CheckpointOptions, SaveState
 from simnpo_pl.callbacks.export import ExportModel, ExportOptions
@@ -39,7 +38,7 @@ from simnpo_pl.files import recover
 from simnpo_pl.models import trust_remote_code
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import Objective
-from simnpo_pl.policy import PolicyModule
+from simnpo_pl.policy import PolicyModule, check_precision
 from simnpo_pl.retain import RetainLoss
 from simnpo_pl.stopping import Stopped, StopSignals
 from simnpo_pl.summary import measures, plan, table, written
@@ -90,16 +89,7 @@ class UnlearningCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            for option, base in CLASSES.items():
-                name = re.search(r"Expected a dot import path string: (\S+)", str(error))
-                if f'"{option}"' in str(error) and name:
-                    found = {cls.__name__: cls.__module__ for cls in _subclasses(base)}
-                    ours = [n for n, m in found.items() if m.startswith("simnpo_pl.") and not m.endswith(".base")]
-                    known = ", ".join(sorted(n for n in ours if not n.startswith("Lazy")))
-                    raise UserError(
-                        f"--{option} {name[1]}: no such class; known are {known}, or give the class path of your own"
-                    ) from error
-            raise UserError(plain(str(error))) from error
+            raise UserError(unknown_class(str(error), CLASSES) or plain(str(error))) from error
         seed = self.config[self.config["subcommand"]].seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise UserError(f"--seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}")
@@ -110,6 +100,9 @@ class UnlearningCLI(LightningCLI):
         trust_remote_code(config.trust_remote_code)
         if "verbose" in config:
             config.verbose = False
+        if config.trainer.precision == "bf16-true":
+            # Weights in bfloat16 are what is meant; Lightning would cast buffers, too.
+            config.model.dtype, config.trainer.precision = "bfloat16", "32-true"
         if config.ckpt_path == "last":
             if config.run_dir is None:
                 raise UserError("--ckpt_path last needs --run_dir FOLDER, the run to go on with")
@@ -155,7 +148,14 @@ class UnlearningCLI(LightningCLI):
         if isinstance(given["strategy"], str) and not given["strategy"].startswith(("fsdp", "deepspeed")):
             plugins = given["plugins"] or []
             kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        check_precision(trainer.precision)
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise UserError(
+                f"--trainer.strategy {given['strategy']} starts processes anew for every part of a run, which lose its "
+                "results: give ddp or fsdp2"
+            )
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; a signal ends the run with the line that goes on with it."""
@@ -327,13 +327,6 @@ def precision(trainer: Any) -> Any:
     on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if trainer["precision"] is None and bfloat16 else trainer["precision"]
-
-
-def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
-    found: list[type[Any]] = base.__subclasses__()
-    for cls in found:
-        yield cls
-        yield from _subclasses(cls)
 
 
 def _short_name(objective: Any) -> str:

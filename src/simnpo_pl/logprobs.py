@@ -66,7 +66,7 @@ class LayerStates:
             crossed: Divide the sum of each row by the number of tokens of every row, and take the mean of that.
         """
         sums = values.new_zeros(self.size).index_add(0, self.rows, values)
-        shares = 1 / torch.bincount(self.rows, minlength=self.size).clamp(min=1)
+        shares = 1 / torch.bincount(self.rows, minlength=self.size).clamp(min=1).to(values.dtype)
         return sums * (shares.mean() if crossed else shares)
 
     def between(self, start: int, end: int) -> "LayerStates":
@@ -153,7 +153,8 @@ class AnswerStates:
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Sum values `(S,)` of scored positions within each row: `(B,)`."""
-        # In float64: rounding at every addition would outweigh a small difference of two long answers' sums. MPS has none.
+        # In float64: rounding at every addition would outweigh a small difference of two long answers' sums. MPS has
+        # no float64.
         wide = torch.float32 if values.device.type == "mps" else torch.float64
         sums = values.new_zeros(self.size, dtype=wide).index_add(0, self.rows, values.to(wide))
         return sums.to(values.dtype)

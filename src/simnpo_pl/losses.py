@@ -105,7 +105,7 @@ class BatchLosses:
         states = score_together(self.policy()(rows, layers), self._logps_of(rows)) if rows else {}
         inputs = self._inputs(batch, states)
         per_row = self.objective(inputs)
-        weights = self.objective.gradient_weights(inputs)
+        weights = self.objective.gradient_weights(inputs, per_row)
         if weights is not None and inputs.forget is not None:
             logp = inputs.forget.total.detach()
             self.forget_scores = {"weight": weights, "logp": logp, "length": inputs.forget.length}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import lazy_instance
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -152,6 +153,11 @@ class UnlearningModule(PolicyModule):
     def on_fit_start(self) -> None:
         """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
         self.check_vocabulary()
+        if self.dtype_name == "bfloat16" and self.lora is None:
+            rank_zero_warn(
+                "--model.dtype bfloat16: updates smaller than 1/256 of a weight are lost; train in float32 with "
+                "--trainer.precision bf16-mixed, or train an adapter (--model.lora.rank 16)"
+            )
         if self._batch_losses.caches_reference and hasattr(self._data, "scoring_parts"):
             batches = self._data.scoring_parts(self._batch_losses.scored_parts)
             # Of another model or other rows, log-probs of an earlier run or a checkpoint would be wrong.
@@ -262,7 +268,10 @@ class UnlearningModule(PolicyModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_fit_end(self) -> None:
-        """Free the frozen parameters again: what evaluates gradients wants those of all of them."""
+        """Free the memory of frozen models; unfreeze parameters: what evaluates gradients wants those of all."""
+        for model in (self._reference, self._memorising):
+            if model is not None:
+                model.free()
         if self.lora is None:
             self.policy.requires_grad_(True)
 

@@ -21,6 +21,24 @@ from simnpo_pl.models import load_causal_lm
 from simnpo_pl.sharding import is_sharded, shard
 
 
+def check_precision(precision: str) -> None:
+    """Refuse precisions in which Lightning casts the whole model.
+
+    Such a cast rounds buffers that have to stay in float32, such as the frequencies of rotary position embeddings.
+
+    Args:
+        precision: The Trainer's.
+
+    Raises:
+        UserError: It is one of these.
+    """
+    if precision in ("64-true", "16-true", "bf16-true"):
+        raise UserError(
+            f"--trainer.precision {precision} is not supported: give 32-true, bf16-mixed or 16-mixed; for weights in "
+            "bfloat16 give --model.dtype bfloat16 with 32-true"
+        )
+
+
 class PolicyModule(pl.LightningModule):
     """Holds the policy and runs its evaluation.
 
@@ -70,6 +88,14 @@ class PolicyModule(pl.LightningModule):
         other.option = option
         other.logs_metrics = False
         return other
+
+    def setup(self, stage: str) -> None:
+        """Check the precision.
+
+        Raises:
+            UserError: It is not supported.
+        """
+        check_precision(self.trainer.precision)
 
     def configure_model(self) -> None:
         """Load the policy; every stage calls this, the model is loaded once.

@@ -41,6 +41,10 @@ class FrozenModel:
         self._load = load
         self._resident: Scorer | None = None
 
+    def free(self) -> None:
+        """Drop the resident model."""
+        self._resident = None
+
     def scorer(self, policy: Scorer, device: torch.device, keep: bool = True, same: bool = False) -> Scorer:
         """Scorer of the model on a device.
 
@@ -103,7 +107,8 @@ class Reference(FrozenModel):
             strategy: Of the Trainer; its processes share the batches.
         """
         rank, world = strategy.global_rank, strategy.world_size
-        totals = {name: torch.zeros(rows, device=device) for batch in batches for name in batch}
+        # Some strategies have bfloat16 as the default type within a step.
+        totals = {name: torch.zeros(rows, dtype=torch.float32, device=device) for batch in batches for name in batch}
         for turn in range(0, len(batches), world):
             # Every process runs equally many, since those of a sharded model wait for each other.
             number = turn + rank

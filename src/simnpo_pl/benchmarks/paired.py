@@ -130,7 +130,7 @@ class PairedData(pl.LightningDataModule):
         return self.parts if self.parts is not None else getattr(module, "parts", ("forget", "retain"))
 
     def _share_effective_batch(self) -> None:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         assert trainer is not None
         if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise UserError(
@@ -152,6 +152,18 @@ class PairedData(pl.LightningDataModule):
                 f"{self.per_device_batch} rows x {self.sampler.accumulate}: leave it out"
             )
         trainer.accumulate_grad_batches = self.sampler.accumulate
+        if trainer.overfit_batches:
+            raise UserError(
+                "--trainer.overfit_batches is not supported, since every epoch draws its batches anew: train on fewer "
+                "forget rows, or set --trainer.limit_train_batches"
+            )
+        limit, whole, step = trainer.limit_train_batches, len(self.sampler), self.sampler.accumulate
+        batches = limit if isinstance(limit, int) else int(limit * whole)
+        if batches < whole and batches % step and not trainer.fast_dev_run:
+            raise UserError(
+                f"--trainer.limit_train_batches {limit} ends an epoch inside an optimizer step of {step} "
+                f"micro-batches: give a multiple of {step}"
+            )
 
     def describe(self) -> str:
         """Rows, effective batch and steps in one line."""

@@ -170,7 +170,7 @@ class Evaluation:
             text = self._texts[number, index] = part.generation.finish(self._decode(ids))
             found = part.generation.score(text, part.texts[index]["answer"])
             row = torch.tensor([index]), torch.tensor([0])
-            scores = {name: torch.tensor([value]) for name, value in found.items()}
+            scores = {name: torch.tensor([value], dtype=torch.float32) for name, value in found.items()}
             self._update(number, part, *row, scores, torch.tensor([True]))
         self._rate(sets, indices)
 
@@ -179,7 +179,8 @@ class Evaluation:
         for number, part in enumerate(self.sets):
             rows = [index for n, index in zip(sets, indices, strict=True) if n == number]
             if rows and part.generation is not None and part.generation.fluency is not None:
-                rated = torch.tensor(part.generation.fluency([self._texts[number, index] for index in rows]))
+                found = part.generation.fluency([self._texts[number, index] for index in rows])
+                rated = torch.tensor(found, dtype=torch.float32)
                 kind = torch.zeros(len(rows), dtype=torch.long)
                 self._update(number, part, torch.tensor(rows), kind, {FLUENCY: rated}, torch.ones_like(rated).bool())
 

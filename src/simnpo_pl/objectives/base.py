@@ -119,7 +119,7 @@ class Objective(nn.Module):
         """
         return {}
 
-    def gradient_weights(self, inputs: ForgetInputs) -> Tensor | None:
+    def gradient_weights(self, inputs: ForgetInputs, losses: Tensor | None = None) -> Tensor | None:
         """How strongly each forget answer is pushed down: the derivative of a row's loss by the answer's log-prob.
 
         The gradient of a row's loss is this number times the gradient of `inputs.forget.total`, where the loss reads
@@ -127,17 +127,23 @@ class Objective(nn.Module):
 
         Args:
             inputs: What `forward` reads.
+            losses: What `forward` made of them, `(B,)`; None runs it.
 
         Returns:
-            `(B,)`, per nat of the summed log-prob, below 0 where the answer is pushed up; None for an objective that
-            reads refusals alone or single tokens.
+            `(B,)`, per nat of the summed log-prob, below 0 where the answer is pushed up, 0 where the loss has no
+            gradient by it; None for an objective that reads refusals alone or single tokens.
         """
         if inputs.forget is None or not self.needs <= {"forget", "alternate", "reference"}:
             return None
+        total = inputs.forget.total
         with torch.enable_grad():
-            total = inputs.forget.total.detach().requires_grad_()
-            losses = self(inputs._replace(forget=inputs.forget._replace(total=total)))
-            return torch.autograd.grad(losses.sum(), total)[0]
+            if losses is None or not total.requires_grad:
+                total = total.detach().requires_grad_()
+                losses = self(inputs._replace(forget=inputs.forget._replace(total=total)))
+            if not losses.requires_grad:
+                return torch.zeros_like(total)
+            # The graph stays: training goes back through it.
+            return torch.autograd.grad(losses.sum(), total, retain_graph=True, materialize_grads=True)[0]
 
 
 def positive(name: str, value: float) -> float:

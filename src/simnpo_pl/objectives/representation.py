@@ -51,7 +51,7 @@ class RMU(Objective):
 
     def direction(self, dimensions: int) -> Tensor:
         """u, `(D,)`."""
-        entries = torch.rand(dimensions, generator=torch.Generator().manual_seed(self.seed))
+        entries = torch.rand(dimensions, generator=torch.Generator().manual_seed(self.seed), dtype=torch.float32)
         return entries / entries.norm()
 
     def forward(self, inputs: ForgetInputs) -> Tensor:

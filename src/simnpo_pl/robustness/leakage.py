@@ -134,7 +134,7 @@ class SamplingModule(PolicyModule):
             text = self.texts[row, sample] = self.plan.finish(self.decode(ids))
             found.append(self.plan.score(text, self.part.texts[row]["answer"])[SCORE])
         rows, samples = torch.tensor(batch["cells"]).unbind(1)
-        self.scores.update(rows, samples, {SCORE: torch.tensor(found)})
+        self.scores.update(rows, samples, {SCORE: torch.tensor(found, dtype=torch.float32)})
 
     def on_test_epoch_end(self) -> None:
         """Gather all answers."""
