@@ -76,6 +76,19 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--export.best", "model_utility", "--trainer.check_val_every_n_epoch", "9"), "evaluates none of 2"),
         (("--trainer.limit_val_batches", "0"), "above 0"),
         (("--trainer.accelerator", "gpu"), "gpu backend"),
+        (
+            ("--trainer.precision", "64-true"),
+            "--trainer.precision 64-true is not supported: give 32-true, bf16-mixed or",
+        ),
+        (("--trainer.strategy", "ddp_spawn"), "--trainer.strategy ddp_spawn starts processes anew for every part of a"),
+        (("--trainer.strategy", "ddp_fork", "--trainer.devices", "2"), "ddp_fork starts processes anew for every part"),
+        (("--trainer.strategy", "ddp_notebook"), "--trainer.strategy ddp_notebook starts processes anew for every"),
+        (("--trainer.overfit_batches", "1"), "--trainer.overfit_batches is not supported, since every epoch draws its"),
+        (
+            ("--trainer.limit_train_batches", "1"),
+            "--trainer.limit_train_batches 1 ends an epoch inside an optimizer step",
+        ),
+        (("--trainer.limit_train_batches", "0.7"), "inside an optimizer step of 2 micro-batches: give a multiple of 2"),
     ],
 )
 def test_options(cli_error: Error, tmp_path: Path, options: tuple[str, ...], message: str):

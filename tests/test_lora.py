@@ -103,6 +103,24 @@ def test_reference_knows_no_dropout_and_gives_it_back(model_folder: Path):
     assert not torch.equal(one, two)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradient_checkpointing_trains_the_adapter(model_folder: Path, mixed: bool):
+    """The same gradients as without it, in float32 and bf16-mixed, also where the adapter is off for the reference."""
+    gradients = []
+    for checkpointing in (False, True):
+        settings = {"objective": NPO(), "retain_loss": KL(), "gradient_checkpointing": checkpointing}
+        module = perturbed(str(model_folder), **settings)
+        module.policy.train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = module.losses(batch_of(str(model_folder)))["loss"]
+        loss.backward()
+        gradients.append({n: p.grad for n, p in module.policy.named_parameters() if p.requires_grad})
+    plain, saving = gradients
+    assert all(value is not None and value.norm() > 0 for value in plain.values())
+    for name, value in plain.items():
+        torch.testing.assert_close(saving[name], value, rtol=1e-5, atol=1e-6)
+
+
 def test_trained_parameters_by_hand(model_folder: Path):
     """Rank 4 on a Llama of 32 dimensions, 4 heads over 2 key-value heads of 8 (so 16 wide), feed-forward 64, 2 layers.
 

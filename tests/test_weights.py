@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from simnpo_pl.logprobs import AnswerLogps
+from simnpo_pl.models import load_causal_lm
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import DPO, IDK, NPO, WGA, FineTune, ForgetInputs, GradDiff, Objective, SimNPO
 
@@ -62,6 +64,36 @@ def test_other_weights():
     refusals = inputs([-4.0], [2]).forget
     dpo = answers._replace(alternate=refusals, reference_alternate=torch.tensor([-6.0], dtype=torch.float64))
     assert weights(DPO(beta=0.5), dpo) == pytest.approx([0.5], rel=1e-12)
+
+
+class Detached(Objective):
+    """Refusals, weighed by the answer's probability, which is held fixed."""
+
+    needs = frozenset({"forget", "alternate"})
+    calls = 0
+
+    def forward(self, inputs: ForgetInputs) -> torch.Tensor:
+        assert inputs.forget is not None
+        self.calls += 1
+        fixed = inputs.forget.mean.detach().exp()
+        return fixed if inputs.alternate is None else -fixed * inputs.alternate.mean
+
+
+def test_log_probs_that_are_read_detached(model_folder: Path, data_folder: Path):
+    """The weight is 0, with other gradients and without any; the objective runs once a step, and the policy trains."""
+    from simnpo_pl.benchmarks import TofuData
+
+    rows = inputs([-2.0, -3.0], [2, 4])
+    assert weights(Detached(), rows) == weights(Detached(), rows._replace(alternate=rows.forget)) == [0.0, 0.0]
+    objective = Detached()
+    module = UnlearningModule(str(model_folder), objective=objective, retain_weight=0.0, lr=1e-2)
+    data = TofuData(path=str(data_folder), model=str(model_folder), effective_batch=5, per_device_batch=5)
+    options = {"limit_val_batches": 0, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    pl.Trainer(max_epochs=1, accelerator="cpu", **options).fit(module, data)
+    assert objective.calls == 2
+    assert module.forget_scores["weight"].tolist() == [0.0] * 5
+    start = dict(load_causal_lm(str(model_folder)).named_parameters())
+    assert not torch.equal(module.policy.lm_head.weight, start["lm_head.weight"])
 
 
 def test_objectives_without_weight():
