@@ -80,9 +80,9 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
             ("--trainer.precision", "64-true"),
             "--trainer.precision 64-true is not supported: give 32-true, bf16-mixed or",
         ),
-        (("--trainer.strategy", "ddp_spawn"), "--trainer.strategy ddp_spawn starts processes anew for every part of a"),
-        (("--trainer.strategy", "ddp_fork", "--trainer.devices", "2"), "ddp_fork starts processes anew for every part"),
-        (("--trainer.strategy", "ddp_notebook"), "--trainer.strategy ddp_notebook starts processes anew for every"),
+        (("--trainer.strategy", "ddp_spawn"), "ddp_spawn, ddp_fork and ddp_notebook train in processes that end with"),
+        (("--trainer.strategy", "ddp_fork", "--trainer.devices", "2"), "give ddp or fsdp2"),
+        (("--trainer.strategy", "ddp_notebook"), "give ddp or fsdp2"),
         (("--trainer.overfit_batches", "1"), "--trainer.overfit_batches is not supported, since every epoch draws its"),
         (
             ("--trainer.limit_train_batches", "1"),

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
 from simnpo_pl.arguments import RUN_OPTIONS, TRAINER_DEFAULTS, clear_changed_classes, plain, unknown_class
@@ -38,7 +37,7 @@ from simnpo_pl.files import recover
 from simnpo_pl.models import trust_remote_code
 from simnpo_pl.module import UnlearningModule
 from simnpo_pl.objectives import Objective
-from simnpo_pl.policy import PolicyModule, check_precision
+from simnpo_pl.policy import PolicyModule, check_trainer
 from simnpo_pl.retain import RetainLoss
 from simnpo_pl.stopping import Stopped, StopSignals
 from simnpo_pl.summary import measures, plan, table, written
@@ -149,12 +148,7 @@ class UnlearningCLI(LightningCLI):
             plugins = given["plugins"] or []
             kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs, callbacks=callbacks)
-        check_precision(trainer.precision)
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            raise UserError(
-                f"--trainer.strategy {given['strategy']} starts processes anew for every part of a run, which lose its "
-                "results: give ddp or fsdp2"
-            )
+        check_trainer(trainer)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
@@ -21,21 +22,23 @@ from simnpo_pl.models import load_causal_lm
 from simnpo_pl.sharding import is_sharded, shard
 
 
-def check_precision(precision: str) -> None:
-    """Refuse precisions in which Lightning casts the whole model.
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuse precisions in which Lightning casts the whole model, and strategies that lose what a run found.
 
     Such a cast rounds buffers that have to stay in float32, such as the frequencies of rotary position embeddings.
 
-    Args:
-        precision: The Trainer's.
-
     Raises:
-        UserError: It is one of these.
+        UserError: It has one of these.
     """
-    if precision in ("64-true", "16-true", "bf16-true"):
+    if trainer.precision in ("64-true", "16-true", "bf16-true"):
         raise UserError(
-            f"--trainer.precision {precision} is not supported: give 32-true, bf16-mixed or 16-mixed; for weights in "
-            "bfloat16 give --model.dtype bfloat16 with 32-true"
+            f"--trainer.precision {trainer.precision} is not supported: give 32-true, bf16-mixed or 16-mixed; for "
+            "weights in bfloat16 give --model.dtype bfloat16 with 32-true"
+        )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(
+            "--trainer.strategy: ddp_spawn, ddp_fork and ddp_notebook train in processes that end with their results: "
+            "give ddp or fsdp2"
         )
 
 
@@ -90,12 +93,12 @@ class PolicyModule(pl.LightningModule):
         return other
 
     def setup(self, stage: str) -> None:
-        """Check the precision.
+        """Check precision and strategy.
 
         Raises:
-            UserError: It is not supported.
+            UserError: See `check_trainer`.
         """
-        check_precision(self.trainer.precision)
+        check_trainer(self.trainer)
 
     def configure_model(self) -> None:
         """Load the policy; every stage calls this, the model is loaded once.
