@@ -159,3 +159,18 @@ def _process(rank: int, count: int, port: int, arguments: list[str], log: Path) 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def beyond_ascii(rows: list[dict[str, Any]], score: str, stem: bool) -> list[float]:
+    """What each row's score gains by letters that rouge-score's own tokenizer drops; 0 where all are ASCII."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kind, part = score.split("_")
+    scorer = RougeScorer([kind], use_stemmer=stem)
+    gains = []
+    for row in rows:
+        theirs = scorer.score(row["answer"], row["generation"])[kind]
+        gains.append(row[score] - (theirs.recall if part == "recall" else theirs.fmeasure))
+        if row["answer"].isascii() and row["generation"].isascii():
+            assert gains[-1] == pytest.approx(0, abs=1e-6)
+    return gains

@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
 
 from simnpo_pl.errors import UserError
@@ -146,7 +149,45 @@ def test_rouge():
     """Stems "cat sit here" and "the cat sit": 2 of 3 words in common, in order: all 2/3."""
     scores = F.rouge_l("cats sitting here", "the cat sits")
     assert scores == pytest.approx({"rougeL_recall": 2 / 3, "rougeL_f1": 2 / 3, "rouge1_recall": 2 / 3})
-    assert F.rouge_l_recall("", "the cat") == 0.0
+    assert F.rouge_l("", "the cat")["rougeL_recall"] == 0.0
+
+
+ASCII = st.text(st.characters(max_codepoint=127), max_size=60) | st.lists(
+    st.sampled_from(["Cats", "cat", "running,", "ran", "well-known", "it's", "x_1", "3.5%", "\n"]), max_size=12
+).map(" ".join)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ASCII, ASCII, st.booleans())
+def test_rouge_of_ascii_text_is_that_of_rouge_score(prediction, target, stem):
+    theirs = RougeScorer(["rouge1", "rougeL"], use_stemmer=stem).score(target, prediction)
+    assert F.rouge_l(prediction, target, stem) == {
+        "rougeL_recall": theirs["rougeL"].recall,
+        "rougeL_f1": theirs["rougeL"].fmeasure,
+        "rouge1_recall": theirs["rouge1"].recall,
+    }
+
+
+@pytest.mark.parametrize(
+    ("target", "half", "recall"),
+    [
+        ("作者出生于北京。", "作者出生", 4 / 7),
+        ("東京タワーの近く", "東京", 2 / 8),
+        ("เขาเกิด", "เขา", 3 / 6),  # a vowel above its consonant is part of it
+        ("Она родилась в Москве", "она родилась", 2 / 4),
+        ("그는 서울에서 태어났다", "그는", 1 / 3),
+        ("ولد في القاهرة", "ولد", 1 / 3),
+        ("उसका जन्म दिल्ली में हुआ", "उसका जन्म", 2 / 5),
+        ("Győr", "gy r", 0.0),
+        ("Écrit par José", "E\u0301crit par Jose", 2 / 3),  # composed or not, an accent is part of its letter
+        ("2023年出版", "2023 年", 2 / 4),
+    ],
+)
+def test_rouge_of_any_script(target, half, recall):
+    """Word for word is 1, in every script; part of it is the share of its words, or characters."""
+    for stem in (True, False):
+        assert set(F.rouge_l(target, target, stem).values()) == {1.0}
+        assert F.rouge_l(half, target, stem)["rougeL_recall"] == pytest.approx(recall)
 
 
 @pytest.mark.parametrize(

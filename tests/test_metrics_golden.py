@@ -6,17 +6,20 @@ All rows are scored; as in the golden files, answers are generated for the first
 import json
 import math
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from helpers import beyond_ascii
 from simnpo_pl.__main__ import main
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.membership import ATTACKS, privleak
 
 SPLITS = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+NAMES = ("probability", "rouge", "truth_ratio")
 ROWS = {"forget": 400, "retain": 400, "real_authors": 100, "world_facts": 117, "holdout": 400}
 
 
@@ -72,12 +75,14 @@ def test_losses_by_row(evaluation, split: str):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_generations_and_rouge_by_row(evaluation, split: str):
-    """Texts are equal to the character for the 100 rows that were generated."""
+    """Texts are equal to the character for the 100 rows that were generated, and so are the scores of ASCII ones."""
     golden, _, rows = evaluation
-    for i, entry in golden["metrics"][f"{SPLITS[split]}_Q_A_ROUGE"]["value_by_index"].items():
+    entries = golden["metrics"][f"{SPLITS[split]}_Q_A_ROUGE"]["value_by_index"]
+    gains = beyond_ascii([rows[split, int(i)] for i in entries], "rougeL_recall", stem=True)
+    for (i, entry), gain in zip(entries.items(), gains, strict=True):
         row = rows[split, int(i)]
         assert row["generation"] == entry["generation"]
-        assert row["rougeL_recall"] == pytest.approx(entry["rougeL_recall"], abs=1e-6)
+        assert row["rougeL_recall"] - gain == pytest.approx(entry["rougeL_recall"], abs=1e-6)
 
 
 def test_memorization_by_row(evaluation):
@@ -100,8 +105,14 @@ def test_memorization_by_row(evaluation):
 
 
 def test_aggregates(evaluation):
-    golden, results, _ = evaluation
-    ours = results["final"]["metrics"]
+    golden, results, rows = evaluation
+    ours = dict(results["final"]["metrics"])
+    parts = {f"{split}/{name}" for split in SPLITS if split != "forget" for name in NAMES}
+    assert ours["model_utility"] == pytest.approx(F.model_utility({name: ours[name] for name in parts}))
+    for split in SPLITS:
+        generated = [row for (name, _), row in rows.items() if name == split and "generation" in row]
+        ours[f"{split}/rouge"] -= statistics.mean(beyond_ascii(generated, "rougeL_recall", stem=True))
+    ours["model_utility"] = F.model_utility({name: ours[name] for name in parts})
     agg = golden["agg"]
     expected = {"model_utility": agg["model_utility"], "forget/truth_ratio": agg["forget_truth_ratio"]}
     expected["forget/exact_memorization"] = agg["exact_memorization"]
@@ -157,5 +168,6 @@ def test_model_utility_by_other_truth_ratios(evaluation, convention: str, name: 
         right = torch.tensor([row["paraphrase_nll" if split == "retain" else "answer_nll"] for row in own])
         ratio = F.truth_ratio(right, torch.tensor([row["perturbed_nll"] for row in own]), convention)
         parts[split] = ratio.mean().item() if convention == "prob_mean" else F.utility_truth_ratio(ratio)
-        parts |= {f"{split} {m}": results["final"]["metrics"][f"{split}/{m}"] for m in ("probability", "rouge")}
+        parts[f"{split} probability"] = results["final"]["metrics"][f"{split}/probability"]
+        parts[f"{split} rouge"] = golden["agg"][f"{SPLITS[split]}_Q_A_ROUGE"]
     assert F.model_utility(parts) == pytest.approx(golden["model_utility_variants"][name], abs=1e-5)

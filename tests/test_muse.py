@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from helpers import beyond_ascii
 from simnpo_pl.__main__ import main
 from simnpo_pl.benchmarks.muse import MuseData, cut_answer, verbmem_set
 from simnpo_pl.errors import UserError
@@ -24,8 +25,8 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def rows(folder: Path, split: str) -> list[dict[str, Any]]:
-    lines = map(json.loads, (folder / "rows.jsonl").read_text().splitlines())
+def rows(folder: Path, split: str, file: str = "rows.jsonl") -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / file).read_text().splitlines())
     return [row for row in lines if row["split"] == split]
 
 
@@ -49,10 +50,12 @@ def golden_run(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("role", ["final", "retrained"])
 @pytest.mark.parametrize("name", METRICS)
 def test_golden_memorization(golden_run: Path, shared: Path, role: str, name: str):
-    """Means as eval_model gives them."""
+    """Means as eval_model gives them, apart from letters that its tokenizer drops."""
     which = {"final": "target", "retrained": "retain"}[role]
     golden = json.loads((shared / f"goldens/muse/A/muse_{which}.json").read_text())
-    assert results(golden_run)[role]["metrics"][name] == pytest.approx(
+    own = rows(golden_run, name, "retrained_rows.jsonl" if role == "retrained" else "rows.jsonl")
+    gain = 100 * statistics.mean(beyond_ascii(own, "rougeL_f1", stem=False))
+    assert results(golden_run)[role]["metrics"][name] - gain == pytest.approx(
         golden["eval_model_output"][METRICS[name]], abs=1e-4
     )
 
@@ -87,13 +90,14 @@ def test_golden_generations(golden_run: Path, shared: Path, name: str):
     golden = json.loads((shared / "goldens/muse/A/muse_target.json").read_text())["rows"][METRICS[name]]
     tokenizer = AutoTokenizer.from_pretrained(shared / "goldens/A/target")
     compared = 0
-    for ours, theirs in zip(rows(golden_run, name), golden, strict=True):
+    own = rows(golden_run, name)
+    for ours, theirs, gain in zip(own, golden, beyond_ascii(own, "rougeL_f1", stem=False), strict=True):
         # Their texts went through a clean-up of spaces, which ROUGE does not see.
         assert tidy(ours["answer"]) == tidy(theirs["gt"])
         if theirs["min_top2_logit_gap"] >= NEAR_TIE:
             generated = tokenizer.decode(theirs["output_ids"], skip_special_tokens=True)
             assert ours["generation"] == cut_answer(generated).strip()
-            assert ours["rougeL_f1"] == pytest.approx(theirs["rougeL"], abs=1e-6)
+            assert ours["rougeL_f1"] - gain == pytest.approx(theirs["rougeL"], abs=1e-6)
             compared += 1
     assert compared >= len(golden) - 1
 

@@ -5,10 +5,12 @@ Losses are mean negative log-likelihoods in nats per token, the one end-of-seque
 """
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
+import regex
 import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
@@ -19,6 +21,10 @@ CONVENTIONS = ("geometric", "arithmetic", "prob_mean")
 
 ROUGE = ("rougeL_recall", "rougeL_f1", "rouge1_recall")
 """Scores of a generated answer."""
+
+_LETTER = r"[\p{L}\p{M}\p{N}]"
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+_WORD = regex.compile(rf"(?V1)[{_LETTER}&&{_UNSPACED}]\p{{M}}*|[{_LETTER}--{_UNSPACED}]+")
 
 
 class ForgetQualityResult(NamedTuple):
@@ -193,14 +199,20 @@ def model_utility(parts: Mapping[str, float]) -> float:
 def rouge_l(prediction: str, target: str, stem: bool = True) -> dict[str, float]:
     """ROUGE: "rougeL_recall", "rougeL_f1" and "rouge1_recall", each 0 to 1.
 
+    A word is a run of letters, marks and digits of any script; in scripts without spaces between words (Chinese,
+    Japanese, Thai, Lao, Khmer, Burmese) every character is one. On ASCII text the scores are those of rouge-score,
+    which drops all other letters.
+
     Args:
         prediction: Generated text.
         target: The right text.
-        stem: Whether words are compared without their endings, as TOFU does and MUSE does not.
+        stem: Whether ASCII words are compared without their English endings, as TOFU does and MUSE does not.
 
     Example:
         >>> rouge_l("the cat", "the cats sat here")["rougeL_recall"]
         0.5
+        >>> rouge_l("北京", "北京市")["rougeL_f1"]
+        0.8
     """
     scores = _scorer(stem).score(target, prediction)
     return {
@@ -208,11 +220,6 @@ def rouge_l(prediction: str, target: str, stem: bool = True) -> dict[str, float]
         "rougeL_f1": float(scores["rougeL"].fmeasure),
         "rouge1_recall": float(scores["rouge1"].recall),
     }
-
-
-def rouge_l_recall(prediction: str, target: str) -> float:
-    """ROUGE-L recall with stemming, 0 to 1, of a generation against the true answer."""
-    return rouge_l(prediction, target)["rougeL_recall"]
 
 
 def extraction_strength(correct: Tensor) -> float:
@@ -267,7 +274,20 @@ def lowest_share(values: Tensor, share: float) -> float:
 def _scorer(stem: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # here, because it takes a second to load
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stem)
+    return RougeScorer(["rouge1", "rougeL"], tokenizer=_Words(stem))
+
+
+class _Words:
+    """rouge-score's tokenizer for words of any script."""
+
+    def __init__(self, stem: bool) -> None:
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self._ascii = DefaultTokenizer(stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        words = _WORD.findall(unicodedata.normalize("NFC", text).lower())
+        return [part for word in words for part in (self._ascii.tokenize(word) if word.isascii() else [word])]
 
 
 def _check_shapes(one: Tensor, many: Tensor) -> None:
