@@ -56,7 +56,7 @@ def fit(runs: Path, name: str, data: str, options: tuple[str, ...]) -> None:
         print(f"{name}: finished before")
         return
     command = [sys.executable, "-m", "simnpo_pl", "fit", "--config", "configs/tofu_smollm2.yaml"]
-    command += ["--data.path", data, "--run_dir", str(folder), *options]
+    command += ["--data.path", data, "--run_dir", str(folder), "--eval.cache_dir", str(runs / ".evaluations"), *options]
     if (folder / "last.ckpt").is_file():
         command += ["--ckpt_path", "last"]
     print(" ".join(command), flush=True)

@@ -1,8 +1,10 @@
 """Full and read-only disks, a hub that vanishes, files cut short: one line, exit code 2, old files intact."""
 
+import importlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ from simnpo_pl.checkpoints import AtomicCheckpointIO
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation import cache
 from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.files import read_json_lines, write_json, write_json_lines
 from simnpo_pl.models import load_causal_lm, load_tokenizer, save_model
 
@@ -146,14 +150,72 @@ def test_results_of_a_resumed_run_cut_short(cli_error: Error, tmp_path: Path):
 def test_kept_evaluation_that_is_damaged_is_made_again(tmp_path: Path):
     """Also one whose answers hold separators that end a line elsewhere."""
     rows = [{"split": "forget", "index": 0, "generation": "a\u2028b\x85c\x0bd\r\ne"}]
-    cache.store(tmp_path / "one", EvalResult({"x": 1.0}, {"x": 1}, {}, rows))
-    found = cache.load(tmp_path / "one")
-    assert found is not None
-    assert found.rows == rows
-    for name in ("rows.jsonl", "result.json"):
-        cache.store(tmp_path / name, EvalResult({"x": 1.0}, {"x": 1}, {}, rows))
-        (tmp_path / name / name).write_text((tmp_path / name / name).read_text()[:-5])
-        assert cache.load(tmp_path / name) is None
+    file = tmp_path / "one.json"
+    assert cache.load(file) is None
+    write_json(file, vars(EvalResult({"x": 1.0}, {"x": 1}, {}, rows)))
+    assert cache.load(file) == EvalResult({"x": 1.0}, {"x": 1}, {}, rows)
+    file.write_text(file.read_text()[:-5])
+    assert cache.load(file) is None
+
+
+OWN_BENCHMARK = """
+from simnpo_pl.benchmarks.own import OwnData
+from simnpo_pl.metrics.answers import RowMean
+
+class OwnMean(RowMean):
+    higher_is_better = True
+
+class OwnBenchmark(OwnData):
+    def build_evaluation(self, encode):
+        made = super().build_evaluation(encode)
+        made.sets[0].metrics["forget/own"] = OwnMean("nll", len(made.sets[0].texts), scale=self.scale)
+        return made
+"""
+
+
+def test_an_evaluation_is_taken_up_for_the_same_code_model_and_rows_only(
+    model_folder: Path, other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The key of a kept evaluation changes with everything its numbers depend on, and with nothing else."""
+    assert EvalOptions().cache_dir is None
+    model, module, package = tmp_path / "model", tmp_path / "own_benchmark.py", tmp_path / "package"
+    shutil.copytree(model_folder, model)
+    shutil.copytree(cache.PACKAGE, package)
+    monkeypatch.setattr(cache, "PACKAGE", package)
+    monkeypatch.syspath_prepend(tmp_path)
+    module.write_text(OWN_BENCHMARK)
+    rows = [{"question": f"{n}?", "answer": f"It is {n}.", "perturbed_answer": ["No."]} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = [{"split": "forget", "index": n, "truth_ratio": 0.5} for n in range(3)]
+    trainer = SimpleNamespace(precision="32", strategy=SimpleNamespace(root_device=torch.device("cpu")))
+
+    def key(scale: float = 1, attention: str = "sdpa", **options: Any) -> str:
+        monkeypatch.delitem(sys.modules, "own_benchmark", raising=False)
+        data = importlib.import_module("own_benchmark").OwnBenchmark(
+            forget=str(tmp_path / "rows.jsonl"), model=str(model), eval=EvalOptions(**options)
+        )
+        data.scale = scale
+        data.setup("validate")
+        policy = SimpleNamespace(name=str(model), dtype_name="float32", attn_implementation=attention)
+        return cache._key(trainer, policy, data)
+
+    keys = [key()]
+    assert key() == keys[0]
+    keys.append(key(scale=2))
+    keys.append(key(attention="eager"))
+    keys.append(key(truth_ratio="arithmetic"))
+    for ratio in (0.5, 0.25):
+        log[0]["truth_ratio"] = ratio
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+        keys.append(key(retain_log=str(tmp_path / "log.jsonl")))
+    for file in (package / "metrics" / "functional.py", module, model / "tokenizer.json"):
+        file.write_text(file.read_text() + "\n")
+        keys.append(key())
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
+    for base in (model_folder, other_folder):
+        shutil.copytree(base, tmp_path / "base", dirs_exist_ok=True)
+        keys.append(key())
+    assert len(set(keys)) == len(keys)
 
 
 @settings(max_examples=30, deadline=None)

@@ -182,40 +182,41 @@ def test_a_run_is_made_once(program: Callable[..., list[Sequence[str]]], tmp_pat
     folder = tmp_path / "runs" / "one"
     calls = program(code=2, says="plan\nerror: no such model\n")
     with pytest.raises(RunFailed, match="ended with exit code 2: no such model; its output is in"):
-        fit_once.fit_once(folder, ["--model.lr", "1"], tmp_path / "log.txt")
+        fit_once.fit_once(folder, ["--model.lr", "1"], tmp_path, tmp_path / "log.txt")
     calls = program()
-    assert fit_once.fit_once(folder, ["--model.lr", "1"])["finished"]
-    assert calls == [["fit", "--model.lr", "1", "--run_dir", str(folder), "--ckpt_path", "last"]]
-    assert fit_once.fit_once(folder, ["--model.lr", "1"])["finished"]
+    assert fit_once.fit_once(folder, ["--model.lr", "1"], tmp_path)["finished"]
+    kept = ["--eval.cache_dir", str(tmp_path / ".evaluations")]
+    assert calls == [["fit", *kept, "--model.lr", "1", "--run_dir", str(folder), "--ckpt_path", "last"]]
+    assert fit_once.fit_once(folder, ["--model.lr", "1"], tmp_path)["finished"]
     assert len(calls) == 1
     with pytest.raises(UserError, match=r"holds a run that was begun with other options \(see"):
-        fit_once.fit_once(folder, ["--model.lr", "2"])
+        fit_once.fit_once(folder, ["--model.lr", "2"], tmp_path)
 
 
 def test_a_config_that_changed_is_noticed(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
     program()
     config = tmp_path / "a.yaml"
     config.write_text("model: {lr: 1}\n")
-    fit_once.fit_once(tmp_path / "run", ["--config", str(config)])
+    fit_once.fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
     config.write_text("# the same\nmodel: {lr: 1}\n")
-    fit_once.fit_once(tmp_path / "run", ["--config", str(config)])
+    fit_once.fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
     config.write_text("model: {lr: 2}\n")
     with pytest.raises(UserError, match="begun with other configs"):
-        fit_once.fit_once(tmp_path / "run", ["--config", str(config)])
+        fit_once.fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
     with pytest.raises(UserError, match="cannot read the config"):
-        fit_once.fit_once(tmp_path / "run", ["--config", str(tmp_path / "b.yaml")])
+        fit_once.fit_once(tmp_path / "run", ["--config", str(tmp_path / "b.yaml")], tmp_path)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "results.json").write_text("{}")
     with pytest.raises(UserError, match="was not begun by this command"):
-        fit_once.fit_once(tmp_path / "own", [])
+        fit_once.fit_once(tmp_path / "own", [], tmp_path)
 
 
 def test_two_workers_never_take_the_same_run(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
     calls = program()
     with FileLock(tmp_path / ".run.lock"), pytest.raises(Taken):
-        fit_once.fit_once(tmp_path / "run", [], wait=False)
+        fit_once.fit_once(tmp_path / "run", [], tmp_path, wait=False)
     assert not calls
-    fit_once.fit_once(tmp_path / "run", [], wait=False)
+    fit_once.fit_once(tmp_path / "run", [], tmp_path, wait=False)
     assert len(calls) == 1
 
 
@@ -223,7 +224,7 @@ def test_a_stopped_run_stops_the_worker(program: Callable[..., list[Sequence[str
     for code in (143, -15):
         program(code=code)
         with pytest.raises(SystemExit) as stop:
-            fit_once.fit_once(tmp_path / "run", [])
+            fit_once.fit_once(tmp_path / "run", [], tmp_path)
         assert stop.value.code == 143
 
 

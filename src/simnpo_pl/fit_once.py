@@ -22,6 +22,8 @@ from simnpo_pl.files import read_json, write_json
 
 MADE_OF = "made_of.json"
 """In a run's folder: the options and the configs it was begun with."""
+EVALUATIONS = ".evaluations"
+"""In a study's folder: evaluations that its runs share."""
 
 
 class RunFailed(UserError):
@@ -33,13 +35,19 @@ class Taken(Exception):
 
 
 def fit_once(
-    folder: Path, options: Sequence[str], log: Path | None = None, wait: bool = True, command: str = "fit"
+    folder: Path,
+    options: Sequence[str],
+    study: Path,
+    log: Path | None = None,
+    wait: bool = True,
+    command: str = "fit",
 ) -> dict[str, Any]:
     """Results of a run; it is made now, or gone on with, unless it is finished.
 
     Args:
         folder: Of the run.
         options: Of the command, without `--run_dir` and `--ckpt_path`.
+        study: Folder of all runs that share their evaluations of start and retrained models.
         log: File for what the run prints; None leaves that to the terminal.
         wait: Whether to wait while another process is at this run.
         command: `fit` or `test`.
@@ -56,7 +64,8 @@ def fit_once(
             _check_options(folder, options)
             record = read_record(folder)
             if record is None or not record.get("finished"):
-                words = [command, *options, "--run_dir", str(folder)]
+                # Before the options, so that a folder they give wins.
+                words = [command, "--eval.cache_dir", str(study / EVALUATIONS), *options, "--run_dir", str(folder)]
                 _run(folder, words if command == "test" else [*words, "--ckpt_path", "last"], log)
                 record = read_record(folder)
             assert record is not None

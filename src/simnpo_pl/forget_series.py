@@ -40,7 +40,7 @@ def run_series(out: Path, splits: Sequence[str], fit: Sequence[str], successive:
             if successive:
                 options += ["--model.name", str(out / str(count - 1) / "model")]
         print(f"run {count} of {len(splits)}: {split}", flush=True)
-        records.append(fit_once(folder, options))
+        records.append(fit_once(folder, options, out))
     return records
 
 

@@ -138,6 +138,7 @@ class Runner:
         """
         folder = self.out / name
         options = [*shlex.split(self.study.fit), *shlex.split(own), *self.options, *more]
+        options += ["--trainer.enable_progress_bar", "false"]
         print(f"run {name}", flush=True)
-        fit_once(folder, [*options, "--trainer.enable_progress_bar", "false"], self.out / "logs" / f"{name}.txt")
+        fit_once(folder, options, self.out, self.out / "logs" / f"{name}.txt")
         return read_runs([folder])[0]

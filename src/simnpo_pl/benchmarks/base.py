@@ -171,12 +171,6 @@ class UnlearningData(PairedData):
         self.reference_losses = losses
         self._evaluation = None
 
-    def compared_with(self) -> str:
-        """All numbers of other models that enter the metrics, as text."""
-        log, reference = self.find_retain_log(), self.reference_losses or {}
-        retrained = "" if log is None else f"{sorted(log.truth_ratio.items())} {log.min_k and log.min_k.auc}"
-        return retrained + "".join(f" {split} {losses.tolist()}" for split, losses in sorted(reference.items()))
-
     def find_retain_log(self) -> RetainLog | None:
         """The retrained model's rows: handed over, or read from `--eval.retain_log`."""
         if self.retrained_log is None and self.eval.retain_log is not None:

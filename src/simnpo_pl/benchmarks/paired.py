@@ -82,10 +82,6 @@ class PairedData(pl.LightningDataModule):
         """The retrained model's rows that metrics compare with; None where none does."""
         return None
 
-    def compared_with(self) -> str:
-        """All numbers of other models that enter the metrics, as text."""
-        return ""
-
     def export(self, result: EvalResult) -> dict[str, Any]:
         """Further result files of this benchmark: file name to JSON content."""
         return {}

@@ -1,46 +1,22 @@
-"""Evaluations of models that do not change, start and retrained, are made once and kept."""
+"""Evaluations of models that do not change, start and retrained, kept for the other runs of a study."""
 
 import hashlib
+import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+from torchmetrics import Metric
+
 from simnpo_pl.errors import UserError
-from simnpo_pl.evaluation.evaluation import EvalResult
-from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import EvalSet, plan_digest
-from simnpo_pl.files import read_json, read_json_lines, write_json, write_json_lines
+from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.evaluation.plan import plan_digest
+from simnpo_pl.files import read_json, write_json
 
-
-class EvaluationCache:
-    """Results by everything they depend on: weights, tokens, metrics' settings, precision, versions.
-
-    Args:
-        options: Where to keep results and what is measured.
-        precision: Precision, device and type of the weights the evaluation runs with.
-    """
-
-    def __init__(self, options: EvalOptions, precision: str) -> None:
-        self.options = options
-        self.precision = precision
-
-    def folder(self, model: str, sets: list[EvalSet], against: str) -> Path | None:
-        """Where the results of a model are kept, whether there already or not; None where nothing is kept.
-
-        Args:
-            model: Hub id or folder.
-            sets: The splits to measure.
-            against: All numbers of other models that the metrics compare with; empty for none.
-        """
-        if self.options.cache_dir is None:
-            return None
-        digest = hashlib.sha256(f"{model_fingerprint(model)} {plan_digest(sets)}".encode())
-        versions = [version(name) for name in ("simnpo_pl", "torch", "transformers", "rouge-score")]
-        settings = (self.options.truth_ratio, self.options.min_k, against, self.precision, versions)
-        if self.options.fluency_classifier is not None:
-            digest.update(f"{model_fingerprint(self.options.fluency_classifier)} {self.options.fluency_label}".encode())
-        digest.update(repr(settings).encode())
-        return Path(self.options.cache_dir).expanduser() / "evaluations" / digest.hexdigest()[:24]
+PACKAGE = Path(__file__).parents[1]
 
 
 def evaluate_once(trainer: Any, model: Any, data: Any) -> tuple[EvalResult, bool]:
@@ -49,7 +25,7 @@ def evaluate_once(trainer: Any, model: Any, data: Any) -> tuple[EvalResult, bool
     Args:
         trainer: Lightning Trainer; its `validate` runs the evaluation.
         model: `PolicyModule` of the model.
-        data: `UnlearningData` or `AnswerLosses`, which says what is measured and where results are kept.
+        data: `PairedData` or `AnswerLosses`, which says what is measured and where results are kept.
 
     Returns:
         The result, and whether it was kept from an earlier run.
@@ -58,56 +34,87 @@ def evaluate_once(trainer: Any, model: Any, data: Any) -> tuple[EvalResult, bool
         UserError: The Trainer is told to evaluate nothing.
     """
     data.setup("validate")
-    run_in = (trainer.precision, trainer.strategy.root_device.type, model.dtype_name)
-    kept = EvaluationCache(data.eval, " ".join(run_in))
     limit = trainer.limit_val_batches
     all_rows = isinstance(limit, float) and limit == 1.0 and not getattr(trainer, "fast_dev_run", 0)
-    whole = all_rows and trainer.num_nodes == 1
-    folder = kept.folder(model.name, data.evaluation().sets, data.compared_with()) if whole else None
-    result = load(folder)
-    if result is not None:
-        return result, True
+    file = None
+    if data.eval.cache_dir is not None and all_rows and trainer.num_nodes == 1:
+        file = Path(data.eval.cache_dir).expanduser() / f"{_key(trainer, model, data)}.json"
+        if (kept := load(file)) is not None:
+            return kept, True
     trainer.validate(model, datamodule=data, verbose=False)
     result = model.evaluation_result
     if result is None:
         raise UserError(f"{model.name} was not evaluated: leave --trainer.limit_val_batches above 0")
-    if folder is not None and trainer.is_global_zero:
-        store(folder, result)
+    if file is not None and trainer.is_global_zero:
+        write_json(file, vars(result))
     trainer.strategy.barrier()
     return result, False
 
 
-def load(folder: Path | None) -> EvalResult | None:
+def load(file: Path) -> EvalResult | None:
     """A kept result, if it is there and whole."""
-    if folder is None or not (folder / "result.json").is_file():
-        return None
     try:
-        content, rows = read_json(folder / "result.json"), read_json_lines(folder / "rows.jsonl")
+        content = read_json(file)
     except (UserError, FileNotFoundError):
         return None
     values = {name: float("nan") if value is None else value for name, value in content["values"].items()}
-    return EvalResult(values, content["counts"], content["unavailable"], rows)
+    return EvalResult(**{**content, "values": values})
 
 
-def store(folder: Path, result: EvalResult) -> None:
-    """Keep a result; the file that marks it whole is written last."""
-    write_json_lines(folder / "rows.jsonl", result.rows)
-    content: dict[str, Any] = {
-        "values": result.values,
-        "counts": result.counts,
-        "unavailable": result.unavailable,
-    }
-    write_json(folder / "result.json", content)
+def _key(trainer: Any, model: Any, data: Any) -> str:
+    """Identity of everything a result depends on: weights, tokens, metrics with their settings, code, precision."""
+    evaluation: Evaluation = data.evaluation()
+    plans = [part.generation for part in evaluation.sets if part.generation is not None]
+    metrics: list[Metric] = [m for part in evaluation.sets for m in (*part.metrics.values(), *part.scores.values())]
+    metrics += evaluation.summary.values()
+    tokenizer = getattr(getattr(data, "tokenizer", None), "name_or_path", model.name)
+    content = (
+        [fingerprint(name) for name in dict.fromkeys((model.name, tokenizer, data.eval.fluency_classifier)) if name],
+        (data.eval.fluency_label, evaluation.scoring, plan_digest(evaluation.sets)),
+        [_settings(metric) for metric in metrics],
+        _code(data, evaluation, *metrics, *(function for plan in plans for function in (plan.score, plan.finish))),
+        (trainer.precision, trainer.strategy.root_device.type, model.dtype_name, model.attn_implementation),
+        [version(name) for name in ("torch", "transformers", "rouge-score")],
+    )
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:24]
 
 
-def model_fingerprint(name: str) -> str:
-    """Identity of a model: of its files' bytes for a folder, the name itself for a hub id."""
+def fingerprint(name: str) -> str:
+    """Identity of a model or tokenizer: of a folder's files, an adapter's base included; of a hub id and its commit."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return name
+        return f"{name} {try_to_load_from_cache(name, 'config.json')}"
+    found = _files(file for file in folder.iterdir() if file.is_file())
+    adapter = folder / "adapter_config.json"
+    return found + fingerprint(read_json(adapter)["base_model_name_or_path"]) if adapter.is_file() else found
+
+
+def _settings(metric: Metric) -> list[Any]:
+    """Class and plain attributes of a metric and its parts; not their states, which an evaluation changes."""
+    kinds = (Tensor, str, int, float, tuple, list)
+    return [
+        (
+            type(part).__qualname__,
+            [
+                (name, value.tolist() if isinstance(value, Tensor) else value)
+                for name, value in sorted(vars(part).items())
+                if isinstance(value, kinds) and not name.startswith("_") and name not in getattr(part, "_defaults", ())
+            ],
+        )
+        for part in metric.modules()
+    ]
+
+
+def _code(*things: Any) -> str:
+    """Identity of this package's source and of the files that define objects, classes of others among them."""
+    modules = {getattr(kind, "__module__", "") for thing in things for kind in (*type(thing).__mro__, thing)}
+    named = (getattr(sys.modules.get(name), "__file__", None) for name in modules)
+    return _files({*PACKAGE.rglob("*.py"), *(Path(file) for file in named if file)})
+
+
+def _files(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
-        digest.update(file.name.encode())
+    for file in sorted(files):
         with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "sha256").digest())
+            digest.update(file.name.encode() + hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()

@@ -36,10 +36,6 @@ class AnswerLosses(pl.LightningDataModule):
         """The splits, without metrics."""
         return self._evaluation
 
-    def compared_with(self) -> str:
-        """Losses are compared with nothing."""
-        return ""
-
     def val_dataloader(self) -> DataLoader:
         """Batches to score, each process its share."""
         batches = scoring_batches(self._evaluation.sets, self.eval.tokens_per_batch, self.pad_id)

@@ -14,7 +14,7 @@ class EvalOptions:
         retain_log: Evaluation log of the retrained model, which forget quality compares with: a run folder or
             its rows.jsonl, open-unlearning's TOFU_EVAL.json, or TOFU's eval_log_aggregated.json. A file in a
             hub data set is written hf://datasets/OWNER/NAME/PATH.
-        retrained: Retrained model to evaluate instead of reading a log: hub id or folder. Its results are cached.
+        retrained: Retrained model to evaluate instead of reading a log: hub id or folder.
         start: Whether `fit` evaluates the start model before training.
         final: Whether `fit` evaluates the exported model.
         max_new_tokens: Length of a generated answer at most, tokens.
@@ -24,11 +24,12 @@ class EvalOptions:
         tokens_per_batch: Tokens scored in one forward pass at most; rows are sorted by length.
         prompts_per_batch: Prompts generated together at most.
         min_k: Part of an answer's tokens, the least likely ones, that the Min-K% attacks and PrivLeak average.
-        mia_reference: Reference model of the reference attack: hub id or folder. Its losses are cached.
+        mia_reference: Reference model of the reference attack: hub id or folder.
         gradnorm: Whether the gradient-norm attack is made: a backward pass for every forget and holdout row.
         fluency_classifier: Text classifier that rates the generated forget answers: hub id or folder.
         fluency_label: Its label of fluent text; the rating is that label's probability.
-        cache_dir: Folder for evaluations of start and retrained models, which are made once; null keeps none.
+        cache_dir: Folder in which evaluations of start, retrained and reference models are kept for later runs; null
+            keeps none. Commands that make several runs set it to a folder in their own.
     """
 
     retain_log: str | None = None
@@ -46,7 +47,7 @@ class EvalOptions:
     gradnorm: bool = False
     fluency_classifier: str | None = None
     fluency_label: str = "clean"
-    cache_dir: str | None = "~/.cache/simnpo_pl"
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.retain_log and self.retrained:

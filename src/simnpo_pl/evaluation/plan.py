@@ -75,10 +75,10 @@ class EvalSet:
 
 
 def plan_digest(sets: Sequence[EvalSet]) -> str:
-    """Identity of what is measured: splits, metrics and tokens."""
+    """Identity of what is measured: splits, metrics, texts and tokens."""
     digest = hashlib.sha256()
     for part in sets:
-        digest.update(f"{part.name} {sorted(part.metrics)} {sorted(part.scores)}".encode())
+        digest.update(f"{part.name} {sorted(part.metrics)} {sorted(part.scores)} {part.texts}".encode())
         if part.generation is not None:
             digest.update(f"{part.generation.prompts} {part.generation.max_new_tokens}".encode())
         for answers in part.answers:

@@ -65,7 +65,7 @@ def _make(sweep: Sweep, run: Planned, wait: bool) -> str:
     finished = bool(record and record.get("finished"))
     if wait and not finished:
         print(f"model {run.name}: being made", flush=True)
-    fit_once(folder, run.options, log, wait, run.command)
+    fit_once(folder, run.options, sweep.path, log, wait, run.command)
     for command in run.after:
         with FileLock(folder / ".after.lock"):
             if not _is_after(folder, command):

@@ -120,7 +120,8 @@ class Search:
         name = f"{self.method}, trial {trial.number + 1} of {self.tuning.trials}"
         log = self.tuning.path / "logs" / f"{self.method}-{trial.number:03d}.txt"
         try:
-            record = fit_once(folder, self.tuning.options(self.method, trial.params, self.more), log, wait=False)
+            options = self.tuning.options(self.method, trial.params, self.more)
+            record = fit_once(folder, options, self.tuning.path, log, wait=False)
             value = measured(record, "final", self.tuning.maximise)
             violations = [condition.violation(record) for condition in self.tuning.conditions]
             seconds = record.get("seconds", {}).get("total")
