@@ -253,7 +253,7 @@ def retained_logs(content: Any) -> str:
         return refusal(error)
     finally:
         file.unlink()
-    assert all(isinstance(ratio, float) for ratio in log.truth_ratio.values())
+    assert all(isinstance(row.get("truth_ratio", 0.0), float) for row in log.parts["forget"].values())
     return HANDLED
 
 

@@ -161,6 +161,13 @@ def _process(rank: int, count: int, port: int, arguments: list[str], log: Path) 
         os._exit(code)
 
 
+def match_rows(log: Any, questions: list[str], answers: list[str], split: str, tokens: str = "") -> torch.Tensor:
+    """Truth ratios of a retrained model's log, matched with forget rows."""
+    texts = [{"question": q, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    rows = log.match("forget", texts, [tokens] * len(texts), split)
+    return torch.tensor([row["truth_ratio"] for row in rows], dtype=torch.float64)
+
+
 def beyond_ascii(rows: list[dict[str, Any]], score: str, stem: bool) -> list[float]:
     """What each row's score gains by letters that rouge-score's own tokenizer drops; 0 where all are ASCII."""
     from rouge_score.rouge_scorer import RougeScorer

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import match_rows
 from simnpo_pl.errors import UserError
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.export import open_unlearning_log
-from simnpo_pl.metrics.logs import match_rows, read_retain_log
+from simnpo_pl.metrics.logs import parse_rows, read_retain_log
 from simnpo_pl.metrics.membership import ATTACKS
 
 SHARED = os.environ.get("SIMNPO_PL_SHARED")
@@ -63,8 +64,10 @@ def original() -> dict:
 
 def check(log) -> None:
     assert match_rows(log, QUESTIONS, ANSWERS, "forget10").tolist() == pytest.approx(RATIOS)
-    assert log.paraphrase_nll == dict(enumerate(PARAPHRASE))
-    assert log.perturbed_nll == dict(enumerate(PERTURBED))
+
+
+def held(log, key: str, part: str = "forget") -> dict[int, str]:
+    return {i: row[key] for i, row in log.parts[part].items() if key in row}
 
 
 def test_our_format(tmp_path):
@@ -72,7 +75,8 @@ def test_our_format(tmp_path):
     for path in (folder, folder / "rows.jsonl"):
         log = read_retain_log(path)
         check(log)
-        assert (log.split, log.answers[1], log.questions[2]) == ("forget10", ANSWERS[1], QUESTIONS[2])
+        assert held(log, "forget_split") == dict.fromkeys(range(3), "forget10")
+        assert (log.parts["forget"][1]["answer"], log.parts["forget"][2]["question"]) == (ANSWERS[1], QUESTIONS[2])
 
 
 def test_ratios_serve_where_losses_are_missing(tmp_path):
@@ -89,13 +93,37 @@ def test_open_unlearning_format(tmp_path, name, nested):
     (tmp_path / "TOFU_EVAL.json").write_text(json.dumps({"metrics": content} if nested else content))
     log = read_retain_log(tmp_path)
     check(log)
-    assert log.answers == {1: "In Rome, in 1901."}
-    assert log.values == {name: 0.5}
+    assert held(log, "answer") == {1: "In Rome, in 1901."}
 
 
 def test_open_unlearning_scores_serve_where_losses_are_missing(tmp_path):
     (tmp_path / "log.json").write_text(json.dumps({"forget_truth_ratio": open_unlearning(0.25)["forget_Truth_Ratio"]}))
-    assert read_retain_log(tmp_path / "log.json").truth_ratio == {0: 0.25, 1: 0.25, 2: 0.25}
+    assert held(read_retain_log(tmp_path / "log.json"), "truth_ratio") == {0: 0.25, 1: 0.25, 2: 0.25}
+
+
+def test_open_unlearning_logs_with_one_wrong_answer(tmp_path):
+    """Their losses are numbers, not lists: R = exp(paraphrase - perturbed)."""
+    content = open_unlearning()
+    for row in content["forget_Q_A_PERT_Prob"]["value_by_index"].values():
+        row["avg_loss"] = row["avg_loss"][0]
+    (tmp_path / "TOFU_EVAL.json").write_text(json.dumps(content))
+    found = match_rows(read_retain_log(tmp_path), QUESTIONS, ANSWERS, "forget10").tolist()
+    assert found == pytest.approx([1.0, 1.0, math.exp(0.25)])
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_open_unlearning_logs_of_muse(tmp_path, plain):
+    """PrivLeak's input alone; forget 1, 2 against holdout 2, 3: 3.5 of four pairs."""
+    scores = {"forget": [1.0, 2.0], "holdout": [2.0, 3.0]}
+    values = {k: v if plain else {str(i): {"score": x} for i, x in enumerate(v)} for k, v in scores.items()}
+    attack = {name: {"agg_value": 1.0, "value_by_index": value} for name, value in values.items()}
+    content = {"forget_knowmem_ROUGE": {"agg_value": 0.5, "value_by_index": {"0": {"rougeL_f1": 0.5}}}}
+    content |= {"mia_min_k": {**attack, "auc": 0.875, "agg_value": 0.875}, "privleak": {"agg_value": -75.0}}
+    (tmp_path / "MUSE_EVAL.json").write_text(json.dumps(content))
+    log = read_retain_log(tmp_path)
+    assert (log.kind, log.auc) == ("open-unlearning", 0.875)
+    assert {name: held(log, "mia_min_k", name) for name in scores} == {k: dict(enumerate(v)) for k, v in scores.items()}
+    assert log.auc == parse_rows("", log.rows()).auc
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -104,7 +132,7 @@ def test_original_format(tmp_path, whole):
     (tmp_path / "log.json.gz").write_bytes(gzip.compress(json.dumps(content).encode()))
     log = read_retain_log(tmp_path / "log.json.gz")
     check(log)
-    assert log.answers == {0: ANSWERS[0], 1: ANSWERS[1]}
+    assert held(log, "answer") == {0: ANSWERS[0], 1: ANSWERS[1]}
 
 
 def test_missing_file(tmp_path):
@@ -138,14 +166,61 @@ def test_mismatches_are_refused(tmp_path):
         match_rows(log, [*QUESTIONS, "More?"], [*ANSWERS, "No."], "forget10")
     with pytest.raises(UserError, match=r"the 1 rows of forget10, got 3, row 1 is only in the log"):
         match_rows(log, QUESTIONS[:1], ANSWERS[:1], "forget10")
-    with pytest.raises(UserError, match=r"the question 'Who\?' at row 1, got 'Where, and when \?'"):
+    with pytest.raises(UserError, match=r"the question 'Who\?' at row 1 of forget10, got 'Where, and when \?'"):
         match_rows(log, [QUESTIONS[0], "Who?", QUESTIONS[2]], ANSWERS, "forget10")
-    with pytest.raises(UserError, match=r"the answer 'Nobody.' at row 2, got 'Nobody knows.'"):
+    with pytest.raises(UserError, match=r"the answer 'Nobody.' at row 2 of forget10, got 'Nobody knows.'"):
         match_rows(log, QUESTIONS, [*ANSWERS[:2], "Nobody."], "forget10")
     shifted = our_rows()
     shifted[1]["index"] = 5
     with pytest.raises(UserError, match=r"the 3 rows of forget10, got 3, row 2 is missing from the log"):
         match_rows(read_retain_log(write_rows(tmp_path, shifted)), QUESTIONS, ANSWERS, "forget10")
+
+
+def test_other_tokens_are_refused_and_missing_digests_are_told(tmp_path, recwarn):
+    """Digests say of two logs with the same texts whether template, truncation and tokenizer were the same."""
+    log = read_retain_log(write_rows(tmp_path, our_rows(tokens="a")))
+    assert not recwarn.list
+    assert log.about()["tokens_compared"]
+    assert match_rows(log, QUESTIONS, ANSWERS, "forget10", tokens="a").tolist() == pytest.approx(RATIOS)
+    with pytest.raises(UserError, match="got others at row 0 of forget10, made with another prompt template, trunc"):
+        match_rows(log, QUESTIONS, ANSWERS, "forget10", tokens="b")
+    with pytest.warns(UserWarning, match=r"\(simnpo_pl\) holds no digests .* by number, question, answer only"):
+        log = read_retain_log(write_rows(tmp_path, our_rows()))
+    assert log.about() == {
+        "source": str(tmp_path / "rows.jsonl"), "kind": "simnpo_pl", "rows": {"forget": 3, "holdout": 0},
+        "tokens_compared": False,
+    }  # fmt: skip
+
+
+def record(folder: Path, objective: str | None, model: str = "start") -> Path:
+    """What a run leaves of which model it measured."""
+    folder.mkdir()
+    content = {"versions": {}, "settings": {"model": {"name": model}}}
+    content |= {"objective": {"name": objective}} if objective else {}
+    (folder / "results.json").write_text(json.dumps(content))
+    return write_rows(folder, our_rows(tokens="a"))
+
+
+@pytest.mark.parametrize("file", ["", "rows.jsonl", "start_rows.jsonl"])
+def test_an_unlearned_model_is_no_retrained_one(tmp_path, file):
+    """Neither by its own run nor by an evaluation of its model; the run's own retrained model takes its place."""
+    unlearned = record(tmp_path / "unlearned", "SimNPO")
+    measured = record(tmp_path / "measured", None, str(unlearned / "model"))
+    for run in (unlearned, measured):
+        with pytest.raises(UserError, match=f"the model it is of was unlearned in {unlearned}: pass the log"):
+            read_retain_log(run / file)
+        rows = [{"split": "forget", "index": i, "truth_ratio": 0.5, "tokens": "a"} for i in range(3)]
+        (run / "retrained_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.warns(UserWarning, match="the rows of the retrained model it was compared with are read"):
+            log = read_retain_log(run / file)
+        assert held(log, "truth_ratio") == dict.fromkeys(range(3), 0.5)
+
+
+def test_a_fine_tuned_model_may_be_a_retrained_one(tmp_path, recwarn):
+    tuned = record(tmp_path / "tuned", "FineTune")
+    for run in (tuned, record(tmp_path / "measured", None, str(tuned / "model"))):
+        assert match_rows(read_retain_log(run), QUESTIONS, ANSWERS, "forget10", "a").tolist() == pytest.approx(RATIOS)
+    assert not recwarn.list
 
 
 def test_export_round_trip(tmp_path):
@@ -160,9 +235,8 @@ def test_export_round_trip(tmp_path):
     (tmp_path / "TOFU_EVAL.json").write_text(json.dumps(log))
     read = read_retain_log(tmp_path / "TOFU_EVAL.json")
     check(read)
-    assert read.answers == dict(enumerate(ANSWERS))
-    assert read.questions == dict(enumerate(QUESTIONS))
-    assert (read.values["forget_quality"], read.values["extraction_strength"]) == (0.5, 0.0)
+    assert held(read, "answer") == dict(enumerate(ANSWERS))
+    assert held(read, "question") == dict(enumerate(QUESTIONS))
 
 
 # Golden values of a small model, scored by the public code.

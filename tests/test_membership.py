@@ -20,16 +20,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from simnpo_pl import head
+from simnpo_pl.benchmarks.membership import add_attacks
 from simnpo_pl.data.collate import collate
-from simnpo_pl.data.tokenization import PromptTemplate
+from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.gradients import gradient_norms
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.evaluation.plan import EvalSet
 from simnpo_pl.evaluation.scoring import score_rows
 from simnpo_pl.head import Head
 from simnpo_pl.logprobs import AnswerStates, Scorer
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.metrics.functional import lowest_share
-from simnpo_pl.metrics.logs import parse_rows, read_retain_log
+from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log
 from simnpo_pl.metrics.membership import (
     ATTACKS,
     MembershipAUC,
@@ -94,7 +97,6 @@ def test_metrics_over_two_splits():
     metric.reset()
     with pytest.warns(UserWarning, match="before the ``update``"):
         assert metric.compute()["n"] == 0
-    assert math.isnan(PrivLeak(attack).compute()["value"])
 
 
 def test_zlib_and_reference_scores():
@@ -248,26 +250,58 @@ def log_rows(**changed: Any) -> list[dict[str, Any]]:
     return [*forget, {**row, **changed}]
 
 
+def privleak_of(log: RetainLog, forget: int, holdout: list[str], share: float = 0.4) -> tuple[Any, dict[str, str]]:
+    """PrivLeak, or why it is not measured, of splits of these rows."""
+    parts = []
+    for name, questions in (("forget", ["Any?"] * forget), ("holdout", holdout)):
+        texts = [{"question": question, "answer": "Yes."} for question in questions]
+        parts.append(EvalSet(name, texts, [[TokenRow([1, 2], [-100, 2])] for _ in texts], {}))
+    found = add_attacks(*parts, EvalOptions(min_k=share), log)
+    return found.metrics.get("privleak"), found.unavailable
+
+
 def test_min_k_of_our_rows():
     """Forget 0, 1 against holdout 1: one pair in order, one tie."""
-    assert parse_rows("log", log_rows()).min_k.match(2, ["Who?"], 0.4) == 0.75
+    metric, _ = privleak_of(parse_rows("log", log_rows()), 2, ["Who?"])
+    assert metric.retrained_auc == 0.75
     rated = [{**row, "paraphrase_nll": 1.0, "perturbed_nll": [1.0]} for row in log_rows()]
-    assert parse_rows("log", rated).truth_ratio == {0: 1.0, 1: 1.0}
-    assert parse_rows("log", [{**r, "mia_min_k": None} for r in rated]).min_k is None
+    assert [row["truth_ratio"] for row in parse_rows("log", rated).parts["forget"].values()] == [1.0, 1.0]
+    unrated = parse_rows("log", [{**r, "mia_min_k": None} for r in rated])
+    assert "has no Min-K% scores" in privleak_of(unrated, 2, ["Who?"])[1]["privleak"]
 
 
 @pytest.mark.parametrize(
     ("forget", "holdout", "share", "message"),
     [
-        (3, ["Who?"], 0.4, r"of 3 forget rows, got 2 rows: score the retrained model with the same --data.holdout"),
-        (2, ["Who?", "What?"], 0.4, r"of 2 holdout rows, got 1 rows"),
-        (2, ["Why?"], 0.4, r"of the holdout question 'Why\?', got 'Who\?'"),
-        (2, ["Who?"], 0.2, r"of the share 0.2, got 0.4: .* and --eval.min_k"),
+        (3, ["Who?"], 0.4, r"the 3 rows of forget, got 2, row 2 is missing from the log: score the retrained model"),
+        (2, ["Who?", "What?"], 0.4, r"the 2 rows of holdout, got 1"),
+        (2, ["Why?"], 0.4, r"the question 'Why\?' at row 0 of holdout, got 'Who\?'"),
+        (2, ["Who?"], 0.2, r"of the share 0.2, got 0.4: .* the same --eval.min_k"),
     ],
 )
 def test_min_k_of_other_rows_is_refused(forget: int, holdout: list[str], share: float, message: str):
     with pytest.raises(UserError, match=message):
-        parse_rows("log", log_rows()).min_k.match(forget, holdout, share)
+        privleak_of(parse_rows("log", log_rows()), forget, holdout, share)
+
+
+def test_min_k_of_other_tokens_is_refused():
+    with pytest.raises(UserError, match="got others at row 0 of holdout, made with another prompt template"):
+        privleak_of(parse_rows("log", log_rows(tokens="of another template")), 2, ["Who?"])
+
+
+@pytest.mark.parametrize(("forget", "holdout", "auc"), [(0.0, 1.0, 1), (2.0, 1.0, 0), (0.0, math.nan, math.nan)])
+def test_retrained_areas_at_the_ends(forget: float, holdout: float, auc: float):
+    """An area of 1 leaves nothing to divide by, which is said; of 0, PrivLeak is -100 times the AUC."""
+    rows = [{**row, "mia_min_k": holdout if row["split"] == "holdout" else forget} for row in log_rows()]
+    metric, reasons = privleak_of(parse_rows("log", rows), 2, ["Who?"])
+    if auc == 0:
+        assert privleak(0.25, metric.retrained_auc) == -25
+        assert "privleak" not in reasons
+    else:
+        assert metric is None
+        assert reasons["privleak"] == (
+            f"the retrained model's AUC of Min-K% is {auc:g}, and PrivLeak divides by 1 - AUC"
+        )
 
 
 def test_min_k_of_open_unlearning(tmp_path: Path):
@@ -276,9 +310,9 @@ def test_min_k_of_open_unlearning(tmp_path: Path):
     content["mia_min_k"] = {"forget": part, "holdout": part, "auc": 0.25, "agg_value": 0.25}
     (tmp_path / "TOFU_EVAL.json").write_text(json.dumps(content))
     log = read_retain_log(tmp_path)
-    assert log.min_k.match(1, ["Any?"], 0.4) == 0.25
-    with pytest.raises(UserError, match="of 2 holdout rows, got 1 rows"):
-        log.min_k.match(1, ["Any?", "More?"], 0.4)
+    assert privleak_of(log, 1, ["Any?"])[0].retrained_auc == 0.25
+    with pytest.raises(UserError, match="the 2 rows of holdout, got 1"):
+        privleak_of(log, 1, ["Any?", "More?"])
 
 
 def test_rows_of_a_log_make_the_same_log():

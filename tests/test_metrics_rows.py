@@ -130,14 +130,6 @@ def test_forget_quality_compares_the_same_rows_only():
     assert (result["n"], result["m"]) == (2, 2)
 
 
-def test_forget_quality_without_a_retrained_model():
-    metric = ForgetQuality(ROWS, KINDS)
-    feed(metric, table(), list(range(ROWS)))
-    result = metric.compute()
-    assert math.isnan(result["value"])
-    assert (result["n"], result["m"]) == (ROWS, 0)
-
-
 def test_update_after_a_reset_in_inference_mode():
     metric = RowMean("nll", 2)
     with torch.inference_mode():

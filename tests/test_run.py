@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import killed_in_epoch, losses, results, same_weights
+from simnpo_pl.metrics.logs import read_retain_log
 from simnpo_pl.metrics.membership import ATTACKS
 
 CLI = Callable[..., None]
@@ -180,6 +181,30 @@ def test_test_command_repeats_the_final_evaluation(cli: CLI, finished: Path, oth
         cli("test", *options, "--run_dir", str(folder))
         final = results(folder)["final"]["metrics"]
         assert final == pytest.approx(results(finished)["final"]["metrics"], rel=1e-4)
+        comparator = results(folder)["comparator"]
+        assert Path(comparator["source"]) == tmp_path / "retrained" / (log or "rows.jsonl")
+        assert comparator["kind"] == ("open-unlearning" if log == "TOFU_EVAL.json" else "simnpo_pl")
+        assert comparator["rows"] == {"forget": 10, "holdout": 0}
+        assert comparator["tokens_compared"] == (log != "TOFU_EVAL.json")
+
+
+def test_comparators_that_cannot_be_compared_are_refused(
+    cli_error: Callable[..., str], finished: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    """Another template, another truncation, an unlearned model; of its run, the retrained model's rows are taken."""
+    log = str(finished / "retrained_rows.jsonl")
+    for options in (
+        ("--data.template", "Q: {question} A: {answer}"),
+        ("--data.max_length", "32", "--data.truncate", "true"),
+    ):
+        error = cli_error("test", "--eval.retain_log", log, *options)
+        assert "of forget10, made with another prompt template, truncation or tokenizer" in error
+    error = cli_error("test", "--eval.retrained", str(finished / "model"))
+    assert f"this model was unlearned in {finished}; give one that was trained without the forget rows" in error
+    assert results(finished)["comparator"]["kind"] == "evaluated in this run"
+    log = read_retain_log(finished)
+    assert log.source == str(finished / "retrained_rows.jsonl")
+    assert "the rows of the retrained model it was compared with are read" in str(recwarn.pop(UserWarning).message)
 
 
 @pytest.mark.parametrize("command", ["test", "validate"])

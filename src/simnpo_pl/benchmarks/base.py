@@ -5,6 +5,7 @@ A benchmark is a subclass that says which rows are trained on and what is measur
 
 from abc import abstractmethod
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenR
 from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
-from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log
+from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log, unlearning_run
 from simnpo_pl.models import context_length, load_tokenizer
 
 
@@ -163,7 +164,7 @@ class UnlearningData(PairedData):
 
     def use_retrained_rows(self, rows: list[dict[str, Any]], source: str) -> None:
         """Compare with a retrained model's rows, as `EvalResult.rows` holds them."""
-        self.retrained_log = parse_rows(source, rows)
+        self.retrained_log = parse_rows(source, rows, "evaluated in this run")
         self._evaluation = None
 
     def use_reference_losses(self, losses: dict[str, Tensor]) -> None:
@@ -172,7 +173,16 @@ class UnlearningData(PairedData):
         self._evaluation = None
 
     def find_retain_log(self) -> RetainLog | None:
-        """The retrained model's rows: handed over, or read from `--eval.retain_log`."""
+        """The retrained model's rows: handed over, or read from `--eval.retain_log`.
+
+        Raises:
+            UserError: The log cannot be read or used, or `--eval.retrained` is the model of a run that unlearned.
+        """
+        if self.eval.retrained is not None and (run := unlearning_run(Path(self.eval.retrained).expanduser().parent)):
+            raise UserError(
+                f"--eval.retrained {self.eval.retrained}: this model was unlearned in {run}; give one that was trained "
+                "without the forget rows"
+            )
         if self.retrained_log is None and self.eval.retain_log is not None:
             self.retrained_log = read_retain_log(hub_file(self.eval.retain_log))
         return self.retrained_log

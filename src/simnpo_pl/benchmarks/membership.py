@@ -116,12 +116,25 @@ def add_attacks(
     metrics: dict[str, Metric] = dict(attacks)
     if log is None:
         reasons["privleak"] = NO_RETRAINED
-    elif log.min_k is None:
+    elif log.auc is None:
         reasons["privleak"] = (
             f"the retrained model's log {log.source} has no Min-K% scores; score that model with --data.holdout"
         )
     else:
-        questions = [text["question"] for text in holdout.texts]
-        retrained = log.min_k.match(len(forget.texts), questions, options.min_k)
-        metrics["privleak"] = PrivLeak(attacks["mia_min_k"], retrained)
+        _check_attack(log, (forget, holdout), options.min_k)
+        if log.auc < 1:
+            metrics["privleak"] = PrivLeak(attacks["mia_min_k"], log.auc)
+        else:
+            reasons["privleak"] = f"the retrained model's AUC of Min-K% is {log.auc:g}, and PrivLeak divides by 1 - AUC"
     return Attacks(metrics, reasons)
+
+
+def _check_attack(log: RetainLog, sets: Sequence[EvalSet], share: float) -> None:
+    """Refuse a log whose Min-K% scores are of other rows or of another share; some logs hold the AUC alone."""
+    for part in sets:
+        rows = log.match(part.name, part.texts, part.tokens) if log.parts[part.name] else []
+        for other in {row.get("min_k_share", share) for row in rows} - {share}:
+            raise UserError(
+                f"retrained model's log {log.source}: expected Min-K% scores of the share {share}, got {other}: score "
+                "the retrained model with the same --eval.min_k and pass that log"
+            )

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from simnpo_pl.data.sources import check_rows
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate
@@ -12,7 +14,7 @@ from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet, Generation
 from simnpo_pl.metrics.answers import AnswerProbability, ChoiceProbability, ForgetQuality, RowMean, TruthRatio
 from simnpo_pl.metrics.base import RowMetric
-from simnpo_pl.metrics.logs import RetainLog, match_rows
+from simnpo_pl.metrics.logs import RetainLog
 
 NO_RETRAINED = "no retrained model to compare with; give --eval.retain_log FILE or --eval.retrained MODEL"
 
@@ -135,18 +137,24 @@ def add_forget_quality(forget: EvalSet, log: RetainLog | None, split: str) -> di
         Metrics that are not available, with the reason.
 
     Raises:
-        UserError: The log does not cover the same questions.
+        UserError: The log is of other rows, or has a truth ratio of some rows only.
     """
-    retrained = None
-    if log is not None:
-        questions, answers = ([text[key] for text in forget.texts] for key in ("question", "answer"))
-        retrained = match_rows(log, questions, answers, split)
+    if log is None:
+        return {"forget_quality": NO_RETRAINED}
+    ratios = [row.get("truth_ratio") for row in log.match("forget", forget.texts, forget.tokens, split)]
+    found = [ratio for ratio in ratios if ratio is not None]
+    if not found:
+        reason = f"the retrained model's log {log.source} has no truth ratios; score that model with wrong answers"
+        return {"forget_quality": reason}
+    if len(found) != len(ratios):
+        raise UserError(
+            f"retrained model's log {log.source}: expected a truth ratio of every row of {split}, got none of row "
+            f"{ratios.index(None)}: score the retrained model again and pass that log"
+        )
     forget.metrics["forget_quality"] = ForgetQuality(
-        len(forget.texts), forget.kinds, retrained, has_paraphrase=forget.has_paraphrase
+        len(ratios), forget.kinds, torch.tensor(found, dtype=torch.float64), has_paraphrase=forget.has_paraphrase
     )
-    if log is not None:
-        return {}
-    return {"forget_quality": NO_RETRAINED}
+    return {}
 
 
 def decode_with(tokenizer: Any) -> Any:

@@ -157,9 +157,12 @@ class RunFolder(Callback):
             self.record["final"] = {"metrics": result.values}
             log_outcome(trainer, self.record["settings"], result.values)
         self.record["finished"] = True
+        log = data.find_retain_log()
+        if log is not None:
+            self.record["comparator"] = log.about()
         if trainer.is_global_zero and result is not None:
             write_json_lines(self.folder / "rows.jsonl", result.rows)
-            self._write_retrained(data.find_retain_log())
+            self._write_retrained(log)
             for name, content in data.export(result).items():
                 write_json(self.folder / name, content)
         self._write(trainer)

@@ -27,7 +27,7 @@ class EvalResult:
     Args:
         values: Metric name to number; NaN where it could not be computed.
         counts: Metric name to the rows it rests on.
-        unavailable: Metric name to the reason it was not measured.
+        unavailable: Metric name to the reason it was not measured or is not a number.
         rows: One object per row and split: question, answer, scores, generated text.
     """
 
@@ -192,10 +192,13 @@ class Evaluation:
         """
         values: dict[str, float] = {}
         counts: dict[str, int] = {}
+        unavailable = dict(self.unavailable)
         for name, metric in self._named():
             if name not in self.unavailable:
                 result = metric.compute()
                 values[name], counts[name] = result["value"], int(result["n"])
+                if math.isnan(values[name]):
+                    unavailable[name] = "one of its scores is not a number" if counts[name] else "no row was scored"
                 keys = getattr(metric, "result_keys", ())
                 values |= {f"{name}/{key}": result[key] for key in keys if key != "value"}
         rows = self._rows()
@@ -206,7 +209,7 @@ class Evaluation:
                     "enters: look for weights that are not numbers"
                 )
                 break
-        return EvalResult(values, counts, dict(self.unavailable), rows)
+        return EvalResult(values, counts, unavailable, rows)
 
     def _scored(self, row: Mapping[str, Any]) -> bool:
         """Whether a row's answer was scored; an evaluation may be limited to some batches."""
@@ -244,8 +247,11 @@ class Evaluation:
             scores = {name: m.rows for name, m in part.scores.items()}
             first = 2 if part.has_paraphrase else 1
             generated = {index for n, index in texts if n == number}
+            tokens = part.tokens
             for index in sorted(raw.rows.keys() | generated):
                 row: dict[str, Any] = {"split": part.name, "index": index, **part.texts[index]}
+                if tokens:
+                    row["tokens"] = tokens[index]
                 if index in raw.rows:
                     nll = raw.cells[index].tolist()
                     row["answer_nll"] = nll[0]

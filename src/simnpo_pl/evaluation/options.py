@@ -11,9 +11,9 @@ class EvalOptions:
     """Options of the evaluation.
 
     Args:
-        retain_log: Evaluation log of the retrained model, which forget quality compares with: a run folder or
-            its rows.jsonl, open-unlearning's TOFU_EVAL.json, or TOFU's eval_log_aggregated.json. A file in a
-            hub data set is written hf://datasets/OWNER/NAME/PATH.
+        retain_log: Evaluation log of the retrained model, which forget quality and PrivLeak compare with: a run folder
+            or its rows.jsonl, open-unlearning's TOFU_EVAL.json or MUSE_EVAL.json, or TOFU's eval_log_aggregated.json.
+            A file in a hub data set is written hf://datasets/OWNER/NAME/PATH.
         retrained: Retrained model to evaluate instead of reading a log: hub id or folder.
         start: Whether `fit` evaluates the start model before training.
         final: Whether `fit` evaluates the exported model.

@@ -69,6 +69,12 @@ class EvalSet:
         return len(self.answers[0]) if self.answers else 1
 
     @property
+    def tokens(self) -> list[str]:
+        """Digest of every row's tokens: rows with another prompt, truncation or tokenizer have another one."""
+        rows = ([(row.input_ids, row.labels, row.end) for row in answers] for answers in self.answers)
+        return [hashlib.sha256(repr(row).encode()).hexdigest()[:16] for row in rows]
+
+    @property
     def generate(self) -> int:
         """Rows, from the first, that are generated."""
         return len(self.generation.prompts) if self.generation is not None else 0
@@ -81,8 +87,7 @@ def plan_digest(sets: Sequence[EvalSet]) -> str:
         digest.update(f"{part.name} {sorted(part.metrics)} {sorted(part.scores)} {part.texts}".encode())
         if part.generation is not None:
             digest.update(f"{part.generation.prompts} {part.generation.max_new_tokens}".encode())
-        for answers in part.answers:
-            digest.update(repr([(row.input_ids, row.labels, row.end) for row in answers]).encode())
+        digest.update(f"{part.tokens}".encode())
     return digest.hexdigest()
 
 

@@ -150,13 +150,13 @@ class TruthRatio(RowMetric):
 class ForgetQuality(TruthRatio):
     """Kolmogorov-Smirnov p-value between the truth ratios of this model and of a retrained one.
 
-    Compares only rows that were fully scored here, with the same rows of the retrained model. Without a
-    retrained model, or with a NaN on either side, every entry but "n" and "m" is NaN.
+    Compares only rows that were fully scored here, with the same rows of the retrained model. With a NaN on either
+    side, every entry but "n" and "m" is NaN.
 
     Args:
         rows: number of rows of the forget split.
         kinds: number of kinds, the wrong answers last.
-        retrained: (rows,) geometric truth ratios of the retrained model, in row order, or None.
+        retrained: (rows,) geometric truth ratios of the retrained model, in row order.
         has_paraphrase: see `TruthRatio`.
 
     Raises:
@@ -177,22 +177,20 @@ class ForgetQuality(TruthRatio):
         self,
         rows: int,
         kinds: int,
-        retrained: Tensor | None = None,
+        retrained: Tensor,
         has_paraphrase: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(rows, kinds, has_paraphrase=has_paraphrase, **kwargs)
-        if retrained is not None and tuple(retrained.shape) != (rows,):
+        if tuple(retrained.shape) != (rows,):
             raise UserError(
                 f"ForgetQuality: expected {rows} truth ratios of the retrained model, one a row, got shape "
                 f"{tuple(retrained.shape)}: use a log of the retrained model on the same forget split"
             )
-        self.retrained = None if retrained is None else retrained.detach().double().cpu()
+        self.retrained = retrained.detach().double().cpu()
 
     def aggregate(self, row_values: Tensor) -> dict[str, float]:
         """The test's p-value as "value", its log10, the statistic, and the retrained sample's size."""
-        if self.retrained is None:
-            return {**dict.fromkeys(self.result_keys, math.nan), "m": 0.0}
         retrained = self.retrained[list(self.rows)]
         if row_values.isnan().any() or retrained.isnan().any():
             return {**dict.fromkeys(self.result_keys, math.nan), "m": float(len(retrained))}

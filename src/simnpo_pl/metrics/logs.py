@@ -1,73 +1,118 @@
-"""Logs of retrained models.
+"""Logs of retrained models, which forget quality and PrivLeak compare with.
 
-Forget quality and PrivLeak compare with a retrained model that was scored elsewhere, perhaps by other code: three
-formats are read, and a log that does not cover the same questions is refused.
+Such a model was scored elsewhere, perhaps by other code: four formats are read into rows of our own, and a log of other
+rows, texts or tokens is refused.
 """
 
 import gzip
 import json
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from simnpo_pl.errors import UserError
+from simnpo_pl.files import read_json
 from simnpo_pl.metrics import functional as F
-from simnpo_pl.metrics.attack_log import MinKLog, by_index, own_min_k, public_min_k, squeeze
+from simnpo_pl.metrics.membership import membership_auc
 
-LOG_NAMES = ("rows.jsonl", "TOFU_EVAL.json", "eval_log_aggregated.json")
+LOG_NAMES = ("rows.jsonl", "TOFU_EVAL.json", "MUSE_EVAL.json", "eval_log_aggregated.json")
+COMPARED = ("question", "answer", "forget_split", "tokens", "min_k_share", "mia_min_k", "truth_ratio")
+"""What is kept of a row."""
 
 
 @dataclass(frozen=True)
 class RetainLog:
-    """The forget split as a retrained model scored it, by row index.
+    """A retrained model's scores of the forget and the holdout rows.
 
     Attributes:
-        source: the file it was read from.
-        split: name of the forget split ("forget10") where the log says so.
-        truth_ratio: geometric R = W/P of every row.
-        paraphrase_nll: nats per token.
-        perturbed_nll: nats per token, one per wrong answer.
-        answers: true answers, for the rows where the log holds them.
-        questions: questions, possibly inside a prompt template, for the rows where the log holds them.
-        values: aggregates by metric name, where the log holds them.
-        min_k: the Min-K% attack, where the log holds it.
+        source: The file they were read from, or the model.
+        kind: Whose format the log has.
+        parts: `forget` and `holdout`: row index to what the log holds of `COMPARED`, the truth ratio a geometric one.
+        auc: Area under the ROC curve of the Min-K% attack; None where the log has neither it nor the scores.
     """
 
     source: str
-    split: str | None
-    truth_ratio: dict[int, float]
-    paraphrase_nll: dict[int, float] = field(default_factory=dict)
-    perturbed_nll: dict[int, list[float]] = field(default_factory=dict)
-    answers: dict[int, str] = field(default_factory=dict)
-    questions: dict[int, str] = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)
-    min_k: MinKLog | None = None
+    kind: str
+    parts: dict[str, dict[int, dict[str, Any]]]
+    auc: float | None = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """What enters a comparison, as rows of our own format."""
-        splits = self.min_k.rows() if self.min_k is not None else {"forget": {}}
-        for i, ratio in self.truth_ratio.items():
-            splits["forget"].setdefault(i, {})["truth_ratio"] = ratio
-        return [{"split": s, "index": i, **part[i]} for s, part in splits.items() for i in sorted(part)]
+        """The rows in our own format."""
+        return [{"split": name, "index": i, **part[i]} for name, part in self.parts.items() for i in sorted(part)]
+
+    def about(self) -> dict[str, Any]:
+        """Source, format and number of rows, and whether the rows can be compared token by token."""
+        counts = {name: len(part) for name, part in self.parts.items()}
+        return {"source": self.source, "kind": self.kind, "rows": counts, "tokens_compared": self.has_tokens}
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether every row holds the digest of its tokens."""
+        rows = self.rows()
+        return bool(rows) and all("tokens" in row for row in rows)
+
+    def match(
+        self, name: str, texts: Sequence[Mapping[str, Any]], tokens: Sequence[str], split: str | None = None
+    ) -> list[dict[str, Any]]:
+        """The rows of a part in order, if they are the rows of this evaluation.
+
+        Texts and digests are compared where the log holds them; texts without their whitespace, since public logs store
+        cleaned-up text ("," for " ,") and questions inside a prompt template.
+
+        Args:
+            name: `forget` or `holdout`.
+            texts: `question` and `answer` of every row.
+            tokens: Digest of every row's tokens, see `EvalSet.tokens`.
+            split: What the rows are called, such as "forget10"; by default the part's name.
+
+        Raises:
+            UserError: Another split, other rows, texts or tokens; the message names the first that differs.
+        """
+        part, called = self.parts[name], split or name
+        start = f"retrained model's log {self.source}: expected"
+        advice = f"score the retrained model on all of {called} with this evaluation's options and pass that log"
+        different = set(part) ^ set(range(len(texts)))
+        for row in part.values():
+            if split is not None and row.get("forget_split", split) != split:
+                raise UserError(f"{start} the split {split}, got {row['forget_split']}: {advice}")
+        if different:
+            side = "is missing from" if min(different) not in part else "is only in"
+            found = f"the {len(texts)} rows of {called}, got {len(part)}, row {min(different)} {side} the log"
+            raise UserError(f"{start} {found}: {advice}")
+        for index, (text, digest) in enumerate(zip(texts, tokens, strict=True)):
+            held = part[index]
+            if "question" in held and _squeeze(text["question"]) not in _squeeze(held["question"]):
+                found = f"the question {text['question']!r} at row {index} of {called}, got {held['question']!r}"
+                raise UserError(f"{start} {found}: {advice}")
+            if "answer" in held and _squeeze(text["answer"]) != _squeeze(held["answer"]):
+                found = f"the answer {text['answer']!r} at row {index} of {called}, got {held['answer']!r}"
+                raise UserError(f"{start} {found}: {advice}")
+            if held.get("tokens", digest) != digest:
+                raise UserError(
+                    f"{start} the tokens of this evaluation, got others at row {index} of {called}, made with another "
+                    f"prompt template, truncation or tokenizer: {advice}"
+                )
+        return [part[index] for index in range(len(texts))]
 
 
 def read_retain_log(path: Path) -> RetainLog:
-    """Read a retrained model's log of the forget split.
+    """Read a retrained model's log of the forget rows.
 
-    Knows, by content: our `rows.jsonl` (rows may name the split under "forget_split"), open-unlearning's
-    `TOFU_EVAL.json`, also under a key "metrics", and TOFU's `eval_log_aggregated.json` or its forget part;
-    each may be gzipped, or lie in the folder that `path` names. R is computed from the losses, whatever the
-    log's own convention; an open-unlearning log without losses has its scores taken for geometric ones.
+    Knows, by content: our `rows.jsonl`, open-unlearning's `TOFU_EVAL.json` and `MUSE_EVAL.json`, also under a key
+    "metrics", and TOFU's `eval_log_aggregated.json` or its forget part; each may be gzipped, or lie in the folder that
+    `path` names. R is computed from the losses, whatever the log's own convention; a log without losses has its scores
+    taken for geometric ones. Of a run that unlearned, the rows of the retrained model it was compared with are read.
 
     Raises:
-        UserError: no such file, an unknown format, or a row without the losses R needs.
+        UserError: No such file, an unknown format, no score to compare with, or a log of a model that unlearned.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = next((path / name for name in LOG_NAMES if (path / name).is_file()), path / LOG_NAMES[0])
+    path = _comparator(Path(path))
     if not path.is_file():
         raise UserError(
             f"retrained model's log: expected a run folder or a log file, got no file at {path}: "
@@ -75,53 +120,79 @@ def read_retain_log(path: Path) -> RetainLog:
         )
     try:
         raw = path.read_bytes()
-        return _parse(str(path), (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode())
-    except UserError:
-        raise
+        log = _parse(str(path), (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode())
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError, EOFError) as error:
         raise UserError(
             f"retrained model's log: expected the content of {' or '.join(LOG_NAMES)}, got {path}, which "
             f"cannot be read as any of them ({error!r}): check that the file is complete"
         ) from error
+    if not log.has_tokens:
+        held = ["number", *(key for key in ("question", "answer") if any(key in row for row in log.rows()))]
+        rank_zero_warn(
+            f"retrained model's log {path} ({log.kind}) holds no digests of tokens: its rows are compared by "
+            f"{', '.join(held)} only; check that prompt template, truncation and tokenizer were the same"
+        )
+    return log
 
 
-def match_rows(log: RetainLog, questions: list[str], answers: list[str], split: str) -> Tensor:
-    """The log's truth ratios in row order, if it covers exactly these questions.
-
-    Texts are compared where the log holds them, without their whitespace, since public logs store cleaned-up
-    text ("," for " ,") and questions inside a prompt template.
+def unlearning_run(folder: Path) -> Path | None:
+    """The run that unlearned among a run and those its model came from; None where there is none.
 
     Args:
-        log: what `read_retain_log` gave.
-        questions: (M,) questions of the forget split, in row order.
-        answers: (M,) true answers.
-        split: name of the forget split, such as "forget10".
-
-    Returns:
-        (M,) geometric R, float64.
-
-    Raises:
-        UserError: another split, other rows or other texts; the message names the first that differs.
+        folder: Of a run, or any other.
     """
-    advice = f"score the retrained model on all of {split} and pass that log"
-    start = f"retrained model's log {log.source}: expected"
-    if log.split is not None and log.split != split:
-        raise UserError(f"{start} the split {split}, got {log.split}: {advice}")
-    different = set(log.truth_ratio) ^ set(range(len(questions)))
-    if different:
-        side = "is missing from" if min(different) not in log.truth_ratio else "is only in"
-        raise UserError(
-            f"{start} the {len(questions)} rows of {split}, got {len(log.truth_ratio)}, row {min(different)} "
-            f"{side} the log: {advice}"
-        )
-    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-        held = log.questions.get(row)
-        if held is not None and squeeze(question) not in squeeze(held):
-            raise UserError(f"{start} the question {question!r} at row {row}, got {held!r}: {advice}")
-        held = log.answers.get(row)
-        if held is not None and squeeze(answer) != squeeze(held):
-            raise UserError(f"{start} the answer {answer!r} at row {row}, got {held!r}: {advice}")
-    return torch.tensor([log.truth_ratio[row] for row in range(len(questions))], dtype=torch.float64)
+    seen: set[Path] = set()
+    while (file := folder / "results.json").is_file() and folder not in seen:
+        seen.add(folder)
+        record = read_json(file)
+        if not isinstance(record, dict) or "versions" not in record:
+            break
+        if record.get("objective", {}).get("name", "FineTune") != "FineTune":
+            return folder
+        model = Path(str(record["settings"].get("model", {}).get("name"))).expanduser()
+        if model.name != "model":
+            break
+        folder = model.parent
+    return None
+
+
+def _comparator(path: Path) -> Path:
+    """The file to read: of a run that unlearned, the rows of its retrained model."""
+    folder = path if path.is_dir() else path.parent
+    kept = folder / "retrained_rows.jsonl"
+    unlearned = unlearning_run(folder) if path != kept else None
+    if unlearned is not None:
+        reason = f"retrained model's log {path}: the model it is of was unlearned in {unlearned}"
+        if not kept.is_file():
+            raise UserError(f"{reason}: pass the log of a model that was trained without the forget rows")
+        rank_zero_warn(f"{reason}; the rows of the retrained model it was compared with are read, {kept}")
+        return kept
+    if path.is_dir():
+        return next((path / name for name in LOG_NAMES if (path / name).is_file()), path / LOG_NAMES[0])
+    return path
+
+
+def parse_rows(source: str, rows: list[dict[str, Any]], kind: str = "simnpo_pl", auc: float | None = None) -> RetainLog:
+    """The forget and holdout rows among rows in our own format.
+
+    Args:
+        source: Where they come from, for messages.
+        rows: Objects of rows.jsonl, of any splits; without losses their geometric `truth_ratio` is taken.
+        kind: Whose format they had.
+        auc: Of the Min-K% attack; None computes it from the rows.
+    """
+    parts: dict[str, dict[int, dict[str, Any]]] = {"forget": {}, "holdout": {}}
+    for row in rows:
+        if (part := parts.get(row["split"])) is not None:
+            if (index := int(row["index"])) in part:
+                raise ValueError(f"row {index} of {row['split']} occurs twice")
+            part[index] = {key: row[key] for key in COMPARED if key in row} | _truth_ratio(row)
+    scores = [[row.get("mia_min_k") for row in part.values()] for part in parts.values()]
+    if auc is None and all(scores) and not any(None in part for part in scores):
+        auc = membership_auc(*(_tensor(part) for part in scores))
+    if auc is None and not any("truth_ratio" in row for row in parts["forget"].values()):
+        raise ValueError("no truth ratio of a forget row and no Min-K% scores")
+    return RetainLog(source, kind, parts, auc)
 
 
 def _parse(source: str, text: str) -> RetainLog:
@@ -129,81 +200,67 @@ def _parse(source: str, text: str) -> RetainLog:
         content = json.loads(text)
     except json.JSONDecodeError:
         content = [json.loads(line) for line in text.split("\n") if line.strip()]
-    if isinstance(content, dict) and "index" not in content:
-        if "eval_log_forget.json" in content or "avg_paraphrased_loss" in content:
-            return _parse_tofu(source, content.get("eval_log_forget.json", content))
-        return _parse_open_unlearning(source, content.get("metrics", content), content.get("forget_split"))
-    return parse_rows(source, content if isinstance(content, list) else [content])
-
-
-def parse_rows(source: str, rows: list[dict[str, Any]]) -> RetainLog:
-    """The forget split among rows in our own format.
-
-    Args:
-        source: Where they come from, for messages.
-        rows: Objects of rows.jsonl, of any splits; without losses their geometric `truth_ratio` is taken.
-    """
-    own, holdout = ({int(r["index"]): r for r in rows if r["split"] == split} for split in ("forget", "holdout"))
-    if len(own) + len(holdout) != sum(row["split"] in ("forget", "holdout") for row in rows):
-        raise ValueError("a row index of the forget or holdout split occurs twice")
-    split = next((row["forget_split"] for row in own.values() if "forget_split" in row), None)
-    extras: dict[str, Any] = {
-        "answers": {i: row["answer"] for i, row in own.items() if "answer" in row},
-        "questions": {i: row["question"] for i, row in own.items() if "question" in row},
-        "min_k": own_min_k(source, own, holdout),
-    }
-    if own and all("paraphrase_nll" not in row and "truth_ratio" in row for row in own.values()):
-        return RetainLog(source, split, {i: float(row["truth_ratio"]) for i, row in own.items()}, **extras)
-    # A log without wrong answers has no truth ratios; without Min-K% scores either, it is no use.
-    rated = extras["min_k"] is None or any("perturbed_nll" in row for row in own.values())
-    # Without a paraphrase the answer itself takes its place.
-    right = {i: r["paraphrase_nll" if "paraphrase_nll" in r else "answer_nll"] for i, r in own.items() if rated}
-    wrong = {i: row["perturbed_nll"] for i, row in own.items() if rated}
-    return _retain_log(source, split, right, wrong, **extras)
+    if not isinstance(content, dict) or "index" in content:
+        return parse_rows(source, content if isinstance(content, list) else [content])
+    if "eval_log_forget.json" in content or "avg_paraphrased_loss" in content:
+        return _parse_tofu(source, content.get("eval_log_forget.json", content))
+    return _parse_open_unlearning(source, content.get("metrics", content), content.get("forget_split"))
 
 
 def _parse_open_unlearning(source: str, metrics: dict[str, Any], split: str | None) -> RetainLog:
-    rows = {k: by_index(v["value_by_index"]) for k, v in metrics.items() if "value_by_index" in v}
-    texts = rows.get("forget_Q_A_ROUGE", {})
-    values = {name: held.get("agg_value") for name, held in metrics.items()}
-    extras: dict[str, Any] = {
-        "answers": {i: row["ground_truth"] for i, row in texts.items() if "ground_truth" in row},
-        "questions": {i: row["input"] for i, row in texts.items() if "input" in row},
-        "values": {name: value for name, value in values.items() if isinstance(value, int | float)},
-        "min_k": public_min_k(source, metrics.get("mia_min_k")),
-    }
-    if "forget_Q_A_PARA_Prob" in rows and "forget_Q_A_PERT_Prob" in rows:
-        right, wrong = rows["forget_Q_A_PARA_Prob"], rows["forget_Q_A_PERT_Prob"]
-        right, wrong = ({i: row["avg_loss"] for i, row in part.items()} for part in (right, wrong))
-        return _retain_log(source, split, right, wrong, **extras)
-    scores = rows["forget_Truth_Ratio" if "forget_Truth_Ratio" in rows else "forget_truth_ratio"]
-    return RetainLog(source, split, {i: float(row["score"]) for i, row in scores.items()}, **extras)
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+
+    def take(values: Any, name: str, keys: Mapping[str, str]) -> None:
+        for index, entry in _by_index(values.get("value_by_index", {})).items():
+            if entry is not None:
+                held = entry if isinstance(entry, dict) else {"score": entry}
+                row = rows.setdefault((name, index), {"split": name, "index": index})
+                row |= {ours: held[theirs] for theirs, ours in keys.items() if theirs in held}
+                row |= {"forget_split": split} if split is not None and name == "forget" else {}
+
+    for metric, keys in (
+        ("forget_truth_ratio", {"score": "truth_ratio"}),
+        ("forget_Truth_Ratio", {"score": "truth_ratio"}),
+        ("forget_Q_A_PARA_Prob", {"avg_loss": "paraphrase_nll"}),
+        ("forget_Q_A_PERT_Prob", {"avg_loss": "perturbed_nll"}),
+        ("forget_Q_A_ROUGE", {"input": "question", "ground_truth": "answer"}),
+    ):
+        take(metrics.get(metric, {}), "forget", keys)
+    attack = metrics.get("mia_min_k") or {}
+    for name in ("forget", "holdout"):
+        take(attack.get(name, {}), name, {"score": "mia_min_k"})
+    return parse_rows(source, list(rows.values()), "open-unlearning", attack.get("auc"))
 
 
 def _parse_tofu(source: str, part: dict[str, Any]) -> RetainLog:
     # Each text is (prompt, generation, true answer).
-    texts = by_index(part.get("generated_text", {}))
-    return _retain_log(
-        source,
-        None,
-        by_index(part["avg_paraphrased_loss"]),
-        by_index(part["average_perturb_loss"]),
-        answers={i: text[2] for i, text in texts.items()},
-        questions={i: text[0] for i, text in texts.items()},
-    )
+    texts, wrong = _by_index(part.get("generated_text", {})), _by_index(part["average_perturb_loss"])
+    rows = []
+    for i, right in _by_index(part["avg_paraphrased_loss"]).items():
+        held = {"question": texts[i][0], "answer": texts[i][2]} if i in texts else {}
+        rows.append({"split": "forget", "index": i, "paraphrase_nll": right, "perturbed_nll": wrong[i], **held})
+    return parse_rows(source, rows, "TOFU")
 
 
-def _retain_log(
-    source: str, split: str | None, right: dict[int, float], wrong: dict[int, list[float]], **extras: Any
-) -> RetainLog:
-    ratios = {i: _truth_ratio(nll, wrong[i]) for i, nll in right.items()}
-    if not ratios and extras.get("min_k") is None:
-        raise ValueError("no row of the forget split")
-    return RetainLog(source, split, ratios, right, wrong, **extras)
+def _truth_ratio(row: Mapping[str, Any]) -> dict[str, float]:
+    """The geometric ratio by its name, from the losses where the row holds them."""
+    # Without a paraphrase the answer itself takes its place.
+    right, wrong = row.get("paraphrase_nll", row.get("answer_nll")), row.get("perturbed_nll")
+    if wrong is not None:
+        return {"truth_ratio": F.truth_ratio(_tensor(right).mean()[None], _tensor(wrong).reshape(1, -1)).item()}
+    if "truth_ratio" in row:
+        return {"truth_ratio": math.nan if row["truth_ratio"] is None else float(row["truth_ratio"])}
+    return {}
 
 
-def _truth_ratio(right: float, wrong: list[float]) -> float:
-    return F.truth_ratio(_tensor([right]), _tensor(wrong)[None]).item()
+def _by_index(values: Any) -> dict[int, Any]:
+    """A list or an object with numbers as keys, by number."""
+    return {int(i): v for i, v in (values.items() if isinstance(values, dict) else enumerate(values))}
+
+
+def _squeeze(text: str) -> str:
+    """A text without its whitespace."""
+    return "".join(text.split())
 
 
 def _tensor(values: Any) -> Tensor:

@@ -172,11 +172,11 @@ class MembershipAUC(WrapperMetric):
 
 
 class PrivLeak(WrapperMetric):
-    """`privleak` of the Min-K% attack against the retrained model's own; NaN without a retrained model.
+    """`privleak` of the Min-K% attack against the retrained model's own.
 
     Args:
         attack: The attack on this model.
-        retrained_auc: Its AUC on the retrained model, or None.
+        retrained_auc: Its AUC on the retrained model, below 1.
 
     Example:
         >>> metric = PrivLeak(MembershipAUC(RowMean("min_k", rows=1), RowMean("min_k", rows=1)), 0.5)
@@ -191,10 +191,10 @@ class PrivLeak(WrapperMetric):
     is_differentiable = False
     full_state_update = False
 
-    def __init__(self, attack: MembershipAUC, retrained_auc: float | None = None, **kwargs: Any) -> None:
+    def __init__(self, attack: MembershipAUC, retrained_auc: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.attack = attack
-        self.retrained_auc = math.nan if retrained_auc is None else retrained_auc
+        self.retrained_auc = retrained_auc
 
     def update(self, split: str, index: Tensor, kind: Tensor, scores: dict[str, Tensor]) -> None:
         """Pass a batch on to the attack, see `MembershipAUC.update`."""
