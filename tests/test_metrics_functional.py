@@ -137,10 +137,10 @@ def test_model_utility():
     assert F.model_utility({"a": 1.0, "b": 0.0}) == 0.0
 
 
-@pytest.mark.parametrize("value", [-0.1, NAN])
-def test_model_utility_errors(value):
-    with pytest.raises(UserError, match=f"0 or more, got b = {value}"):
-        F.model_utility({"a": 1.0, "b": value})
+def test_model_utility_errors():
+    assert math.isnan(F.model_utility({"a": 0.0, "b": NAN}))
+    with pytest.raises(UserError, match="0 or more, got b = -0.1"):
+        F.model_utility({"a": 1.0, "b": -0.1})
     with pytest.raises(UserError, match="at least one part, got none"):
         F.model_utility({})
 

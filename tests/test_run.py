@@ -264,6 +264,10 @@ def test_model_of_nan_is_told(cli: CLI, model_folder: Path, tmp_path: Path):
         cli("test", "--model.name", str(tmp_path / "nan"), "--run_dir", str(tmp_path / "run"))
     final = results(tmp_path / "run")["final"]["metrics"]
     assert final["forget/probability"] is final["forget/extraction_strength"] is final["model_utility"] is None
+    unavailable = results(tmp_path / "run")["unavailable"]
+    assert {unavailable[name] for name, value in final.items() if value is None} == {
+        "one of its scores is not a number"
+    }
 
 
 def test_validate_and_predict(cli: CLI, finished: Path, tmp_path: Path):

@@ -17,8 +17,7 @@ from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet, Generation
-from simnpo_pl.metrics.answers import RowMean
-from simnpo_pl.metrics.balance import Balance
+from simnpo_pl.metrics.answers import Balance, RowMean
 from simnpo_pl.metrics.functional import rouge_l
 
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32

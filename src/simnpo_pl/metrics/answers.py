@@ -5,7 +5,7 @@ arguments not listed are torchmetrics.Metric's.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch  # noqa: F401 (the examples use it)
@@ -250,9 +250,12 @@ class ModelUtility(WrapperMetric):
 
     def compute(self) -> dict[str, float]:
         """The harmonic mean as "value", the number of parts as "n", and each part's value by its name."""
-        values = {name: part.compute()["value"] for name, part in self._parts().items()}
-        known = not any(math.isnan(value) for value in values.values())
-        return {"value": F.model_utility(values) if known else math.nan, "n": float(len(values)), **values}
+        values = {name: self.part_value(name, part.compute()["value"]) for name, part in self._parts().items()}
+        return {"value": F.model_utility(values), "n": float(len(values)), **values}
+
+    def part_value(self, name: str, value: float) -> float:
+        """What a part's value counts as in the mean, by default itself."""
+        return value
 
     def reset(self) -> None:
         """Reset every part."""
@@ -262,3 +265,36 @@ class ModelUtility(WrapperMetric):
 
     def _parts(self) -> dict[str, RowMetric]:
         return dict(zip(self.names, cast(list[RowMetric], list(self.parts)), strict=True))
+
+
+class Balance(ModelUtility):
+    """Harmonic mean of some metrics and of what others lack of their largest value; NaN while any is.
+
+    0 for a model that knows nothing of what it should keep, or everything of what it should forget.
+
+    Args:
+        keep: What is to be large, such as knowledge of the retain set.
+        forget: What is to be small, such as knowledge of the forget set.
+        largest: Value of a part at most.
+
+    Example:
+        >>> parts = [RowMean("s", rows=1, scale=100), RowMean("s", rows=1, scale=100)]
+        >>> for part, score in zip(parts, (0.5, 0.75)):
+        ...     part.update(torch.tensor([0]), torch.tensor([0]), {"s": torch.tensor([score])})
+        >>> result = Balance(keep=parts[:1], forget=parts[1:], largest=100).compute()
+        >>> round(result["value"], 3), result["n"]
+        (33.333, 2.0)
+    """
+
+    def __init__(
+        self, keep: Sequence[RowMetric], forget: Sequence[RowMetric], largest: float = 1.0, **kwargs: Any
+    ) -> None:
+        parts = {
+            f"{name} {n}": m for name, metrics in (("keep", keep), ("lack", forget)) for n, m in enumerate(metrics)
+        }
+        super().__init__(parts, **kwargs)
+        self.largest = largest
+
+    def part_value(self, name: str, value: float) -> float:
+        """The value, or what it lacks; rounding may leave it a hair above its largest."""
+        return max(self.largest - value, 0.0) if name.startswith("lack") else value

@@ -171,13 +171,13 @@ def forget_quality(unlearned: Tensor, retrained: Tensor) -> ForgetQualityResult:
 
 
 def model_utility(parts: Mapping[str, float]) -> float:
-    """Harmonic mean of the parts, 0 if any part is 0.
+    """Harmonic mean of the parts, NaN if any part is NaN, else 0 if any is 0.
 
     Args:
         parts: name -> value, each at least 0 (probabilities, ROUGE, truth ratios).
 
     Raises:
-        UserError: no part, or one that is negative or NaN.
+        UserError: no part, or one that is negative.
 
     Example:
         >>> model_utility({"retain": 1.0, "facts": 0.5, "authors": 0.5})
@@ -186,11 +186,10 @@ def model_utility(parts: Mapping[str, float]) -> float:
     if not parts:
         raise UserError("model utility: expected at least one part, got none: pass the parts to average")
     for name, value in parts.items():
-        if not value >= 0:
-            raise UserError(
-                f"model utility: expected every part to be 0 or more, got {name} = {value}: "
-                "look for rows of that part whose score is not finite"
-            )
+        if value < 0:
+            raise UserError(f"model utility: expected every part to be 0 or more, got {name} = {value}")
+    if any(math.isnan(value) for value in parts.values()):
+        return math.nan
     if min(parts.values()) == 0:
         return 0.0
     return len(parts) / sum(1 / value for value in parts.values())
