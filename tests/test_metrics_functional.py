@@ -139,7 +139,7 @@ def test_model_utility():
 
 def test_model_utility_errors():
     assert math.isnan(F.model_utility({"a": 0.0, "b": NAN}))
-    with pytest.raises(UserError, match="0 or more, got b = -0.1"):
+    with pytest.raises(UserError, match=r"0 or more, got b = -0\.1"):
         F.model_utility({"a": 1.0, "b": -0.1})
     with pytest.raises(UserError, match="at least one part, got none"):
         F.model_utility({})
