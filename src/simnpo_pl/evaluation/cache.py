@@ -83,7 +83,11 @@ def fingerprint(name: str) -> str:
     """Identity of a model or tokenizer: of a folder's files, an adapter's base included; of a hub id and its commit."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        return f"{name} {try_to_load_from_cache(name, 'config.json')}"
+        try:
+            return f"{name} {try_to_load_from_cache(name, 'config.json')}"
+        except ValueError:
+            # Neither folder nor hub id: loading it gives the reason.
+            return name
     found = _files(file for file in folder.iterdir() if file.is_file())
     adapter = folder / "adapter_config.json"
     return found + fingerprint(read_json(adapter)["base_model_name_or_path"]) if adapter.is_file() else found
