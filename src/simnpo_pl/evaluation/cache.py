@@ -70,7 +70,7 @@ def _key(trainer: Any, model: Any, data: Any) -> str:
     tokenizer = getattr(getattr(data, "tokenizer", None), "name_or_path", model.name)
     content = (
         [fingerprint(name) for name in dict.fromkeys((model.name, tokenizer, data.eval.fluency_classifier)) if name],
-        (data.eval.fluency_label, evaluation.min_k, plan_digest(evaluation.sets)),
+        (data.eval.fluency_label, evaluation.min_k, sorted(data.end_ids), plan_digest(evaluation.sets)),
         [_settings(metric) for metric in metrics],
         _code(data, evaluation, *metrics, *(function for plan in plans for function in (plan.score, plan.finish))),
         (trainer.precision, trainer.strategy.root_device.type, model.dtype_name, model.attn_implementation),
