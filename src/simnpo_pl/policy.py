@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from simnpo_pl.errors import UserError
-from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation, on_host
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM, gradient_norms
 from simnpo_pl.evaluation.memory import Halves
 from simnpo_pl.evaluation.parts import FinishedParts, identity
@@ -175,8 +175,8 @@ class PolicyModule(pl.LightningModule):
         if "prompts" in batch:
             return greedy(self.policy, batch["prompts"], batch["max_new_tokens"], self._end_ids())
         if "gradients" in batch:
-            return {GRADIENT_NORM: gradient_norms(self.policy, self._scorer(), batch)}
-        return self.evaluation.score(self._scorer()({"rows": batch})["rows"], batch)
+            return on_host({GRADIENT_NORM: gradient_norms(self.policy, self._scorer(), batch)})
+        return on_host(self.evaluation.score(self._scorer()({"rows": batch})["rows"], batch))
 
     def _end_ids(self) -> list[int]:
         """Tokens that end an answer."""

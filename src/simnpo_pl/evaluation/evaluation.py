@@ -121,7 +121,7 @@ class Evaluation:
         return sorted({name for name, _ in self._named()} - set(self.unavailable))
 
     def to(self, device: torch.device) -> "Evaluation":
-        """Move the metrics' states to the device of the model."""
+        """Say on which device processes gather the metrics' states, and where fluency is computed."""
         for metric in self._all_metrics():
             metric.to(device)
         for part in self.sets:
@@ -150,16 +150,17 @@ class Evaluation:
         for feature in ON_DEMAND:
             kinds = [max((m.kinds for m in part.readers(feature)), default=0) for part in self.sets]
             mask = batch["kind"] < torch.tensor(kinds, device=batch["set"].device)[batch["set"]]
-            if mask.any():
+            if any(kinds) and mask.any():
                 masks[feature] = mask
         return masks
 
     def add_scores(self, batch: Mapping[str, Tensor], scores: dict[str, Tensor]) -> None:
-        """Take the scores `(B,)` of a scoring batch's answers."""
+        """Take the scores `(B,)` of a scoring batch's answers, as `on_host` gives them."""
+        sets, index, kind = torch.stack([batch["set"], batch["index"], batch["kind"]]).cpu()
         for number, part in enumerate(self.sets):
-            inside = batch["set"] == number
+            inside = sets == number
             if inside.any():
-                self._update(number, part, batch["index"][inside], batch["kind"][inside], scores, inside)
+                self._update(number, part, index[inside], kind[inside], scores, inside)
 
     def add_generations(self, batch: Mapping[str, Any], tokens: list[list[int]]) -> None:
         """Take the generated answers of a generation batch and score them as their splits say."""
@@ -273,6 +274,11 @@ class Evaluation:
             yield from part.metrics.values()
             yield from part.scores.values()
         yield from self.summary.values()
+
+
+def on_host(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores `(B,)` by name, on the CPU: one copy, so that metrics do not wait for a GPU one by one."""
+    return dict(zip(scores, torch.stack(list(scores.values())).cpu(), strict=True))
 
 
 def gather_texts(texts: dict[tuple[int, int], str]) -> dict[tuple[int, int], str]:

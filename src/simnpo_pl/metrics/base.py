@@ -158,9 +158,12 @@ class RowMetric(Metric):
         super().reset()
         self.rows = {}
 
-    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> Module:
-        # Moves between devices but never to another dtype: a model cast to bfloat16 would round the losses.
-        super()._apply(fn, exclude_state=("table", *exclude_state))
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # NCCL gathers tensors of the GPU only.
         self.table = self.table.to(self.device)
-        self._defaults["table"] = self.table.new_zeros(self.table.shape)
-        return self
+        super()._sync_dist(*args, **kwargs)
+
+    def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> Module:
+        # The table stays on the CPU, where an update does not wait for a GPU, and in float32: a model cast to bfloat16
+        # would round the losses.
+        return super()._apply(fn, exclude_state=("table", *exclude_state))
