@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -181,3 +182,43 @@ def beyond_ascii(rows: list[dict[str, Any]], score: str, stem: bool) -> list[flo
         if row["answer"].isascii() and row["generation"].isascii():
             assert gains[-1] == pytest.approx(0, abs=1e-6)
     return gains
+
+
+def on_second_device(function: Callable[..., Any], *args: Any) -> tuple[int, str]:
+    """Call a function where there is the second device: in a forked process, since the device changes torch.
+
+    Returns:
+        Exit code, and what was printed.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            code: Any = 70
+            try:
+                sys.stdout = sys.stderr = output
+                import second_device  # noqa: F401
+
+                function(*args)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                output.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(status), output.read()
+
+
+def command_on_gpu(arguments: list[str]) -> None:
+    """Run the command line, which asks torch for a GPU to choose the precision, as where one computes in bfloat16."""
+    from simnpo_pl.__main__ import main
+
+    def for_precision(*args: Any, **kwargs: Any) -> bool:
+        return sys._getframe(1).f_code.co_name == "precision"
+
+    torch.cuda.is_available = torch.cuda.is_bf16_supported = for_precision
+    os.environ.pop("SIMNPO_PL_RUN_DIR", None)
+    main(arguments)

@@ -21,7 +21,6 @@ from lightning.fabric.accelerators.cuda import CUDAAccelerator as FabricCUDAAcce
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "second"
@@ -72,6 +71,8 @@ _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
 DEVICE = torch.device(NAME, 0)
 # `parameter.data = ...` is refused across these devices; swapped parameters keep tied weights tied.
 torch.__future__.set_swap_module_params_on_conversion(True)
+# A forked process has no threads for the backward pass of a device that its parent did not know.
+torch.autograd.set_multithreading_enabled(False)
 
 # -- host waits ----------------------------------------------------------------------------------------------
 
@@ -123,10 +124,15 @@ _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 
 def _same_memory(tensor: Tensor, kind: int) -> Tensor:
     """The tensor as one of another device."""
-    capsule = torch._C._to_dlpack(tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor)
+    capsule = torch._C._to_dlpack(tensor if type(tensor) is Tensor else tensor.detach())
     # The capsule begins with the address of the memory, then kind and number of the device.
     (ctypes.c_int32 * 2).from_address(_pointer(capsule, b"dltensor") + 8)[:] = (kind, 0)
     return torch._C._from_dlpack(capsule)
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to an argument or result, or to each element of a list of them."""
+    return type(value)(map(function, value)) if isinstance(value, list | tuple) else function(value)
 
 
 def _to_cpu(value: Any) -> Any:
@@ -139,39 +145,56 @@ def _to_second(value: Any) -> Any:
     return _same_memory(value, DLPACK_EXTENSION) if isinstance(value, Tensor) else value
 
 
-def _as_tensor(value: Any, kind: Any) -> Any:
-    """A number where an operation expects a tensor."""
-    if str(kind) != "Tensor" or not isinstance(value, int | float):
-        return value
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+class _Operation:
+    """An operation that runs by the CPU's kernel."""
+
+    def __init__(self, op: Any) -> None:
+        self.op, self.name = op, op._schema.name.removeprefix("aten::")
+        arguments = op._schema.arguments
+        self.names = [a.name for a in arguments]
+        self.tensors = {a.name for a in arguments if str(a.type) == "Tensor"}
+        self.outs = [a.name for a in arguments if a.is_out]
+        written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+        self.written = written if op._schema.returns else []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.name in SHAPES:
+            return self.op.redispatch(CPU_KEYS, *args, **kwargs)
+        given = {**dict(zip(self.names, args)), **kwargs}
+        given.pop("pin_memory", None)
+        found: list[Tensor] = []
+        for value in given.values():
+            found += [x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor)]
+        _inspect(self.op, self.name, args, found)
+        on_cpu = {key: _map(_to_cpu, value) for key, value in given.items()}
+        for key in self.tensors:
+            # A number in place of a tensor arrives as a number.
+            if isinstance(value := given.get(key), int | float):
+                on_cpu[key] = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
+        if self.name == "_copy_from":
+            on_cpu["dst"].copy_(on_cpu["self"])
+            return given["dst"]
+        # Memory that came by DLPack cannot grow, so a result of another size takes its place.
+        outs = {key: torch.empty(0, dtype=given[key].dtype) for key in self.outs}
+        result = self.op(**on_cpu | outs)
+        for key, out in outs.items():
+            if out.shape == given[key].shape:
+                on_cpu[key].copy_(out)
+            else:
+                new = _to_second(out)
+                replace = torch.ops.aten.set_.source_Storage_storage_offset.redispatch
+                replace(CPU_KEYS, given[key], new.untyped_storage(), 0, new.shape, new.stride())
+        if self.written:
+            written = tuple(given[key] for key in self.written)
+            return written[0] if len(written) == 1 else written
+        return _map(_to_second, result)
+
+
+_operation = functools.cache(_Operation)
 
 
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an operation by the CPU's kernel."""
-    schema, name = op._schema, op._schema.name.removeprefix("aten::")
-    if name in SHAPES:
-        return op.redispatch(CPU_KEYS, *args, **kwargs)
-    _inspect(op, name, args, [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)])
-    given = {**{a.name: _as_tensor(v, a.type) for a, v in zip(schema.arguments, args)}, **kwargs}
-    given.pop("pin_memory", None)
-    on_cpu = {key: tree_map(_to_cpu, value) for key, value in given.items()}
-    if name == "_copy_from":
-        on_cpu["dst"].copy_(on_cpu["self"])
-        return given["dst"]
-    # Memory that came by DLPack cannot grow, so a result of another size takes its place.
-    outs = {a.name: torch.empty(0, dtype=given[a.name].dtype) for a in schema.arguments if a.is_out}
-    found = op(**on_cpu | outs)
-    for key, out in outs.items():
-        if out.shape == given[key].shape:
-            on_cpu[key].copy_(out)
-        else:
-            new = _to_second(out)
-            replace = torch.ops.aten.set_.source_Storage_storage_offset.redispatch
-            replace(CPU_KEYS, given[key], new.untyped_storage(), 0, new.shape, new.stride())
-    written = [given[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    if written and schema.returns:
-        return written[0] if len(written) == 1 else tuple(written)
-    return tree_map(_to_second, found)
+    return _operation(op)(*args, **kwargs)
 
 
 def _low() -> torch.dtype:
@@ -187,7 +210,7 @@ def _cast(op: Any, dtype: Callable[[], torch.dtype], *args: Any, **kwargs: Any) 
 
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
     with torch._C._ExcludeDispatchKeyGuard(keys):
-        return op(*tree_map(cast, args), **tree_map(cast, kwargs))
+        return op(*(_map(cast, x) for x in args), **kwargs)
 
 
 def _overload(full: str) -> Any:
@@ -199,7 +222,7 @@ _all, _own = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "
 _all.fallback(_run, "PrivateUse1")
 _all.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 for _name in FIRST:
-    _own.impl(_name, functools.partial(_run, _overload(_name)), "PrivateUse1")
+    _own.impl(_name, _operation(_overload(_name)), "PrivateUse1")
 for _names, _dtype in ((LOW, _low), (HIGH, lambda: torch.float32)):
     for _name in _names:
         _own.impl(_name, functools.partial(_cast, _overload(_name), _dtype), "AutocastPrivateUse1")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers import results
+from helpers import command_on_gpu, on_second_device, results
 from simnpo_pl import benchmarks
 from simnpo_pl.__main__ import main
 from simnpo_pl.demo import EPOCHS, VERSION
@@ -56,13 +56,20 @@ def sources(
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
 def test_one_batch(
-    sources: dict[str, dict[str, str]], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    sources: dict[str, dict[str, str]],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    accelerator: str,
+    name: str,
 ):
+    """On the CPU, and in bf16-mixed on the second device in a GPU's place."""
     monkeypatch.setitem(models.SIZES, "small", models.Size(sequences=80, width=8, epochs=1, test_rows=4))
     monkeypatch.delenv("SIMNPO_PL_RUN_DIR", raising=False)
     own = {"--model.name": str(model_folder), **sources[name.split("_")[0]]}
-    quick = {"--data.effective_batch": "2", "--data.per_device_batch": "2", "--trainer.accelerator": "cpu"}
+    quick = {"--data.effective_batch": "2", "--data.per_device_batch": "2", "--trainer.accelerator": accelerator}
     quick |= {"--eval.cache_dir": str(tmp_path / "cache"), "--trainer.enable_progress_bar": "false"}
     if name != "markov":
         quick["--eval.max_new_tokens"] = "4"
@@ -72,7 +79,12 @@ def test_one_batch(
         folder = tmp_path / command
         options = {**own, **quick, **{f"--{option}": value for option, value in changed.items()}}
         words = [word for option in options.items() for word in option]
-        main([command, "--config", str(CONFIGS / f"{name}.yaml"), *words, "--run_dir", str(folder), "--debug"])
+        words = [command, "--config", str(CONFIGS / f"{name}.yaml"), *words, "--run_dir", str(folder), "--debug"]
+        if accelerator == "cpu":
+            main(words)
+        else:
+            code, text = on_second_device(command_on_gpu, words)
+            assert code == 0, text
         return results(folder)
 
     fitted = call("fit", **{"trainer.max_steps": "1", "model.gradient_checkpointing": "false", "model.lr": "1e-3"})
