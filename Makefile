@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all chaos bench docs lint clean
+.PHONY: help install demo test test-all test-gpu chaos bench docs lint clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: $(INSTALLED) ## all fast tests, on two cores
 
 test-all: $(INSTALLED) ## slow tests too
 	$(BIN)/python -m pytest -m 'not gpu and not network'
+
+test-gpu: $(INSTALLED) ## on a machine with a GPU: README's commands on a 1B model of random weights, losses against the CPU
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 docs: $(INSTALLED) ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

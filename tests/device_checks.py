@@ -5,7 +5,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +24,13 @@ from simnpo_pl.retain import KL, NLL, EmbedDiff
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, dict[str, Any]] = {"RMU": {"layer": 0}, "PDU": {"eps": 0.5}}
 NAMES = [n for n, c in vars(objectives).items() if isinstance(c, type) and issubclass(c, Objective) and c != Objective]
-RETAIN = {"NLL": NLL, "KL": KL, "KL over all": lambda: KL("all"), "EmbedDiff": lambda: EmbedDiff(0), "none": lambda: None}
+RETAIN = {
+    "NLL": NLL,
+    "KL": KL,
+    "KL over all": lambda: KL("all"),
+    "EmbedDiff": lambda: EmbedDiff(0),
+    "none": lambda: None,
+}
 PRECISIONS = {"float32": (5e-5, 1e-3), "bfloat16": (3e-2, 5e-2)}
 """Largest relative difference of the loss and of the gradient's norm from float32 on a CPU."""
 
@@ -39,7 +45,7 @@ class StopAt(Callback):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any) -> None:
+    def on_test_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == self.batch:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -84,7 +90,9 @@ class Step:
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         return [forget.item(), kept.item(), norm.item()]
 
-    def differences(self, device: torch.device, name: str) -> list[str]:
+    def differences(
+        self, device: torch.device, name: str, precisions: Mapping[str, tuple[float, float]] = PRECISIONS
+    ) -> list[str]:
         """Where an objective, under every retain loss and in both precisions, is not what it is on the CPU."""
         objective = getattr(objectives, name)(**SETTINGS.get(name, {}))
         wrong = []
@@ -92,7 +100,7 @@ class Step:
             if retain == "none" and objective.needs_retain:
                 continue
             expected = self(objective, retain, self.cpu)
-            for precision, (loss, norm) in PRECISIONS.items():
+            for precision, (loss, norm) in precisions.items():
                 found = self(objective, retain, device, low=precision == "bfloat16")
                 for got, want, tolerance in zip(found, expected, (loss, loss, norm), strict=True):
                     # Written so that a value that is not a number differs, too.
@@ -104,13 +112,12 @@ class Step:
 class DeviceChecks:
     """README's commands, as a user of a GPU gives them: in the precision that the command line chooses, and clipped.
 
-    Subclasses say where and how large.
+    Subclasses say where, and how large the model is.
     """
 
-    shape: ClassVar[dict[str, Any]]
-    """Of the model."""
+    shape: ClassVar[dict[str, Any]] = {}
+    """Of the model, where it differs from the tiny one of all tests."""
     device_type: ClassVar[str]
-    options: ClassVar[list[str]] = ["--trainer.enable_progress_bar", "false", "--eval.max_new_tokens", "5"]
     run: ClassVar[Callable[..., tuple[int, str]]]
     """Runs the command line in a process of its own: exit code and what was printed."""
 
@@ -130,15 +137,16 @@ class DeviceChecks:
         return [
             *("--config", str(ROOT / "configs/tofu.yaml"), "--data.path", str(data_folder), "--model.name", str(model)),
             *("--eval.cache_dir", str(cache), "--data.effective_batch", "4", "--data.per_device_batch", "2"),
-            *("--model.lr", "1e-3", "--trainer.max_epochs", "1", *cls.options),
+            *("--model.lr", "1e-3", "--trainer.max_epochs", "1"),
+            *("--trainer.enable_progress_bar", "false", "--eval.max_new_tokens", "5"),
         ]
 
     @pytest.fixture(scope="class")
     @classmethod
-    def fitted(cls, common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    def fitted(cls, common: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         """A finished run, and what it printed."""
         folder = tmp_path_factory.mktemp("fit") / "run"
-        yield folder, cls.call("fit", *common, "--run_dir", folder)
+        return folder, cls.call("fit", *common, "--run_dir", folder)
 
     def test_fit(self, fitted: tuple[Path, str]):
         folder, text = fitted
@@ -151,9 +159,7 @@ class DeviceChecks:
         assert all(math.isfinite(value) for step in steps for value in step.values())
         assert (folder / "model" / "model.safetensors").is_file()
 
-    def test_exported_model_gives_the_run_s_metrics(
-        self, fitted: tuple[Path, str], common: list[str], tmp_path: Path
-    ):
+    def test_exported_model_gives_the_run_s_metrics(self, fitted: tuple[Path, str], common: list[str], tmp_path: Path):
         folder, _ = fitted
         self.call("test", *common, "--model.name", folder / "model", "--run_dir", tmp_path / "run")
         found, expected = (results(f)["final"]["metrics"] for f in (tmp_path / "run", folder))
@@ -197,8 +203,16 @@ class DeviceChecks:
         [
             ["--model.lora.rank", "4", "--model.objective", "NPO", "--model.retain_loss", "KL"],
             ["--config", str(ROOT / "configs/hardware/checkpointing.yaml"), "--model.objective", "DPO"],
-            ["--model.objective", "RMU", "--model.objective.layer", "1", "--model.retain_loss", "EmbedDiff"]
-            + ["--model.retain_loss.layer", "1"],
+            [
+                "--model.objective",
+                "RMU",
+                "--model.objective.layer",
+                "1",
+                "--model.retain_loss",
+                "EmbedDiff",
+                "--model.retain_loss.layer",
+                "1",
+            ],
         ],
         ids=["adapter", "checkpointing", "layers"],
     )

@@ -9,6 +9,7 @@ Importing this changes global settings of torch and Lightning, so do it in a pro
 
 import ctypes
 import functools
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from lightning.fabric.accelerators.cuda import CUDAAccelerator as FabricCUDAAccelerator
 from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
@@ -28,21 +30,22 @@ PACKAGE = f"{Path(__file__).parents[1] / 'src' / 'simnpo_pl'}/"
 CPU_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 DLPACK_CPU, DLPACK_EXTENSION = 1, 12
 
-WAITS = {"_local_scalar_dense": "item", "nonzero": "nonzero", "_unique2": "unique", "bincount": "bincount", "equal": "equal"}
-"""Operations whose result's shape or value the host needs, but for copies and boolean indices (`nonzero`, too)."""
+WAITS = {"_local_scalar_dense": "item", "nonzero": "nonzero", "_unique2": "unique", "bincount": "bincount"}
+"""Operations whose result's value or shape the host needs; boolean indices are found by `nonzero`."""
 COPIES = ("copy_", "_copy_from")
 """Operations over two devices."""
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 """Operations that take indices from the host, as CUDA does: they are copied."""
 SHAPES = ("view", "as_strided", "_reshape_alias", "unfold", "view_as_real", "set_", "resize_")
 """Operations on shape and storage alone, whose CPU kernel fits any device."""
-FIRST = ("empty.memory_format", "empty_strided", "copy_", "_copy_from", "_local_scalar_dense", "as_strided", "view", "_reshape_alias")
-"""Operations that are not asked of a fallback."""
+FIRST = ("empty.memory_format", "empty_strided", "copy_", "_copy_from", "_local_scalar_dense")
+FIRST += ("as_strided", "view", "_reshape_alias")
+"""Operations that do not reach a fallback."""
 LOW = ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv", "einsum", "scaled_dot_product_attention")
 """What autocast runs in the low precision."""
-HIGH = ("exp", "log", "log1p", "expm1", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "rsqrt", "reciprocal", "softplus", "prod")
+HIGH = ("exp", "log", "log1p", "expm1", "pow.Tensor_Scalar", "pow.Tensor_Tensor", "rsqrt", "reciprocal", "prod")
 HIGH += ("logsumexp", "softmax.int", "log_softmax.int", "cumsum", "cumprod", "sum", "sum.dim_IntList", "norm.Scalar")
-HIGH += ("nll_loss", "mse_loss", "kl_div", "layer_norm", "cosine_similarity", "binary_cross_entropy_with_logits")
+HIGH += ("nll_loss", "mse_loss", "kl_div", "layer_norm", "cosine_similarity", "softplus")
 """What autocast runs in float32."""
 
 
@@ -79,6 +82,31 @@ torch.autograd.set_multithreading_enabled(False)
 _waits: Counter[tuple[str, str]] | None = None
 
 
+class Waits(Callback):
+    """Writes down the host waits of every batch: optimizer steps, scored batches, tokens of generated ones."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.counting = host_waits()
+        self.seen = self.counting.__enter__()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._write("step", 1)
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *args: Any) -> None:
+        self._write("token", batch["max_new_tokens"]) if "prompts" in batch else self._write("scores", 1)
+
+    on_validation_batch_start = on_train_batch_start
+
+    def _write(self, kind: str, parts: int) -> None:
+        self.counting.__exit__(None, None, None)
+        lines = {" ".join(key): count for key, count in sorted(self.seen.items())}
+        with self.file.open("a") as file:
+            print(json.dumps([kind, self.seen.total() / parts, lines]), file=file)
+
+
 @contextmanager
 def host_waits() -> Iterator[Counter[tuple[str, str]]]:
     """Counts what makes the host wait for a GPU, by its kind and the line of the package that asked for it."""
@@ -103,15 +131,15 @@ def _inspect(op: Any, name: str, args: Any, tensors: list[Tensor]) -> None:
     """Count waits; refuse tensors of two devices."""
     if name in WAITS:
         _count(WAITS[name])
-    elif name == "copy_" and args[0].device != args[1].device:
-        _count("to host" if args[0].device.type == "cpu" else "to device")
+    elif name == "copy_" and args[0].device.type == "cpu":
+        _count("to host")
     elif name == "_index_put_impl_" and any(i is not None and i.dtype == torch.bool for i in args[1]):
         _count("nonzero")
     # A CPU tensor without dimensions counts as a number.
     if name in COPIES or len({t.device.type for t in tensors if t.dim() or t.device.type == NAME}) < 2:
         return
     if name in INDEXED and all(t.device.type == NAME or not t.dim() for t in (args[0], *args[2:3])):
-        return _count("to device")
+        return
     raise RuntimeError(f"Expected all tensors to be on the same device, but found {NAME}:0 and cpu ({op})")
 
 
@@ -160,7 +188,7 @@ class _Operation:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.name in SHAPES:
             return self.op.redispatch(CPU_KEYS, *args, **kwargs)
-        given = {**dict(zip(self.names, args)), **kwargs}
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         given.pop("pin_memory", None)
         found: list[Tensor] = []
         for value in given.values():

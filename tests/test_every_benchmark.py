@@ -16,6 +16,8 @@ from simnpo_pl.markov import models
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = ("demo", "markov", "muse_books", "muse_news", "own", "tofu", "wmdp_bio", "wmdp_cyber")
+FAST = ("demo", "markov", "muse_news", "own", "wmdp_bio")
+"""On the second device: one of each benchmark; TOFU has tests of its own."""
 
 
 def test_none_is_left_out():
@@ -55,8 +57,13 @@ def sources(
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("accelerator", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    ("accelerator", "name"),
+    [
+        *(("cpu", name) for name in NAMES),
+        *(pytest.param("gpu", name, marks=() if name in FAST else pytest.mark.slow) for name in NAMES),
+    ],
+)
 def test_one_batch(
     sources: dict[str, dict[str, str]],
     model_folder: Path,
@@ -85,6 +92,7 @@ def test_one_batch(
         else:
             code, text = on_second_device(command_on_gpu, words)
             assert code == 0, text
+            assert ", second:0, precision bf16-mixed" in text
         return results(folder)
 
     fitted = call("fit", **{"trainer.max_steps": "1", "model.gradient_checkpointing": "false", "model.lr": "1e-3"})

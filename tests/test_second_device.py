@@ -5,15 +5,81 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from device_checks import NAMES, DeviceChecks, Step
-from helpers import command_on_gpu, on_second_device
+from helpers import command_on_gpu, history, on_second_device, results
+
+BUDGET = {"step": 18, "scores": 15, "token": 8}
+"""Host waits of SimNPO with NLL: of an optimizer step, of a scored batch with its metrics, of a generated token."""
+
+
+def mixed() -> None:
+    """What CUDA refuses, this device refuses, and what makes the host wait is counted."""
+    import second_device
+
+    here, there = torch.arange(6.0), torch.arange(6.0, device=second_device.DEVICE)
+    refused = [lambda: here + there, lambda: here[there > 2], lambda: torch.cat([here, there])]
+    refused += [lambda: there.masked_fill(here > 2, 0.0), lambda: here.index_add(0, there.long(), there)]
+    for mix in refused:
+        with pytest.raises(RuntimeError, match="on the same device"):
+            mix()
+    assert there[here > 2].tolist() == [3.0, 4.0, 5.0]
+    assert (there * torch.tensor(2.0)).tolist() == (here * 2).tolist()
+    calls = {"item": lambda: there.sum().item(), "to host": lambda: there.cpu(), "nonzero": lambda: there[there > 2]}
+    calls |= {"unique": lambda: there.unique(return_inverse=True)}
+    for kind, call in calls.items():
+        with second_device.host_waits() as seen:
+            call()
+            here.sum().item()
+            there + there
+        assert dict(seen) == {(kind, "elsewhere"): 1}
+    with torch.autocast(second_device.NAME, torch.bfloat16):
+        product = there.view(2, 3) @ there.view(3, 2)
+        assert (product.dtype, product.exp().dtype) == (torch.bfloat16, torch.float32)
+
+
+def test_devices_do_not_mix():
+    code, text = on_second_device(mixed)
+    assert code == 0, text
 
 
 class TestSecondDevice(DeviceChecks):
-    shape = {"num_hidden_layers": 2}
     device_type = "second"
     run = staticmethod(lambda arguments: on_second_device(command_on_gpu, arguments))
+
+    def test_in_float32_a_run_is_that_of_the_cpu(self, common: list[str], tmp_path: Path):
+        for name, options in (
+            ("cpu", ["--trainer.accelerator", "cpu"]),
+            ("second", ["--trainer.precision", "32-true"]),
+        ):
+            folder = tmp_path / name
+            options = [*options, "--model.objective", "NPO", "--model.retain_loss", "KL"]
+            text = self.call("fit", *common, *options, "--eval.start", "false", "--run_dir", folder)
+            assert f", {name}" in text
+        one, other = (results(tmp_path / name)["final"]["metrics"] for name in ("cpu", "second"))
+        assert one == pytest.approx(other, rel=1e-4, nan_ok=True)
+        for step, its in zip(history(tmp_path / "cpu"), history(tmp_path / "second"), strict=True):
+            assert step == pytest.approx(its, rel=1e-4, abs=1e-7)
+
+    @pytest.mark.parametrize(
+        ("options", "budget"),
+        [([], BUDGET), (["--model.objective", "NPO", "--model.retain_loss", "KL"], {"step": 27})],
+        ids=["SimNPO", "NPO and KL"],
+    )
+    def test_host_waits(self, common: list[str], tmp_path: Path, options: list[str], budget: dict[str, float]):
+        """Bounds that may only fall: what a step, a batch of answers scored and a generated token wait for."""
+        file = tmp_path / "waits.jsonl"
+        waits = ["--trainer.callbacks", "second_device.Waits", "--trainer.callbacks.file", file]
+        options = [*options, "--data.effective_batch", "2", "--eval.start", "false", "--eval.cache_dir", "null"]
+        options += [] if "token" in budget else ["--trainer.limit_val_batches", "0", "--eval.final", "false"]
+        self.call("fit", *common, *options, *waits, "--run_dir", tmp_path / "run")
+        found = [json.loads(line) for line in file.read_text().splitlines()]
+        for kind, bound in budget.items():
+            # The first batch also tries how the model can be run.
+            counts = [entry for entry in found if entry[0] == kind]
+            for _, count, lines in counts[1:] or counts:
+                assert 0 < count <= bound, (kind, count, lines)
 
 
 @pytest.fixture(scope="module")

@@ -149,9 +149,10 @@ class Evaluation:
         masks = {}
         for feature in ON_DEMAND:
             kinds = [max((m.kinds for m in part.readers(feature)), default=0) for part in self.sets]
-            mask = batch["kind"] < torch.tensor(kinds, device=batch["set"].device)[batch["set"]]
-            if any(kinds) and mask.any():
-                masks[feature] = mask
+            if any(kinds):
+                mask = batch["kind"] < torch.tensor(kinds, device=batch["set"].device)[batch["set"]]
+                if mask.any():
+                    masks[feature] = mask
         return masks
 
     def add_scores(self, batch: Mapping[str, Tensor], scores: dict[str, Tensor]) -> None:
