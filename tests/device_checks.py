@@ -202,7 +202,10 @@ class DeviceChecks:
         "options",
         [
             ["--model.lora.rank", "4", "--model.objective", "NPO", "--model.retain_loss", "KL"],
-            ["--config", str(ROOT / "configs/hardware/checkpointing.yaml"), "--model.objective", "DPO"],
+            [
+                *("--config", str(ROOT / "configs/hardware/checkpointing.yaml"), "--model.objective", "DPO"),
+                *("--data.holdout", "retain90[:6]", "--eval.gradnorm", "true"),
+            ],
             [
                 "--model.objective",
                 "RMU",
@@ -214,7 +217,7 @@ class DeviceChecks:
                 "1",
             ],
         ],
-        ids=["adapter", "checkpointing", "layers"],
+        ids=["adapter", "checkpointing and gradient norms", "layers"],
     )
     def test_other_methods(self, common: list[str], tmp_path: Path, options: list[str]):
         folder = tmp_path / "run"

@@ -10,7 +10,7 @@ import torch
 from device_checks import NAMES, DeviceChecks, Step
 from helpers import command_on_gpu, history, on_second_device, results
 
-BUDGET = {"step": 18, "scores": 15, "token": 8}
+BUDGET = {"step": 18, "scores": 15, "token": 2.6}
 """Host waits of SimNPO with NLL: of an optimizer step, of a scored batch with its metrics, of a generated token."""
 
 
@@ -22,7 +22,7 @@ def mixed() -> None:
     refused = [lambda: here + there, lambda: here[there > 2], lambda: torch.cat([here, there])]
     refused += [lambda: there.masked_fill(here > 2, 0.0), lambda: here.index_add(0, there.long(), there)]
     for mix in refused:
-        with pytest.raises(RuntimeError, match="on the same device"):
+        with pytest.raises(RuntimeError, match="same device"):
             mix()
     assert there[here > 2].tolist() == [3.0, 4.0, 5.0]
     assert (there * torch.tensor(2.0)).tolist() == (here * 2).tolist()
@@ -72,11 +72,12 @@ class TestSecondDevice(DeviceChecks):
         file = tmp_path / "waits.jsonl"
         waits = ["--trainer.callbacks", "second_device.Waits", "--trainer.callbacks.file", file]
         options = [*options, "--data.effective_batch", "2", "--eval.start", "false", "--eval.cache_dir", "null"]
+        options += ["--eval.prompts_per_batch", "8"]
         options += [] if "token" in budget else ["--trainer.limit_val_batches", "0", "--eval.final", "false"]
         self.call("fit", *common, *options, *waits, "--run_dir", tmp_path / "run")
         found = [json.loads(line) for line in file.read_text().splitlines()]
         for kind, bound in budget.items():
-            # The first batch also tries how the model can be run.
+            # The first batch also tests how the model can be run.
             counts = [entry for entry in found if entry[0] == kind]
             for _, count, lines in counts[1:] or counts:
                 assert 0 < count <= bound, (kind, count, lines)
