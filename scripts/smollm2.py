@@ -29,10 +29,10 @@ FINETUNE = (
 )
 SPLITS = {"start": "forget01+retain99[:200]", "retrained": "retain99[:200]"}
 METHODS: dict[str, tuple[str, ...]] = {
-    "SimNPO": (),
+    "SimNPO": ("--model.objective.beta", "4.5", "--model.forget_weight", "0.125"),
     "NPO": ("--model.objective", "NPO"),
     "GradDiff": ("--model.objective", "GradDiff"),
-    "SimNPO-tuned": ("--model.objective", "SimNPO", "--model.objective.beta", "1", "--model.forget_weight", "0.5"),
+    "SimNPO-tuned": (),
 }
 COLUMNS = {
     "forget/probability": "forget prob.",
