@@ -2,8 +2,7 @@
 
 python scripts/memory.py --loading runs/smollm2/base --write docs/scale.md
 
-Computed: weights, gradients, Adam's moments, a reference beside the policy, and what the backward pass keeps of the
-layers (their code is run on tensors that have shapes but no values). Measured: the largest resident memory of a process
+Computed: what `fit` says before it trains, see `simnpo_pl.memory`. Measured: the largest resident memory of a process
 of its own that trains, less that before the model was loaded.
 """
 
@@ -18,35 +17,44 @@ import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-LARGE: dict[str, dict[str, Any]] = {
-    "Llama-3.2-1B": {
-        **{"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
-        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
-    },
-    "Llama-3.1-8B": {
-        **{"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-        **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False},
-    },
+
+def _shape(
+    vocabulary: int, hidden: int, inner: int, layers: int, heads: int, groups: int, tied: bool
+) -> dict[str, Any]:
+    return {
+        **{"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers},
+        **{"num_attention_heads": heads, "num_key_value_heads": groups, "tie_word_embeddings": tied},
+    }
+
+
+LARGE = {
+    "SmolLM2-135M": _shape(49152, 576, 1536, 30, 9, 3, True),
+    "SmolLM2-360M": _shape(49152, 960, 2560, 32, 15, 5, True),
+    "Llama-3.2-1B": _shape(128256, 2048, 8192, 16, 32, 8, True),
+    "Llama-3.2-3B": _shape(128256, 3072, 8192, 28, 24, 8, True),
+    "Llama-3.1-8B": _shape(128256, 4096, 14336, 32, 32, 8, False),
 }
-SMALL: dict[str, dict[str, Any]] = {
-    "wide": {
-        **{"vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 4},
-        **{"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": False},
-    },
-    "large vocabulary": {
-        **{"vocab_size": 65536, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 2},
-        **{"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
-    },
+SMALL = {
+    "wide": _shape(8192, 768, 2048, 4, 12, 4, False),
+    "large vocabulary": _shape(65536, 512, 1536, 2, 8, 8, True),
 }
 METHODS = {"SimNPO": ("SimNPO", "NLL"), "NPO": ("NPO", "NLL"), "NPO+KL": ("NPO", "KL")}
 RANK = 16
-ROWS, WIDTH = 16, 128
-"""Rows in a forward pass, half of them to forget and half to retain, and tokens in each."""
+ROWS, WIDTH = 8, 128
+"""Forget rows in a forward pass, with as many retain rows, and tokens in each."""
+CARDS, FREE = (12, 24, 48, 80), 0.15
+"""GPUs by their memory, GB, and the part of it that an estimate has to leave for CUDA, the allocator and evaluation."""
+OVERLAYS: dict[str, dict[str, Any]] = {
+    "": {},
+    "checkpointing": {"checkpointing": True},
+    "low_memory": {"checkpointing": True, "eight_bit": True, "rows": 4},
+    "lora": {"checkpointing": True, "half_base": True, "rows": 4},
+}
+"""Files of configs/hardware, from the most memory to the least, and what they set."""
 GB, MB = 1e9, 1e6
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"
 
@@ -61,129 +69,48 @@ class Case:
     autocast: bool = False
     checkpointing: bool = False
     half_base: bool = False
+    eight_bit: bool = False
+    rows: int = ROWS
 
 
 # -- computed ------------------------------------------------------------------------------------------------
 
 
-def computed(case: Case, chunk: int) -> dict[str, float]:
-    """Bytes by what they are for.
+def computed(case: Case, gpu: bool = True) -> dict[str, float]:
+    """Bytes by what they are for, see `simnpo_pl.memory`.
 
     Args:
         case: What is trained.
-        chunk: Logits at work at once.
+        gpu: Whether on a GPU, where more logits are at work at once.
     """
-    weights, adapter = counts(case.config)
-    trained, size = adapter if case.lora else weights, 2 if case.half_base else 4
-    return {
-        "weights": size * weights + (4 * adapter if case.lora else 0),
-        "gradients": 4 * trained,
-        "Adam": 8 * trained,
-        "reference": size * weights if case.method == "NPO+KL" and not case.lora else 0,
-        "layers": layer_bytes(case),
-        "logits": logits_bytes(case, chunk),
-    }
-
-
-def counts(config: dict[str, Any]) -> tuple[int, int]:
-    """Weights, and those of an adapter on every linear layer but the head."""
     import torch
-    from torch import nn
+
+    from simnpo_pl.head import CPU_CHUNK, GPU_CHUNK
+    from simnpo_pl.lora import LoraOptions, inject_adapter
+    from simnpo_pl.memory import Step, training_bytes
 
     with torch.device("meta"):
-        model = llama(config)
-    linear = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
-    return sum(p.numel() for p in model.parameters()), sum(RANK * (m.in_features + m.out_features) for m in linear)
-
-
-def layer_bytes(case: Case) -> float:
-    """What a forward pass keeps for the backward pass, weights aside; from the code itself, on tensors without values.
-
-    Two depths tell what a layer keeps and what stands outside of them. Of a layer that is computed again only the
-    input is kept, but for the one at work.
-    """
-    one, two = (kept_by_layers(replace(case, method="SimNPO", checkpointing=False), depth) for depth in (1, 2))
-    width = 2 if case.half_base else 4
-    again = ROWS * WIDTH * case.config["hidden_size"] * width
-    return one + (case.config["num_hidden_layers"] - 1) * (again if case.checkpointing else two - one)
-
-
-def logits_bytes(case: Case, chunk: int) -> float:
-    """What the head keeps and works on, see `simnpo_pl.head`."""
-    from simnpo_pl.head import LOGITS_BUDGET
-
-    logits = ROWS * (WIDTH - 1) * case.config["vocab_size"]
-    at_work = 0
-    if case.method == "NPO+KL":
-        # Of the retain rows, two models' logits and log-probs, the probabilities, differences, products and a gradient.
-        logits //= 2
-        at_work = 8 * (logits if logits <= LOGITS_BUDGET else LOGITS_BUDGET // 4)
-    kept = logits if logits <= LOGITS_BUDGET else 0
-    # A chunk of logits and its gradient.
-    return 4.0 * (kept + max(at_work, 2 * min(chunk, logits)))
-
-
-_counted: dict[str, int] = {}
-
-
-def kept_by_layers(case: Case, depth: int) -> int:
-    """Bytes that a forward pass through so many layers keeps; the same case is counted once."""
-    key = f"{case} {depth}"
-    if key not in _counted:
-        _counted[key] = _count(case, depth)
-    return _counted[key]
-
-
-def _count(case: Case, depth: int) -> int:
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from simnpo_pl.lora import LoraOptions, add_adapter
-    from simnpo_pl.packing import layout_of, packed_hidden
-
-    # Rows that differ from their first token on.
-    ids = torch.arange(ROWS * WIDTH).view(ROWS, WIDTH) % case.config["vocab_size"]
-    layout = layout_of(ids, torch.ones_like(ids))
-    with torch.device("meta"):
-        model = llama(case.config | {"num_hidden_layers": depth})
-        model = model.to(torch.bfloat16) if case.half_base else model
+        model = llama(case.config, torch.bfloat16 if case.half_base else torch.float32)
         if case.lora:
-            # Weights without values have no fingerprint.
-            with patch("simnpo_pl.lora.base_fingerprint", return_value=""):
-                add_adapter(model, LoraOptions(rank=RANK))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, value in held.items():
-                    if value is not None:
-                        made = torch.empty_like(value, device="cpu", requires_grad=False)
-                        trains = value.requires_grad
-                        held[name] = torch.nn.Parameter(made, trains) if held is module._parameters else made
-        model.train()
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
-        kept: dict[int, Any] = {}
-
-        def keep(tensor: Any) -> Any:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage
-            return tensor
-
-        tensors = {name: mode.from_tensor(getattr(layout, name)) for name in ("cells", "tokens", "positions")}
-        layout = layout._replace(**tensors)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=case.autocast),
-        ):
-            packed_hidden(model.base_model, mode.from_tensor(ids), layout)
-        return sum(storage.nbytes() for storage in kept.values())
+            inject_adapter(model, LoraOptions(rank=RANK))
+    step = Step(
+        2 * case.rows,
+        WIDTH,
+        autocast=case.autocast,
+        checkpointing=case.checkpointing,
+        eight_bit=case.eight_bit,
+        frozen=int(case.method == "NPO+KL" and not case.lora),
+        reads_logits=case.method == "NPO+KL",
+        chunk=GPU_CHUNK if gpu else CPU_CHUNK,
+    )
+    return training_bytes(model, step)
 
 
-def llama(config: dict[str, Any]) -> Any:
+def llama(config: dict[str, Any], dtype: Any = None) -> Any:
     """A Llama without training."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    return LlamaForCausalLM(LlamaConfig(**config, max_position_embeddings=2048))
+    return AutoModelForCausalLM.from_config(LlamaConfig(**config, max_position_embeddings=2048), dtype=dtype)
 
 
 # -- measured ------------------------------------------------------------------------------------------------
@@ -214,7 +141,7 @@ def train(folder: str, case: Case, found: Any) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     objective, retain = METHODS[case.method]
-    size = ROWS // 2
+    size = ROWS
 
     def part(start: int) -> dict[str, Any]:
         ids = (torch.arange(size * WIDTH).view(size, WIDTH) * 7 + start) % case.config["vocab_size"]
@@ -290,25 +217,43 @@ def load(folder: str, rank: int, processes: int, port: int, by_slices: bool, fou
 def large_table() -> str:
     """Memory of the large models by method."""
     lines = [
-        "| model | trained | method | weights | gradients | Adam | reference | layers | logits | float32 | bf16-mixed "
-        "| bf16-mixed, checkpointing | base in bfloat16, checkpointing |",
+        "| model | trained | method | weights | gradients | AdamW | reference | activations | logits | float32 "
+        "| bf16-mixed | bf16-mixed, checkpointing | base in bfloat16, checkpointing |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    chunk = 2**25
-    for model, config in LARGE.items():
+    for model in ("Llama-3.2-1B", "Llama-3.1-8B"):
         for lora in (False, True):
             for method in METHODS:
-                case = Case(config, method, lora)
-                parts = computed(case, chunk)
+                case = Case(LARGE[model], method, lora)
+                parts = computed(case)
                 mixed = replace(case, autocast=True)
                 others = [mixed, replace(mixed, checkpointing=True)]
                 if lora:
                     others.append(replace(case, checkpointing=True, half_base=True, autocast=True))
-                totals = [sum(computed(other, chunk).values()) for other in others]
-                cells = [f"{value / GB:.1f}" for value in (*parts.values(), sum(parts.values()), *totals)]
+                totals = [sum(parts.values()), *(sum(computed(other).values()) for other in others)]
+                named = ("weights", "gradients", "AdamW", "frozen models", "activations", "logits")
+                cells = [f"{value / GB:.1f}" for value in (*(parts.get(name, 0.0) for name in named), *totals)]
                 cells += [] if lora else ["-"]
                 lines.append(f"| {model} | {'adapter' if lora else 'all'} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def cards_table() -> str:
+    """What fits into which card: the first overlay whose estimate leaves a part of the card's memory free."""
+    lines = ["| model | " + " | ".join(f"{card} GB" for card in CARDS) + " |", "|---" * (len(CARDS) + 1) + "|"]
+    for model, config in LARGE.items():
+        takes = {name: sum(computed(card_case(config, name)).values()) / GB for name in OVERLAYS}
+        cells = []
+        for card in CARDS:
+            fits = next((name for name, size in takes.items() if size <= (1 - FREE) * card), None)
+            cells.append("-" if fits is None else f"{f'`{fits}.yaml`' if fits else 'as it is'}, {takes[fits]:.1f}")
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def card_case(config: dict[str, Any], overlay: str) -> Case:
+    """SimNPO on a GPU, bf16-mixed, with one of `OVERLAYS`."""
+    return replace(Case(config, "SimNPO", overlay == "lora", autocast=True), **OVERLAYS[overlay])
 
 
 def small_cases() -> list[tuple[str, Case]]:
@@ -323,15 +268,15 @@ def small_cases() -> list[tuple[str, Case]]:
 def small_table() -> str:
     """Computed against measured."""
     lines = [
-        "| model | trained | method | computed, MB | measured, MB | measured / computed |",
-        "|---|---|---|---|---|---|",
+        "| model | trained | method | checkpointing | computed, MB | measured, MB | ratio |",
+        "|---|---|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder:
         for name, config in SMALL.items():
             llama(config).save_pretrained(Path(folder) / name)
         for name, case in small_cases():
             measured = in_a_process(str(Path(folder) / name), case)
-            expected = sum(computed(case, 2**20).values())
+            expected = sum(computed(case, gpu=False).values())
             trained = "adapter" if case.lora else "all"
             lines.append(
                 f"| {name} | {trained} | {case.method} | {'yes' if case.checkpointing else 'no'} "
@@ -393,12 +338,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loading", metavar="FOLDER", help="a model whose loading on two processes is measured, too")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="page that takes the tables between its marks")
-    parser.add_argument("--only", nargs="+", choices=["memory", "memory-measured", "loading"], help="tables to make")
+    parser.add_argument(
+        "--only", nargs="+", choices=["cards", "memory", "memory-measured", "loading"], help="tables to make"
+    )
     options = parser.parse_args()
     if THRESHOLD not in os.environ:
         # Freed memory goes back to the system, so that the peak is that of what is held at once.
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {THRESHOLD: "65536"})
-    makers = {"memory": large_table, "memory-measured": small_table}
+    makers = {"cards": cards_table, "memory": large_table, "memory-measured": small_table}
     if options.loading:
         makers["loading"] = lambda: loading_table(options.loading)
     for name in options.only or makers:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from simnpo_pl import objectives
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name not in ("sweep", "tune", "analysis"))
 """What `fit` takes; files of other commands are parsed by those commands' tests."""
@@ -28,13 +30,110 @@ def resolved(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[s
     return yaml.safe_load(capsys.readouterr().out)
 
 
+TOFU_1B = (5e-5, "SimNPO", {"beta": 3.5, "gamma": 3.5}, 0.25, 1.0)
+"""Learning rate, objective, its settings, forget and retain weight."""
+PAPER_10 = (1e-5, "SimNPO", {"beta": 4.5, "gamma": 0.0}, 0.125, 1.0)
+PAPER_05 = (1e-5, "SimNPO", {"beta": 2.5, "gamma": 0.0}, 0.1375, 1.0)
+LORA = (2e-4, *TOFU_1B[1:])
+SMOLLM2 = (5e-5, "SimNPO", {"beta": 1.0, "gamma": 0.0}, 0.5, 1.0)
+NEWS = (1e-5, "SimNPO", {"beta": 0.7, "gamma": 3.0}, 1.0, 0.1)
+WMDP = (4e-6, "SimNPO", {"beta": 5.5, "gamma": 0.0}, 1.0, 5.0)
+FINETUNE = (1e-5, "FineTune", {}, 1.0, 0.0)
+RECIPES = {
+    "demo": (1.2e-3, "SimNPO", {"beta": 0.65, "gamma": 0.0}, 0.25, 1.0),
+    "finetune": FINETUNE,
+    **{f"hardware/{f.stem}": TOFU_1B for f in CONFIGS if f.parent.name == "hardware"},
+    "hardware/lora": LORA,
+    "markov": (2e-3, "SimNPO", {"beta": 4.0, "gamma": 0.0}, 1.0, 1.0),
+    "markov_paper": (5e-4, "SimNPO", {"beta": 4.0, "gamma": 0.0}, 1.0, 1.0),
+    "models/llama2-7b": PAPER_10,
+    "muse_books": (1e-5, "SimNPO", {"beta": 0.75, "gamma": 0.0}, 1.0, 0.1),
+    "muse_demo": (3e-4, "SimNPO", {"beta": 0.7, "gamma": 0.0}, 1.0, 1.0),
+    "muse_news": NEWS,
+    "own": SMOLLM2,
+    "tofu": TOFU_1B,
+    "tofu_forget05": PAPER_05,
+    "tofu_smollm2": SMOLLM2,
+    "wmdp_bio": WMDP,
+    "wmdp_cyber": WMDP,
+}
+SHOWN = {
+    "configs/tofu.yaml": TOFU_1B,
+    "configs/tofu.yaml --config configs/hardware/low_memory.yaml": TOFU_1B,
+    "configs/tofu.yaml --config configs/hardware/lora.yaml": LORA,
+    "configs/tofu.yaml --data.forget_split forget05": TOFU_1B,
+    "configs/tofu.yaml --model.objective NPO --model.retain_weight 5": (5e-5, "NPO", {"beta": 0.1}, 1.0, 5.0),
+    "configs/tofu.yaml --model.objective RMU --model.retain_loss EmbedDiff": (5e-5, "RMU", None, 1.0, 1.0),
+    "configs/tofu.yaml --config configs/hardware/ddp.yaml": TOFU_1B,
+    "configs/tofu.yaml --config configs/models/llama2-7b.yaml": PAPER_10,
+    "configs/tofu.yaml --config configs/tofu_forget05.yaml": PAPER_05,
+    "configs/muse_news.yaml": NEWS,
+    "configs/wmdp_bio.yaml --data.forget bio_forget.jsonl": WMDP,
+    "configs/tofu.yaml --data.path FOLDER --data.forget_split forget05 --model.name FOLDER": TOFU_1B,
+    "configs/finetune.yaml --model.name MODEL": FINETUNE,
+    "configs/finetune.yaml --model.name MODEL --data.train_split retain90": FINETUNE,
+    "configs/finetune.yaml --model.name START --data.train_split forget10": FINETUNE,
+    "configs/tofu.yaml --model.objective RKLD --model.memorising FOLDER": (5e-5, "RKLD", None, 1.0, 1.0),
+    "configs/own.yaml --data.forget forget.jsonl --data.retain retain.jsonl --model.name MODEL": SMOLLM2,
+}
+"""What README's commands of `fit` give."""
+COMBINED = {
+    # Whichever of the paper's two comes last holds as a whole.
+    "configs/tofu.yaml --config configs/models/llama2-7b.yaml --config configs/tofu_forget05.yaml": PAPER_05,
+    "configs/tofu.yaml --config configs/tofu_forget05.yaml --config configs/models/llama2-7b.yaml": PAPER_10,
+    "configs/tofu.yaml --config configs/tofu_forget05.yaml --model.objective NPO": (1e-5, "NPO", {"beta": 0.1}, 1, 1),
+    "configs/tofu.yaml --config configs/models/llama2-7b.yaml --model.objective GradDiff": (1e-5, "GradDiff", {}, 1, 1),
+    "configs/wmdp_bio.yaml --model.objective NPO --model.retain_weight 5": (4e-6, "NPO", {"beta": 0.1}, 1.0, 5.0),
+}
+
+
+def recipe(got: dict[str, Any]) -> tuple[Any, ...]:
+    """Learning rate, objective, settings and weights of a resolved config, weights after the objective's defaults."""
+    model = got["model"]
+    cls = getattr(objectives, model["objective"]["class_path"].rsplit(".", 1)[-1])
+    given = [model["forget_weight"], model["retain_weight"]]
+    defaults = [cls.default_forget_weight, cls.default_retain_weight]
+    weights = [default if weight is None else weight for weight, default in zip(given, defaults, strict=True)]
+    return model["lr"], cls.__name__, model["objective"].get("init_args", {}), *weights
+
+
+def check(got: dict[str, Any], expected: tuple[Any, ...]) -> None:
+    lr, name, settings, *weights = recipe(got)
+    # None: the objective's own defaults, whatever these are.
+    assert (lr, name, settings if expected[2] is not None else None, *weights) == expected
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda f: str(f.relative_to(ROOT)))
 def test_parses(config: Path, capsys: pytest.CaptureFixture[str]):
+    """Every setting arrives, and none of another file is left in the recipe."""
     content = yaml.safe_load(config.read_text())
     whole = "class_path" in content.get("data", {})
     base = [] if whole else ["--config", OVERLAID.get(config.name, "configs/tofu.yaml")]
     got = resolved(["fit", *base, "--config", str(config)], capsys)
     assert included(content, got)
+    check(got, RECIPES[str(config.relative_to(ROOT / "configs").with_suffix(""))])
+
+
+@pytest.mark.parametrize("command", COMBINED)
+def test_combinations_give_their_recipe(command: str, capsys: pytest.CaptureFixture[str]):
+    got = resolved(["fit", "--config", *command.split()], capsys)
+    check(got, COMBINED[command])
+    if "tofu" in command:
+        last = "forget05" if command.rfind("forget05.yaml") > command.rfind("7b.yaml") else "forget10"
+        assert got["model"]["name"] == "locuslab/tofu_ft_llama2-7b"
+        assert got["data"]["init_args"]["forget_split"] == last
+        assert got["data"]["init_args"]["template"] == "[INST] {question} [/INST]{answer}"
+
+
+@pytest.mark.parametrize("name", ["table1", "tableA2", "tableA3"])
+def test_models_of_sweeps_are_fine_tuned(name: str, capsys: pytest.CaptureFixture[str]):
+    """The 7B overlay brings the paper's unlearning recipe; what a table starts from is made without."""
+    models = yaml.safe_load((ROOT / "configs" / "sweep" / f"{name}.yaml").read_text())["models"]
+    assert models
+    for options in models.values():
+        got = resolved(["fit", *shlex.split(options, comments=True)], capsys)
+        check(got, FINETUNE)
+        assert got["model"]["retain_loss"] is None
 
 
 def included(part: Any, whole: Any) -> bool:
@@ -103,14 +202,15 @@ def shown_commands(file: Path) -> list[str]:
 
 @pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
 def test_shown_commands_parse(file: Path, capsys: pytest.CaptureFixture[str]):
-    """Every command line of README and docs is understood as written; make targets and scripts exist."""
+    """Every command line of README and docs is understood as written, README's give the recipes above; make targets and
+    scripts exist.
+    """
     from simnpo_pl.commands import COMMANDS, parse
 
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    seen = 0
+    recipes = {}
     for command in shown_commands(file):
         words = shlex.split(command)
-        seen += 1
         if words[0] == "make":
             assert words[1] in targets
         elif words[1:3] == ["-m", "simnpo_pl"]:
@@ -119,11 +219,16 @@ def test_shown_commands_parse(file: Path, capsys: pytest.CaptureFixture[str]):
                 _, options = parse(arguments[0], arguments[1:])
                 arguments = ["fit", *options.fit] if hasattr(options, "fit") else []
             if arguments:
-                resolved(arguments, capsys)
+                got = resolved(arguments, capsys)
+                if file.name == "README.md" and arguments[0] == "fit":
+                    recipes[" ".join(arguments[2:])] = got
         elif words[0] == "python" and words[1] == "-m":
             assert importlib.util.find_spec(words[2])
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file()
         else:
             assert words[0] in ("tensorboard", "git", "cd", "pip")
-    assert seen >= 8 or file.name != "README.md"
+    if file.name == "README.md":
+        assert recipes.keys() == SHOWN.keys()
+        for command, got in recipes.items():
+            check(got, SHOWN[command])

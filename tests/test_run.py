@@ -97,13 +97,13 @@ def test_history_and_objective(finished: Path):
     history = [json.loads(line) for line in (finished / "history.jsonl").read_text().splitlines()]
     assert [(line["step"], line["epoch"]) for line in history] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2)]
     assert all(math.isfinite(line[key]) for line in history for key in ("loss", "forget_loss", "retain_loss"))
-    weighted = [0.125 * line["forget_loss"] + line["retain_loss"] for line in history]
+    weighted = [0.25 * line["forget_loss"] + line["retain_loss"] for line in history]
     assert [line["loss"] for line in history] == pytest.approx(weighted, rel=1e-5)
     assert [line["lr"] for line in history[:3]] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
     assert results(finished)["objective"] == {
         "name": "SimNPO",
-        "settings": {"beta": 4.5, "gamma": 0.0},
-        "forget_weight": 0.125,
+        "settings": {"beta": 3.5, "gamma": 3.5},
+        "forget_weight": 0.25,
         "retain_loss": "NLL",
         "retain_weight": 1.0,
     }
@@ -152,7 +152,7 @@ def test_settings_are_logged_with_the_final_metrics(finished: Path):
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = HParamsPluginData.FromString(content).session_start_info.hparams
     assert settings["model.lr"].number_value == 1e-2
-    assert settings["model.objective.init_args.beta"].number_value == 4.5
+    assert settings["model.objective.init_args.beta"].number_value == 3.5
     final = results(finished)["final"]["metrics"]
     assert events.Scalars("final/utility_model_utility")[-1].value == pytest.approx(final["model_utility"], rel=1e-5)
 
@@ -333,7 +333,7 @@ def test_chosen_splits_and_no_generation(cli: CLI, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], ["reference: none", "objective: SimNPO (beta 4.5, gamma 0.0) x 0.125, retain loss NLL x 1.0; lr 0.01"]),
+        ([], ["reference: none", "objective: SimNPO (beta 3.5, gamma 3.5) x 0.25, retain loss NLL x 1.0; lr 0.01"]),
         (["--model.objective", "NPO"], ["its log-probs, made once and kept"]),
         (["--model.retain_loss", "KL"], ["a frozen model, run in every step"]),
         (["--model.retain_loss", "KL", "--model.lora.rank", "2"], ["with its adapter off", "LoRA of rank 2"]),
@@ -356,6 +356,9 @@ def test_plan_of_a_run(
     size = AutoModelForCausalLM.from_pretrained(model_folder).num_parameters() / 1e6
     for part in (*said, f"{size:.4g} million parameters, cpu, precision 32-true", "10 forget rows, 40 retain rows"):
         assert part in shown, part
+    assert re.search(
+        r"memory: training takes about [\d.]+ MB; cpu has [\d.]+ GB\n  weights .*, activations [\d.]+\n", shown
+    )
     assert re.search(r"measured on 10 forget rows, 7 retain rows.*forget/probability", shown)
     assert "forget_quality: not measured, no retrained model to compare with" in shown
 

@@ -15,7 +15,7 @@ LAYERS = [
     ["files", "markdown", "stopping", "packing", "head", "layers", "optimization", "weight_files"],
     ["sharding"],
     ["forward"],
-    ["checkpoints", "logprobs", "lora", "models", "generation", "data", "metrics", "markov"],
+    ["checkpoints", "logprobs", "lora", "memory", "models", "generation", "data", "metrics", "markov"],
     ["objectives", "retain", "reference", "evaluation", "demo"],
     ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments", "report"],
     ["module"],

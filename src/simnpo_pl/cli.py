@@ -40,7 +40,7 @@ from simnpo_pl.objectives import Objective
 from simnpo_pl.policy import PolicyModule, check_trainer
 from simnpo_pl.retain import RetainLoss
 from simnpo_pl.stopping import Stopped, StopSignals
-from simnpo_pl.summary import measures, plan, table, written
+from simnpo_pl.summary import measures, memory, plan, table, written
 
 RUN_DIR_VARIABLE = "SIMNPO_PL_RUN_DIR"
 CLASSES: dict[str, type[Any]] = {"model.objective": Objective, "model.retain_loss": RetainLoss, "data": PairedData}
@@ -249,6 +249,8 @@ class UnlearningCLI(LightningCLI):
             # Whatever is wrong with the training rows shows before the first evaluation.
             self.datamodule.parts = self.model.parts
             self.datamodule.setup("fit")
+            if self.trainer.is_global_zero:
+                print(memory(self.trainer, self.model, self.datamodule), flush=True)
         name = self.datamodule.eval.mia_reference
         if name is not None:
             self.datamodule.setup("validate")

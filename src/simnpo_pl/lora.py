@@ -69,9 +69,20 @@ def add_adapter(model: Any, options: LoraOptions) -> dict[str, Any]:
     Raises:
         UserError: peft is not installed, no layer has a name that was given, or a layer's weights are tied.
     """
-    peft = _peft()
     require_merged(model, "--model.name")
     base = base_fingerprint(model)
+    config = inject_adapter(model, options)
+    folder = Path(model.name_or_path).expanduser()
+    # The adapter's folder names its base, wherever it is read from.
+    config.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else model.name_or_path
+    config.inference_mode = True
+    layers = sorted({n.rsplit(".lora_", 1)[0] for n, parameter in model.named_parameters() if parameter.requires_grad})
+    return {"base": base, "rank": options.rank, "alpha": options.alpha, "layers": layers}
+
+
+def inject_adapter(model: Any, options: LoraOptions) -> Any:
+    """The part of `add_adapter` that reads no weights; gives peft's config."""
+    peft = _peft()
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=options.rank,
@@ -89,16 +100,11 @@ def add_adapter(model: Any, options: LoraOptions) -> dict[str, Any]:
         except ValueError as error:
             raise UserError(f"--model.lora: {' '.join(str(error).split())[:300]}") from error
     _refuse_tied(model, "--model.lora.target_modules")
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for parameter in trained.values():
-        # Small updates would fall below the resolution of a base in half precision.
-        parameter.data = parameter.data.float()
-    folder = Path(model.name_or_path).expanduser()
-    # The adapter's folder names its base, wherever it is read from.
-    config.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else model.name_or_path
-    config.inference_mode = True
-    layers = sorted({name.rsplit(".lora_", 1)[0] for name in trained})
-    return {"base": base, "rank": options.rank, "alpha": options.alpha, "layers": layers}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Small updates would fall below the resolution of a base in half precision.
+            parameter.data = parameter.data.float()
+    return config
 
 
 def has_adapter(model: Any) -> bool:

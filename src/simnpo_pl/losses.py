@@ -84,6 +84,13 @@ class BatchLosses:
         """Whether every step runs the memorising model."""
         return "memorising_states" in self.objective.needs
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether a loss reads whole distributions, not the labels' log-probs alone."""
+        retain = self.retain_loss
+        whole = retain is not None and not retain.reads_logps and retain.layer is None
+        return whole or bool(self.objective.needs & {"states", "positions"})
+
     def check_layers(self, model: Any) -> None:
         """See that the policy has the layers whose hidden states something reads.
 

@@ -64,11 +64,12 @@ def context_length(name: str) -> int | None:
     return int(length) if length else None
 
 
-def count_parameters(name: str) -> int:
-    """Parameters of a model, from its config alone; tied ones count once.
+def model_shapes(name: str, dtype: str = "float32") -> Any:
+    """A model on the meta device, from its config alone: shapes without values.
 
     Args:
         name: Hub id or folder; an adapter's counts those of its base.
+        dtype: Type of the weights.
 
     Raises:
         UserError: The config cannot be loaded.
@@ -78,10 +79,9 @@ def count_parameters(name: str) -> int:
     config = _config(name)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=_trusted)
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=_trusted)
     except Exception as error:
         raise _unavailable(name, "config", error) from error
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _config(name: str) -> Any:

@@ -18,9 +18,17 @@ from simnpo_pl.data.pairing import draw_step_seed
 from simnpo_pl.errors import UserError
 from simnpo_pl.layers import train_only
 from simnpo_pl.logprobs import Scorer
-from simnpo_pl.lora import BaseScorer, LoraOptions, add_adapter, check_adapter, require_merged, without_base
+from simnpo_pl.lora import (
+    BaseScorer,
+    LoraOptions,
+    add_adapter,
+    check_adapter,
+    inject_adapter,
+    require_merged,
+    without_base,
+)
 from simnpo_pl.losses import Batch, BatchLosses
-from simnpo_pl.models import find_model, load_causal_lm
+from simnpo_pl.models import find_model, load_causal_lm, model_shapes
 from simnpo_pl.objectives import Objective, SimNPO
 from simnpo_pl.optimization import Shape, adamw, schedule
 from simnpo_pl.policy import PolicyModule
@@ -149,6 +157,22 @@ class UnlearningModule(PolicyModule):
             return "the policy with its adapter off"
         how = "a frozen model, run in every step" if losses.keeps_reference else "its log-probs, made once and kept"
         return f"{self._reference.name}, {how}"
+
+    def shapes(self) -> tuple[Any, dict[str, Any]]:
+        """The policy without its weights, as it is trained, and what of a `memory.Step` the settings say."""
+        losses, model = self._batch_losses, model_shapes(self.name, self.dtype_name)
+        if self.lora is not None:
+            with torch.device("meta"):
+                inject_adapter(model, self.lora)
+        elif self.trainable:
+            train_only(model, self.trainable)
+        base = self.lora is not None and self._reference.name == self.name
+        return model, {
+            "checkpointing": self.gradient_checkpointing,
+            "eight_bit": self.eight_bit,
+            "frozen": (losses.keeps_reference and not base) + losses.reads_memorising,
+            "reads_logits": losses.reads_logits,
+        }
 
     def on_fit_start(self) -> None:
         """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""

@@ -1,14 +1,21 @@
 """What the terminal shows: the plan before a run and the table after it."""
 
 import inspect
+import os
 from pathlib import Path
 from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from simnpo_pl import markdown
 from simnpo_pl.callbacks.checkpoint import LAST
 from simnpo_pl.callbacks.history import HISTORY
 from simnpo_pl.callbacks.weights import WEIGHTS
-from simnpo_pl.models import count_parameters
+from simnpo_pl.head import CPU_CHUNK, GPU_CHUNK
+from simnpo_pl.memory import Step, training_bytes
+from simnpo_pl.models import model_shapes
+from simnpo_pl.sharding import ShardedStrategy
 
 COLUMNS = {
     "forget_quality": "forget quality",
@@ -45,7 +52,7 @@ def table(record: dict[str, Any]) -> str:
 
 def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
     """The run in a few lines: folder, model, device and, for a training run, objective, weights and reference."""
-    size = f"{count_parameters(module.name) / 1e6:,.4g} million parameters"
+    size = f"{sum(p.numel() for p in model_shapes(module.name).parameters()) / 1e6:,.4g} million parameters"
     lines = [
         f"run: {folder}",
         f"model: {module.name}, {size}, {trainer.strategy.root_device}, precision {trainer.precision}",
@@ -65,6 +72,52 @@ def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
         )
         lines.append(f"reference: {module.reference_use}")
     return "\n".join(lines)
+
+
+def memory(trainer: Any, module: Any, data: Any) -> str:
+    """Memory that training takes of a device, estimated from shapes, beside what the device has.
+
+    Args:
+        trainer: Lightning's.
+        module: Its weights need not be loaded.
+        data: The data module, set up for training.
+    """
+    model, settings = module.shapes()
+    rows, width = data.micro_batch()
+    parts = training_bytes(model, Step(rows, width, **settings, **on_devices(trainer)))
+    total, device = sum(parts.values()), trainer.strategy.root_device
+    there = _memory_of(device, trainer.num_devices)
+    unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    has = "" if there is None else f"; {device} has {there / 1e9:.1f} GB{' free' if device.type == 'cuda' else ''}"
+    lacks = "" if "activations" in parts else ", activations not counted"
+    lines = [
+        f"memory: training takes about {total / unit:.1f} {name}{lacks}{has}",
+        f"  {', '.join(f'{part} {value / unit:.1f}' for part, value in parts.items())}",
+    ]
+    if there is not None and total > there:
+        lines.append("warning: training may run out of memory; docs/scale.md says what takes less")
+    return "\n".join(lines)
+
+
+def on_devices(trainer: Any) -> dict[str, Any]:
+    """What of a `memory.Step` the trainer says."""
+    strategy = trainer.strategy
+    sharded = isinstance(strategy, (ShardedStrategy, DeepSpeedStrategy))
+    return {
+        "autocast": str(trainer.precision).endswith("-mixed"),
+        "chunk": CPU_CHUNK if strategy.root_device.type == "cpu" else GPU_CHUNK,
+        "shards": trainer.world_size if sharded else 1,
+        "buckets": isinstance(strategy, DDPStrategy) and not sharded,
+    }
+
+
+def _memory_of(device: torch.device, processes: int) -> float | None:
+    """Bytes for one process of a machine: free ones of a GPU, its part of a CPU's; None where this is not known."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
+    return None
 
 
 def measures(evaluation: Any) -> str:

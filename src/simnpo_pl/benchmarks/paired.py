@@ -3,8 +3,10 @@
 It knows no text and no tokenizer, and no model.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Collection
+from statistics import fmean, pstdev
 from typing import Any
 
 import lightning.pytorch as pl
@@ -169,6 +171,15 @@ class PairedData(pl.LightningDataModule):
             f"data: {sizes}; effective batch {self.effective_batch} = {world} device{'s' if world > 1 else ''} x "
             f"{self.per_device_batch} rows x {sampler.accumulate}; {sampler.steps_per_epoch} steps per epoch"
         )
+
+    def micro_batch(self) -> tuple[int, int]:
+        """Rows of a forward pass on one device, and tokens in each, so that hardly any micro-batch has more in all."""
+        rows, tokens = 0, 0.0
+        for part in self._training.values():
+            lengths, size = [len(row.input_ids) for row in part], min(self.per_device_batch, len(part))
+            tokens += min(size * max(lengths), size * fmean(lengths) + 3 * math.sqrt(size) * pstdev(lengths))
+            rows += size
+        return rows, math.ceil(tokens / rows)
 
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this process, see `TrainingSet`."""
