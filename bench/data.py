@@ -61,7 +61,7 @@ class Rows:
         self.random = np.random.default_rng(SEED)
         if data is not None:
             from simnpo_pl.data.sources import load_split
-            from simnpo_pl.models import load_tokenizer
+            from simnpo_pl.models.loading import load_tokenizer
 
             assert tokenizer is not None
             self.encoder = PromptTemplate(load_tokenizer(tokenizer), "Question: {question}\nAnswer: {answer}")

@@ -10,8 +10,8 @@ import torch
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.evaluation.plan import EvalSet, Generation, generation_batches, scoring_batches
 from simnpo_pl.evaluation.scoring import score_rows
-from simnpo_pl.generation import generate, most_probable
-from simnpo_pl.logprobs import Scorer
+from simnpo_pl.models.generation import generate, most_probable
+from simnpo_pl.models.logprobs import Scorer
 
 TOKENS, PROMPTS = 2048, 48
 """Defaults of `--eval.tokens_per_batch` and `--eval.prompts_per_batch`."""

@@ -17,14 +17,14 @@ from torch.utils.data import DataLoader
 
 from bench.data import Rows, batch_of, model_of
 from bench.measure import median
-from simnpo_pl.callbacks.progress import ProgressBar
-from simnpo_pl.demo.models import train_tokenizer
-from simnpo_pl.logprobs import Scorer
-from simnpo_pl.losses import BatchLosses
-from simnpo_pl.module import UnlearningModule
+from simnpo_pl.benchmarks.demo.models import train_tokenizer
+from simnpo_pl.models.logprobs import Scorer
+from simnpo_pl.module.losses import BatchLosses
+from simnpo_pl.module.optimization import adamw
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import SimNPO
-from simnpo_pl.optimization import adamw
-from simnpo_pl.retain import NLL
+from simnpo_pl.objectives.retain import NLL
+from simnpo_pl.runs.progress import ProgressBar
 
 VOCABULARY, WIDTH, LAYERS = 1536, 64, 2
 """A model whose step takes a few milliseconds, so that what is added to it shows."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from simnpo_pl import markdown
+from simnpo_pl.utils import markdown
 
 BEGIN, END = "<!-- measured: written by python -m bench -->", "<!-- end of what python -m bench wrote -->"
 FIGURE = (

@@ -10,14 +10,14 @@ import torch
 
 from bench import baseline
 from bench.data import Batch, freeze
-from simnpo_pl import head
-from simnpo_pl.logprobs import Scorer, join
-from simnpo_pl.lora import BaseScorer, LoraOptions, add_adapter
-from simnpo_pl.losses import BatchLosses
+from simnpo_pl.models import head
+from simnpo_pl.models.logprobs import Scorer, join
+from simnpo_pl.models.lora import BaseScorer, LoraOptions, add_adapter
+from simnpo_pl.models.packing import layout_of, packed_hidden
+from simnpo_pl.models.reference import REFERENCE_KEY
+from simnpo_pl.module.losses import BatchLosses
 from simnpo_pl.objectives import NPO, GradDiff, SimNPO
-from simnpo_pl.packing import layout_of, packed_hidden
-from simnpo_pl.reference import REFERENCE_KEY
-from simnpo_pl.retain import KL, NLL
+from simnpo_pl.objectives.retain import KL, NLL
 
 METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., torch.Tensor]]] = {
     "GA": (GradDiff, NLL, baseline.ga),

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from simnpo_pl.benchmarks import DemoData
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.models import save_model
-from simnpo_pl.module import UnlearningModule
+from simnpo_pl.models.loading import save_model
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import SimNPO
 
 FOLDER = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo-data")

@@ -42,7 +42,7 @@ SETTINGS = {
     ],
 }
 IMPORTED = (
-    *("simnpo_pl.cli", "peft", "peft.tuners.lora", "rouge_score.rouge_scorer", "torch.utils.tensorboard"),
+    *("simnpo_pl.cli.main", "peft", "peft.tuners.lora", "rouge_score.rouge_scorer", "torch.utils.tensorboard"),
     *("tensorboard.compat.proto.event_pb2", "transformers.models.llama.modeling_llama"),
 )
 COMPARED = ("start", "epochs", "final", "counts", "unavailable", "exported_epoch", "finished")
@@ -54,8 +54,8 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from simnpo_pl.demo.authors import write_dataset
-    from simnpo_pl.demo.models import train_tokenizer
+    from simnpo_pl.benchmarks.demo.authors import write_dataset
+    from simnpo_pl.benchmarks.demo.models import train_tokenizer
 
     data, model = folder / "data", folder / "model"
     write_dataset(data, 0)
@@ -138,9 +138,9 @@ def _report(pipe: int, slow_writes: bool) -> None:
     """Have steps, batches and writes of this process say when they begin."""
     import torch
 
-    from simnpo_pl import checkpoints
-    from simnpo_pl.module import UnlearningModule
-    from simnpo_pl.policy import PolicyModule
+    from simnpo_pl.module.policy import PolicyModule
+    from simnpo_pl.module.unlearning import UnlearningModule
+    from simnpo_pl.runs import checkpoints
 
     torch.set_num_threads(1)
 

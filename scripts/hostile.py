@@ -27,23 +27,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chaos import make_inputs, replace_block
 
 from simnpo_pl.benchmarks.splits import qa_set
-from simnpo_pl.callbacks.checkpoint import CheckpointOptions
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.sources import load_jsonl, load_split
 from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate
 from simnpo_pl.data.training import TrainingRows, TrainingSet
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import generation_batches, scoring_batches
-from simnpo_pl.generation import greedy
-from simnpo_pl.logprobs import Scorer
-from simnpo_pl.lora import LoraOptions
 from simnpo_pl.metrics.logs import read_retain_log
-from simnpo_pl.models import load_causal_lm, load_tokenizer
-from simnpo_pl.module import UnlearningModule
+from simnpo_pl.models.generation import greedy
+from simnpo_pl.models.loading import load_causal_lm, load_tokenizer
+from simnpo_pl.models.logprobs import Scorer
+from simnpo_pl.models.lora import LoraOptions
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import DPO, NPO, SimNPO
+from simnpo_pl.runs.checkpoint import CheckpointOptions
+from simnpo_pl.utils.errors import UserError
 
 HANDLED, REFUSED = "handled", "refused"
 FOLDER = Path(tempfile.gettempdir())

@@ -2,8 +2,8 @@
 
 python scripts/memory.py --loading runs/smollm2/base --write docs/scale.md
 
-Computed: what `fit` says before it trains, see `simnpo_pl.memory`. Measured: the largest resident memory of a process
-of its own that trains, less that before the model was loaded.
+Computed: what `fit` says before it trains, see `simnpo_pl.models.memory`. Measured: the largest resident memory of a
+process of its own that trains, less that before the model was loaded.
 """
 
 import argparse
@@ -77,7 +77,7 @@ class Case:
 
 
 def computed(case: Case, gpu: bool = True) -> dict[str, float]:
-    """Bytes by what they are for, see `simnpo_pl.memory`.
+    """Bytes by what they are for, see `simnpo_pl.models.memory`.
 
     Args:
         case: What is trained.
@@ -85,9 +85,9 @@ def computed(case: Case, gpu: bool = True) -> dict[str, float]:
     """
     import torch
 
-    from simnpo_pl.head import CPU_CHUNK, GPU_CHUNK
-    from simnpo_pl.lora import LoraOptions, inject_adapter
-    from simnpo_pl.memory import Step, training_bytes
+    from simnpo_pl.models.head import CPU_CHUNK, GPU_CHUNK
+    from simnpo_pl.models.lora import LoraOptions, inject_adapter
+    from simnpo_pl.models.memory import Step, training_bytes
 
     with torch.device("meta"):
         model = llama(case.config, torch.bfloat16 if case.half_base else torch.float32)
@@ -132,11 +132,11 @@ def train(folder: str, case: Case, found: Any) -> None:
     import lightning.pytorch as pl
     import torch
 
-    from simnpo_pl.lora import LoraOptions
-    from simnpo_pl.module import UnlearningModule
+    from simnpo_pl.models.lora import LoraOptions
+    from simnpo_pl.models.reference import REFERENCE_KEY
+    from simnpo_pl.module.unlearning import UnlearningModule
     from simnpo_pl.objectives import NPO, SimNPO
-    from simnpo_pl.reference import REFERENCE_KEY
-    from simnpo_pl.retain import KL, NLL
+    from simnpo_pl.objectives.retain import KL, NLL
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -181,8 +181,8 @@ def load(folder: str, rank: int, processes: int, port: int, by_slices: bool, fou
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 
-    from simnpo_pl.models import load_causal_lm
-    from simnpo_pl.sharding import shard
+    from simnpo_pl.models.loading import load_causal_lm
+    from simnpo_pl.models.sharding import shard
 
     torch.set_num_threads(1)
     os.environ |= {
@@ -302,7 +302,7 @@ def loading_table(folder: str) -> str:
     """Memory of loading a model on two processes: pages of their own, not those of the file, which they share."""
     import torch
 
-    from simnpo_pl.models import load_causal_lm
+    from simnpo_pl.models.loading import load_causal_lm
 
     lines = ["| file, MB | weights of float32, MB | how | largest, MB | stays, MB |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as half:

@@ -15,9 +15,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from simnpo_pl.benchmarks import DemoData
-from simnpo_pl.callbacks.weights import GradientWeights
-from simnpo_pl.module import UnlearningModule
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import NPO, Objective, SimNPO
+from simnpo_pl.runs.weights import GradientWeights
 
 
 class Clock:

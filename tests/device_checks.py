@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import Callback
 
 from helpers import history, results
 from simnpo_pl import objectives
-from simnpo_pl.logprobs import Scorer
-from simnpo_pl.losses import BatchLosses
-from simnpo_pl.models import load_causal_lm
+from simnpo_pl.models.loading import load_causal_lm
+from simnpo_pl.models.logprobs import Scorer
+from simnpo_pl.module.losses import BatchLosses
 from simnpo_pl.objectives import Objective
-from simnpo_pl.retain import KL, NLL, EmbedDiff
+from simnpo_pl.objectives.retain import KL, NLL, EmbedDiff
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, dict[str, Any]] = {"RMU": {"layer": 0}, "PDU": {"eps": 0.5}}

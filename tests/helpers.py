@@ -56,7 +56,7 @@ def history(folder: Path) -> list[dict[str, float]]:
 @contextmanager
 def killed_in_epoch(epoch: int) -> Iterator[None]:
     """Ends the run inside, as by a kill, at the first batch of an epoch, from 1."""
-    from simnpo_pl.callbacks.run_folder import RunFolder
+    from simnpo_pl.runs.folder import RunFolder
 
     class Killed(BaseException):
         pass

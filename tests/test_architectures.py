@@ -10,9 +10,9 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from simnpo_pl import forward, packing
-from simnpo_pl.errors import UserError
-from simnpo_pl.logprobs import Scorer
+from simnpo_pl.models import forward, packing
+from simnpo_pl.models.logprobs import Scorer
+from simnpo_pl.utils.errors import UserError
 
 # Values of whichever of these options a config class has.
 SMALL: dict[str, Any] = {

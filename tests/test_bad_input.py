@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from simnpo_pl.files import write_json, write_text
+from simnpo_pl.utils.files import write_json, write_text
 
 Error = Callable[..., str]
 
@@ -288,8 +288,8 @@ def test_full_disk_in_a_run_is_one_line(cli_error: Error, tmp_path: Path, monkey
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(run_options: list[str], monkeypatch: pytest.MonkeyPatch):
-    from simnpo_pl import cli
     from simnpo_pl.__main__ import main
+    from simnpo_pl.cli import main as cli
 
     def fail(*args: Any) -> None:
         raise KeyError("a bug")

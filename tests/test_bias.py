@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 
-from simnpo_pl import fit_once
 from simnpo_pl.__main__ import main
-from simnpo_pl.analysis import weights as analysis
-from simnpo_pl.analysis.halves import by_length, by_order, qualities
-from simnpo_pl.analysis.study import read_study
-from simnpo_pl.errors import UserError
-from simnpo_pl.models import load_causal_lm
-from simnpo_pl.report.runs import Run
+from simnpo_pl.models.loading import load_causal_lm
+from simnpo_pl.runs.record import Run
+from simnpo_pl.studies import launch as fit_once
+from simnpo_pl.studies.analysis import weights as analysis
+from simnpo_pl.studies.analysis.halves import by_length, by_order, qualities
+from simnpo_pl.studies.analysis.study import read_study
+from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,7 +288,7 @@ def test_memorization_and_ablation(
 
 @pytest.mark.parametrize("words", [["weights", "run"], ["bias", "study.yaml"]], ids=["weights", "bias"])
 def test_no_figures_without_libraries(words: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("simnpo_pl.analysis.figures.find_spec", lambda name: None)
+    monkeypatch.setattr("simnpo_pl.studies.analysis.figures.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"figures need matplotlib: pip install 'simnpo_pl\[report\]'"):
         main([*words, "--out", "x", "--debug"])
 

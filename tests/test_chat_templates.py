@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from simnpo_pl.benchmarks import OwnData
 from simnpo_pl.data.conversation import Conversation
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.policy import PolicyModule
+from simnpo_pl.module.policy import PolicyModule
+from simnpo_pl.utils.errors import UserError
 from test_own_data import lines, qa
 from test_tokenization import byte_level
 

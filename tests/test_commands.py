@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from simnpo_pl.__main__ import main, usage
-from simnpo_pl.commands import COMMANDS
+from simnpo_pl.studies.commands import COMMANDS
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -19,7 +19,7 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]):
         main([name, "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    module = import_module(f"simnpo_pl.commands.{name.replace('-', '_')}")
+    module = import_module(f"simnpo_pl.studies.commands.{name.replace('-', '_')}")
     assert module.__doc__.split("\n")[0] in shown
     assert re.search(rf"^  {name} +{re.escape(COMMANDS[name])}$", usage(), re.MULTILINE)
 
@@ -91,7 +91,7 @@ def test_doctor(
 
 @pytest.mark.parametrize("board", [True, False])
 def test_tensorboard_is_named_where_it_was_used(tmp_path: Path, board: bool):
-    from simnpo_pl.summary import written
+    from simnpo_pl.cli.summary import written
 
     said = written(tmp_path / "run", board).splitlines()
     assert f"  python -m simnpo_pl report {tmp_path / 'run'}" in said

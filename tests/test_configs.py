@@ -205,7 +205,7 @@ def test_shown_commands_parse(file: Path, capsys: pytest.CaptureFixture[str]):
     """Every command line of README and docs is understood as written, README's give the recipes above; make targets and
     scripts exist.
     """
-    from simnpo_pl.commands import COMMANDS, parse
+    from simnpo_pl.studies.commands import COMMANDS, parse
 
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     recipes = {}

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from simnpo_pl.demo import MODELS, authors, prepare
-from simnpo_pl.demo.authors import ATTRIBUTES, N_AUTHORS, N_FORGET_AUTHORS, write_dataset
+from simnpo_pl.benchmarks.demo import MODELS, authors, prepare
+from simnpo_pl.benchmarks.demo.authors import ATTRIBUTES, N_AUTHORS, N_FORGET_AUTHORS, write_dataset
 
 PERTURBED = {
     "forget10_perturbed.json": 5,
@@ -142,7 +142,7 @@ def test_a_lost_model_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             (folder / model).mkdir(exist_ok=True)
             (folder / model / "model.safetensors").touch()
 
-    monkeypatch.setattr("simnpo_pl.demo.models.build_models", build)
+    monkeypatch.setattr("simnpo_pl.benchmarks.demo.models.build_models", build)
     prepare(tmp_path)
     lost = tmp_path / name / "model.safetensors"
     lost.unlink()
@@ -151,8 +151,8 @@ def test_a_lost_model_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_only_tokens_of_the_answer_and_the_end_are_scored(folder: Path) -> None:
+    from simnpo_pl.benchmarks.demo.models import train_tokenizer
     from simnpo_pl.data.tokenization import PLAIN_TEMPLATE, PromptTemplate
-    from simnpo_pl.demo.models import train_tokenizer
 
     rows = pairs(folder / "full.json")[::50]
     tokenizer = train_tokenizer([PLAIN_TEMPLATE.format(question=question, answer=answer) for question, answer in rows])

@@ -22,14 +22,14 @@ from helpers import history, results, run_processes, same_run
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.data.training import scoring_parts
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.plan import EvalBatches, EvalSet, scoring_batches
-from simnpo_pl.logprobs import Scorer
 from simnpo_pl.metrics.answers import AnswerProbability
 from simnpo_pl.metrics.base import first_seen
-from simnpo_pl.models import load_causal_lm
-from simnpo_pl.reference import Reference
-from simnpo_pl.sharding import SafeReader
+from simnpo_pl.models.loading import load_causal_lm
+from simnpo_pl.models.logprobs import Scorer
+from simnpo_pl.models.reference import Reference
+from simnpo_pl.models.sharding import SafeReader
+from simnpo_pl.utils.errors import UserError
 
 METHODS = {
     "all weights, cached reference": ["--model.objective", "NPO"],

@@ -11,8 +11,8 @@ import yaml
 from helpers import command_on_gpu, on_second_device, results
 from simnpo_pl import benchmarks
 from simnpo_pl.__main__ import main
-from simnpo_pl.demo import EPOCHS, VERSION
-from simnpo_pl.markov import models
+from simnpo_pl.benchmarks.demo import EPOCHS, VERSION
+from simnpo_pl.benchmarks.markov import models
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = ("demo", "markov", "muse_books", "muse_news", "own", "tofu", "wmdp_bio", "wmdp_cyber")

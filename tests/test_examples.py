@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simnpo_pl.logprobs import AnswerLogps
+from simnpo_pl.models.logprobs import AnswerLogps
 from simnpo_pl.objectives import ForgetInputs
 
 ROOT = Path(__file__).parents[1]

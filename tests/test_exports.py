@@ -12,11 +12,11 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers import results
-from simnpo_pl.errors import UserError
-from simnpo_pl.lora import LoraOptions, add_adapter
-from simnpo_pl.models import context_length, count_parameters, load_causal_lm, load_tokenizer, save_model
-from simnpo_pl.module import UnlearningModule
-from simnpo_pl.robustness.quantization import Rounding, quantize
+from simnpo_pl.models.loading import context_length, count_parameters, load_causal_lm, load_tokenizer, save_model
+from simnpo_pl.models.lora import LoraOptions, add_adapter
+from simnpo_pl.module.unlearning import UnlearningModule
+from simnpo_pl.studies.quantization import Rounding, quantize
+from simnpo_pl.utils.errors import UserError
 
 CLI = Callable[..., None]
 LORA = ("--model.lora.rank", "4", "--model.lora.alpha", "8")

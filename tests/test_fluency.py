@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from helpers import results
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.fluency import FluencyClassifier
+from simnpo_pl.utils.errors import UserError
 
 TEXTS = ["Jaime writes in Spanish.", "", "the the the the the the the the the the the the the", "Who?"]
 

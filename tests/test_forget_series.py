@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from simnpo_pl import fit_once, forget_series
 from simnpo_pl.__main__ import main
-from simnpo_pl.errors import UserError
+from simnpo_pl.studies import launch as fit_once
+from simnpo_pl.studies import series as forget_series
+from simnpo_pl.utils.errors import UserError
 
 SPLITS = ["raw/forget[:50%]", "raw/forget[50%:]"]
 UNMEASURED = ["--eval.start", "false", "--eval.final", "false", "--trainer.limit_val_batches", "0"]

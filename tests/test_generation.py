@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from helpers import run_processes
-from simnpo_pl.errors import UserError
-from simnpo_pl.generation import Sampler, draws_of, generate, greedy
+from simnpo_pl.models.generation import Sampler, draws_of, generate, greedy
+from simnpo_pl.utils.errors import UserError
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [5, 20, 21, 22], [30, 31], [7, 8, 9]]
 PLAIN = {

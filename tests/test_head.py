@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from simnpo_pl import head
-from simnpo_pl.head import Head
+from simnpo_pl.models import head
+from simnpo_pl.models.head import Head
 
 U, S, D, V = 7, 11, 8, 1500
 KINDS = {"plain": {}, "scaled": {"scale": 0.25}, "capped": {"cap": 2.0}, "both": {"scale": 3.0, "cap": 1.5}}

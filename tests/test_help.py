@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from simnpo_pl.__main__ import RUNS, main
-from simnpo_pl.help import options_help, read_classes, trainer_settings
+from simnpo_pl.cli.help import options_help, read_classes, trainer_settings
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_settings_are_explained(shown: dict[str, str]):
 def test_a_constant_from_another_module_is_followed():
     settings = {s.name: s for s in read_classes("benchmarks")["UnlearningData"].settings}
     assert settings["chat_date"].default == "26 Jul 2024"
-    assert {s.name: s for s in read_classes("module.py")["UnlearningModule"].settings}[
+    assert {s.name: s for s in read_classes("module/unlearning.py")["UnlearningModule"].settings}[
         "schedule"
     ].kind == "linear|constant"
 

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import results
-from simnpo_pl import models
-from simnpo_pl.errors import UserError
-from simnpo_pl.models import load_causal_lm, load_tokenizer
+from simnpo_pl.models import loading as models
+from simnpo_pl.models.loading import load_causal_lm, load_tokenizer
+from simnpo_pl.utils.errors import UserError
 
 CLI = Callable[..., None]
 Error = Callable[..., str]

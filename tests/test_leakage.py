@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from simnpo_pl.__main__ import main
-from simnpo_pl.generation import Sampler, draws_of, generate, greedy
-from simnpo_pl.robustness.leakage import LeakAtK, expected_best
+from simnpo_pl.models.generation import Sampler, draws_of, generate, greedy
+from simnpo_pl.studies.leakage import LeakAtK, expected_best
 
 
 def test_expected_best_by_hand():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from simnpo_pl import head
-from simnpo_pl.logprobs import Scorer, divergence, join, score_together
-from simnpo_pl.packing import layout_of
+from simnpo_pl.models import head
+from simnpo_pl.models.logprobs import Scorer, divergence, join, score_together
+from simnpo_pl.models.packing import layout_of
 
 
 def rows(seed: int = 0, sizes: tuple[int, ...] = (12, 7, 3, 9)) -> dict[str, torch.Tensor]:

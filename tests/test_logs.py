@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from helpers import match_rows
-from simnpo_pl.errors import UserError
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.export import open_unlearning_log
 from simnpo_pl.metrics.logs import parse_rows, read_retain_log
 from simnpo_pl.metrics.membership import ATTACKS
+from simnpo_pl.utils.errors import UserError
 
 SHARED = os.environ.get("SIMNPO_PL_SHARED")
 needs_goldens = pytest.mark.skipif(not SHARED, reason="SIMNPO_PL_SHARED names no folder with golden values")

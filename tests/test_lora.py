@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from helpers import killed_in_epoch, results
 from simnpo_pl.data.collate import collate
-from simnpo_pl.errors import UserError
-from simnpo_pl.lora import LoraOptions
-from simnpo_pl.models import load_causal_lm, load_tokenizer, save_model
-from simnpo_pl.module import UnlearningModule
+from simnpo_pl.models.loading import load_causal_lm, load_tokenizer, save_model
+from simnpo_pl.models.lora import LoraOptions
+from simnpo_pl.module.optimization import adamw
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import DPO, NPO, UNDIAL, Objective, SimNPO
-from simnpo_pl.optimization import adamw
-from simnpo_pl.retain import KL, NLL, RetainLoss
+from simnpo_pl.objectives.retain import KL, NLL, RetainLoss
+from simnpo_pl.utils.errors import UserError
 
 CLI = Callable[..., None]
 

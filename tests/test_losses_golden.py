@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import golden as read_golden
-from simnpo_pl.module import UnlearningModule
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import (
     CEU,
     DPO,
@@ -24,7 +24,7 @@ from simnpo_pl.objectives import (
     SimNPO,
     SimNPORawLogits,
 )
-from simnpo_pl.retain import KL, NLL, EmbedDiff, RetainLoss
+from simnpo_pl.objectives.retain import KL, NLL, EmbedDiff, RetainLoss
 
 GOLDEN = read_golden("losses.json")
 

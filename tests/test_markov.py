@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from simnpo_pl.__main__ import main
-from simnpo_pl.analysis import markov, markov_report
 from simnpo_pl.benchmarks import MarkovData
-from simnpo_pl.logprobs import AnswerLogps, divergence
-from simnpo_pl.markov import models, process
-from simnpo_pl.markov.process import CHAINS, TRANSITIONS, bayes_floors, sample
+from simnpo_pl.benchmarks.markov import models, process
+from simnpo_pl.benchmarks.markov.process import CHAINS, TRANSITIONS, bayes_floors, sample
+from simnpo_pl.models.logprobs import AnswerLogps, divergence
 from simnpo_pl.objectives import ForgetInputs, LengthNormalisedNPO, ReferenceFreeNPO
+from simnpo_pl.studies.analysis import markov, markov_report
 
 TINY = models.Size(sequences=80, width=8, epochs=1, test_rows=4)
 
@@ -102,7 +102,7 @@ def test_models_know_what_they_saw(tmp_path: Path):
     models.prepare(tmp_path, size, 20, knows_forget2=False, seed=0)
     data = MarkovData(str(tmp_path), forget2_length=20)
     data.size = size
-    from simnpo_pl.analysis.markov_run import measure_once
+    from simnpo_pl.studies.analysis.markov_run import measure_once
 
     start, retrained = (measure_once(str(tmp_path / name), data) for name in ("start", "retrained"))
     assert start["retain"] < 0.08
@@ -114,8 +114,8 @@ def test_models_know_what_they_saw(tmp_path: Path):
 
 
 def test_every_method_sees_the_same_batches(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from simnpo_pl.analysis.markov_run import unlearn
-    from simnpo_pl.module import UnlearningModule
+    from simnpo_pl.module.unlearning import UnlearningModule
+    from simnpo_pl.studies.analysis.markov_run import unlearn
 
     seen: list[list[int]] = []
     usual = UnlearningModule.losses

@@ -19,17 +19,13 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from simnpo_pl import head
 from simnpo_pl.benchmarks.membership import add_attacks
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.gradients import gradient_norms
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet
 from simnpo_pl.evaluation.scoring import score_rows
-from simnpo_pl.head import Head
-from simnpo_pl.logprobs import AnswerStates, Scorer
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.metrics.functional import lowest_share
 from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log
@@ -42,6 +38,10 @@ from simnpo_pl.metrics.membership import (
     membership_auc,
     privleak,
 )
+from simnpo_pl.models import head
+from simnpo_pl.models.head import Head
+from simnpo_pl.models.logprobs import AnswerStates, Scorer
+from simnpo_pl.utils.errors import UserError
 
 EOS = 1
 
@@ -436,7 +436,7 @@ def test_without_holdout_rows_the_reason_is_given(cli: Callable[..., None], tmp_
 
 def test_without_the_holdout_split_nothing_is_attacked(cli: Callable[..., None], tmp_path: Path, monkeypatch: Any):
     """Not even at the cost of a backward pass a row."""
-    monkeypatch.setattr("simnpo_pl.policy.gradient_norms", lambda *a: pytest.fail("a gradient was taken"))
+    monkeypatch.setattr("simnpo_pl.module.policy.gradient_norms", lambda *a: pytest.fail("a gradient was taken"))
     cli("test", *HOLDOUT, "--eval.splits", "[forget,retain]", "--run_dir", str(tmp_path / "run"))
     content = results(tmp_path / "run")
     assert {content["unavailable"][name] for name in ATTACKS[:4]} == {

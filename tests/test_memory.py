@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
 from simnpo_pl.evaluation.memory import Halves, is_out_of_memory
 from simnpo_pl.evaluation.plan import EvalSet, Generation, generation_batches, scoring_batches
-from simnpo_pl.policy import PolicyModule
+from simnpo_pl.module.policy import PolicyModule
 
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_ERROR), MemoryError()]

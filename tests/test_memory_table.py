@@ -11,14 +11,14 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from transformers import Gemma3TextConfig, GPTNeoXConfig
 
-from simnpo_pl import summary
-from simnpo_pl.lora import LoraOptions, add_adapter
-from simnpo_pl.memory import LAYERS, Step, training_bytes
-from simnpo_pl.models import load_causal_lm, model_shapes
-from simnpo_pl.module import UnlearningModule
+from simnpo_pl.cli import summary
+from simnpo_pl.models.loading import load_causal_lm, model_shapes
+from simnpo_pl.models.lora import LoraOptions, add_adapter
+from simnpo_pl.models.memory import LAYERS, Step, training_bytes
+from simnpo_pl.models.sharding import ShardedStrategy
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import NPO, RKLD
-from simnpo_pl.retain import KL
-from simnpo_pl.sharding import ShardedStrategy
+from simnpo_pl.objectives.retain import KL
 from test_configs import ROOT, resolved
 
 

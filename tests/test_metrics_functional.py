@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
 
-from simnpo_pl.errors import UserError
 from simnpo_pl.metrics import functional as F
+from simnpo_pl.utils.errors import UserError
 
 NAN, INF = math.nan, math.inf
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from helpers import match_rows
-from simnpo_pl.errors import UserError
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.logs import read_retain_log
+from simnpo_pl.utils.errors import UserError
 
 SHARED = os.environ.get("SIMNPO_PL_SHARED")
 pytestmark = pytest.mark.skipif(not SHARED, reason="SIMNPO_PL_SHARED names no folder with published logs")

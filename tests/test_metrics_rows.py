@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing import spawn
 
-from simnpo_pl.errors import UserError
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.answers import (
     AnswerProbability,
@@ -21,6 +20,7 @@ from simnpo_pl.metrics.answers import (
     TruthRatio,
 )
 from simnpo_pl.metrics.base import RowMetric
+from simnpo_pl.utils.errors import UserError
 
 ROWS, KINDS = 7, 4
 

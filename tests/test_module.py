@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from simnpo_pl.benchmarks import TofuData
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.module import UnlearningModule
+from simnpo_pl.module.optimization import schedule
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import (
     CEU,
     DPO,
@@ -30,8 +30,8 @@ from simnpo_pl.objectives import (
     Objective,
     SimNPO,
 )
-from simnpo_pl.optimization import schedule
-from simnpo_pl.retain import KL, NLL, EmbedDiff, RetainLoss
+from simnpo_pl.objectives.retain import KL, NLL, EmbedDiff, RetainLoss
+from simnpo_pl.utils.errors import UserError
 
 
 class Losses(pl.Callback):
@@ -142,7 +142,7 @@ def test_rkld_with_cut_batches(
         assert one == pytest.approx(other, rel=1e-4)
     losses = [step["train/forget_loss"] for step in steps]
     assert 0.01 < sum(losses[-3:]) < sum(losses[:3])
-    from simnpo_pl.models import load_causal_lm
+    from simnpo_pl.models.loading import load_causal_lm
 
     for held, name in zip(
         module.residents, (model_folder if start_is_reference else other_folder, memorising), strict=True
@@ -188,7 +188,7 @@ def test_a_bound_needs_a_retain_loss():
 
 def test_only_what_is_named_is_trained(fit: Callable[..., Any], model_folder: Path, tmp_path: Path):
     """The rest stays bit for bit, is in no optimizer, and yet in the saved model; after training it is free again."""
-    from simnpo_pl.models import load_causal_lm
+    from simnpo_pl.models.loading import load_causal_lm
 
     module, _, trainer = fit(SimNPO(beta=1.0), trainable=[r"model\.layers\.1\.mlp\..*", "model.norm.weight"])
     start = dict(load_causal_lm(str(model_folder)).named_parameters())
@@ -298,7 +298,7 @@ def test_kl_reference_packs_like_the_policy(fit: Callable[..., Any]):
 
 
 def test_reference_stays_as_it_was(fit: Callable[..., Any], other_folder: Path):
-    from simnpo_pl.models import load_causal_lm
+    from simnpo_pl.models.loading import load_causal_lm
 
     module, _, _ = fit(SimNPO(), KL(), reference=str(other_folder))
     fresh = load_causal_lm(str(other_folder))

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from helpers import beyond_ascii
 from simnpo_pl.__main__ import main
 from simnpo_pl.benchmarks.muse import MuseData, cut_answer, verbmem_set
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 METRICS = {"verbmem_forget": "verbmem_f", "knowmem_forget": "knowmem_f", "knowmem_retain": "knowmem_r"}

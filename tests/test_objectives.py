@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simnpo_pl.errors import UserError
-from simnpo_pl.head import Head
-from simnpo_pl.logprobs import AnswerLogps, AnswerStates, LayerStates
+from simnpo_pl.models.head import Head
+from simnpo_pl.models.logprobs import AnswerLogps, AnswerStates, LayerStates
 from simnpo_pl.objectives import (
     CEU,
     DPO,
@@ -32,7 +31,8 @@ from simnpo_pl.objectives import (
     SimNPO,
     SimNPORawLogits,
 )
-from simnpo_pl.retain import KL, EmbedDiff
+from simnpo_pl.objectives.retain import KL, EmbedDiff
+from simnpo_pl.utils.errors import UserError
 
 
 def logps(total: list[float], length: list[float]) -> AnswerLogps:

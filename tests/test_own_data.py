@@ -22,8 +22,8 @@ from simnpo_pl.data.columns import Columns
 from simnpo_pl.data.conversation import Conversation, question_and_answer
 from simnpo_pl.data.tables import load_table
 from simnpo_pl.data.tokenization import PromptTemplate
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CHAT = (

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from simnpo_pl.data.pairing import MicroBatch, PairedSampler, draw_alternate
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 
 def run_all(epoch: int = 0, world_size: int = 1, **sizes: int) -> list[list[MicroBatch]]:

@@ -15,13 +15,13 @@ import simnpo_pl.objectives as objectives
 from helpers import history, results
 from simnpo_pl.__main__ import main
 from simnpo_pl.benchmarks import TofuData
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.losses import Batch
-from simnpo_pl.models import load_causal_lm
-from simnpo_pl.module import UnlearningModule
+from simnpo_pl.models.loading import load_causal_lm
+from simnpo_pl.module.losses import Batch
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import NPO, PDU, RKLD, RMU, Objective, SimNPO
-from simnpo_pl.retain import KL, NLL, EmbedDiff, RetainLoss
+from simnpo_pl.objectives.retain import KL, NLL, EmbedDiff, RetainLoss
+from simnpo_pl.utils.errors import UserError
 
 CLI = Callable[..., None]
 BF16 = ("--config", str(Path(__file__).parents[1] / "configs" / "hardware" / "bf16.yaml"))
@@ -279,7 +279,7 @@ def frozen(small: Path, others: dict[str, str]) -> dict[str, dict[str, Any]]:
 
 def step(models: dict[str, Any], precision: Any, batch: Batch, *parts: Any) -> tuple[list[float], torch.Tensor]:
     """Losses and gradient of one step with the models that were loaded before."""
-    from simnpo_pl.logprobs import Scorer
+    from simnpo_pl.models.logprobs import Scorer
 
     module = UnlearningModule("policy", *parts, reference="reference", memorising="memorising")
     module.policy = models["policy"].train()

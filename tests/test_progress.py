@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
 from rich.progress import Progress
 
-from simnpo_pl.callbacks.progress import ProgressBar, Speed
-from simnpo_pl.cli import UnlearningCLI
+from simnpo_pl.cli.main import UnlearningCLI
+from simnpo_pl.runs.progress import ProgressBar, Speed
 
 
 def test_speed_is_in_rows_where_rows_are_counted():

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from simnpo_pl.__main__ import main
-from simnpo_pl.errors import UserError
-from simnpo_pl.robustness.quantization import Rounding, quantize
+from simnpo_pl.studies.quantization import Rounding, quantize
+from simnpo_pl.utils.errors import UserError
 
 
 @pytest.mark.parametrize("rounding", [Rounding(8), Rounding(4, 32), Rounding(4, 16)])
@@ -59,7 +59,7 @@ def test_command(
     run_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """Every metric again; 8 bits change little, and what is there is not evaluated again."""
-    from simnpo_pl.robustness import quantization
+    from simnpo_pl.studies import quantization
 
     folder = tmp_path / "unlearned"
     main(["fit", *run_options, "--run_dir", str(folder), "--trainer.max_epochs", "1", "--eval.start", "false"])

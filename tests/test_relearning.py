@@ -9,7 +9,7 @@ import pytest
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.report.robustness import spread
-from simnpo_pl.robustness.relearning import Attack, choose_rows
+from simnpo_pl.studies.relearning import Attack, choose_rows
 
 KEY = "share=0.3 epochs=2 lr=0.01"
 
@@ -77,7 +77,7 @@ def test_curve(run: Path, run_options: list[str], tmp_path: Path, capsys: pytest
 
 def test_what_is_there_is_not_done_again(run: Path, monkeypatch: pytest.MonkeyPatch):
     """One more draw is added to the two that are there; with all there nothing is opened."""
-    from simnpo_pl.robustness import relearning
+    from simnpo_pl.studies import relearning
 
     opened: list[Any] = []
     reopen: Callable[..., Any] = relearning.reopen

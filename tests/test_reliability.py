@@ -14,16 +14,16 @@ import pytest
 import torch
 
 from helpers import results, same_run
-from simnpo_pl.callbacks.checkpoint import CheckpointOptions, SaveState
-from simnpo_pl.callbacks.weights import GradientWeights
 from simnpo_pl.data.pairing import PairedSampler
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.parts import FinishedParts
 from simnpo_pl.evaluation.plan import EvalBatches
-from simnpo_pl.files import clean, recover, replace
-from simnpo_pl.module import UnlearningModule
-from simnpo_pl.policy import PolicyModule
-from simnpo_pl.stopping import Stopped, StopSignals
+from simnpo_pl.module.policy import PolicyModule
+from simnpo_pl.module.unlearning import UnlearningModule
+from simnpo_pl.runs.checkpoint import CheckpointOptions, SaveState
+from simnpo_pl.runs.stopping import Stopped, StopSignals
+from simnpo_pl.runs.weights import GradientWeights
+from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.files import clean, recover, replace
 
 CLI = Callable[..., None]
 # Dropout: what a step draws has to be the same after a resume, too.
@@ -142,7 +142,7 @@ def test_parts_are_for_the_same_weights_and_plan_only(data_folder: Path, model_f
     from simnpo_pl.evaluation.options import EvalOptions
     from simnpo_pl.evaluation.parts import identity
     from simnpo_pl.evaluation.plan import plan_digest
-    from simnpo_pl.models import load_causal_lm
+    from simnpo_pl.models.loading import load_causal_lm
 
     def plan(**options: Any) -> str:
         data = TofuData(path=str(data_folder), tokenizer=str(model_folder), eval=EvalOptions(**options))

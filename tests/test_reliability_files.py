@@ -20,13 +20,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simnpo_pl.checkpoints import AtomicCheckpointIO
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation import cache
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.files import read_json_lines, write_json, write_json_lines
-from simnpo_pl.models import load_causal_lm, load_tokenizer, save_model
+from simnpo_pl.models.loading import load_causal_lm, load_tokenizer, save_model
+from simnpo_pl.runs.checkpoints import AtomicCheckpointIO
+from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.files import read_json_lines, write_json, write_json_lines
 
 Error = Callable[..., str]
 

@@ -27,7 +27,7 @@ def test_same_seed_same_results(
         torch.rand(hash(name) % 7)
         folder = tmp_path / name
         seen: list[Any] = []
-        from simnpo_pl.module import UnlearningModule
+        from simnpo_pl.module.unlearning import UnlearningModule
 
         step = UnlearningModule.training_step
 

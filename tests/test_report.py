@@ -14,7 +14,7 @@ from scipy.stats import ks_2samp
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.report import series, words
-from simnpo_pl.report.runs import Run, read_runs
+from simnpo_pl.runs.record import Run, read_runs
 
 HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.taken = 2'> =1+1 | & % _"
 
@@ -349,7 +349,7 @@ def test_page_on_a_phone(browser: Any, runs: list[Path], tmp_path: Path):
 
 
 def test_what_a_cell_holds_stays_in_its_cell():
-    from simnpo_pl.markdown import table
+    from simnpo_pl.utils.markdown import table
 
     shown = table(["a", "b"], [["1|2", "x\ny"]]).splitlines()
     assert shown == ["| a | b |", "|---|---|", "| 1\\|2 | x y |"]

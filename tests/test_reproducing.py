@@ -49,7 +49,7 @@ def test_each_command_has_its_small_form(script: ModuleType):
 
 def test_commands_are_understood(script: ModuleType):
     from simnpo_pl.__main__ import RUNS
-    from simnpo_pl.commands import parse
+    from simnpo_pl.studies.commands import parse
 
     for full, small in script.sections(script.PAGE.read_text()).values():
         for command in [*full, *small]:
@@ -61,7 +61,7 @@ def test_commands_are_understood(script: ModuleType):
 
 
 def test_study_of_the_page():
-    from simnpo_pl.analysis.study import read_study
+    from simnpo_pl.studies.analysis.study import read_study
 
     study = read_study(ROOT / "configs" / "analysis" / "bias_forget05.yaml")
     assert list(study.methods) == ["SimNPO", "NPO"]
@@ -75,7 +75,7 @@ def test_what_a_command_leaves(script: ModuleType):
 
     assert left("python -m simnpo_pl sweep a.yaml --folder runs/a -o b.md") == ["runs/a", "b.md"]
     assert left("python -m simnpo_pl relearn runs/a runs/b --lr 1e-3") == ["runs/a"]
-    assert left("python -m simnpo_pl.demo.muse runs/corpus") == ["runs/corpus"]
+    assert left("python -m simnpo_pl.benchmarks.demo.muse runs/corpus") == ["runs/corpus"]
 
 
 def test_a_failing_command_stops_the_script(script: ModuleType, tmp_path: Path):

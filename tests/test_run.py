@@ -233,7 +233,7 @@ def test_limited_evaluation_is_not_kept(cli: CLI, tmp_path: Path):
 
 def test_resume_with_other_rows_scores_the_reference_again(cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The checkpoint's reference log-probs serve the same rows and model only."""
-    from simnpo_pl.reference import Reference
+    from simnpo_pl.models.reference import Reference
 
     fills = []
     fill = Reference.fill
@@ -286,7 +286,7 @@ def test_start_evaluation_is_kept_and_depends_on_the_retrained_model(
     cli: CLI, run_options: list[str], other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """A second run takes the start model's results from the cache; with a retrained model they are others."""
-    from simnpo_pl.policy import PolicyModule
+    from simnpo_pl.module.policy import PolicyModule
 
     scored = []
     step = PolicyModule.validation_step

@@ -12,11 +12,11 @@ from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.evaluation.gradients import gradient_norms
 from simnpo_pl.evaluation.scoring import MIN_K, MIN_K_PLUS_PLUS, score_rows
-from simnpo_pl.generation import greedy
-from simnpo_pl.logprobs import Scorer
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.membership import membership_auc, privleak
-from simnpo_pl.models import load_causal_lm
+from simnpo_pl.models.generation import greedy
+from simnpo_pl.models.loading import load_causal_lm
+from simnpo_pl.models.logprobs import Scorer
 
 ROWS, LOGS, PUBLISHED = golden("rows.json.gz"), golden("logs.json.gz"), golden("published.json.gz")
 MODELS = ("target", "retain", "policy")

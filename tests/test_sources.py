@@ -14,7 +14,7 @@ from simnpo_pl.data.sources import (
     load_lines,
     load_split,
 )
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 COLUMNS = ("question", "answer")
 SHARED = os.environ.get("SIMNPO_PL_SHARED")

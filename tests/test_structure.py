@@ -1,4 +1,4 @@
-"""The structure: imports point one way, everything imports, the module names no objective and no benchmark."""
+"""The structure: imports point down, few floors, short files; the module names no objective and no benchmark."""
 
 import ast
 import importlib
@@ -8,69 +8,95 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "simnpo_pl"
-
-# Lower layers first; a file may import from its own layer and those below.
-LAYERS = [
-    ["errors"],
-    ["files", "markdown", "stopping", "packing", "head", "layers", "optimization", "weight_files"],
-    ["sharding"],
-    ["forward"],
-    ["checkpoints", "logprobs", "lora", "memory", "models", "generation", "data", "metrics", "markov"],
-    ["objectives", "retain", "reference", "evaluation", "demo"],
-    ["policy", "losses", "benchmarks", "callbacks", "summary", "arguments", "report"],
-    ["module"],
-    ["cli", "help"],
-    ["finished", "fit_once"],
-    ["robustness", "harness", "forget_series", "sweeps", "tuning", "analysis"],
-    ["commands"],
+# Lower floors first; a room imports from floors below its own alone.
+FLOORS = [
+    ["utils"],
+    ["data", "metrics"],
+    ["models"],
+    ["objectives", "evaluation"],
+    ["benchmarks", "module", "runs"],
+    ["cli", "report"],
+    ["studies"],
     ["__main__"],
 ]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LONGEST_FILE = 350
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-def layer(module: str) -> int:
-    return next(number for number, names in enumerate(LAYERS) if module.split(".")[0] in names)
-
-
 def name_of(file: Path) -> str:
-    parts = file.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(p for p in parts if p != "__init__") or "__init__"
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
 
 
 def imported(file: Path) -> set[str]:
+    """Modules of this package that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("simnpo_pl"):
-            own = node.module.removeprefix("simnpo_pl").lstrip(".")
-            names |= {own} if own else {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("simnpo_pl"):
+            module = (node.module or "").removeprefix("simnpo_pl").lstrip(".")
+            names |= {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
         elif isinstance(node, ast.Import):
             names |= {a.name.removeprefix("simnpo_pl.") for a in node.names if a.name.startswith("simnpo_pl.")}
     return names
 
 
+def module_of(name: str) -> str | None:
+    """The module that an imported name is, or is in."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        path = PACKAGE.joinpath(*parts[:end])
+        if path.with_suffix(".py").is_file():
+            return ".".join(parts[:end])
+        if (path / "__init__.py").is_file():
+            return ".".join([*parts[:end], "__init__"])
+    return None
+
+
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)
 def test_imports_point_down(file: Path):
-    if name_of(file) == "__init__":
+    room = name_of(file).split(".")[0]
+    if room == "__init__":
         assert not imported(file)
         return
     for other in imported(file):
-        assert layer(other) <= layer(name_of(file)), f"{name_of(file)} imports {other}"
+        target = other.split(".")[0]
+        assert target == room or FLOOR[target] < FLOOR[room], f"{name_of(file)} imports {other}"
 
 
-@pytest.mark.parametrize("lower", ["objectives", "policy", "module", "metrics"])
-def test_no_benchmark_below(lower: str):
-    files = [f for f in SOURCES if name_of(f).split(".")[0] == lower]
-    assert files
-    for file in files:
-        assert not {name for name in imported(file) if name.split(".")[0] in ("benchmarks", "callbacks", "cli")}
+def test_floors_and_rooms():
+    """A person finds the room for a line: few rooms on few floors."""
+    entries = [p.name for p in PACKAGE.iterdir() if not p.name.startswith("__")]
+    assert len(entries) <= 14
+    assert len(FLOORS) <= 8
+    assert {p.removesuffix(".py") for p in entries} - {"py.typed"} == FLOOR.keys() - {"__main__"}
 
 
-@pytest.mark.parametrize("file", ["module", "losses"])
-def test_module_names_no_objective_and_no_benchmark(file: str):
+def test_no_circle_of_modules():
+    """No module imports itself by way of others; what a package's __init__ collects does not count."""
+    above = {name_of(f): {m for n in imported(f) if (m := module_of(n)) and "__init__" not in m} for f in SOURCES}
+    done: set[str] = set()
+
+    def follow(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path, module))
+        if module not in done:
+            for other in above.get(module, ()):
+                follow(other, (*path, module))
+            done.add(module)
+
+    for module in above:
+        follow(module, ())
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=name_of)
+def test_files_can_be_read_in_one_go(file: Path):
+    assert len(file.read_text().splitlines()) <= LONGEST_FILE
+
+
+def test_module_names_no_objective_and_no_benchmark():
     """The one objective it names is its default."""
     from simnpo_pl import benchmarks, objectives
 
-    text = (PACKAGE / f"{file}.py").read_text()
+    text = "\n".join(file.read_text() for file in (PACKAGE / "module").glob("*.py"))
     code = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("#", '"""')))
     names = [c.__name__ for c in objectives.Objective.__subclasses__() if c.__module__.startswith(objectives.__name__)]
     assert len(names) >= 6
@@ -81,15 +107,14 @@ def test_module_names_no_objective_and_no_benchmark(file: str):
 
 @pytest.mark.parametrize("file", SOURCES, ids=name_of)
 def test_everything_imports(file: Path):
-    name = name_of(file)
-    importlib.import_module("simnpo_pl" if name == "__init__" else f"simnpo_pl.{name}")
+    importlib.import_module(f"simnpo_pl.{name_of(file)}".removesuffix(".__init__"))
 
 
 def test_log_softmax_in_one_place():
     """Log-likelihoods and divergences come from one module."""
     words = re.compile(r"log_softmax|logsumexp|(F|functional)\.cross_entropy")
     using = {name_of(f) for f in SOURCES if words.search(f.read_text())}
-    assert using <= {"head", "logprobs", "metrics.functional"}
+    assert using <= {"models.head", "models.logprobs", "metrics.functional"}
 
 
 def test_no_pickle_and_no_remote_code():

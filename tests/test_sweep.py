@@ -12,11 +12,11 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from simnpo_pl import fit_once
 from simnpo_pl.__main__ import main
-from simnpo_pl.errors import UserError
-from simnpo_pl.fit_once import RunFailed, Taken
-from simnpo_pl.sweeps.plan import read_sweep
+from simnpo_pl.studies import launch as fit_once
+from simnpo_pl.studies.launch import RunFailed, Taken
+from simnpo_pl.studies.sweeps.plan import read_sweep
+from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs" / "sweep").glob("table*.yaml"))
@@ -128,7 +128,7 @@ def words_seen() -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_shipped_sweeps_parse(file: Path, tiny: bool, words_seen: set[str], capsys: pytest.CaptureFixture[str]):
     """Every option of every sweep, as it stands and in its tiny form, is understood by the command it is given to."""
-    from simnpo_pl.commands import parse
+    from simnpo_pl.studies.commands import parse
 
     changes = [str(file.with_name(f"tiny_{TINY[file.stem]}.yaml"))] if tiny else []
     commands = listed(capsys, str(file), *changes, "--folder", "somewhere")
@@ -172,7 +172,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
             return code
 
         monkeypatch.setattr(fit_once, "start", start)
-        monkeypatch.setattr("simnpo_pl.sweeps.work.start", start)
+        monkeypatch.setattr("simnpo_pl.studies.sweeps.work.start", start)
         return calls
 
     return install
@@ -288,8 +288,8 @@ def test_halves_by_hand(tmp_path: Path):
 
     Of two samples of two without overlap the test's p-value is 2 of the 6 arrangements, 1/3; of like ones it is 1.
     """
-    from simnpo_pl.report.runs import Run
-    from simnpo_pl.sweeps.tables import COLUMNS
+    from simnpo_pl.runs.record import Run
+    from simnpo_pl.studies.sweeps.tables import COLUMNS
 
     ratios = {"rows": [5.0, 6.0, 0.3, 0.4], "retrained_rows": [0.1, 0.2, 0.3, 0.4], "start_rows": [0.1, 0.2, 7.0, 8.0]}
     for name, values in ratios.items():
@@ -305,8 +305,8 @@ def test_halves_by_hand(tmp_path: Path):
 
 
 def test_accuracy_column():
-    from simnpo_pl.report.runs import Run
-    from simnpo_pl.sweeps.tables import COLUMNS
+    from simnpo_pl.runs.record import Run
+    from simnpo_pl.studies.sweeps.tables import COLUMNS
 
     run = Run("run", Path(), {"lm_eval": {"final": {"wmdp_bio": {"acc": 0.25}, "mmlu": {"acc": 0.5}}}})
     assert [column.value(run, "final") for column in COLUMNS["wmdp_bio"]] == [0.75, 0.5]

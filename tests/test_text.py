@@ -13,7 +13,7 @@ from simnpo_pl.data import text
 from simnpo_pl.data.text import Texts, front_ids, text_blocks, text_rows
 from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate
 from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 from test_tokenization import byte_level
 
 WITH_BOS, WITHOUT = byte_level(), byte_level("$A")

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PLAIN_TEMPLATE, PromptTemplate, TokenRow
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 SHARED = os.environ.get("SIMNPO_PL_SHARED")
 TRAINING_TEXTS = [

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from simnpo_pl import fit_once
 from simnpo_pl.__main__ import main
-from simnpo_pl.errors import UserError
-from simnpo_pl.tuning.plan import Condition, NotANumber, Tuning, measured, read_tuning
-from simnpo_pl.tuning.study import Search
-from simnpo_pl.tuning.table import data, table
+from simnpo_pl.studies import launch as fit_once
+from simnpo_pl.studies.tuning.plan import Condition, NotANumber, Tuning, measured, read_tuning
+from simnpo_pl.studies.tuning.study import Search
+from simnpo_pl.studies.tuning.table import data, table
+from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FILES = [[f] for f in sorted((ROOT / "configs" / "tune").glob("tofu*.yaml"))]

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simnpo_pl.errors import UserError
-from simnpo_pl.lora import LoraOptions, add_adapter
-from simnpo_pl.models import load_causal_lm
-from simnpo_pl.weight_files import WeightFiles, fill_shards
+from simnpo_pl.models.loading import load_causal_lm
+from simnpo_pl.models.lora import LoraOptions, add_adapter
+from simnpo_pl.models.weight_files import WeightFiles, fill_shards
+from simnpo_pl.utils.errors import UserError
 
 
 def as_shared_out(model: nn.Module, rank: int, processes: int) -> nn.Module:

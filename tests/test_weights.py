@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simnpo_pl.logprobs import AnswerLogps
-from simnpo_pl.models import load_causal_lm
-from simnpo_pl.module import UnlearningModule
+from simnpo_pl.models.loading import load_causal_lm
+from simnpo_pl.models.logprobs import AnswerLogps
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import DPO, IDK, NPO, WGA, FineTune, ForgetInputs, GradDiff, Objective, SimNPO
 
 CLI = Callable[..., None]

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.benchmarks import WmdpData
-from simnpo_pl.demo.muse import write_corpus
-from simnpo_pl.errors import UserError
+from simnpo_pl.benchmarks.demo.muse import write_corpus
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.harness import Settings, evaluate
-from simnpo_pl.lora import LoraOptions, add_adapter
-from simnpo_pl.models import load_causal_lm, load_tokenizer, save_model
+from simnpo_pl.models.loading import load_causal_lm, load_tokenizer, save_model
+from simnpo_pl.models.lora import LoraOptions, add_adapter
+from simnpo_pl.studies.harness import Settings, evaluate
+from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 CHOICES = ("A", "B", "C", "D")
@@ -226,8 +226,8 @@ def test_harness_is_missing(wmdp_run: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_demo(tmp_path: Path):
     """The forget authors' text and questions on one side, others on the other; every right answer is at its place."""
-    from simnpo_pl.demo.authors import write_dataset
-    from simnpo_pl.demo.wmdp import write_demo
+    from simnpo_pl.benchmarks.demo.authors import write_dataset
+    from simnpo_pl.benchmarks.demo.wmdp import write_demo
 
     write_demo(tmp_path / "wmdp")
     write_dataset(tmp_path, 0)

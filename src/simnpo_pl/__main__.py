@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from simnpo_pl.commands import COMMANDS
-from simnpo_pl.commands import run as run_command
-from simnpo_pl.errors import UserError
+from simnpo_pl.studies.commands import COMMANDS
+from simnpo_pl.studies.commands import run as run_command
+from simnpo_pl.utils.errors import UserError
 
 RUNS = {
     "fit": "evaluate the start model, unlearn, export the model, evaluate it",
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(usage(), end="")
         return
     if arguments[0] in RUNS and not {"-h", "--help"}.isdisjoint(arguments):
-        from simnpo_pl.help import options_help
+        from simnpo_pl.cli.help import options_help
 
         print(options_help(arguments[0], RUNS[arguments[0]]))
         return
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif not arguments[0].startswith("-") and arguments[0] not in RUNS:
             raise UserError(f"{arguments[0]}: no such command; known are {', '.join((*RUNS, *COMMANDS))}")
         else:
-            from simnpo_pl.cli import run
+            from simnpo_pl.cli.main import run
 
             run(arguments)
     except KeyboardInterrupt:
@@ -101,7 +101,7 @@ def user_message(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for a fault of the program."""
     from argparse import ArgumentError
 
-    from simnpo_pl.files import causes
+    from simnpo_pl.utils.files import causes
 
     for seen in causes(error):
         if isinstance(seen, UserError):

@@ -16,10 +16,10 @@ from simnpo_pl.data.sources import hub_file
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
 from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log, unlearning_run
-from simnpo_pl.models import context_length, load_tokenizer
+from simnpo_pl.models.loading import context_length, load_tokenizer
+from simnpo_pl.utils.errors import UserError
 
 
 class UnlearningData(PairedData):

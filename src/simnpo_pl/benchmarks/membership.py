@@ -11,7 +11,6 @@ from torchmetrics import Metric
 from simnpo_pl.benchmarks.splits import NO_RETRAINED
 from simnpo_pl.data.sources import check_disjoint, load_jsonl, load_split
 from simnpo_pl.data.tokenization import PromptTemplate
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet
@@ -20,6 +19,7 @@ from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.logs import RetainLog
 from simnpo_pl.metrics.membership import ATTACKS, MembershipAUC, PrivLeak, ReferenceScore, ZlibScore
+from simnpo_pl.utils.errors import UserError
 
 
 @dataclass

@@ -13,12 +13,12 @@ from simnpo_pl.data.sources import check_disjoint, load_split
 from simnpo_pl.data.text import Texts, text_ids, text_rows
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet, Generation
 from simnpo_pl.metrics.answers import Balance, RowMean
 from simnpo_pl.metrics.functional import rouge_l
+from simnpo_pl.utils.errors import UserError
 
 VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32
 """Length of a generated continuation and of a generated answer."""

@@ -12,9 +12,9 @@ from simnpo_pl.data.tables import load_table
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import Rows, TrainingRows
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.utils.errors import UserError
 
 COLUMNS = Columns()
 

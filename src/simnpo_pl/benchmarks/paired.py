@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.data.training import TrainingLoader, TrainingSet, scoring_parts
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import eval_loader, generation_batches, gradient_batches, scoring_batches
 from simnpo_pl.metrics.logs import RetainLog
+from simnpo_pl.utils.errors import UserError
 
 
 class PairedData(pl.LightningDataModule):

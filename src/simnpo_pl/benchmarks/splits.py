@@ -8,13 +8,13 @@ import torch
 from simnpo_pl.data.sources import check_rows
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet, Generation
 from simnpo_pl.metrics.answers import AnswerProbability, ChoiceProbability, ForgetQuality, RowMean, TruthRatio
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.logs import RetainLog
+from simnpo_pl.utils.errors import UserError
 
 NO_RETRAINED = "no retrained model to compare with; give --eval.retain_log FILE or --eval.retrained MODEL"
 

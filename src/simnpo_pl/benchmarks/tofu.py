@@ -12,11 +12,11 @@ from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, not_rat
 from simnpo_pl.data.sources import check_disjoint, check_rows, hub_file, load_lines, load_split
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.metrics.answers import ModelUtility
 from simnpo_pl.metrics.export import open_unlearning_log
 from simnpo_pl.metrics.logs import RetainLog, read_retain_log
+from simnpo_pl.utils.errors import UserError
 
 CHOICE = ("real_authors", "world_facts")
 """Splits whose questions have a right answer among listed ones."""

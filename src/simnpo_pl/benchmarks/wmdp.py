@@ -13,10 +13,10 @@ from simnpo_pl.data.sources import load_jsonl, load_split
 from simnpo_pl.data.text import Texts, text_rows
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.plan import EvalSet
 from simnpo_pl.metrics.answers import RowMean
+from simnpo_pl.utils.errors import UserError
 
 
 class WmdpData(UnlearningData):

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from simnpo_pl.data.conversation import question_and_answer
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 Row = dict[str, Any]
 

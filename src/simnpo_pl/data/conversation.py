@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 Message = tuple[str, str]
 AnswerEnd = Literal["turn", "eos"]
@@ -37,7 +37,7 @@ class Conversation(str):
 
     messages: tuple[Message, ...]
 
-    def __new__(cls, messages: Sequence[Message]) -> Conversation:  # noqa: D102
+    def __new__(cls, messages: Sequence[Message]) -> Conversation:
         self = super().__new__(cls, "\n".join(f"{role}: {text}" for role, text in messages))
         self.messages = tuple(messages)
         return self

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 # First words of the seeds, so that the kinds of draws are independent of each other.
 _FORGET_ORDER, _RETAIN_PARTNER, _ALTERNATE, _STEP = 1, 2, 3, 4

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 _SUFFIXES = (".json", ".jsonl")
 _TEXT_SUFFIXES = (*_SUFFIXES, ".txt")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simnpo_pl.data.sources import HUB_FILES, hub_download, load_data_set, load_jsonl, read_text
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 _LOCAL_ROOTS = ("/", "./", "../", "~")
 

@@ -13,7 +13,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate, TokenRow, check_unicode
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 SEPARATOR = "\n\n"
 """Between documents that are joined."""

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from simnpo_pl.data.conversation import AnswerEnd, ChatTemplate, Conversation, Placed, parse_date
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 IGNORE_INDEX = -100
 """Label of a token that is not scored."""

@@ -16,7 +16,7 @@ from simnpo_pl.data.pairing import MicroBatch, PairedSampler, draw_alternate
 from simnpo_pl.data.sources import check_disjoint, check_rows
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 Part = dict[str, Tensor]
 Rows = list[dict[str, Any]] | Texts

@@ -11,10 +11,10 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torchmetrics import Metric
 
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.plan import plan_digest
-from simnpo_pl.files import read_json, write_json
+from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.files import read_json, write_json
 
 PACKAGE = Path(__file__).parents[1]
 

@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.fluency import FLUENCY
 from simnpo_pl.evaluation.plan import EvalSet
 from simnpo_pl.evaluation.scoring import ON_DEMAND, score_rows
-from simnpo_pl.logprobs import AnswerStates
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.functional import ROUGE
+from simnpo_pl.models.logprobs import AnswerStates
+from simnpo_pl.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from simnpo_pl.errors import UserError
-from simnpo_pl.models import find_model, quiet_loading
+from simnpo_pl.models.loading import find_model, quiet_loading
+from simnpo_pl.utils.errors import UserError
 
 FLUENCY = "fluency"
 OPTION = "--eval.fluency_classifier"

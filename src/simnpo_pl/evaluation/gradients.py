@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.scoring import without_end
-from simnpo_pl.logprobs import Scorer
+from simnpo_pl.models.logprobs import Scorer
+from simnpo_pl.utils.errors import UserError
 
 GRADIENT_NORM = "gradient_norm"
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet, eval_loader, scoring_batches
+from simnpo_pl.utils.errors import UserError
 
 
 class AnswerLosses(pl.LightningDataModule):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 
 @dataclass

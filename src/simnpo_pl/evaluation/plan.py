@@ -10,11 +10,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
-from simnpo_pl.errors import UserError
 from simnpo_pl.evaluation.fluency import FluencyClassifier
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.functional import rouge_l
+from simnpo_pl.utils.errors import UserError
 
 
 @dataclass

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from simnpo_pl.logprobs import AnswerStates
 from simnpo_pl.metrics.functional import exact_memorization, extraction_strength, lowest_share
+from simnpo_pl.models.logprobs import AnswerStates
 
 MIN_K, MIN_K_PLUS_PLUS = ON_DEMAND = ("min_k", "min_k_plus_plus")
 """Scores that are made only for the rows where they are read."""

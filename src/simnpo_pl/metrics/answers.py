@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import ModuleList
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from simnpo_pl.errors import UserError
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.base import RowMetric
+from simnpo_pl.utils.errors import UserError
 
 
 class AnswerProbability(RowMetric):

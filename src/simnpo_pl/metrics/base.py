@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 
 def first_seen(tables: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from scipy.stats import ks_2samp
 from torch import Tensor
 
-from simnpo_pl.errors import UserError
+from simnpo_pl.utils.errors import UserError
 
 CONVENTIONS = ("geometric", "arithmetic", "prob_mean")
 

@@ -16,10 +16,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from simnpo_pl.errors import UserError
-from simnpo_pl.files import read_json
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.membership import membership_auc
+from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.files import read_json
 
 LOG_NAMES = ("rows.jsonl", "TOFU_EVAL.json", "MUSE_EVAL.json", "eval_log_aggregated.json")
 COMPARED = ("question", "answer", "forget_split", "tokens", "min_k_share", "mia_min_k", "truth_ratio")

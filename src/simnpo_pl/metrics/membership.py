@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import ModuleList
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from simnpo_pl.errors import UserError
 from simnpo_pl.metrics.answers import RowMean  # noqa: F401 (the examples use it)
 from simnpo_pl.metrics.base import RowMetric
+from simnpo_pl.utils.errors import UserError
 
 ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_reference", "mia_gradnorm")
 """Names of the six attacks' results, as open-unlearning has them."""

@@ -10,8 +10,8 @@ from typing import ClassVar, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from simnpo_pl.errors import UserError
-from simnpo_pl.logprobs import AnswerLogps, AnswerStates, LayerStates
+from simnpo_pl.models.logprobs import AnswerLogps, AnswerStates, LayerStates
+from simnpo_pl.utils.errors import UserError
 
 T = TypeVar("T")
 Need = Literal[

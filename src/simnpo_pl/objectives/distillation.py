@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from simnpo_pl.logprobs import divergence
+from simnpo_pl.models.logprobs import divergence
 from simnpo_pl.objectives.base import ForgetInputs, Objective, given, not_negative, row_means
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from simnpo_pl.logprobs import cross_entropy
+from simnpo_pl.models.logprobs import cross_entropy
 from simnpo_pl.objectives.base import ForgetInputs, Objective, given, not_negative, positive, row_means
 
 

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 
 from simnpo_pl.report import robustness
 from simnpo_pl.report.palette import colour
-from simnpo_pl.report.runs import Run
+from simnpo_pl.runs.record import Run
 
 DASHES = {"shortest": "solid", "random": "dot"}
 

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from simnpo_pl.report import attacks, series
 from simnpo_pl.report.palette import GREY, colour
-from simnpo_pl.report.runs import Run
+from simnpo_pl.runs.record import Run
 
 
 def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from simnpo_pl.report import words
-from simnpo_pl.report.runs import Row, Run
+from simnpo_pl.runs.record import Row, Run
 
 TEMPLATES = Path(__file__).parent / "templates"
 

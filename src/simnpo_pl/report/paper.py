@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simnpo_pl.markdown import cell, table
 from simnpo_pl.report import robustness, series, words
 from simnpo_pl.report.palette import GREY, colour
-from simnpo_pl.report.runs import Run
+from simnpo_pl.runs.record import Run
+from simnpo_pl.utils.markdown import cell, table
 
 LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}", "\\": r"\textbackslash{}"}
 LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from simnpo_pl import markdown
 from simnpo_pl.report import words
-from simnpo_pl.report.runs import Run
+from simnpo_pl.runs.record import Run
+from simnpo_pl.utils import markdown
 
 RELEARNT = {"forget_quality": "forget quality", "forget/probability": "forget prob."}
 MEASURED = {

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import quantiles
 from typing import NamedTuple
 
-from simnpo_pl.report.runs import Row, Run
+from simnpo_pl.runs.record import Row, Run
 
 
 class Point(NamedTuple):

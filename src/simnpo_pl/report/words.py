@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from simnpo_pl.report.runs import Run
+from simnpo_pl.runs.record import Run
 
 
 class Column(NamedTuple):

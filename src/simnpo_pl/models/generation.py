@@ -1,0 +1,338 @@
+"""Answers, greedy or sampled: a batched loop with key-value cache that drops rows as they finish.
+
+The loop is used where a trial shows that it gives the model's own logits, `generate` of transformers elsewhere.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+from weakref import WeakKeyDictionary, WeakSet
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from simnpo_pl.models.sharding import any_process, is_sharded
+from simnpo_pl.utils.errors import UserError
+
+Choose = Callable[[Tensor, Tensor, int], Tensor]
+"""Of logits `(R, V)`, the prompts they belong to `(R,)` and the step from 0: the next tokens `(R,)`."""
+Way = Callable[[Any, Sequence[Sequence[int]], Sequence[int], Sequence[int], Choose, int], list[list[int]]]
+"""Gives, of model, prompts, number of new tokens for each, ids that end a row, choice and padding: new tokens."""
+
+# Settings of a generation_config that change which token comes next, with the value that changes nothing.
+_SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "stop_strings", "max_time")),
+    **dict.fromkeys(("min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    **{"do_sample": False, "temperature": 1, "top_k": 50, "top_p": 1, "typical_p": 1, "num_beams": 1},
+    **{"repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0, "guidance_scale": 1},
+}
+_MACHINE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+_ways: "WeakKeyDictionary[Any, Way]" = WeakKeyDictionary()
+_told: "WeakSet[Any]" = WeakSet()
+"""Models whose limit of positions has been reported."""
+
+
+def most_probable(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+    """Token of the highest logit."""
+    return logits.argmax(dim=-1)
+
+
+class Sampler:
+    """Draws each next token from the model's distribution.
+
+    A draw depends on nothing but its own number between 0 and 1 and that distribution, so samples do not change with
+    the rows that are generated beside them.
+
+    Args:
+        draws: `(B, T)` numbers from 0 to below 1, one for each prompt and step, see `draws_of`.
+        temperature: Above 0; 1 is the model's own distribution.
+    """
+
+    def __init__(self, draws: Tensor, temperature: float = 1.0) -> None:
+        self.draws = draws
+        self.temperature = temperature
+
+    def __call__(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
+        """The token in whose share of the cumulated probabilities a row's number falls."""
+        shares = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        drawn = self.draws.to(shares)[rows, step].unsqueeze(-1) * shares[:, -1:]
+        return torch.searchsorted(shares, drawn, right=True).squeeze(-1).clamp(max=shares.shape[-1] - 1)
+
+
+def draws_of(seed: int, row: int, sample: int, steps: int) -> Tensor:
+    """`(steps,)` numbers from 0 to below 1 that belong to one sample of one row."""
+    return torch.from_numpy(np.random.default_rng([seed, row, sample]).random(steps))
+
+
+def greedy(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int = 0,
+) -> list[list[int]]:
+    """Most probable continuation of each prompt, token by token; see `generate`."""
+    return generate(model, prompts, max_new_tokens, eos_ids, most_probable, pad_id)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    choose: Choose,
+    pad_id: int = 0,
+) -> list[list[int]]:
+    """Continuation of each prompt, token by token, from the model's unchanged logits.
+
+    Rows are decoded in one batch where that gives what each gives alone (tried once for a model), by `generate` of
+    transformers elsewhere. A row also ends where a model without rotary positions has no position left.
+
+    Args:
+        model: Causal language model in eval mode.
+        prompts: Token ids, one list a prompt; none may be empty.
+        max_new_tokens: Tokens at most.
+        eos_ids: A row ends at the first of these, which is left out of the result.
+        choose: Picks the next tokens.
+        pad_id: Any id of the vocabulary; fills the left, never attended to.
+
+    Returns:
+        New token ids of each prompt.
+
+    Raises:
+        UserError: A prompt fills the model's positions, or no way of decoding gives the model's own logits.
+    """
+    limits = _limits(model, prompts, max_new_tokens)
+    return _way_of(model)(model, prompts, limits, eos_ids, choose, pad_id)
+
+
+def _limits(model: Any, prompts: Sequence[Sequence[int]], wanted: int) -> list[int]:
+    """New tokens of each prompt that the model has positions for."""
+    config, name = model.config.get_text_config(), type(model).__name__
+    positions, longest = getattr(config, "max_position_embeddings", None), max(map(len, prompts))
+    if not positions or longest + wanted <= positions:
+        return [wanted] * len(prompts)
+    rotary = bool(getattr(config, "rope_parameters", None))
+    if longest >= positions and not rotary:
+        raise UserError(f"{name} takes {positions} tokens, a prompt has {longest}: shorten the prompts")
+    if model not in _told:
+        _told.add(model)
+        found = "runs past them and may be poor" if rotary else "ends there"
+        rank_zero_warn(
+            f"{name} takes {positions} tokens, the longest prompt with {wanted} new ones has more: its answer {found}; "
+            "lower --eval.max_new_tokens or shorten the prompts"
+        )
+    return [wanted if rotary else min(wanted, positions - len(prompt)) for prompt in prompts]
+
+
+def _batched(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    eos_ids: Sequence[int],
+    choose: Choose,
+    pad_id: int,
+) -> list[list[int]]:
+    """All prompts at once, padded on the left; rows leave the batch as they end."""
+    device = next(model.parameters()).device
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    ids, mask = _left_pad(prompts, pad_id, device)
+    done: list[list[int]] = [[] for _ in prompts]
+    running, rows = list(range(len(prompts))), torch.arange(len(prompts), device=device)
+    stop, sharded = frozenset(eos_ids), is_sharded(model)
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    for step in range(max(limits)):
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, cache_name: cache}
+        token = choose(model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1], rows, step)
+        keep = []
+        # The one place in a step where the host waits for the device.
+        for place, (row, value) in enumerate(zip(running, token.tolist(), strict=True)):
+            if value not in stop:
+                done[row].append(value)
+                if step + 1 < limits[row]:
+                    keep.append(place)
+        if not keep:
+            break
+        if len(keep) < len(running):
+            running, kept = [running[place] for place in keep], torch.tensor(keep, device=device)
+            # Of a cache's ways to select rows the one that every kind of layer has.
+            cache.reorder_cache(cast(torch.LongTensor, kept))
+            rows, mask, positions, token = rows[kept], mask[kept], positions[kept], token[kept]
+        ids = token.unsqueeze(1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+        if sharded:
+            any_process(True, device)
+    # Processes whose rows still run need this one's share of the weights.
+    while sharded and any_process(False, device):
+        model(input_ids=ids[:1, :1], use_cache=False, logits_to_keep=1)
+    return done
+
+
+class _Chosen(LogitsProcessor):
+    """Leaves no token possible but the chosen one.
+
+    Args:
+        choose: Picks the next tokens.
+        rows: `(R,)` numbers of the prompts.
+        length: Tokens of each prompt.
+    """
+
+    def __init__(self, choose: Choose, rows: Tensor, length: int) -> None:
+        self.choose, self.rows, self.length = choose, rows, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self.choose(scores, self.rows, input_ids.shape[1] - self.length)
+        return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
+
+
+def _by_transformers(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    eos_ids: Sequence[int],
+    choose: Choose,
+    pad_id: int,
+    alone: bool = False,
+    use_cache: bool = True,
+) -> list[list[int]]:
+    """Prompts of one length at a time, which need no padding, or each alone, by `generate` of transformers."""
+    device = next(model.parameters()).device
+    done: list[list[int]] = [[] for _ in prompts]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault((len(prompt), row * alone), []).append(row)
+    waiting, sharded = list(groups.values()), is_sharded(model)
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        while any_process(bool(waiting), device) if sharded else waiting:
+            # A process without prompts left takes part in the passes of the others.
+            rows = waiting.pop() if waiting else [0]
+            length = len(prompts[rows[0]])
+            ids = torch.tensor([list(prompts[row]) for row in rows], device=device)
+            found = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=limits[rows[0]],
+                do_sample=False,
+                use_cache=use_cache,
+                eos_token_id=list(eos_ids) or None,
+                pad_token_id=pad_id,
+                logits_processor=LogitsProcessorList([_Chosen(choose, torch.tensor(rows, device=device), length)]),
+                synced_gpus=sharded,
+            )
+            for row, new in zip(rows, found[:, length:].tolist(), strict=True):
+                done[row] = new[: next((i for i, token in enumerate(new) if token in eos_ids), len(new))]
+    finally:
+        model.generation_config = own
+    return done
+
+
+_WAYS: list[tuple[Way, str]] = [
+    (_batched, ""),
+    (_by_transformers, "prompts of one length at a time"),
+    (partial(_by_transformers, alone=True), "one prompt at a time"),
+    (partial(_by_transformers, use_cache=False), "without key-value cache, which is very slow"),
+]
+
+
+def _way_of(model: Any) -> Way:
+    """The fastest way that gives the model's own logits; tried once, says so where it is not the batched one."""
+    if model in _ways:
+        return _ways[model]
+    name, config = type(model).__name__, model.generation_config
+    changed = [
+        f"{key}={value}"[:60]
+        for key, neutral in _SETTINGS.items()
+        if (value := getattr(config, key, None)) is not None and value != neutral
+    ]
+    if changed:
+        rank_zero_warn(
+            f"generation_config of {name} sets {', '.join(changed)}: not followed; answers come from the model's "
+            "unchanged logits, greedy or at the --temperature of `leak`"
+        )
+    trial = _Trial(model)
+    for way, words in _WAYS:
+        if trial.agrees(way):
+            if words:
+                rank_zero_warn(
+                    f"{name} generates {words}, with generate of transformers: a batch of padded prompts does not "
+                    "give the model's own logits"
+                )
+            _ways[model] = way
+            return way
+    raise UserError(
+        f"{name}: generating token by token does not give the logits of one pass over the whole text; measure without "
+        "answers: --eval.generate_rows 0"
+    )
+
+
+class _Trial:
+    """Four short prompts of unlike lengths, one of which ends early, with the logits that each gives alone.
+
+    Args:
+        model: Causal language model.
+    """
+
+    STEPS = (2, 3, 3, 3)
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.device = model, next(model.parameters()).device
+        lengths, steps = (4, 2, 6, 4), max(self.STEPS)
+        self.end = int(model.config.get_text_config().vocab_size) - 1
+        ids = (torch.arange(sum(lengths) + len(lengths) * steps, device=self.device) * 7 + 3) % self.end
+        self.prompts = [prompt.tolist() for prompt in ids[: sum(lengths)].split(lengths)]
+        self.forced = ids[sum(lengths) :].view(len(lengths), steps)
+        self.forced[0, self.STEPS[0] - 1] = self.end
+        with torch.autocast(self.device.type, enabled=False):
+            self.expected = [self._alone(row) for row in range(len(lengths))]
+
+    def _alone(self, row: int) -> Tensor:
+        """Logits of a row's steps from one pass without padding and without cache."""
+        steps = self.STEPS[row]
+        ids = self.prompts[row] + self.forced[row, : steps - 1].tolist()
+        return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -steps:]
+
+    def agrees(self, way: Way) -> bool:
+        """Whether a way of decoding gives the logits that each prompt gives alone."""
+        found: list[list[Tensor]] = [[] for _ in self.prompts]
+
+        def record(logits: Tensor, rows: Tensor, step: int) -> Tensor:
+            for row, own in zip(rows.tolist(), logits, strict=True):
+                found[row].append(own)
+            return self.forced[rows, step]
+
+        limits = [max(self.STEPS)] * len(self.prompts)
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                way(self.model, self.prompts, limits, [self.end], record, 0)
+            same = all(map(self._close, found, self.expected))
+        except (TypeError, ValueError, AttributeError, LookupError, AssertionError, RuntimeError) as error:
+            # A CPU has no error of its own for want of memory.
+            if isinstance(error, _MACHINE_ERRORS) or "DefaultCPUAllocator" in str(error):
+                raise
+            same = False
+        return not any_process(not same, self.device) if is_sharded(self.model) else same
+
+    @staticmethod
+    def _close(found: list[Tensor], expected: Tensor) -> bool:
+        # What the model masks, or what is no number, says nothing.
+        real = expected.abs() < 1e30
+        ours, theirs = torch.stack(found[: len(expected)])[real].float(), expected[real].float()
+        # Rounding of TF32 and bfloat16 stays below; padding that is seen, or a state that is lost, does not.
+        tolerance = 0.01 if expected.dtype == torch.float32 else 0.2
+        return bool((ours - theirs).norm() <= tolerance * (theirs - theirs.mean()).norm())
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

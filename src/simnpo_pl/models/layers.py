@@ -1,0 +1,90 @@
+"""The layers of a transformer by number, and the parameters of a model by name."""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from simnpo_pl.utils.errors import UserError
+
+
+def body_of(model: Any) -> Any:
+    """The transformer of a causal language model, without its head."""
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    """The list of a model's layers.
+
+    Raises:
+        UserError: The model has no such list.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"{type(model).__name__} keeps its {count} layers in no list: their states cannot be read")
+
+
+def check_layer(model: Any, layer: int, option: str) -> None:
+    """See that a model has a layer of this number.
+
+    Args:
+        model: Causal language model from transformers.
+        layer: Number, from 0.
+        option: Names the setting in the message.
+
+    Raises:
+        UserError: It has none.
+    """
+    count = len(layers_of(model))
+    if not 0 <= layer < count:
+        raise UserError(f"{option} {layer}: the model has layers 0 to {count - 1}; give one of these")
+
+
+@contextmanager
+def layer_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, list[Tensor]]]:
+    """Hidden states `(B * T, D)` that the named layers give in each forward pass made inside the context.
+
+    Args:
+        model: Causal language model from transformers.
+        layers: Numbers, from 0.
+    """
+    outputs: dict[int, list[Tensor]] = {number: [] for number in layers}
+
+    def keep(number: int) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs[number].append((output[0] if isinstance(output, tuple) else output).flatten(0, 1))
+
+        return hook
+
+    found = layers_of(model) if layers else nn.ModuleList()
+    handles = [found[number].register_forward_hook(keep(number)) for number in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze all parameters but those whose whole name one of the regular expressions matches.
+
+    Raises:
+        UserError: An expression is none, or none matches a parameter.
+    """
+    try:
+        expressions = [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise UserError(f"--model.trainable {list(patterns)} holds no regular expression ({error})") from error
+    trained = {n for n, _ in model.named_parameters() if any(e.fullmatch(n) for e in expressions)}
+    if not trained:
+        names = ", ".join(name for name, _ in list(model.named_parameters())[1:4])
+        raise UserError(
+            f"--model.trainable {list(patterns)} matches no parameter; names are such as {names}, "
+            "and an expression must match a whole name"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)

@@ -1,0 +1,304 @@
+"""From rows of tokens to answer log-probs: the only shift, mask and log-softmax in the package.
+
+Hidden states are taken at the scored positions alone, and the head is applied to those.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from simnpo_pl.data.tokenization import IGNORE_INDEX
+from simnpo_pl.models.forward import Forward
+from simnpo_pl.models.head import Head, TokenFunction
+from simnpo_pl.models.layers import layer_outputs
+from simnpo_pl.utils.errors import UserError
+
+Rows = Mapping[str, Tensor]
+"""`input_ids`, `labels` (-100 where not scored) and `attention_mask`, each `(B, T)`, right-padded."""
+
+
+class AnswerLogps(NamedTuple):
+    """Log-likelihood of B answers."""
+
+    total: Tensor
+    """`(B,)` sum of log-probs over the scored tokens, nats, at most 0."""
+    length: Tensor
+    """`(B,)` number of scored tokens, float."""
+
+    @property
+    def mean(self) -> Tensor:
+        """`(B,)` nats per token; 0 for a row without a scored token."""
+        return self.total / self.length.clamp(min=1)
+
+
+class TokenScores(NamedTuple):
+    """What teacher forcing says of every scored token."""
+
+    logps: Tensor
+    """`(S,)` log-prob of the label, nats."""
+    correct: Tensor
+    """`(S,)` whether the label is the most probable token, bool."""
+    standardised: Tensor
+    """`(S,)` log-prob of the label less the mean log-prob of a token drawn from the model, over its standard deviation;
+    NaN where it was not asked for."""
+
+
+@dataclass(frozen=True)
+class LayerStates:
+    """Hidden states of one layer at the answers' own tokens, not at the positions that predict them."""
+
+    hidden: Tensor
+    """`(L, D)` what the layer gives, float32, in row order."""
+    rows: Tensor
+    """`(L,)` row of each token."""
+    size: int
+    """B."""
+
+    def row_means(self, values: Tensor, crossed: bool = False) -> Tensor:
+        """Means of values `(L,)` within rows: `(B,)`.
+
+        Args:
+            values: One a token.
+            crossed: Divide the sum of each row by the number of tokens of every row, and take the mean of that.
+        """
+        sums = values.new_zeros(self.size).index_add(0, self.rows, values)
+        shares = 1 / torch.bincount(self.rows, minlength=self.size).clamp(min=1).to(values.dtype)
+        return sums * (shares.mean() if crossed else shares)
+
+    def between(self, start: int, end: int) -> "LayerStates":
+        """Those of rows `start` to `end` alone."""
+        inside = (self.rows >= start) & (self.rows < end)
+        return LayerStates(self.hidden[inside], self.rows[inside] - start, end - start)
+
+
+@dataclass(frozen=True)
+class AnswerStates:
+    """The S scored positions of B rows, flat and in row order."""
+
+    hidden: Tensor
+    """`(U, D)` hidden states, or `(U, V)` logits where the head is the identity."""
+    predictors: Tensor
+    """`(S,)` which hidden state predicts each label; rows that begin alike share theirs."""
+    labels: Tensor
+    """`(S,)` token to predict."""
+    rows: Tensor
+    """`(S,)` row of each position."""
+    size: int
+    """B."""
+    width: int
+    """T, the padded length of the rows."""
+    head: Head
+    """Maps hidden states to logits of V tokens."""
+    layers: Mapping[int, LayerStates] = field(default_factory=dict)
+    """Number of each layer that was asked for, from 0, to its states."""
+    known_logps: Tensor | None = None
+    """`(S,)` log-prob of each label, where `score_together` has made them; nats."""
+
+    def logits(self) -> Tensor:
+        """`(S, V)` logits in float32; `per_token` holds fewer at once."""
+        return self.head(self.hidden[self.predictors])
+
+    def per_token(self, function: TokenFunction, *others: "AnswerStates") -> Tensor:
+        """Values of a function of each position's logits, with gradient; logits of many tokens are never all held.
+
+        Args:
+            function: Takes logits `(s, V)` and labels `(s,)` of some of the positions, and the logits `(s, V)` of each
+                other model there; gives `(s,)`, each value from its own position alone.
+            others: Other models' states of the same rows; no gradient flows to them.
+
+        Returns:
+            `(S,)`.
+        """
+
+        def with_others(logits: Tensor, labels: Tensor, *hidden: Tensor) -> Tensor:
+            with torch.no_grad():
+                targets = [other.head(states) for other, states in zip(others, hidden, strict=True)]
+            return function(logits, labels, *targets)
+
+        hidden = [states.hidden[states.predictors] for states in (self, *others)]
+        return self.head.per_token(with_others, hidden[0], self.labels, *hidden[1:])
+
+    def token_logps(self) -> Tensor:
+        """`(S,)` log-prob of each label, nats."""
+        if self.known_logps is not None:
+            return self.known_logps
+        return self.head.logps(self.hidden, self.predictors, self.labels)
+
+    def logps(self) -> AnswerLogps:
+        """Log-likelihood of every row's answer."""
+        return AnswerLogps(self.sum_rows(self.token_logps()), self.lengths())
+
+    @torch.no_grad()
+    def token_scores(self, standardise: Tensor | None = None) -> TokenScores:
+        """Log-prob and correctness of every scored token, without gradient.
+
+        Args:
+            standardise: `(B,)` bool, the rows whose log-probs are also standardised over the vocabulary.
+        """
+        logps, correct = self.head.scores(self.hidden, self.predictors, self.labels)
+        standardised = torch.full_like(logps, torch.nan)
+        if standardise is not None:
+            chosen = standardise[self.rows]
+            hidden = self.hidden[self.predictors[chosen]]
+            standardised[chosen] = self.head.per_token(_standardised, hidden, self.labels[chosen])
+        return TokenScores(logps, correct, standardised)
+
+    def lengths(self) -> Tensor:
+        """`(B,)` number of scored tokens, float."""
+        return self.sum_rows(torch.ones_like(self.labels, dtype=torch.float32))
+
+    def sum_rows(self, values: Tensor) -> Tensor:
+        """Sum values `(S,)` of scored positions within each row: `(B,)`."""
+        # In float64: rounding at every addition would outweigh a small difference of two long answers' sums. MPS has
+        # no float64.
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
+        sums = values.new_zeros(self.size, dtype=wide).index_add(0, self.rows, values.to(wide))
+        return sums.to(values.dtype)
+
+
+def score_together(parts: Mapping[str, AnswerStates], names: Collection[str]) -> dict[str, AnswerStates]:
+    """The same parts, the log-probs of those named made in one pass through the head.
+
+    The gradient by the head's weights, as large as these, is then held once and not once a part.
+    """
+    chosen = [parts[name] for name in names]
+    if len(chosen) < 2 or not chosen[0].head.is_plain:
+        return dict(parts)
+    starts = torch.tensor([0, *(len(states.hidden) for states in chosen[:-1])]).cumsum(0).tolist()
+    logps = chosen[0].head.logps(
+        torch.cat([states.hidden for states in chosen]),
+        torch.cat([states.predictors + start for states, start in zip(chosen, starts, strict=True)]),
+        torch.cat([states.labels for states in chosen]),
+    )
+    own = logps.split([len(states.labels) for states in chosen])
+    made = {name: replace(parts[name], known_logps=part) for name, part in zip(names, own, strict=True)}
+    return {**parts, **made}
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of logits `(..., V)` against distributions `(..., V)`: `(...)` nats."""
+    return logits.logsumexp(dim=-1) - (target * logits).sum(dim=-1)
+
+
+def divergence(one: Tensor, other: Tensor) -> Tensor:
+    """KL(one || other) of logits `(..., V)`: `(...)`, nats."""
+    logps = one.log_softmax(dim=-1)
+    return (logps.exp() * (logps - other.log_softmax(dim=-1))).sum(dim=-1)
+
+
+def _standardised(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probs of labels `(S,)` against mean and deviation of the log-prob under logits `(S, V)`."""
+    logps = logits.log_softmax(dim=-1)
+    # A token without probability adds 0 to both moments, not 0 times infinity.
+    probs, finite = logps.exp(), logps.masked_fill(logps == -torch.inf, 0.0)
+    mean = (probs * finite).sum(dim=-1)
+    variance = (probs * (finite - mean.unsqueeze(-1)) ** 2).sum(dim=-1)
+    return (logps.gather(1, labels.unsqueeze(1)).squeeze(1) - mean) / variance.clamp(min=1e-6).sqrt()
+
+
+def join(parts: list[Rows]) -> dict[str, Tensor]:
+    """Stack right-padded rows of different widths into one batch `(sum of B, max of T)`."""
+    width = max(part["input_ids"].shape[1] for part in parts)
+    fill = {"input_ids": 0, "labels": IGNORE_INDEX, "attention_mask": 0}
+    return {
+        key: torch.cat([nn.functional.pad(p[key], (0, width - p[key].shape[1]), value=value) for p in parts])
+        for key, value in fill.items()
+    }
+
+
+def scored_targets(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Token that each position predicts, and whether it is scored: `(B, T)` both."""
+    # Position t predicts the label at t + 1.
+    targets = nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+    return targets, (targets != IGNORE_INDEX) & (rows["attention_mask"] != 0)
+
+
+def answer_lengths(rows: Rows) -> Tensor:
+    """`(B,)` number of scored tokens, float."""
+    return scored_targets(rows)[1].sum(dim=-1).float()
+
+
+class Scorer:
+    """Turns rows into `AnswerStates` with one causal language model.
+
+    Packs rows where that is known to be right, and reads hidden states where the model's head is a map of them that is
+    known; see `Forward`.
+
+    Args:
+        model: A causal language model from transformers.
+
+    Raises:
+        UserError: The model is no causal one.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+        self.forward = Forward(model)
+        self.head = self.forward.head
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.head.vocabulary
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows go through the model without padding."""
+        return self.forward.way == "packed"
+
+    def __call__(self, parts: Mapping[str, Rows], layers: Collection[int] = ()) -> dict[str, AnswerStates]:
+        """Scored positions of several sets of rows, from one forward pass.
+
+        Args:
+            parts: Rows by name, such as forget and retain.
+            layers: Numbers of the layers, from 0, whose states are wanted, too.
+
+        Returns:
+            `AnswerStates` under the same names.
+        """
+        joined = join(list(parts.values()))
+        targets, scored = scored_targets(joined)
+        answers = joined["labels"] != IGNORE_INDEX
+        if self.forward.way_of(joined) != "padded":
+            # A token that the mask hides is run only where rows are padded.
+            answers = answers & (joined["attention_mask"] != 0)
+        self.forward.check(joined)
+        with layer_outputs(self.model, layers) as outputs:
+            hidden, places = self.forward(joined)
+        by_layer = {n: torch.cat(passes) for n, passes in outputs.items()}
+        result, start = {}, 0
+        for name, rows in parts.items():
+            size, width = rows["input_ids"].shape
+            own = slice(start, start + size)
+            used, predictors = places[own][scored[own]].unique(return_inverse=True)
+            tokens, token_rows = places[own][answers[own]], answers[own].nonzero()[:, 0]
+            result[name] = AnswerStates(
+                hidden=hidden.index_select(0, used),
+                predictors=predictors,
+                labels=targets[own][scored[own]],
+                rows=scored[own].nonzero()[:, 0],
+                size=size,
+                width=width,
+                head=self.head,
+                layers={n: LayerStates(by_layer[n][tokens].float(), token_rows, size) for n in layers},
+            )
+            start += size
+        return result
+
+    def all_logits(self, rows: Rows) -> Tensor:
+        """`(B, T, V)` float32 logits at every position, padding included.
+
+        Raises:
+            UserError: The model gives those of single rows only.
+        """
+        if self.forward.way_of(rows) == "alone":
+            raise UserError(
+                f"{type(self.model).__name__} runs rows one by one and has no logits of padding; "
+                "give an objective and a retain loss that read answers alone"
+            )
+        output = self.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
+        return output.logits.float()

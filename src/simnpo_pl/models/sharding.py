@@ -1,0 +1,159 @@
+"""Weights, gradients and optimizer state shared out among all devices: PyTorch's fully_shard (FSDP2) under Lightning.
+
+`--trainer.strategy fsdp2`. Checkpoints are folders with a file of every process; the export is gathered.
+"""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+from simnpo_pl.models.layers import body_of, layers_of
+from simnpo_pl.models.weight_files import fill_shards
+from simnpo_pl.utils.errors import UserError
+
+INDEX, REST = ".metadata", "meta.pt"
+
+
+def shard(model: Any, mesh: DeviceMesh) -> None:
+    """Share a model out in place, layer by layer.
+
+    Embeddings, last norm and head are one group, which stays gathered between a forward pass and its backward pass:
+    the head is applied to some positions only, after the pass.
+
+    Args:
+        model: Causal language model from transformers; one that is yet to be read is read now.
+        mesh: The devices, along one dimension.
+
+    Raises:
+        UserError: The model keeps its layers in no list.
+    """
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    fill_shards(model, mesh.get_local_rank(), mesh.size())
+
+    def body(self: Any, **inputs: Any) -> Any:
+        return body_of(self)(**inputs)
+
+    model.run_body = MethodType(body, model)
+    register_fsdp_forward_method(model, "run_body")
+
+
+def shard_like(model: Any, other: Any) -> None:
+    """Share a model out over the devices of another one."""
+    shard(model, next(other.parameters()).device_mesh)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether every process has to take part in a forward pass of the model."""
+    return isinstance(model, FSDPModule)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set on any process."""
+    number = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+    return bool(number)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all devices, without tensor parallelism."""
+
+    strategy_name = "fsdp2"
+
+    def setup_environment(self) -> None:
+        """Lay all devices out along one dimension."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """All weights on the CPU of the first process; empty on the others."""
+        assert self.model is not None
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return dict(get_model_state_dict(self.model, options=options))  # type: ignore[arg-type]
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load what a checkpoint holds of weights and optimizer, on any number of processes; gives the rest.
+
+        Raises:
+            UserError: It is no sharded checkpoint, or lacks weights that are trained.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if not (path / INDEX).is_file() or not (path / REST).is_file():
+            raise UserError(
+                f"--ckpt_path {path} is no whole checkpoint of a sharded run; give the folder that it saved"
+            )
+        reader = SafeReader(path)
+        known = reader.read_metadata().state_dict_metadata
+        assert self.model is not None
+        weights = get_model_state_dict(self.model)
+        kept = {name: weight for name, weight in weights.items() if f"state_dict.{name}" in known}
+        missing = [name for name, weight in self.model.named_parameters() if weight.requires_grad and name not in kept]
+        if missing:
+            raise UserError(f"--ckpt_path {path} lacks the weights {missing[0]}: give the options of its run")
+        load({"state_dict": kept}, storage_reader=reader)
+        set_model_state_dict(self.model, kept, options=StateDictOptions(strict=False))
+        for number, optimizer in enumerate(self.optimizers):
+            state = get_optimizer_state_dict(self.model, optimizer)
+            load({f"optimizer_{number}": state}, storage_reader=reader)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state)
+        return torch.load(path / REST, weights_only=True)
+
+
+class SafeReader(FileSystemReader):
+    """Reads a sharded checkpoint without running code: its index is a pickle."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index; only the classes it is made of are taken from it."""
+        with (Path(self.path) / INDEX).open("rb") as file:
+            try:
+                index: Metadata = _Unpickler(file).load()
+            except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
+                raise UserError(f"--ckpt_path {self.path}: no index of a checkpoint ({error}); use another") from error
+        index.storage_meta = getattr(index, "storage_meta", None) or StorageMeta()
+        index.storage_meta.load_id = self.load_id
+        return index
+
+
+class _Unpickler(pickle.Unpickler):
+    MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    NAMES = frozenset({("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")})
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if "." not in name and (module in self.MODULES or (module, name) in self.NAMES or dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+StrategyRegistry.register(
+    ShardedStrategy.strategy_name, ShardedStrategy, "FSDP2: weights, gradients and optimizer state on all devices"
+)
+
+
+def gathered(strategy: Any) -> Mapping[str, Tensor]:
+    """All weights of the model, on the first process at least.
+
+    Args:
+        strategy: Of the Trainer; every process has to call this.
+    """
+    if isinstance(strategy, ShardedStrategy):
+        return strategy.full_state_dict()
+    return strategy.lightning_module_state_dict()

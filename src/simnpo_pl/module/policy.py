@@ -1,0 +1,230 @@
+"""A causal language model that Lightning can evaluate: loading, scoring and generating.
+
+What is measured comes from the data module; how the model is trained is for a subclass to say.
+"""
+
+from importlib.metadata import version
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation, on_host
+from simnpo_pl.evaluation.gradients import GRADIENT_NORM, gradient_norms
+from simnpo_pl.evaluation.memory import Halves
+from simnpo_pl.evaluation.parts import FinishedParts, identity
+from simnpo_pl.evaluation.plan import plan_digest
+from simnpo_pl.evaluation.tags import tag
+from simnpo_pl.models.generation import greedy
+from simnpo_pl.models.loading import load_causal_lm
+from simnpo_pl.models.logprobs import Scorer
+from simnpo_pl.models.sharding import is_sharded, shard
+from simnpo_pl.utils.errors import UserError
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuse precisions in which Lightning casts the whole model, and strategies that lose what a run found.
+
+    Such a cast rounds buffers that have to stay in float32, such as the frequencies of rotary position embeddings.
+
+    Raises:
+        UserError: It has one of these.
+    """
+    if trainer.precision in ("64-true", "16-true", "bf16-true"):
+        raise UserError(
+            f"--trainer.precision {trainer.precision} is not supported: give 32-true, bf16-mixed or 16-mixed; for "
+            "weights in bfloat16 give --model.dtype bfloat16 with 32-true"
+        )
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise UserError(
+            "--trainer.strategy: ddp_spawn, ddp_fork and ddp_notebook train in processes that end with their results: "
+            "give ddp or fsdp2"
+        )
+
+
+class PolicyModule(pl.LightningModule):
+    """Holds the policy and runs its evaluation.
+
+    Args:
+        name: Hub id or folder with safetensors weights.
+        dtype: Type of the loaded weights.
+        attn_implementation: Attention of transformers; None lets it choose.
+        gradient_checkpointing: Whether activations are computed again in the backward pass.
+
+    Attributes:
+        option: Setting that names the model, for messages.
+        policy: The model; None before `configure_model`.
+        evaluation_result: What the newest evaluation found.
+        logs_metrics: Whether its metrics go to the logger.
+        finished_parts: Where finished batches of an evaluation are kept until it is whole; None keeps none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.dtype_name = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.option = "--model.name"
+        self.policy: Any = None
+        self.evaluation: Evaluation | None = None
+        self.evaluation_result: EvalResult | None = None
+        self.logs_metrics = True
+        self.finished_parts: FinishedParts | None = None
+        self._policy_scorer: Scorer | None = None
+        self._in_halves = Halves(self._run)
+
+    def like(self, name: str, option: str = "--model.name") -> "PolicyModule":
+        """Another model in the same precision, to be evaluated only; its metrics are not this run's.
+
+        Args:
+            name: Hub id or folder.
+            option: Setting that names it, for messages.
+        """
+        other = PolicyModule(name, self.dtype_name, self.attn_implementation)
+        other.option = option
+        other.logs_metrics = False
+        return other
+
+    def setup(self, stage: str) -> None:
+        """Check precision and strategy.
+
+        Raises:
+            UserError: See `check_trainer`.
+        """
+        check_trainer(self.trainer)
+
+    def configure_model(self) -> None:
+        """Load the policy; every stage calls this, the model is loaded once.
+
+        Raises:
+            UserError: The model cannot be loaded.
+        """
+        if self.policy is not None:
+            return
+        self.policy = self.load_policy()
+        if self._device_mesh is not None:
+            shard(self.policy, self._device_mesh["data_parallel"])
+
+    def load_policy(self) -> Any:
+        """The model before it is shared out."""
+        shared_out = self._device_mesh is not None
+        policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation, self.option, shared_out)
+        if self.gradient_checkpointing:
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return policy
+
+    def _scorer(self) -> Scorer:
+        assert self.policy is not None, "configure_model() comes first"
+        if self._policy_scorer is None:
+            self._policy_scorer = Scorer(self.policy)
+        return self._policy_scorer
+
+    def check_vocabulary(self) -> None:
+        """See that the model has an embedding for every token of the data.
+
+        Raises:
+            UserError: It has not.
+        """
+        size = self.policy.get_input_embeddings().weight.shape[0]
+        if hasattr(self._data, "largest_id") and (largest := self._data.largest_id()) >= size:
+            raise UserError(
+                f"{self.option}: {self.name} has a vocabulary of {size} tokens, the data has the token {largest}: "
+                "give the model's own tokenizer with --data.tokenizer, or the model that the tokenizer belongs to"
+            )
+
+    # -- evaluation --------------------------------------------------------------------------------------
+
+    @property
+    def _data(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    def _start_evaluation(self) -> None:
+        if not hasattr(self._data, "evaluation"):
+            raise UserError("evaluation needs a data module of simnpo_pl.benchmarks, which says what to measure")
+        self.check_vocabulary()
+        self.evaluation = self._data.evaluation().to(self.device)
+        self.evaluation.reset()
+        if self.finished_parts is not None:
+            options, plan = self._data.eval, plan_digest(self.evaluation.sets)
+            batches = (options.tokens_per_batch, options.prompts_per_batch, self.evaluation.min_k, self._end_ids())
+            run_in = (self.trainer.precision, self.device.type, self.dtype_name, self.attn_implementation)
+            kind = type(self.evaluation).__qualname__
+            of = identity(self.policy, kind, plan, batches, run_in, version("torch"), version("transformers"))
+            self.finished_parts.open(of, self.global_rank)
+
+    def _evaluate(self, batch: dict[str, Any]) -> None:
+        assert self.evaluation is not None
+        outcome: Any = None if self.finished_parts is None else self.finished_parts.found(batch)
+        if outcome is None:
+            # Processes that share a model out wait for each other: none may run more batches than another.
+            outcome = (self._run if is_sharded(self.policy) else self._in_halves)(batch)
+            if self.finished_parts is not None:
+                self.finished_parts.keep(batch, outcome)
+        (self.evaluation.add_generations if "prompts" in batch else self.evaluation.add_scores)(batch, outcome)
+
+    def _run(self, batch: dict[str, Any]) -> Any:
+        """What the model makes of a batch: generated tokens, or scores by name."""
+        assert self.evaluation is not None
+        if "prompts" in batch:
+            return greedy(self.policy, batch["prompts"], batch["max_new_tokens"], self._end_ids())
+        if "gradients" in batch:
+            return on_host({GRADIENT_NORM: gradient_norms(self.policy, self._scorer(), batch)})
+        return on_host(self.evaluation.score(self._scorer()({"rows": batch})["rows"], batch))
+
+    def _end_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        own = getattr(self.policy.generation_config, "eos_token_id", None)
+        known = [*self._data.end_ids, *(own if isinstance(own, list) else [own])]
+        return sorted({token for token in known if token is not None})
+
+    def _finish_evaluation(self, prefix: str) -> None:
+        assert self.evaluation is not None
+        self.evaluation_result = self.evaluation.compute()
+        if not self.logs_metrics:
+            return
+        for name, value in self.evaluation_result.values.items():
+            self.log(f"{prefix}{tag(name)}", value, rank_zero_only=True)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start an evaluation."""
+        self._start_evaluation()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score or generate one batch."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Finish the evaluation; `evaluation_result` holds it."""
+        self._finish_evaluation("")
+
+    def on_test_epoch_start(self) -> None:
+        """Start an evaluation."""
+        self._start_evaluation()
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score or generate one batch."""
+        self._evaluate(batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Finish the evaluation; `evaluation_result` holds it."""
+        self._finish_evaluation("test/")
+
+    def on_predict_epoch_start(self) -> None:
+        """Start collecting generated answers."""
+        self._start_evaluation()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Generate one batch of answers."""
+        self._evaluate(batch)
+
+    def on_predict_epoch_end(self) -> None:
+        """Gather the generated answers; `evaluation_result` holds them."""
+        assert self.evaluation is not None
+        self.evaluation_result = self.evaluation.texts_only()

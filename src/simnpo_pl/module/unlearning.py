@@ -1,0 +1,341 @@
+"""The LightningModule: one policy, one forget objective, one retain loss, a reference only where one is needed.
+
+It names no objective and no benchmark: the objective says what it reads, the data module brings the
+batches and the evaluation.
+"""
+
+import math
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from simnpo_pl.data.pairing import draw_step_seed
+from simnpo_pl.models.layers import train_only
+from simnpo_pl.models.loading import find_model, load_causal_lm, model_shapes
+from simnpo_pl.models.logprobs import Scorer
+from simnpo_pl.models.lora import (
+    BaseScorer,
+    LoraOptions,
+    add_adapter,
+    check_adapter,
+    inject_adapter,
+    require_merged,
+    without_base,
+)
+from simnpo_pl.models.reference import FrozenModel, Reference, fingerprint
+from simnpo_pl.module.losses import Batch, BatchLosses
+from simnpo_pl.module.optimization import Shape, adamw, schedule
+from simnpo_pl.module.policy import PolicyModule
+from simnpo_pl.objectives import Objective, SimNPO
+from simnpo_pl.objectives.retain import NLL, RetainLoss
+from simnpo_pl.utils.errors import UserError
+
+DEFAULT_RETAIN_LOSS = lazy_instance(NLL)
+
+
+class UnlearningModule(PolicyModule):
+    """A causal language model that forgets one set of rows and keeps another.
+
+    Total loss: `forget_weight * forget loss + retain_weight * retain loss`.
+
+    Args:
+        name: Start model: hub id or folder with safetensors weights.
+        objective: Forget objective; a class of `simnpo_pl.objectives` by name, or any subclass of `Objective`; null
+            takes SimNPO.
+        retain_loss: Loss on the retain rows (`NLL`, `KL`, `EmbedDiff`), or null for none.
+        forget_weight: Coefficient of the forget loss; null takes the objective's own default.
+        retain_weight: Coefficient of the retain loss; null takes the objective's own default.
+        reference: Frozen reference: hub id or folder; null means the start model. Loaded only where the objective
+            or the retain loss needs one.
+        memorising: For objectives that read one: the start model fine-tuned further on the forget rows, hub id or
+            folder; `configs/finetune.yaml` with `--data.train_split forget10` makes one.
+        trainable: Regular expressions; a parameter is trained if one of them matches its whole name, all others stay
+            as they are. Null takes the objective's own default, which is all of them for most.
+        lora: Low-rank adapter to train in place of all weights; null trains all. The base with the adapter off is
+            then the reference, unless `reference` names another model.
+        optimizer: `adamw`, or `adamw_8bit` for moments in 8 bits, which needs bitsandbytes.
+        lr: Learning rate of AdamW at its peak.
+        weight_decay: Weight decay of AdamW.
+        warmup_epochs: Length of the linear warm-up, epochs.
+        warmup_steps: The same in optimizer steps; null takes `warmup_epochs`.
+        schedule: What follows the warm-up: `linear` decay to 0, or a `constant` learning rate.
+        betas: Decay rates of AdamW's first and second moment.
+        gradient_checkpointing: Whether activations are computed again in the backward pass: less memory, more time.
+        dtype: Type of the loaded weights. Train in float32 with `--trainer.precision bf16-mixed`; bfloat16 is for
+            evaluation, since small updates fall below its resolution.
+        attn_implementation: Attention of transformers, such as `sdpa` or `eager`; null lets it choose.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        objective: Objective | None = None,
+        retain_loss: RetainLoss | None = DEFAULT_RETAIN_LOSS,
+        forget_weight: float | None = None,
+        retain_weight: float | None = None,
+        reference: str | None = None,
+        memorising: str | None = None,
+        trainable: list[str] | None = None,
+        lora: LoraOptions | None = None,
+        optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
+        lr: float = 1e-5,
+        weight_decay: float = 0.01,
+        warmup_epochs: float = 1.0,
+        warmup_steps: int | None = None,
+        schedule: Shape = "linear",
+        betas: tuple[float, float] = (0.9, 0.999),
+        gradient_checkpointing: bool = False,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        attn_implementation: str | None = None,
+    ) -> None:
+        super().__init__(name, dtype, attn_implementation, gradient_checkpointing)
+        self.objective = objective or SimNPO()
+        self.retain_loss = retain_loss
+        self.forget_weight = self.objective.default_forget_weight if forget_weight is None else forget_weight
+        self.retain_weight = self.objective.default_retain_weight if retain_weight is None else retain_weight
+        self.trainable = self.objective.default_trainable if trainable is None else trainable
+        self.lora, self.eight_bit = lora, optimizer == "adamw_8bit"
+        if lora is not None and trainable is not None:
+            raise UserError("--model.trainable and --model.lora both say what is trained: give one of them")
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.warmup_epochs, self.warmup_steps, self.schedule = warmup_epochs, warmup_steps, schedule
+        self._adapter: dict[str, Any] | None = None
+        # The frozen base is in no checkpoint.
+        self.strict_loading = lora is None
+        load = partial(load_causal_lm, dtype=dtype, attn_implementation=attn_implementation)
+        reference_option = "--model.name" if reference in (None, name) else "--model.reference"
+        self._reference = Reference(reference or name, reference_option, load)
+        self._memorising = FrozenModel(memorising, "--model.memorising", load) if memorising else None
+        retains = self.retain_weight != 0 or self.objective.needs_retain
+        self._batch_losses = BatchLosses(
+            self.objective,
+            retain_loss if retains else None,
+            self._scorer,
+            self._reference_scorer,
+            self._memorising_scorer,
+        )
+        self._step_losses = torch.zeros(2)
+        self._check_settings()
+
+    def configure_model(self) -> None:
+        """Load the policy, and freeze what is not to be trained unless it is only evaluated.
+
+        Raises:
+            UserError: The model cannot be loaded, or has not the layers or parameters that are named.
+        """
+        for model, is_read in ((self._reference, self._batch_losses.reads_reference), (self._memorising, True)):
+            if model is not None and is_read:
+                find_model(model.name, model.option)
+        super().configure_model()
+        self._batch_losses.check_layers(self.policy)
+        if self.lora is None and (self._trainer is None or self.trainer.state.fn == "fit"):
+            require_merged(self.policy, "--model.name")
+            if self.trainable:
+                train_only(self.policy, self.trainable)
+
+    def load_policy(self) -> Any:
+        """The start model, with its adapter where one is trained."""
+        policy = super().load_policy()
+        if self.lora is not None:
+            self._adapter = add_adapter(policy, self.lora)
+        return policy
+
+    # -- frozen models -----------------------------------------------------------------------------------
+
+    @property
+    def reference_use(self) -> str:
+        """How the reference is had, in a few words."""
+        losses = self._batch_losses
+        if not losses.reads_reference:
+            return "none"
+        if self.lora is not None and self._reference.name == self.name:
+            return "the policy with its adapter off"
+        how = "a frozen model, run in every step" if losses.keeps_reference else "its log-probs, made once and kept"
+        return f"{self._reference.name}, {how}"
+
+    def shapes(self) -> tuple[Any, dict[str, Any]]:
+        """The policy without its weights, as it is trained, and what of a `memory.Step` the settings say."""
+        losses, model = self._batch_losses, model_shapes(self.name, self.dtype_name)
+        if self.lora is not None:
+            with torch.device("meta"):
+                inject_adapter(model, self.lora)
+        elif self.trainable:
+            train_only(model, self.trainable)
+        base = self.lora is not None and self._reference.name == self.name
+        return model, {
+            "checkpointing": self.gradient_checkpointing,
+            "eight_bit": self.eight_bit,
+            "frozen": (losses.keeps_reference and not base) + losses.reads_memorising,
+            "reads_logits": losses.reads_logits,
+        }
+
+    def on_fit_start(self) -> None:
+        """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
+        self.check_vocabulary()
+        if self.dtype_name == "bfloat16" and self.lora is None:
+            rank_zero_warn(
+                "--model.dtype bfloat16: updates smaller than 1/256 of a weight are lost; train in float32 with "
+                "--trainer.precision bf16-mixed, or train an adapter (--model.lora.rank 16)"
+            )
+        if self._batch_losses.caches_reference and hasattr(self._data, "scoring_parts"):
+            batches = self._data.scoring_parts(self._batch_losses.scored_parts)
+            # Of another model or other rows, log-probs of an earlier run or a checkpoint would be wrong.
+            identity = f"{self._reference.name} {fingerprint(batches)}"
+            if self._reference.identity != identity:
+                scorer, strategy = self._reference_scorer(resident=False), self.trainer.strategy
+                with self.trainer.precision_plugin.forward_context():
+                    self._reference.fill(batches, self._data.train_rows, scorer, self.device, strategy)
+                self._reference.identity = identity
+        if self._batch_losses.keeps_reference:
+            self._reference_scorer()
+        if self._batch_losses.reads_memorising:
+            self._memorising_scorer()
+        self._step_losses = torch.zeros(2, device=self.device)
+        self.policy.train()
+
+    def _reference_scorer(self, resident: bool = True) -> Scorer:
+        """Scorer of the reference; one that is not resident is dropped after its use.
+
+        A fresh run from the start model has the reference's weights in its policy and reads no second copy; a policy
+        with an adapter has them all along.
+        """
+        is_start = self._reference.name == self.name
+        if self.lora is not None and is_start:
+            return BaseScorer(self._scorer())
+        fresh = self._trainer is not None and self.trainer.ckpt_path is None and self.trainer.global_step == 0
+        keep = resident or self._batch_losses.keeps_reference
+        if is_start and fresh and not keep:
+            self.policy.eval()
+            return self._scorer()
+        return self._reference.scorer(self._scorer(), self.device, keep=keep, same=is_start and fresh)
+
+    def _memorising_scorer(self) -> Scorer:
+        assert self._memorising is not None, "checked with the settings"
+        return self._memorising.scorer(self._scorer(), self.device)
+
+    # -- training ----------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts a training batch must have, such as forget and retain."""
+        return self._batch_losses.parts
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            batch: Parts `forget`, `retain` and, where the objective asks for it, `alternate`; each with
+                `input_ids`, `labels` (-100 where not scored) and `attention_mask`, `(B, T)`. A part may bring
+                `reference_logps` `(B,)`, nats; without them the reference model is run. It may bring the
+                weights of its rows in a larger batch, see `TrainingSet`.
+
+        Returns:
+            `loss`, `forget_loss` and `retain_loss`, scalars; the latter two before their weights.
+        """
+        forget_loss, retain_loss = self._batch_losses(batch)
+        return {"loss": self._total(forget_loss, retain_loss), "forget_loss": forget_loss, "retain_loss": retain_loss}
+
+    def _total(self, forget_loss: Tensor, retain_loss: Tensor) -> Tensor:
+        return self.objective.total(forget_loss, retain_loss, self.forget_weight, self.retain_weight)
+
+    @property
+    def forget_scores(self) -> dict[str, Tensor]:
+        """Gradient weight, log-prob and length of the newest batch's forget answers, see `BatchLosses`."""
+        return self._batch_losses.forget_scores
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One forward pass; the batch says how large the effective batch is."""
+        run_seed = getattr(self._data, "seed", 0)
+        torch.manual_seed(draw_step_seed(run_seed, self.current_epoch, batch_idx, self.global_rank))
+        self._reference.add_to(batch)
+        losses = self.losses(batch)
+        self._require_finite(losses, batch)
+        self._step_losses += torch.stack((losses["forget_loss"], losses["retain_loss"])).detach()
+        # These parts already add up over micro-batches and processes, whose mean Lightning takes.
+        return losses["loss"] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the losses of the whole effective batch, and let the objective see them."""
+        forget_loss, retain_loss = self.trainer.strategy.reduce(self._step_losses, reduce_op="sum").unbind()
+        self._step_losses = torch.zeros_like(self._step_losses)
+        values = {"loss": self._total(forget_loss, retain_loss), "forget_loss": forget_loss, "retain_loss": retain_loss}
+        values |= self.objective.after_step(retain_loss, self.retain_weight, self.current_epoch)
+        for name, value in values.items():
+            self.log(f"train/{name}", value, prog_bar=True)
+
+    def _require_finite(self, losses: dict[str, Tensor], batch: Batch) -> None:
+        finite = bool(torch.isfinite(losses["loss"]))
+        if self.trainer.world_size > 1:
+            finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
+        if not finite:
+            rows = {name: part["index"].tolist() for name, part in batch.items() if "index" in part}
+            values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+            raise UserError(
+                f"loss is not finite at optimizer step {self.trainer.global_step} ({values}), rows {rows}: "
+                "lower --model.lr, check the start model's weights, or look at these rows"
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and the schedule after it."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        # With steps in place of epochs the loader is not set up yet.
+        self.trainer.fit_loop.setup_data()
+        per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        optimizer = adamw(self.policy, self.lr, self.betas, self.weight_decay, self.eight_bit)
+        warmup = round(self.warmup_epochs * per_epoch) if self.warmup_steps is None else self.warmup_steps
+        factor = schedule(self.schedule, warmup, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def on_fit_end(self) -> None:
+        """Free the memory of frozen models; unfreeze parameters: what evaluates gradients wants those of all."""
+        for model in (self._reference, self._memorising):
+            if model is not None:
+                model.free()
+        if self.lora is None:
+            self.policy.requires_grad_(True)
+
+    # -- checkpoints -------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the objective carries, and the reference's log-probs, which the trained policy no longer has."""
+        checkpoint["objective"] = {name: getattr(self.objective, name) for name in self.objective.carried}
+        checkpoint["reference_logps"] = {"totals": self._reference.totals, "identity": self._reference.identity}
+        checkpoint["adapter"] = self._adapter
+        if self._adapter is not None:
+            checkpoint["state_dict"] = without_base(checkpoint["state_dict"], "policy.")
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what the objective carries and the reference's log-probs.
+
+        Raises:
+            UserError: The checkpoint is of another kind of policy.
+        """
+        check_adapter(checkpoint.get("adapter"), self._adapter)
+        for name in self.objective.carried:
+            setattr(self.objective, name, checkpoint["objective"].get(name, getattr(self.objective, name)))
+        self._reference.totals = checkpoint["reference_logps"]["totals"]
+        self._reference.identity = checkpoint["reference_logps"]["identity"]
+
+    def _check_settings(self) -> None:
+        for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs", "warmup_steps"):
+            value = getattr(self, option)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
+        if self._batch_losses.reads_memorising and self._memorising is None:
+            raise UserError(
+                f"--model.objective {type(self.objective).__name__} reads a model that was fine-tuned further on the "
+                "forget rows: name it by --model.memorising FOLDER; fit --config configs/finetune.yaml --model.name "
+                "START --data.train_split FORGET makes one"
+            )
+        if self.objective.needs_retain and self.retain_loss is None:
+            raise UserError(
+                f"--model.objective {type(self.objective).__name__} bounds the retain loss: name one, "
+                "such as --model.retain_loss NLL"
+            )
+        if self.schedule not in ("linear", "constant"):
+            raise UserError(f"--model.schedule must be linear or constant, got {self.schedule!r}")
