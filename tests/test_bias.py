@@ -152,8 +152,8 @@ def test_perturb_averages_with_a_random_model(model_folder: Path, other_folder: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--share", "1.5", "--out", "new"], "--share must be from 0 to 1, got 1.5"),
-        (["--out", "."], "--out . is there already; give another folder, it is not written over"),
+        (["--share", "1.5", "--out", "new"], "--share: must be at least 0 and at most 1, got 1.5"),
+        (["--out", "."], "--out: . exists already; give another folder"),
     ],
 )
 def test_perturb_refuses(options: list[str], message: str, model_folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,8 @@
 """Commands beside Lightning's own: how they are found, what they say of mistakes, and the task vector."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from simnpo_pl.__main__ import main, usage
-from simnpo_pl.studies.commands import COMMANDS
+from simnpo_pl.studies import COMMANDS, module_of
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -19,8 +21,7 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str]):
         main([name, "--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    module = import_module(f"simnpo_pl.studies.commands.{name.replace('-', '_')}")
-    assert module.__doc__.split("\n")[0] in shown
+    assert import_module(module_of(name)).__doc__.split("\n")[0] in shown
     assert re.search(rf"^  {name} +{re.escape(COMMANDS[name])}$", usage(), re.MULTILINE)
 
 
@@ -34,6 +35,18 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_mistyped_option(capsys: pytest.CaptureFixture[str]):
     said = error(capsys, "task-vector", "--start", "a", "--overfit", "b", "--out", "c", "--alhpa", "1")
     assert said == "error: unrecognized arguments: --alhpa 1; --help lists the options\n"
+
+
+def test_options_are_read_before_torch_is_imported():
+    """Help and mistakes are answered at once; of the commands whose options are not in options.py, too."""
+    code = (
+        "import sys; from simnpo_pl.studies import COMMANDS, parse\n"
+        "for name in COMMANDS:\n"
+        "    try: parse(name, ['--help'])\n"
+        "    except SystemExit: pass\n"
+        "assert not {'torch', 'lightning', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_mistyped_command(capsys: pytest.CaptureFixture[str]):
@@ -60,8 +73,8 @@ def test_task_vector_refuses(
     options = ["task-vector", "--start", str(model_folder), "--overfit", str(make_model(1, num_hidden_layers=1))]
     assert "differ in model.layers.1" in error(capsys, *options, "--out", str(tmp_path / "new"))
     assert not list(tmp_path.iterdir())
-    assert "is there already" in error(capsys, *options, "--out", str(tmp_path))
-    assert "--alpha must be a number of at least 0, got -1.0" in error(
+    assert "exists already" in error(capsys, *options, "--out", str(tmp_path))
+    assert "--alpha: must be at least 0, got -1" in error(
         capsys, *options, "--out", str(tmp_path / "new"), "--alpha=-1"
     )
 

@@ -205,7 +205,7 @@ def test_shown_commands_parse(file: Path, capsys: pytest.CaptureFixture[str]):
     """Every command line of README and docs is understood as written, README's give the recipes above; make targets and
     scripts exist.
     """
-    from simnpo_pl.studies.commands import COMMANDS, parse
+    from simnpo_pl.studies import COMMANDS, parse
 
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
     recipes = {}
@@ -216,7 +216,7 @@ def test_shown_commands_parse(file: Path, capsys: pytest.CaptureFixture[str]):
         elif words[1:3] == ["-m", "simnpo_pl"]:
             arguments = words[3:]
             if arguments[0] in COMMANDS:
-                _, options = parse(arguments[0], arguments[1:])
+                options = parse(arguments[0], arguments[1:])
                 arguments = ["fit", *options.fit] if hasattr(options, "fit") else []
             if arguments:
                 got = resolved(arguments, capsys)

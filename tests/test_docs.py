@@ -8,7 +8,7 @@ import pytest
 
 from simnpo_pl import objectives
 from simnpo_pl.__main__ import RUNS
-from simnpo_pl.studies.commands import COMMANDS
+from simnpo_pl.studies import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from simnpo_pl.studies.quantization import Rounding, quantize
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers import results
 from simnpo_pl.models.loading import context_length, count_parameters, load_causal_lm, load_tokenizer, save_model
 from simnpo_pl.models.lora import LoraOptions, add_adapter
 from simnpo_pl.module.unlearning import UnlearningModule
-from simnpo_pl.studies.quantization import Rounding, quantize
 from simnpo_pl.utils.errors import UserError
 
 CLI = Callable[..., None]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.studies import launch as fit_once
-from simnpo_pl.studies import series as forget_series
+from simnpo_pl.studies import series
 from simnpo_pl.utils.errors import UserError
 
 SPLITS = ["raw/forget[:50%]", "raw/forget[50%:]"]
@@ -104,7 +104,7 @@ def test_options_of_its_own(option: str, tmp_path: Path):
 
 def test_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fit_once, "start", lambda command, log: 2)
-    with pytest.raises(UserError, match=r"the run in .*1 ended with exit code 2: see above"):
+    with pytest.raises(UserError, match=r"fit in .*1 ended with exit code 2: see above"):
         main(["sustainability", "--out", str(tmp_path), "--model.name", "x", "--debug"])
 
 
@@ -114,7 +114,7 @@ def test_figures_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     record = {"settings": {}, "final": {"metrics": {"verbmem_forget": 1.0}}}
     with pytest.raises(UserError, match=r"a figure needs matplotlib: pip install 'simnpo_pl\[report\]'"):
-        forget_series.write_series(tmp_path, "title", ["raw/forget"], [record])
+        series.write_series(tmp_path, "title", ["raw/forget"], [record])
 
 
 def test_unknown_options_of_other_commands(tmp_path: Path):

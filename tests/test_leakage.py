@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.models.generation import Sampler, draws_of, generate, greedy
-from simnpo_pl.studies.leakage import LeakAtK, expected_best
+from simnpo_pl.studies.leak import LeakAtK, expected_best
 
 
 def test_expected_best_by_hand():
@@ -107,9 +107,9 @@ def test_command(run_options: list[str], tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--k", "0"), "--k must be at least 1, got 0"),
-        (("--temperature", "0"), "--temperature must be a number above 0, got 0.0; greedy answers: predict"),
-        (("--seed", "-1"), "--seed must be at least 0, got -1"),
+        (("--k", "0"), "--k: must be at least 1, got 0"),
+        (("--temperature", "0"), "--temperature: must be above 0, got 0"),
+        (("--seed", "-1"), "--seed: must be at least 0, got -1"),
     ],
 )
 def test_mistakes(options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -9,7 +9,7 @@ import pytest
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.report.robustness import spread
-from simnpo_pl.studies.relearning import Attack, choose_rows
+from simnpo_pl.studies.relearn import Attack, choose_rows
 
 KEY = "share=0.3 epochs=2 lr=0.01"
 
@@ -77,11 +77,11 @@ def test_curve(run: Path, run_options: list[str], tmp_path: Path, capsys: pytest
 
 def test_what_is_there_is_not_done_again(run: Path, monkeypatch: pytest.MonkeyPatch):
     """One more draw is added to the two that are there; with all there nothing is opened."""
-    from simnpo_pl.studies import relearning
+    from simnpo_pl.studies import relearn as module
 
     opened: list[Any] = []
-    reopen: Callable[..., Any] = relearning.reopen
-    monkeypatch.setattr(relearning, "reopen", lambda *a: (opened.append(a), reopen(*a))[1])
+    reopen: Callable[..., Any] = module.reopen
+    monkeypatch.setattr(module, "reopen", lambda *a: (opened.append(a), reopen(*a))[1])
     relearn(run, "--subset", "random", "--repeats", "2")
     first = results(run)["relearn"][f"random {KEY}"]["repeats"]
     relearn(run, "--subset", "random", "--repeats", "3")
@@ -98,11 +98,11 @@ def test_what_is_there_is_not_done_again(run: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--share", "0"), "--share must be above 0 and at most 1, got 0.0"),
-        (("--epochs", "0"), "--epochs must be at least 1, got 0"),
-        (("--repeats", "-1"), "--repeats must be at least 1, got -1"),
-        (("--lr", "nan"), "--lr must be a number above 0, got nan"),
-        (("--seed", "-1"), "--seed must be at least 0, got -1"),
+        (("--share", "0"), "--share: must be above 0 and at most 1, got 0"),
+        (("--epochs", "0"), "--epochs: must be at least 1, got 0"),
+        (("--repeats", "-1"), "--repeats: must be at least 1, got -1"),
+        (("--lr", "nan"), "--lr: must be above 0, got nan"),
+        (("--seed", "-1"), "--seed: must be at least 0, got -1"),
         (("--subset", "longest"), "invalid choice: 'longest'"),
         ((), "holds no results.json; give folders that fit or test wrote"),
     ],
@@ -115,7 +115,7 @@ def test_mistakes(options: tuple[str, ...], message: str, tmp_path: Path, capsys
 
 
 def test_runs_that_cannot_be_attacked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for finished, message in ((False, "holds an unfinished run; go on with --run_dir"), (True, "holds no model/")):
+    for finished, message in ((False, "holds an unfinished run; resume it: --run_dir"), (True, "holds no model/")):
         (tmp_path / "results.json").write_text(json.dumps({**results(run), "finished": finished}))
         with pytest.raises(SystemExit):
             main(["relearn", str(tmp_path)])

@@ -49,7 +49,7 @@ def test_each_command_has_its_small_form(script: ModuleType):
 
 def test_commands_are_understood(script: ModuleType):
     from simnpo_pl.__main__ import RUNS
-    from simnpo_pl.studies.commands import parse
+    from simnpo_pl.studies import parse
 
     for full, small in script.sections(script.PAGE.read_text()).values():
         for command in [*full, *small]:

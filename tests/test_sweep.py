@@ -15,7 +15,7 @@ from filelock import FileLock
 from simnpo_pl.__main__ import main
 from simnpo_pl.studies import launch as fit_once
 from simnpo_pl.studies.launch import RunFailed, Taken
-from simnpo_pl.studies.sweeps.plan import read_sweep
+from simnpo_pl.studies.sweep import read_sweep
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def test_mistakes_in_a_file(tmp_path: Path, changed: dict[str, Any], message: st
 def test_mistakes_in_options(tmp_path: Path, shard: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["sweep", str(write(tmp_path)), f"--shard={shard}"])
-    assert f"--shard must be I/N with I from 0 to N - 1, such as 0/8, got {shard}" in capsys.readouterr().err
+    assert f"--shard: must be I/N with I from 0 to N - 1, such as 0/8, got {shard}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["sweep", str(tmp_path / "no.yaml")])
     assert "cannot read" in capsys.readouterr().err
@@ -128,7 +128,7 @@ def words_seen() -> set[str]:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_shipped_sweeps_parse(file: Path, tiny: bool, words_seen: set[str], capsys: pytest.CaptureFixture[str]):
     """Every option of every sweep, as it stands and in its tiny form, is understood by the command it is given to."""
-    from simnpo_pl.studies.commands import parse
+    from simnpo_pl.studies import parse
 
     changes = [str(file.with_name(f"tiny_{TINY[file.stem]}.yaml"))] if tiny else []
     commands = listed(capsys, str(file), *changes, "--folder", "somewhere")
@@ -172,7 +172,6 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
             return code
 
         monkeypatch.setattr(fit_once, "start", start)
-        monkeypatch.setattr("simnpo_pl.studies.sweeps.work.start", start)
         return calls
 
     return install
@@ -207,7 +206,7 @@ def test_a_config_that_changed_is_noticed(program: Callable[..., list[Sequence[s
         fit_once.fit_once(tmp_path / "run", ["--config", str(tmp_path / "b.yaml")], tmp_path)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "results.json").write_text("{}")
-    with pytest.raises(UserError, match="was not begun by this command"):
+    with pytest.raises(UserError, match="this command did not start"):
         fit_once.fit_once(tmp_path / "own", [], tmp_path)
 
 
@@ -289,7 +288,7 @@ def test_halves_by_hand(tmp_path: Path):
     Of two samples of two without overlap the test's p-value is 2 of the 6 arrangements, 1/3; of like ones it is 1.
     """
     from simnpo_pl.runs.record import Run
-    from simnpo_pl.studies.sweeps.tables import COLUMNS
+    from simnpo_pl.studies.sweep_tables import COLUMNS
 
     ratios = {"rows": [5.0, 6.0, 0.3, 0.4], "retrained_rows": [0.1, 0.2, 0.3, 0.4], "start_rows": [0.1, 0.2, 7.0, 8.0]}
     for name, values in ratios.items():
@@ -306,7 +305,7 @@ def test_halves_by_hand(tmp_path: Path):
 
 def test_accuracy_column():
     from simnpo_pl.runs.record import Run
-    from simnpo_pl.studies.sweeps.tables import COLUMNS
+    from simnpo_pl.studies.sweep_tables import COLUMNS
 
     run = Run("run", Path(), {"lm_eval": {"final": {"wmdp_bio": {"acc": 0.25}, "mmlu": {"acc": 0.5}}}})
     assert [column.value(run, "final") for column in COLUMNS["wmdp_bio"]] == [0.75, 0.5]

@@ -12,9 +12,8 @@ import yaml
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.studies import launch as fit_once
-from simnpo_pl.studies.tuning.plan import Condition, NotANumber, Tuning, measured, read_tuning
-from simnpo_pl.studies.tuning.study import Search
-from simnpo_pl.studies.tuning.table import data, table
+from simnpo_pl.studies.tune import table
+from simnpo_pl.studies.tune_search import Condition, NotANumber, Search, Tuning, measured, read_tuning
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +87,7 @@ def test_conditions_by_hand(tuning: Tuning):
     """0.5 x 1.2 = 0.6 is the least utility: 0.1 short of it is a violation of 0.1, 0.2 above one of -0.2."""
     at_least, at_most = tuning.conditions
     assert at_least == Condition("model_utility", ">=", 0.5, "start")
-    assert at_most == Condition("forget/rouge", "<=", 0.75, "")
+    assert at_most == Condition("forget/rouge", "<=", 0.75, None)
 
     def record(utility: float, rouge: float) -> dict[str, Any]:
         final = {"metrics": {"model_utility": utility, "forget/rouge": rouge}}
@@ -124,9 +123,12 @@ def test_measured():
         ({"subject_to": ["utility >= much"]}, r"subject_to 'utility >= much': expected METRIC >= NUMBER"),
         ({"trials": 0}, "trials must be at least 1, got 0"),
         ({"methods": {"A": {"options": "", "space": {}}}}, "A has no search space: name an option to tune"),
-        ({"methods": {"A": {"options": "", "space": {"b": {"low": 2, "high": 1}}}}}, "needs low below high"),
-        ({"methods": {"A": {"options": "", "space": {"b": {"low": 0, "high": 1, "log": True}}}}}, "must be above 0"),
-        ({"methods": {"A": {"options": "", "space": {"b": {"low": 0, "choices": [1]}}}}}, "low and high, or choices"),
+        ({"methods": {"A": {"options": "", "space": {"b": {"low": 2, "high": 1}}}}}, "search space of b: "),
+        (
+            {"methods": {"A": {"options": "", "space": {"b": {"low": 0, "high": 1, "log": True}}}}},
+            "search space of b: ",
+        ),
+        ({"methods": {"A": {"options": "", "space": {"b": {"low": 0, "choices": [1]}}}}}, "search space of b: "),
         ({"trails": 3}, "trails"),
     ],
 )
@@ -166,7 +168,7 @@ def test_every_method_has_the_same_budget(
         assert trial["options"]["kind"] in ("x", "y")
     shown = out.read_text()
     assert "* Budget: 4 trials of every method; failed ones count. Seed 0." in shown
-    assert "* Search space of B: `steps` 1 to 9; `kind` one of x, y." in shown
+    assert "* Search space of B: `steps` low 1, high 9; `kind` choices ['x', 'y']." in shown
     assert shown.count("**chosen**") == 2
     assert shown in capsys.readouterr().out
     models = [f.parent.name for f in (folder / "A").glob("*/model")]
@@ -196,7 +198,7 @@ def test_an_interrupted_trial_goes_on(program: Callable[..., list[Sequence[str]]
     first = program(code=143)
     with pytest.raises(SystemExit):
         Search(tuning, "A").work()
-    assert "| 0 | not finished |" in table(tuning, [Search(tuning, "A")])
+    assert "| 0 | not finished |" in table(tuning, {"A": Search(tuning, "A").results()})
     second = program()
     search = Search(tuning, "A")
     search.work()
@@ -210,11 +212,11 @@ def test_failed_trials_count(program: Callable[..., list[Sequence[str]]], tuning
     search = Search(tuning, "A")
     search.work()
     assert len(calls) == 4
-    assert search.best() is None
-    shown = data(tuning, [search])["methods"]["A"]
+    assert search.chosen is None
+    shown = search.results()
     assert {trial["state"] for trial in shown["trials"]} == {"fail"}
     assert "out of luck" in shown["trials"][0]["error"]
-    assert "| A | 4 | none meets the conditions |" in table(tuning, [search])
+    assert "| A | 4 of 4 | none meets the conditions |" in table(tuning, {"A": shown})
 
 
 def test_a_broken_model_is_a_failed_trial(program: Callable[..., list[Sequence[str]]], tuning: Tuning):
@@ -222,7 +224,7 @@ def test_a_broken_model_is_a_failed_trial(program: Callable[..., list[Sequence[s
     search = Search(tuning, "A")
     search.work()
     for trial in search.trials:
-        assert search.note(trial)["error"] == (
+        assert trial.user_attrs.get("error", "") == (
             "forget_quality of the final model is no number" if trial.params["beta"] < 2 else ""
         )
 
@@ -256,7 +258,8 @@ def test_shipped_files(files: list[Path], capsys: pytest.CaptureFixture[str]):
     tuning = read_tuning(files)
     for name, method in tuning.methods.items():
         values = {
-            option: choice.choices[0] if choice.choices else choice.low for option, choice in method.space.items()
+            option: choice["choices"][0] if "choices" in choice else choice["low"]
+            for option, choice in method.space.items()
         }
         with pytest.raises(SystemExit) as stop:
             main(["fit", *tuning.options(name, values, []), "--print_config"])

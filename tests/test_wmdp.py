@@ -16,7 +16,8 @@ from simnpo_pl.benchmarks.demo.muse import write_corpus
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import load_causal_lm, load_tokenizer, save_model
 from simnpo_pl.models.lora import LoraOptions, add_adapter
-from simnpo_pl.studies.harness import Settings, evaluate
+from simnpo_pl.studies import parse
+from simnpo_pl.studies.lm_eval import evaluate
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -180,8 +181,9 @@ def test_accuracy_of_an_adapter(questions: Path, model_folder: Path, tmp_path: P
     for weight in model.parameters():
         weight.data += weight.requires_grad
     save_model(model, load_tokenizer(str(model_folder)), tmp_path / "adapter", merge=False)
-    settings = Settings(("local_choice",), include_path=str(questions), device="cpu")
-    found = evaluate(str(tmp_path / "adapter"), settings)["local_choice"]["acc"]
+    words = ["RUN", "--tasks", "local_choice", "--include_path", str(questions), "--device", "cpu"]
+    folder = str(tmp_path / "adapter")
+    found = evaluate(folder, folder, parse("lm-eval", words))["local_choice"]["acc"]
     assert found == pytest.approx(accuracy(tmp_path / "adapter", questions))
     assert found != pytest.approx(accuracy(model_folder, questions))
 
@@ -206,9 +208,9 @@ def test_unknown_task(wmdp_run: Path, questions: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
-        (["--num_fewshot", "-1"], "--num_fewshot must be at least 0, got -1"),
-        (["--include_path", "/no/such"], "--include_path /no/such is no folder"),
+        (["--batch_size", "0"], "--batch_size: must be at least 1, got 0"),
+        (["--num_fewshot", "-1"], "--num_fewshot: must be at least 0, got -1"),
+        (["--include_path", "/no/such"], "--include_path: /no/such is not a folder"),
     ],
 )
 def test_options(tmp_path: Path, options: list[str], message: str):

@@ -1,16 +1,19 @@
-"""`python -m simnpo_pl`: runs the command line; a mistake of the user is one line and exit code 2."""
+"""`python -m simnpo_pl`: runs the command line; a user's mistake is one line and exit code 2."""
 
 import errno
 import logging
 import os
 import socket
 import sys
+from argparse import ArgumentError
 from collections.abc import Sequence
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from simnpo_pl.studies.commands import COMMANDS
-from simnpo_pl.studies.commands import run as run_command
+from simnpo_pl.studies import COMMANDS
+from simnpo_pl.studies import run as run_command
 from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.files import causes
 
 RUNS = {
     "fit": "evaluate the start model, unlearn, export the model, evaluate it",
@@ -18,8 +21,10 @@ RUNS = {
     "test": "evaluate a model",
     "predict": "write a model's greedy answers",
 }
+ASK_HUB = (*RUNS, "leak", "lm-eval", "perturb", "quantize", "relearn", "task-vector")
+"""Commands that may load a model or data from the hub in this process."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What a disk says that takes no more; libraries raise errors of their own after it."""
+"""Errors of a full or read-only disk; libraries raise other errors after them."""
 HELP = """usage: python -m simnpo_pl COMMAND --config FILE [--config OVERLAY ...] [--OPTION VALUE ...]
 
 Makes a causal language model forget question-answer pairs, and measures what it forgot and what it kept.
@@ -35,11 +40,7 @@ Each command lists its options with --help; start with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: Arguments; None takes those of the process.
-    """
+    """Entry point; None takes the arguments of the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
@@ -54,21 +55,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if debug:
         arguments.remove("--debug")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # torchao, where it is installed, is imported by transformers and lists the kernels it has no use for here.
+    # transformers imports torchao if it is installed, which lists the kernels that it lacks.
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if not hub_has_a_name():
-        # Without network the hub's client would retry for half a minute before it looks into its cache.
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
-        if arguments[0] in COMMANDS:
-            run_command(arguments[0], arguments[1:])
-        elif not arguments[0].startswith("-") and arguments[0] not in RUNS:
-            raise UserError(f"{arguments[0]}: no such command; known are {', '.join((*RUNS, *COMMANDS))}")
-        else:
+        name = arguments[0]
+        if name in ASK_HUB:
+            _go_offline_without_network()
+        if name in COMMANDS:
+            run_command(name, arguments[1:])
+        elif name in RUNS or name.startswith("-"):
             from simnpo_pl.cli.main import run
 
             run(arguments)
+        else:
+            raise UserError(f"{name}: no such command; known are {', '.join((*RUNS, *COMMANDS))}")
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -86,29 +87,28 @@ def usage() -> str:
     return HELP.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in known.items()))
 
 
-def hub_has_a_name() -> bool:
-    """Whether the hub's host name resolves; behind a proxy that is for the proxy to know."""
-    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+def _go_offline_without_network() -> None:
+    """Without network the hub's client retries every file for 24 seconds before it looks into its cache.
+
+    It reads the setting once, when it is imported; so this cannot wait until a model is asked for.
+    """
+    proxies = getproxies()
+    if "https" in proxies or "all" in proxies:
+        return
     try:
-        return bool(socket.getaddrinfo(host, 443))
+        socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname, 443)
     except OSError:
-        return False
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def user_message(error: BaseException) -> str | None:
-    """One line for an error that the user can mend; None for a fault of the program."""
-    from argparse import ArgumentError
-
-    from simnpo_pl.utils.files import causes
-
+    """One line for an error that the user can fix; None for a fault of the program."""
     for seen in causes(error):
         if isinstance(seen, UserError):
             return _line(str(seen))
         if isinstance(seen, OSError) and seen.errno in UNWRITABLE:
             return _unwritten(seen)
-    # Lightning is not imported for its name: a run that fails before has not loaded it either.
+    # Known by its name, since importing Lightning takes seconds.
     if isinstance(error, ArgumentError) or type(error).__name__ == "MisconfigurationException":
         return _line(str(error))
     return _unwritten(error) if isinstance(error, OSError) and error.errno is not None else None

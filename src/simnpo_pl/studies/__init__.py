@@ -1,1 +1,92 @@
-"""What an unlearned model still holds: relearning, quantisation, sampling; each over a finished run."""
+"""Commands over finished runs, and commands that make many runs: a module each, imported when its command is called.
+
+A module has `run(options)`, and its docstring is what `--help` says; the options are in options.py.
+"""
+
+import ast
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from simnpo_pl.studies import options
+from simnpo_pl.utils.errors import UserError
+
+COMMANDS = {
+    "bias": "run the paper's analysis of reference-model bias: runs, tables, figures",
+    "doctor": "show versions, devices, whether the hub answers, and what configs need",
+    "leak": "sample answers of finished runs on the forget rows, and take the best of k",
+    "lm-eval": "accuracy of finished runs on lm-evaluation-harness's tasks, such as wmdp_bio and mmlu",
+    "markov": "compare methods on mixtures of Markov chains, where the right answer is known",
+    "perturb": "average a model's weights with random ones, for a perturbed reference",
+    "quantize": "evaluate finished runs again after their weights were rounded to 8 and 4 bits",
+    "relearn": "relearning attack on finished runs: fine-tune the unlearned model on part of what it forgot",
+    "report": "write a page, Markdown or LaTeX rows over finished runs",
+    "scalability": "MUSE: forget sets of growing size, a run for each",
+    "sustainability": "MUSE: forget sets one after the other, each on the model before",
+    "sweep": "a table of the paper: methods x splits x seeds, shared among workers",
+    "task-vector": "unlearn without training: take off what fine-tuning on the forget rows adds to the weights",
+    "tune": "tune methods with Optuna: an equal number of trials for each, chosen by a stated rule",
+    "weights": "gradient weights over finished runs, against answer length and difficulty: tables, figures",
+}
+"""Name of a command to what it does, in one line."""
+MODULES = {
+    "bias": "commands.bias",
+    "markov": "commands.markov",
+    "perturb": "arithmetic",
+    "report": "commands.report",
+    "scalability": "series",
+    "sustainability": "series",
+    "task-vector": "arithmetic",
+    "weights": "commands.weights",
+}
+"""Module of a command whose module does not have its name."""
+TAKE_FIT_OPTIONS = ("bias", "scalability", "sustainability", "sweep", "tune")
+"""Commands whose unknown arguments are options of `fit`."""
+
+
+class _Formatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    pass
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; --help lists the options")
+
+
+def module_of(name: str) -> str:
+    """Dotted name of a command's module."""
+    return f"{__name__}.{MODULES.get(name, name.replace('-', '_'))}"
+
+
+def parse(name: str, arguments: Sequence[str]) -> Namespace:
+    """Options of a command, `command` its name, `fit` options of `fit`; `UserError` if they are not the command's."""
+    spec = find_spec(module_of(name))
+    assert spec is not None
+    assert spec.origin is not None
+    parser = _Parser(
+        prog=f"python -m simnpo_pl {name}",
+        description=ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))),
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=name)
+    add_arguments = getattr(options, name.replace("-", "_"), None)
+    if add_arguments is None:
+        import_module(module_of(name)).add_arguments(parser)
+    else:
+        add_arguments(parser.add_argument)
+    found, unknown = parser.parse_known_args(arguments)
+    if name in TAKE_FIT_OPTIONS:
+        found.fit = unknown
+    elif unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return found
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Run a command of `COMMANDS`."""
+    found = parse(name, arguments)
+    import_module(module_of(name)).run(found)

@@ -1,7 +1,7 @@
-"""A run of `fit` in a process of its own, made once: finished ones are skipped, interrupted ones go on.
+"""Runs in processes of their own, each made once: finished ones are skipped, interrupted ones resumed.
 
-What makes several runs (a table, a tuning, a series) calls this for each; callers on several machines that share the
-folders may do so at the same time.
+All that makes many runs (sweep, tune, series, bias) calls this for each. Callers on several machines that share the
+folders may do so at the same time: a run is locked while it is made.
 """
 
 import json
@@ -10,20 +10,24 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from simnpo_pl.runs.folder import RESULTS
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, write_json
 
+RESULTS = "results.json"
 MADE_OF = "made_of.json"
-"""In a run's folder: the options and the configs it was begun with."""
+"""In a run's folder: the options and configs it was started with."""
 EVALUATIONS = ".evaluations"
 """In a study's folder: evaluations that its runs share."""
+AFTER = "after.json"
+"""In a run's folder: the commands that ran over it once it was finished."""
 
 
 class RunFailed(UserError):
@@ -31,124 +35,157 @@ class RunFailed(UserError):
 
 
 class Taken(Exception):
-    """Another process is at this run."""
+    """Another process makes this run."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, or a model that runs start from.
+
+    Args:
+        folder: Where it goes.
+        options: Of the command, without `--run_dir`, `--out` and `--ckpt_path`.
+        study: Folder of all runs that share their evaluations of start and retrained models.
+        command: `fit`, `test` or `task-vector`.
+        after: Commands over the finished run, such as an evaluation by another program.
+    """
+
+    folder: Path
+    options: Sequence[str]
+    study: Path
+    command: str = "fit"
+    after: list[list[str]] = field(default_factory=list)
+
+    @property
+    def words(self) -> list[str]:
+        """The command line, without `python -m simnpo_pl`."""
+        target = "--out" if self.command == "task-vector" else "--run_dir"
+        return [self.command, *self.options, target, str(self.folder)]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its own command is done."""
+        if self.command == "task-vector":
+            return self.folder.is_dir()
+        return bool((read_record(self.folder) or {}).get("finished"))
+
+    def remaining(self) -> list[list[str]]:
+        """Command lines that still have to run."""
+        command, *words = self.words
+        if command != "task-vector":
+            # Before the options, so that a folder they give wins.
+            words = ["--eval.cache_dir", str(self.study / EVALUATIONS), *words]
+        if command == "fit":
+            words += ["--ckpt_path", "last"]
+        own = [] if self.is_finished else [[command, *words]]
+        done = self._done()
+        return [*own, *(words for words in self.after if words not in done)]
+
+    def make(self, log: Path | None = None, wait: bool = True) -> None:
+        """Run what remains.
+
+        Args:
+            log: File for the output; None leaves it to the terminal.
+            wait: Whether to wait while another process makes this run.
+
+        Raises:
+            Taken: Another process makes it, and `wait` is false.
+            RunFailed: A command ended with an error.
+            UserError: The folder holds a run with other options.
+            SystemExit: The run was stopped by a signal.
+        """
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder.parent / f".{self.folder.name}.lock", timeout=-1 if wait else 0):
+                if self.command != "task-vector":
+                    self._check_options()
+                for words in self.remaining():
+                    after = words in self.after
+                    _call(self.folder, words, log.with_suffix(".after.txt") if log and after else log)
+                    if after:
+                        write_json(self.folder / AFTER, [*self._done(), words])
+        except Timeout:
+            raise Taken(str(self.folder)) from None
+
+    def _done(self) -> list[list[str]]:
+        return read_json(self.folder / AFTER) if (self.folder / AFTER).is_file() else []
+
+    def _check_options(self) -> None:
+        """Note what a run is made of, and refuse one that was started with something else."""
+        places = [place for place, word in enumerate(self.options[:-1], start=1) if word == "--config"]
+        configs = [_read_config(self.options[place]) for place in places]
+        asked, file = {"options": list(self.options), "configs": configs}, self.folder / MADE_OF
+        if not (self.folder / RESULTS).is_file():
+            write_json(file, asked)
+            return
+        if not file.is_file():
+            raise UserError(f"{self.folder} holds a run that this command did not start; give another folder")
+        known = read_json(file)
+        different = [name for name in asked if known.get(name) != json.loads(json.dumps(asked[name], default=str))]
+        if different:
+            raise UserError(
+                f"{self.folder} holds a run that was begun with other {' and '.join(different)} (see {file}); give "
+                "another folder, or remove this one to make the run again"
+            )
 
 
 def fit_once(
-    folder: Path,
-    options: Sequence[str],
-    study: Path,
-    log: Path | None = None,
-    wait: bool = True,
-    command: str = "fit",
+    folder: Path, options: Sequence[str], study: Path, log: Path | None = None, wait: bool = True
 ) -> dict[str, Any]:
-    """Results of a run; it is made now, or gone on with, unless it is finished.
-
-    Args:
-        folder: Of the run.
-        options: Of the command, without `--run_dir` and `--ckpt_path`.
-        study: Folder of all runs that share their evaluations of start and retrained models.
-        log: File for what the run prints; None leaves that to the terminal.
-        wait: Whether to wait while another process is at this run.
-        command: `fit` or `test`.
-
-    Raises:
-        Taken: Another process is at it, and `wait` is false.
-        RunFailed: The run ended with an error.
-        UserError: The folder holds a run with other options.
-        SystemExit: The run was stopped by a signal.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder.parent / f".{folder.name}.lock", timeout=-1 if wait else 0):
-            _check_options(folder, options)
-            record = read_record(folder)
-            if record is None or not record.get("finished"):
-                # Before the options, so that a folder they give wins.
-                words = [command, "--eval.cache_dir", str(study / EVALUATIONS), *options, "--run_dir", str(folder)]
-                _run(folder, words if command == "test" else [*words, "--ckpt_path", "last"], log)
-                record = read_record(folder)
-            assert record is not None
-            return record
-    except Timeout:
-        raise Taken(str(folder)) from None
+    """Results of a run of `fit`, which is made or resumed first unless it is finished; see `Job.make`."""
+    Job(folder, options, study).make(log, wait)
+    record = read_record(folder)
+    assert record is not None
+    return record
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Content of a run's results; None where there is none yet."""
+    """Content of a run's results; None if it has none yet."""
     file = folder / RESULTS
     return read_json(file) if file.is_file() else None
 
 
-def _check_options(folder: Path, options: Sequence[str]) -> None:
-    """Note what a run is made of, and refuse one that was begun with something else."""
-    file, found = folder / MADE_OF, _made_of(options)
-    if not (folder / RESULTS).is_file():
-        write_json(file, found)
-        return
-    if not file.is_file():
-        raise UserError(f"{folder} holds a run that was not begun by this command; move it or choose another folder")
-    known = read_json(file)
-    different = [name for name in found if known.get(name) != json.loads(json.dumps(found[name], default=str))]
-    if different:
-        raise UserError(
-            f"{folder} holds a run that was begun with other {' and '.join(different)} (see {file}); choose another "
-            "folder, or remove this one to make the run again"
-        )
-
-
-def _made_of(options: Sequence[str]) -> dict[str, Any]:
-    words, configs = list(options), []
-    for position, word in enumerate(words[:-1]):
-        if word == "--config":
-            try:
-                configs.append(yaml.safe_load(Path(words[position + 1]).expanduser().read_text()))
-            except OSError as error:
-                raise UserError(f"cannot read the config {words[position + 1]} ({error.strerror})") from error
-    return {"options": words, "configs": configs}
-
-
-def _run(folder: Path, words: Sequence[str], log: Path | None) -> None:
-    code = start([sys.executable, "-m", "simnpo_pl", *words], log)
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM):
-        print(f"stopped in {folder}; the same command goes on", file=sys.stderr)
-        sys.exit(code if code > 0 else 128 - code)
-    if code:
-        where = "see above" if log is None else f"{_last_words(log)}; its output is in {log}"
-        raise RunFailed(f"the run in {folder} ended with exit code {code}: {where}")
-
-
 def start(command: Sequence[str], log: Path | None = None) -> int:
-    """Run a program to its end; its exit code.
+    """Run a program to its end; its exit code. A signal reaches the program, which saves its state and ends.
 
     Args:
         command: The program and its arguments.
-        log: File for what it prints; None leaves that to the terminal.
+        log: File for its output; None leaves it to the terminal.
     """
-    if log is None:
-        return _wait(subprocess.Popen(command))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
-        return _wait(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT))
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if log is None else log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=None if log is None else subprocess.STDOUT)
+        # An interrupt from a terminal reaches the program by itself, a signal to this process alone does not.
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate()) if main else None
+        try:
+            while True:
+                try:
+                    return process.wait()
+                except KeyboardInterrupt:
+                    continue
+        finally:
+            if main:
+                signal.signal(signal.SIGTERM, before)
 
 
-def _wait(process: subprocess.Popen) -> int:
-    """Exit code of a run. A signal is the run's to handle: it saves its state and ends."""
-    # An interrupt from a terminal reaches the run by itself, a signal to this process alone does not.
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate()) if main else None
+def _call(folder: Path, words: Sequence[str], log: Path | None) -> None:
+    code = start([sys.executable, "-m", "simnpo_pl", *words], log)
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM):
+        print(f"stopped in {folder}; repeat the command to resume", file=sys.stderr)
+        sys.exit(code if code > 0 else 128 - code)
+    if code:
+        reason = "see above"
+        if log is not None:
+            lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            reason = f"{(errors or lines or ['it printed nothing'])[-1]}; its output is in {log}"
+        raise RunFailed(f"{words[0]} in {folder} ended with exit code {code}: {reason}")
+
+
+def _read_config(file: str) -> Any:
     try:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                continue
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _last_words(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or ["it printed nothing"])[-1]
+        return yaml.safe_load(Path(file).expanduser().read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the config {file} ({error.strerror})") from error

@@ -1,4 +1,4 @@
-"""A finished run, opened again: its model and settings for what is done to it afterwards, its results to add to."""
+"""A finished run, loaded again: its model and settings for what is measured afterwards, its results to add to."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,20 +6,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_only
 
 from simnpo_pl.cli.arguments import clear_changed_classes
 from simnpo_pl.cli.main import UnlearningCLI, precision, quiet
-from simnpo_pl.runs.folder import RESULTS
 from simnpo_pl.runs.record import Run, read_runs
+from simnpo_pl.studies.launch import RESULTS
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, write_json
 
 HARDWARE = ("accelerator", "strategy", "devices", "num_nodes", "plugins", "gradient_clip_val", "deterministic")
-"""What a Trainer over a finished run takes from the run's own; how long it trains and logs is the caller's to say."""
+"""Settings of the run's Trainer that a Trainer over the finished run has, too."""
 
 
-class Reopened(UnlearningCLI):
-    """Trainer, module and data of a run, read by the command line; none of its subcommands is carried out."""
+class LoadedRun(UnlearningCLI):
+    """Trainer, module and data of a run, read by the command line; its subcommand does not run."""
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer on the run's devices that writes no files."""
@@ -42,44 +43,39 @@ class Reopened(UnlearningCLI):
 
 
 def finished_runs(folders: list[Path]) -> list[Run]:
-    """Runs with an exported model.
-
-    Raises:
-        UserError: A folder holds no finished run of `fit`.
-    """
+    """Runs with an exported model; `UserError` if a folder holds no finished run of `fit`."""
     runs = read_runs(folders)
     for run in runs:
         if not run.record.get("finished"):
-            raise UserError(f"{run.folder} holds an unfinished run; go on with --run_dir {run.folder} --ckpt_path last")
+            raise UserError(f"{run.folder} holds an unfinished run; resume it: --run_dir {run.folder} --ckpt_path last")
         if not (run.folder / "model").is_dir():
             raise UserError(f"{run.folder} holds no model/; give the folder of a finished fit")
     return runs
 
 
-def reopen(run: Run, *options: str) -> Reopened:
-    """Settings of a run with its exported model in the start model's place.
+def reopen(run: Run, *options: str) -> LoadedRun:
+    """Settings of a run, with its exported model as the start model and the retrained model's rows that it kept.
 
-    Forget quality compares with the retrained model's rows that the run kept.
-
-    Args:
-        run: The finished run.
-        options: Further options of `fit`, which win over the run's.
+    Further options of `fit` win over the run's.
     """
     quiet()
     kept = run.folder / "retrained_rows.jsonl"
     retrained = str(kept) if kept.is_file() else "null"
     arguments = ["fit", "--config", str(run.folder / "config.yaml"), "--model.name", str(run.folder / "model")]
     arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained, *options]
-    return Reopened(clear_changed_classes(arguments))
+    return LoadedRun(clear_changed_classes(arguments))
 
 
+def measure_once(run: Run, group: str, key: str, measure: Callable[..., Any], *settings: Any) -> None:
+    """Add `measure(run, *settings)` to a run's results under `group` and `key`, unless they hold it already."""
+    if key not in run.record.get(group, {}):
+        found = measure(run, *settings)
+        add_results(run, lambda results: results.setdefault(group, {}).update({key: found}))
+
+
+@rank_zero_only
 def add_results(run: Run, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a run's `results.json`, whole or not at all, also where other processes do so at the same time.
-
-    Args:
-        run: The run; its `record` is read anew.
-        change: Adds to the content, in place.
-    """
+    """Change a run's record and its `results.json` in place, atomically, also while other processes do so."""
     file = run.folder / RESULTS
     with FileLock(run.folder / ".results.lock"):
         content = read_json(file)

@@ -1,5 +1,12 @@
-"""Runs over a series of forget sets, one after the other, and what comes of them as a table and a figure."""
+"""MUSE, criteria 5 and 6: a run for every forget set, from the start model (scalability) or the one before it.
 
+Sustainability is the latter: requests to forget that come one after the other.
+
+All other options are those of `fit`, such as --config configs/muse_news.yaml. Finished runs are skipped and interrupted
+ones resume. Written are OUT/1, OUT/2 and so on, table.md, table.json, figure.png.
+"""
+
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,54 +18,31 @@ from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import Writing, write_json, write_text
 
 OWN_OPTIONS = ("--run_dir", "--ckpt_path", "--data.forget_split")
+TITLES = {
+    "scalability": "Scalability: forget sets of growing size",
+    "sustainability": "Sustainability: successive requests to forget",
+}
 
 
-def run_series(out: Path, splits: Sequence[str], fit: Sequence[str], successive: bool) -> list[dict[str, Any]]:
-    """Fit once for every forget set, each run in a process of its own; finished runs are skipped, others resumed.
-
-    Args:
-        out: Holds the run folders `1`, `2` and so on.
-        splits: Forget sets, as `--data.forget_split` takes them.
-        fit: Options of `fit` that all runs share.
-        successive: Whether each run starts from the model of the one before, instead of the same start model.
-
-    Returns:
-        The content of every run's results.
-
-    Raises:
-        UserError: A run fails, its folder holds another one, or an option is this function's to give.
-    """
+def run(options: Namespace) -> None:
     for option in OWN_OPTIONS:
-        if any(word.partition("=")[0] == option for word in fit):
+        if any(word.partition("=")[0] == option for word in options.fit):
             raise UserError(f"{option} is given by this command to each of its runs; leave it out")
-    records = []
-    for count, split in enumerate(splits, start=1):
-        folder = out / str(count)
-        options = [*fit, "--data.forget_split", split]
+    records: list[dict[str, Any]] = []
+    for count, split in enumerate(options.forget, start=1):
+        words = [*options.fit, "--data.forget_split", split]
         if count > 1:
-            options += ["--eval.start", "false"]
-            if successive:
-                options += ["--model.name", str(out / str(count - 1) / "model")]
-        print(f"run {count} of {len(splits)}: {split}", flush=True)
-        records.append(fit_once(folder, options, out))
-    return records
+            words += ["--eval.start", "false"]
+            if options.command == "sustainability":
+                words += ["--model.name", str(options.out / str(count - 1) / "model")]
+        print(f"run {count} of {len(options.forget)}: {split}", flush=True)
+        records.append(fit_once(options.out / str(count), words, options.out))
+    print(write_series(options.out, TITLES[options.command], options.forget, records))
+    print(f"written: {options.out / 'table.md'}, table.json, figure.png")
 
 
 def write_series(out: Path, title: str, splits: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
-    """Write table.md, table.json and figure.png into a folder.
-
-    Args:
-        out: The folder.
-        title: What the series is, in a few words.
-        splits: Forget set of each run.
-        records: Results of each run.
-
-    Returns:
-        The table.
-
-    Raises:
-        UserError: The package that draws is not installed.
-    """
+    """Write table.md, table.json and figure.png into a folder; the table. `splits` and `records` are of each run."""
     rows = [("0", "-", records[0].get("start"))]
     rows += [(str(i), split, r.get("final")) for i, (split, r) in enumerate(zip(splits, records, strict=True), 1)]
     rows.append(("retrained", "-", records[0].get("retrained")))
@@ -76,13 +60,11 @@ def write_series(out: Path, title: str, splits: Sequence[str], records: Sequence
 
 def _draw(file: Path, title: str, steps: Sequence[tuple[int, dict[str, Any]]], names: Sequence[str]) -> None:
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError as error:
         raise UserError(f"a figure needs {error.name}: pip install 'simnpo_pl[report]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.2, 3.6), dpi=200, layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(5.2, 3.6), dpi=200, layout="constrained")
+    axes = figure.subplots()
     for name in names:
         points = [(step, metrics[name]) for step, metrics in steps if metrics.get(name) is not None]
         if points:
@@ -95,4 +77,3 @@ def _draw(file: Path, title: str, steps: Sequence[tuple[int, dict[str, Any]]], n
         axes.legend(fontsize=7)
     with Writing(file) as handle:
         figure.savefig(handle, format="png")
-    plt.close(figure)

@@ -71,7 +71,7 @@ def run(options: Namespace) -> None:
 def _perturbation(runner: "Runner", wanted: "Perturbation", runs: "dict[str, Run]") -> list[str]:
     """A method whose reference is averaged with a random model."""
     from simnpo_pl.studies.analysis import tables
-    from simnpo_pl.studies.commands.perturb import perturb
+    from simnpo_pl.studies.arithmetic import perturb
 
     own = runs[wanted.method]
     folder = runner.out / f"reference-share{wanted.share:g}-seed{wanted.seed}"
@@ -88,7 +88,7 @@ def _memorization(runner: "Runner", wanted: "Memorization", known: "Run", file: 
     from simnpo_pl.studies.analysis import tables
     from simnpo_pl.studies.analysis.figures import START, truth_ratios_of_halves
     from simnpo_pl.studies.analysis.halves import by_order, qualities
-    from simnpo_pl.studies.commands.perturb import perturb
+    from simnpo_pl.studies.arithmetic import perturb
 
     base = wanted.base
     if base is None:

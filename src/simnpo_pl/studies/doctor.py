@@ -1,33 +1,28 @@
-"""What is here: versions, devices, whether the hub answers, and what configs need that is not here yet."""
+"""What is installed and reachable: versions, devices, the hub, and what configs need that is not here yet."""
 
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
+import yaml
+from huggingface_hub import get_token
+from huggingface_hub.constants import HF_HUB_CACHE
+from packaging.requirements import Requirement
+
+from simnpo_pl.studies.options import path
 from simnpo_pl.utils.errors import UserError
 
 NEEDED = ("torch", "lightning", "transformers", "torchmetrics", "datasets", "jsonargparse", "tensorboard")
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
-HUB = "https://huggingface.co"
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Options of the command."""
-    parser.add_argument(
-        "configs", nargs="*", type=Path, metavar="CONFIG", help="configs to look into; default: configs/*.yaml"
-    )
-    parser.add_argument("--timeout", type=float, default=3.0, help="how long to wait for the hub, seconds (default: 3)")
 
 
 def run(options: Namespace) -> None:
-    """Print what is here and what is missing.
-
-    Raises:
-        UserError: A config is not to be read.
-    """
     for title, lines in (
         ("versions", list(_versions())),
         ("devices", list(_devices())),
@@ -40,27 +35,23 @@ def run(options: Namespace) -> None:
 
 
 def _versions() -> Iterator[str]:
-    from importlib.metadata import PackageNotFoundError, metadata, version
-
     yield f"python {sys.version.split()[0]}"
-    yield f"simnpo_pl {version('simnpo_pl')}"
-    for name in NEEDED:
+    for name in ("simnpo_pl", *NEEDED):
         yield f"{name} {version(name)}"
-    extras: dict[str, list[str]] = {}
-    for line in metadata("simnpo_pl").get_all("Requires-Dist") or []:
-        requirement, _, marker = line.partition(";")
-        if "extra ==" in marker:
-            name = requirement.split("[")[0].split(">")[0].split("=")[0].split("<")[0].strip()
-            extras.setdefault(marker.split("extra ==")[1].strip(" '\")("), []).append(name)
-    for extra, names in extras.items():
-        missing = []
-        for name in names:
-            try:
-                version(name)
-            except PackageNotFoundError:
-                missing.append(name)
-        how = f"lacks {', '.join(missing)}: pip install 'simnpo_pl[{extra}]'" if missing else "there"
-        yield f"extra {extra}: {how}"
+    about = metadata("simnpo_pl")
+    requirements = [Requirement(line) for line in about.get_all("Requires-Dist") or []]
+    for extra in about.get_all("Provides-Extra") or []:
+        ours = [one for one in requirements if one.marker and one.marker.evaluate({"extra": extra})]
+        missing = [one.name for one in ours if not _is_installed(one.name)]
+        lacks = f"lacks {', '.join(missing)}: pip install 'simnpo_pl[{extra}]'"
+        yield f"extra {extra}: {lacks if missing else 'installed'}"
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def _devices() -> Iterator[str]:
@@ -68,19 +59,16 @@ def _devices() -> Iterator[str]:
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     yield f"CPU: {os.cpu_count()} cores, {memory:.0f} GiB of memory"
-    for number in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(number)
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
         exact = "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true, no bfloat16"
-        yield f"GPU {number}: {found.name}, {found.total_memory / 2**30:.0f} GiB, default precision {exact}"
+        yield f"GPU {index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, default precision {exact}"
     if not torch.cuda.is_available():
         yield "no GPU that torch can use"
 
 
 def _hub(timeout: float) -> str:
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
-    endpoint = os.environ.get("HF_ENDPOINT", HUB)
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if not endpoint.startswith(("https://", "http://")):
         raise UserError(f"HF_ENDPOINT must be a web address, got {endpoint}")
     try:
@@ -90,17 +78,13 @@ def _hub(timeout: float) -> str:
         state = f"answers with {error.code}"
     except OSError as error:
         state = f"does not answer ({getattr(error, 'reason', error)}): give folders instead of hub ids"
-    from huggingface_hub import get_token
-
     return f"{endpoint} {state}; {'a token is set' if get_token() else 'no token, needed for restricted models only'}"
 
 
 def _configs(files: list[Path]) -> Iterator[str]:
-    import yaml
-
     for file in files:
         try:
-            content = yaml.safe_load(file.expanduser().read_text())
+            content = yaml.safe_load(file.read_text())
         except FileNotFoundError:
             raise UserError(f"{file} does not exist; give a config file") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -127,15 +111,11 @@ def _named(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _where(name: str) -> str:
-    """Whether a folder or hub id is here."""
     if name.startswith("hf://"):
         return "file on the hub"
-    if Path(name).expanduser().exists():
+    if path(name).exists():
         return "here"
     if name.startswith(("/", ".", "~")) or name.count("/") != 1 or Path(name).suffix in FILES:
         return "not here"
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    kinds = ("models", "datasets")
-    cached = any((Path(HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}").is_dir() for kind in kinds)
-    return "in the hub's cache" if cached else "on the hub, not downloaded"
+    folders = [Path(HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}" for kind in ("models", "datasets")]
+    return "in the hub's cache" if any(map(Path.is_dir, folders)) else "on the hub, not downloaded"

@@ -1,0 +1,61 @@
+"""Models made of others by arithmetic on their weights, without training: perturbed references and task vectors.
+
+perturb: (1 - share) * model + share * a model of the same architecture with random weights. The SimNPO paper, figure
+A1, gives NPO such a reference: `fit --model.objective NPO --model.reference FOLDER`. Share 1 is the untrained model.
+
+task-vector (Ilharco et al. 2023, "Editing Models with Task Arithmetic"): start - alpha * (overfit - start). The overfit
+model is the start model fine-tuned on the forget rows alone, for example by
+`fit --config configs/finetune.yaml --data.train_split forget10`.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from simnpo_pl.models.loading import load_causal_lm, load_tokenizer, save_model
+from simnpo_pl.utils.errors import UserError
+
+
+def run(options: Namespace) -> None:
+    if options.out.exists():
+        raise UserError(f"--out: {options.out} exists already; give another folder")
+    if options.command == "perturb":
+        perturb(options.model, options.share, options.seed, options.out)
+        print(f"written: {options.out}, {options.share:g} of it random with seed {options.seed}")
+    else:
+        task_vector(options.start, options.overfit, options.alpha, options.out)
+        print(f"written: {options.out}, {options.start} moved by alpha {options.alpha:g}")
+
+
+def perturb(name: str, share: float, seed: int, out: Path) -> None:
+    """Average a model's weights with a share of random ones, drawn as the architecture initializes them."""
+    model, tokenizer = load_causal_lm(name), load_tokenizer(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = dict(AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).named_parameters())
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            weight.lerp_(drawn[key], share)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, tokenizer, out)
+
+
+def task_vector(start_name: str, overfit_name: str, alpha: float, out: Path) -> None:
+    """Take off what fine-tuning on the forget rows added to the weights."""
+    # A start model may lack a tokenizer; a run's model has one.
+    tokenizer = load_tokenizer(overfit_name)
+    start, overfit = load_causal_lm(start_name), load_causal_lm(overfit_name)
+    weights = dict(overfit.named_parameters())
+    shapes = [{(name, tuple(w.shape)) for name, w in model.named_parameters()} for model in (start, overfit)]
+    if different := sorted(shapes[0] ^ shapes[1]):
+        raise UserError(
+            f"--start {start_name} and --overfit {overfit_name} differ in {different[0][0]}: the overfit model must be "
+            "the start model fine-tuned"
+        )
+    with torch.no_grad():
+        for name, weight in start.named_parameters():
+            weight.sub_(weights[name] - weight, alpha=alpha)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_model(start, tokenizer, out)

@@ -1,0 +1,136 @@
+"""Options of the commands, apart from their modules: mistakes and `--help` are answered before torch is imported."""
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from math import inf, isfinite
+from pathlib import Path
+
+SHARES = ("raw/forget[:25%]", "raw/forget[:50%]", "raw/forget[:75%]", "raw/forget")
+PARTS = ("raw/forget[:25%]", "raw/forget[25%:50%]", "raw/forget[50%:75%]", "raw/forget[75%:]")
+
+
+def number(
+    kind: type[int] | type[float], *, least: float = -inf, above: float = -inf, most: float = inf
+) -> Callable[[str], float]:
+    """Type of a finite number within bounds."""
+    named = {"at least": least, "above": above, "at most": most}
+    bounds = " and ".join(f"{words} {bound}" for words, bound in named.items() if isfinite(bound))
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not (isfinite(value) and value > above and least <= value <= most):
+            raise ArgumentTypeError(f"must be {bounds}, got {text}")
+        return value
+
+    read.__name__ = "whole number" if kind is int else "number"
+    return read
+
+
+Add = Callable[..., object]
+"""`ArgumentParser.add_argument`."""
+at_least_1 = number(int, least=1)
+at_least_0 = number(int, least=0)
+above_0 = number(float, above=0)
+
+
+def path(text: str) -> Path:
+    """Type of a file or folder, with `~` as the home folder."""
+    return Path(text).expanduser()
+
+
+def names(text: str) -> list[str]:
+    """Type of names joined by commas."""
+    return [name for name in text.replace(" ", "").split(",") if name]
+
+
+def shard(text: str) -> slice:
+    """Type of a worker's share, such as 0/8: every 8th run, from the first."""
+    first, _, workers = text.partition("/")
+    if not (first.isdigit() and workers.isdigit() and int(first) < int(workers)):
+        raise ArgumentTypeError(f"must be I/N with I from 0 to N - 1, such as 0/8, got {text}")
+    return slice(int(first), None, int(workers))
+
+
+def doctor(add: Add) -> None:
+    add("configs", nargs="*", type=path, metavar="CONFIG", help="instead of configs/*.yaml")
+    add("--timeout", type=above_0, default=3.0, help="wait for the hub, seconds")
+
+
+def leak(add: Add) -> None:
+    add("runs", nargs="+", type=path, metavar="RUN", help="folders of finished runs")
+    add("--k", type=at_least_1, default=16, help="answers drawn for each row")
+    add("--temperature", type=above_0, default=1.0, help="of the softmax; greedy answers: predict")
+    add("--seed", type=at_least_0, default=0, help="of all draws")
+
+
+def lm_eval(add: Add) -> None:
+    add("runs", nargs="+", type=path, metavar="RUN", help="folders of finished runs")
+    add("--tasks", required=True, type=names, help="the harness's tasks or groups, joined by commas: wmdp_bio,mmlu")
+    add("--include_path", type=path, metavar="FOLDER", help="custom tasks, as the harness's YAML")
+    add("--start", action="store_true", help="measure each run's start model, too")
+    add("--num_fewshot", type=at_least_0, help="examples before a question, instead of the task's")
+    add("--limit", type=at_least_1, help="only the first questions of each task, to try it")
+    add("--batch_size", type=at_least_1, default=8, help="questions at a time")
+    add("--device", metavar="NAME", help="such as cuda:0 or cpu, instead of a GPU if there is one")
+    add("--dtype", default="auto", help="type of the weights; auto: that of the saved model")
+
+
+def perturb(add: Add) -> None:
+    add("model", metavar="MODEL", help="hub id or folder")
+    add("--share", type=number(float, least=0, most=1), default=0.5, help="of the random model's weights, 0 to 1")
+    add("--seed", type=at_least_0, default=0, help="of the random weights")
+    add("--out", required=True, type=path, metavar="FOLDER", help="new folder of the model")
+
+
+def quantize(add: Add) -> None:
+    add("runs", nargs="+", type=path, metavar="RUN", help="folders of finished runs")
+    add("--bits", nargs="+", type=int, choices=(8, 4), default=(8, 4), help="bits of a weight")
+    add("--group_size", type=at_least_1, default=32, help="weights that share a scale at 4 bits")
+
+
+def relearn(add: Add) -> None:
+    subsets = ("shortest", "random")
+    what = "rows to relearn: those with the shortest answers, in tokens, or a random draw"
+    add("runs", nargs="+", type=path, metavar="RUN", help="folders of finished runs")
+    add("--subset", nargs="+", choices=subsets, default=subsets, help=what)
+    add("--share", type=number(float, above=0, most=1), default=0.2, help="part of the forget rows")
+    add("--epochs", type=at_least_1, default=3, help="passes over these rows")
+    add("--lr", type=above_0, default=1e-5, help="learning rate at the start")
+    add("--repeats", type=at_least_1, default=5, help="random draws")
+    add("--seed", type=at_least_0, default=0, help="seed of the first draw")
+
+
+def scalability(add: Add) -> None:
+    what = "forget sets of growing size; MUSE-News has scal/forget_1 to scal/forget_4"
+    add("--out", required=True, type=path, metavar="FOLDER", help="where the runs and the table go")
+    add("--forget", nargs="+", default=SHARES, metavar="SPLIT", help=what)
+
+
+def sustainability(add: Add) -> None:
+    what = "what each request asks to forget; MUSE-News has sust/forget_1 to sust/forget_4"
+    add("--out", required=True, type=path, metavar="FOLDER", help="where the runs and the table go")
+    add("--forget", nargs="+", default=PARTS, metavar="SPLIT", help=what)
+
+
+def sweep(add: Add) -> None:
+    add("files", nargs="+", type=path, metavar="FILE", help="sweep file, and files that change it")
+    add("-o", "--out", type=path, metavar="FILE", help="Markdown file for the table")
+    add("--folder", help="where the runs go, instead of the sweep's")
+    add("--shard", type=shard, default="0/1", metavar="I/N", help="only every Nth run, from the Ith, counted from 0")
+    add("--table", action="store_true", help="only the table of the finished runs")
+    add("--list", action="store_true", help="only print the command of every run")
+
+
+def task_vector(add: Add) -> None:
+    add("--start", required=True, metavar="MODEL", help="start model: hub id or folder")
+    add("--overfit", required=True, metavar="MODEL", help="start model fine-tuned on the forget rows")
+    add("--alpha", type=number(float, least=0), default=1.0, help="length of the step")
+    add("--out", required=True, type=path, metavar="FOLDER", help="new folder of the model")
+
+
+def tune(add: Add) -> None:
+    add("files", nargs="+", type=path, metavar="FILE", help="tuning file, and files that change it")
+    add("-o", "--out", type=path, metavar="FILE", help="Markdown file for the table of all trials")
+    add("--folder", help="where the runs go, instead of the tuning's")
+    add("--methods", nargs="+", metavar="NAME", help="only these methods")
+    add("--table", action="store_true", help="only the table of the trials so far")
