@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
@@ -185,31 +186,37 @@ def beyond_ascii(rows: list[dict[str, Any]], score: str, stem: bool) -> list[flo
 
 
 def on_second_device(function: Callable[..., Any], *args: Any) -> tuple[int, str]:
-    """Call a function where there is the second device: in a forked process, since the device changes torch.
+    """Call a function of a module where there is the second device: in a process of its own, since it changes torch.
+
+    The process is forked from one that has imported all, but has run no backward pass: autograd's threads are counted
+    at the first one, and would be too few for another device.
 
     Returns:
         Exit code, and what was printed.
     """
-    with tempfile.TemporaryFile("w+") as output:
-        child = os.fork()
-        if child == 0:
-            code: Any = 70
-            try:
-                sys.stdout = sys.stderr = output
-                import second_device  # noqa: F401
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["simnpo_pl.cli.main", "simnpo_pl.benchmarks", "tensorboard"])
+    with tempfile.NamedTemporaryFile("r") as output:
+        child = context.Process(target=_on_second_device, args=(output.name, function, args))
+        child.start()
+        child.join()
+        return child.exitcode or 0, output.read()
 
-                function(*args)
-                code = 0
-            except SystemExit as stop:
-                code = stop.code or 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                output.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        output.seek(0)
-        return os.waitstatus_to_exitcode(status), output.read()
+
+def _on_second_device(output: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    code: Any = 70
+    with open(output, "w") as file:
+        sys.stdout = sys.stderr = file
+        try:
+            import second_device  # noqa: F401
+
+            function(*args)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+    os._exit(code)
 
 
 def command_on_gpu(arguments: list[str]) -> None:

@@ -14,13 +14,17 @@ import yaml
 from simnpo_pl.__main__ import main
 from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.runs.record import Run
+from simnpo_pl.studies import bias, weights
 from simnpo_pl.studies import launch as fit_once
-from simnpo_pl.studies.analysis import weights as analysis
-from simnpo_pl.studies.analysis.halves import by_length, by_order, qualities
-from simnpo_pl.studies.analysis.study import read_study
+from simnpo_pl.studies.halves import by_length, by_order, qualities
+from simnpo_pl.studies.plans import read_plan
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+
+
+def read_study(file: Path) -> bias.Study:
+    return read_plan([file], bias.Study, bias.EXAMPLE)
 
 
 def run_of(folder: Path, weights: list[dict[str, Any]], **rows: list[dict[str, Any]]) -> Run:
@@ -43,36 +47,37 @@ def weight_row(index: int, length: int, weight: float, logp: float = -1.0, epoch
 
 def test_pearson():
     """x 0, 1, 2 and y 0, 1, 0 about their means: covariance 0. x 1, 2, 3 and y 1, 3, 2: 1 / sqrt(2 * 2)."""
-    assert analysis.pearson([0, 1, 2], [0, 1, 0]).r == pytest.approx(0, abs=1e-12)
-    found = analysis.pearson([1, 2, 3], [1, 3, 2])
+    assert weights.pearson([0, 1, 2], [0, 1, 0]).r == pytest.approx(0, abs=1e-12)
+    found = weights.pearson([1, 2, 3], [1, 3, 2])
     assert found.r == pytest.approx(0.5)
     assert found.n == 3
-    assert math.isnan(analysis.pearson([7, 7, 7], [1, 2, 3]).r)
-    assert math.isnan(analysis.pearson([1, 2], [1, 2]).r)
+    assert math.isnan(weights.pearson([7, 7, 7], [1, 2, 3]).r)
+    assert math.isnan(weights.pearson([1, 2], [1, 2]).r)
 
 
 def test_summary_of_an_epoch(tmp_path: Path):
     """Weights 1, 3, 2 at lengths 1, 2, 3; the epoch after has none of the rows asked for."""
     rows = [weight_row(i, n, w) for i, (n, w) in enumerate([(1, 1.0), (2, 3.0), (3, 2.0)])]
     run = run_of(tmp_path, [*rows, weight_row(0, 1, 0.5, epoch=2)])
-    (found,) = analysis.summaries(run, [1, 7])
-    assert (found.epoch, found.mean, found.low, found.high) == (1, 2.0, 1.0, 3.0)
-    assert found.with_length.r == pytest.approx(0.5)
-    assert found.with_difficulty is None
-    assert [s.epoch for s in analysis.summaries(run, [9])] == [2]
+    assert list(weights.chosen_epochs(run, [1, 7])) == [1]
+    assert list(weights.chosen_epochs(run, [9])) == [2]
+    (line,) = weights.table([run], [1, 7]).splitlines()[2:]
+    # p is 2/3: Student's t of 1 / sqrt(3) with one degree of freedom.
+    assert line.startswith("| run | 1 | 3 | 2 (1 to 3) | 0.50 (p 0.667) | ")
+    assert line.endswith(" | - |")
 
 
 def test_no_weights(tmp_path: Path):
     with pytest.raises(UserError, match="holds no gradient weights; give a run of fit whose objective reads whole"):
-        analysis.weights_by_epoch(run_of(tmp_path, []))
+        weights.weights_by_epoch(run_of(tmp_path, []))
 
 
 def test_metric_by_epoch(tmp_path: Path):
     """The start model is epoch 0; an epoch that could not be measured is left out."""
     epochs = [{"epoch": 1, "metrics": {"model_utility": 0.5}}, {"epoch": 2, "metrics": {"model_utility": None}}]
     run = Run("run", tmp_path, {"start": {"metrics": {"model_utility": 0.9}}, "epochs": epochs})
-    assert analysis.metric_by_epoch(run, "model_utility") == {0: 0.9, 1: 0.5}
-    assert analysis.metric_by_epoch(run, "forget_quality") == {}
+    assert weights.metric_by_epoch(run, "model_utility") == {0: 0.9, 1: 0.5}
+    assert weights.metric_by_epoch(run, "forget_quality") == {}
 
 
 def start_row(index: int, nll: float | None, split: str = "forget") -> dict[str, Any]:
@@ -94,7 +99,7 @@ def test_difficulty_is_the_start_models_loss(
 ):
     """Row 0 is in the first step, with loss 1 / 2; row 1 in the second, where the policy has moved already."""
     run = run_of(tmp_path, [weight_row(0, 2, 1.0), weight_row(1, 2, 1.0, logp=-3.0, step=2)], start_rows=start)
-    assert analysis.difficulty(run) == expected
+    assert weights.difficulty(run) == expected
 
 
 def test_halves_by_length(tmp_path: Path):
@@ -189,19 +194,19 @@ STUDY = "fit: --model.lr 1\nmethods: {A: ''}\n"
     [
         (STUDY + "ablation: {method: B, beta: [1], gamma: [0]}", "B is no method of the study; it has A"),
         (STUDY + "ablation: {method: A, beta: [], gamma: [0]}", "an ablation needs values of beta and of gamma"),
-        (STUDY + "ablation: {method: A, beta: [x], gamma: [0]}", "study.yaml is no study .*beta"),
-        (STUDY + "betas: [1]", "study.yaml is no study .*betas"),
+        (STUDY + "ablation: {method: A, beta: [x], gamma: [0]}", "study.yaml: .*beta"),
+        (STUDY + "betas: [1]", "study.yaml: .*betas"),
         ("fit: ''\nmethods: {}", "a study needs methods, and epochs to show"),
-        ("methods: [A]", "study.yaml is no study"),
-        ("[1, 2]", "study.yaml is no study"),
-        ("a: [", "study.yaml is no study"),
+        ("methods: [A]", "study.yaml"),
+        ("[1, 2]", "study.yaml"),
+        ("a: [", "study.yaml"),
     ],
 )
 def test_bad_studies(content: str, message: str, tmp_path: Path):
     (tmp_path / "study.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         read_study(tmp_path / "study.yaml")
-    with pytest.raises(UserError, match=r"cannot read the study .*none.yaml .*: name one of configs/analysis"):
+    with pytest.raises(UserError, match=r"cannot read .*none.yaml .*: give a file such as configs/analysis"):
         read_study(tmp_path / "none.yaml")
 
 
@@ -288,7 +293,7 @@ def test_memorization_and_ablation(
 
 @pytest.mark.parametrize("words", [["weights", "run"], ["bias", "study.yaml"]], ids=["weights", "bias"])
 def test_no_figures_without_libraries(words: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("simnpo_pl.studies.analysis.figures.find_spec", lambda name: None)
+    monkeypatch.setattr("simnpo_pl.report.drawing.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"figures need matplotlib: pip install 'simnpo_pl\[report\]'"):
         main([*words, "--out", "x", "--debug"])
 

@@ -14,7 +14,7 @@ from simnpo_pl.benchmarks.markov import models, process
 from simnpo_pl.benchmarks.markov.process import CHAINS, TRANSITIONS, bayes_floors, sample
 from simnpo_pl.models.logprobs import AnswerLogps, divergence
 from simnpo_pl.objectives import ForgetInputs, LengthNormalisedNPO, ReferenceFreeNPO
-from simnpo_pl.studies.analysis import markov, markov_report
+from simnpo_pl.studies import markov
 
 TINY = models.Size(sequences=80, width=8, epochs=1, test_rows=4)
 
@@ -102,7 +102,7 @@ def test_models_know_what_they_saw(tmp_path: Path):
     models.prepare(tmp_path, size, 20, knows_forget2=False, seed=0)
     data = MarkovData(str(tmp_path), forget2_length=20)
     data.size = size
-    from simnpo_pl.studies.analysis.markov_run import measure_once
+    from simnpo_pl.studies.markov import measure_once
 
     start, retrained = (measure_once(str(tmp_path / name), data) for name in ("start", "retrained"))
     assert start["retain"] < 0.08
@@ -115,7 +115,7 @@ def test_models_know_what_they_saw(tmp_path: Path):
 
 def test_every_method_sees_the_same_batches(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from simnpo_pl.module.unlearning import UnlearningModule
-    from simnpo_pl.studies.analysis.markov_run import unlearn
+    from simnpo_pl.studies.markov import unlearn
 
     seen: list[list[int]] = []
     usual = UnlearningModule.losses
@@ -151,10 +151,9 @@ def test_level_between_evaluations():
 def test_command(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """In this process, with tiny models and two steps; a second call takes up the results, another study is refused."""
     monkeypatch.setitem(markov.SETTINGS, "small", markov.Setting(steps=2))
-    monkeypatch.setattr(markov, "LENGTHS", (5, 20))
 
-    def study(folder: Path, setting: markov.Setting, seeds: list[int], processes: int, done: object) -> list:
-        return [markov._one(folder, setting, length, seed) for seed in seeds for length in markov.LENGTHS]
+    def study(folder: Path, setting: markov.Setting, seeds: list[int], processes: int) -> list:
+        return [markov.compare(folder, setting, length, seed) for seed in seeds for length in markov.LENGTHS]
 
     monkeypatch.setattr(markov, "study", study)
     out = tmp_path / "study"
@@ -168,8 +167,8 @@ def test_command(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     main(["markov", "--out", str(out), "--seeds", "7"])
     for options, message in (
         (["--out", str(out), "--seeds", "8"], "holds a study of other settings or seeds"),
-        (["--seeds", "1", "1"], "--seeds must be different numbers"),
-        (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["--seeds", "1", "1"], "--seeds: must be different numbers"),
+        (["--processes", "0"], "--processes: must be at least 1, got 0"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["markov", *options])
@@ -186,7 +185,7 @@ def test_won_seeds():
 
         return {"methods": {m: curve(ours if m.startswith("SimNPO") else 0.2) for m in markov.METHODS}}
 
-    assert markov_report._won([run(0.3), run(0.1)], "forget1") == "on 1 of 2 seeds."
+    assert markov.won([run(0.3), run(0.1)], "forget1") == "on 1 of 2 seeds."
 
 
 def test_fit_by_config(tiny: None, tmp_path: Path):

@@ -159,9 +159,9 @@ def test_fit(muse_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("objective", ["NPO", "SimNPORawLogits"])
 def test_other_objectives(muse_options: list[str], tmp_path: Path, objective: str):
-    """Also a row a document, and one batch."""
+    """Also a row a document, and one optimizer step."""
     options = ["--model.objective", objective, "--data.rows", "documents", "--data.max_length", "128"]
-    options += ["--trainer.limit_train_batches", "1", "--trainer.max_epochs", "1", "--eval.start", "false"]
+    options += ["--trainer.limit_train_batches", "2", "--trainer.max_epochs", "1", "--eval.start", "false"]
     main(["fit", *muse_options, *options, "--run_dir", str(tmp_path / "run"), "--export.best", "null", "--debug"])
     assert results(tmp_path / "run")["finished"]
 

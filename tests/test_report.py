@@ -13,7 +13,8 @@ import pytest
 from scipy.stats import ks_2samp
 
 from simnpo_pl.__main__ import main
-from simnpo_pl.report import series, words
+from simnpo_pl.metrics.titles import TITLES, Title, title_of
+from simnpo_pl.report import figures, words
 from simnpo_pl.runs.record import Run, read_runs
 
 HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.taken = 2'> =1+1 | & % _"
@@ -107,10 +108,8 @@ def attacked(folder: Path) -> Path:
 
 def test_attacks_are_shown(tmp_path: Path):
     """By hand: two draws of 0.4 and 0.6 have mean 0.5 and standard deviation 0.1414."""
-    from simnpo_pl.report.figures import figures
-
     run = read_runs([attacked(tmp_path / "attacked")])[0]
-    shown = {figure["id"]: figure["figure"]["data"] for figure in figures([run])}
+    shown = {figure["id"]: figure["figure"]["data"] for figure in figures.figures([run])}
     assert shown["relearn-probability"][0]["y"] == pytest.approx([0.2, 0.5])
     assert shown["relearn-probability"][0]["error_y"]["array"] == pytest.approx([0, 0.1414], abs=1e-4)
     assert [bar["y"] for bar in shown["quantized"]] == [[0.2, 0.3], [0.5, 0.4]]
@@ -132,9 +131,8 @@ def test_columns_are_those_measured(runs: list[Path], tmp_path: Path):
     """All six attacks are columns where there are values, on the page, in Markdown and in LaTeX."""
     from simnpo_pl.metrics.membership import ATTACKS
 
-    assert [column.key for column in words.ATTACKS] == list(ATTACKS)
-    shown = [column.key for column in words.measured(read_runs(runs))]
-    assert shown == [
+    assert [name for name in TITLES if name.startswith("mia_")] == list(ATTACKS)
+    assert words.measured(read_runs(runs)) == [
         "forget_quality",
         "forget_quality/log10_p",
         "model_utility",
@@ -143,14 +141,25 @@ def test_columns_are_those_measured(runs: list[Path], tmp_path: Path):
     ]
     found = {name: 0.1 * number for number, name in enumerate(ATTACKS, start=1)}
     attacked = write_run(tmp_path / "attacked", 0.5, 0.5, final={"metrics": {**found, "privleak": None}})
-    assert [c.title for c in words.measured(read_runs([attacked]))][-7:-1] == [c.title for c in words.ATTACKS]
+    assert words.measured(read_runs([attacked]))[-7:-1] == list(ATTACKS)
     out = [str(tmp_path / name) for name in ("report.html", "report.md", "rows.tex")]
     main(["report", str(runs[0]), str(attacked), "-o", *out])
     for file in out:
         text = Path(file).read_text()
-        assert all(column.title in text for column in words.ATTACKS)
+        assert all(title_of(name).short in text for name in ATTACKS)
         assert "0.6" in text
         assert "PrivLeak" not in text.split("<script")[0]
+
+
+def test_title_of_a_custom_metric():
+    class Politeness:
+        title = "politeness"
+        unit = "%"
+        higher_is_better = True
+
+    assert title_of("forget/polite", Politeness) == Title("forget/polite", "politeness", "%", True)
+    assert title_of("forget/polite") == Title("forget/polite", "forget/polite")
+    assert title_of("forget_quality", Politeness) is TITLES["forget_quality"]
 
 
 def test_summary_in_words(runs: list[Path]):
@@ -174,7 +183,7 @@ def test_summary_of_an_unfinished_run_and_of_an_evaluation(tmp_path: Path):
 
 
 def test_trade_off(runs: list[Path]):
-    points = series.path_of(read_runs(runs)[0])
+    points = figures.path_of(read_runs(runs)[0])
     assert [p.label for p in points] == ["epoch 1", "epoch 2", "exported, epoch 2"]
     assert [p.utility for p in points] == [0.6, 0.55, 0.55]
     assert points[-1].log10_p == pytest.approx(math.log10(0.2))
@@ -183,15 +192,15 @@ def test_trade_off(runs: list[Path]):
 @pytest.mark.parametrize("other", [[0.3, 0.4, 2.0], [1.0], [5.0, 6.0, 7.0, 8.0]])
 def test_gap_is_the_ks_statistic(other: list[float]):
     sample = [0.1, 0.35, 0.9, 1.0]
-    gap = series.largest_gap(sample, other)
+    gap = figures.largest_gap(sample, other)
     assert gap.high - gap.low == pytest.approx(ks_2samp(sample, other).statistic)
 
 
 def test_distribution_and_quartiles(runs: list[Path]):
     """Weights 0 to 4: quartiles 1, 2 and 3."""
-    assert series.distribution([3.0, 1.0]) == ([1.0, 3.0], [0.5, 1.0])
-    assert series.weight_quartiles(read_runs(runs)[0].weights) == [(1, 1.0, 2.0, 3.0)]
-    assert series.weight_quartiles([{"epoch": 2, "weight": 0.5}]) == [(2, 0.5, 0.5, 0.5)]
+    assert figures.distribution([3.0, 1.0]) == ([1.0, 3.0], [0.5, 1.0])
+    assert figures.weight_quantiles(read_runs(runs)[0].weights) == {1: [1.0, 2.0, 3.0]}
+    assert figures.weight_quantiles([{"epoch": 2, "weight": 0.5}]) == {2: [0.5, 0.5, 0.5]}
 
 
 class Tags(HTMLParser):
@@ -226,7 +235,7 @@ def test_markdown_and_latex(runs: list[Path], tmp_path: Path):
     main(["report", *folders, "-o", str(tmp_path / "report.md"), str(tmp_path / "rows.tex")])
     text = (tmp_path / "report.md").read_text()
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert table[0] == "| run | model | n | forget quality | log10 p | model utility | forget P | retain P |"
+    assert table[0] == "| run | model | n | forget quality | log10 p | model utility | forget prob. | retain prob. |"
     assert table[2] == "| one | unlearned | 6 | 0.2 | -0.699 | 0.55 | 0.2 | 0.9 |"
     assert table[8].startswith("| a_b\\|c | unlearned |")
     for name in ("trade_off", "truth_ratios"):
@@ -303,8 +312,8 @@ def test_page_in_a_browser(browser: Any, runs: list[Path], tmp_path: Path):
 
     assert len(browser.find_elements(By.CSS_SELECTOR, ".plot .main-svg")) >= 4
 
-    heading = next(h for h in browser.find_elements(By.CSS_SELECTOR, "th button") if h.text == "forget P")
-    column = texts("th button").index("forget P")
+    heading = next(h for h in browser.find_elements(By.CSS_SELECTOR, "th button") if h.text == "forget prob.")
+    column = texts("th button").index("forget prob.")
     cells = f"tbody td:nth-child({column + 1})"
     heading.click()
     rising = [float(t) for t in texts(cells)]

@@ -61,9 +61,10 @@ def test_commands_are_understood(script: ModuleType):
 
 
 def test_study_of_the_page():
-    from simnpo_pl.studies.analysis.study import read_study
+    from simnpo_pl.studies.bias import Study
+    from simnpo_pl.studies.plans import read_plan
 
-    study = read_study(ROOT / "configs" / "analysis" / "bias_forget05.yaml")
+    study = read_plan([ROOT / "configs" / "analysis" / "bias_forget05.yaml"], Study, "")
     assert list(study.methods) == ["SimNPO", "NPO"]
     assert study.ablation is not None
     assert 0 in study.ablation.gamma

@@ -83,17 +83,18 @@ class TestSecondDevice(DeviceChecks):
                 assert 0 < count <= bound, (kind, count, lines)
 
 
+def compare(folders: list[Path]) -> None:
+    """Print what differs from the CPU, by objective."""
+    import second_device
+
+    step = Step(folders)
+    print(json.dumps({name: step.differences(second_device.DEVICE, name) for name in NAMES}))
+
+
 @pytest.fixture(scope="module")
 def differences(make_model: Callable[..., Path]) -> dict[str, str]:
     """Objective to what differs from the CPU, found in one process."""
-    step = Step([make_model(seed, num_hidden_layers=1) for seed in range(3)])
-
-    def compare() -> None:
-        import second_device
-
-        print(json.dumps({name: step.differences(second_device.DEVICE, name) for name in NAMES}))
-
-    code, text = on_second_device(compare)
+    code, text = on_second_device(compare, [make_model(seed, num_hidden_layers=1) for seed in range(3)])
     assert code == 0, text
     return json.loads(text.splitlines()[-1])
 

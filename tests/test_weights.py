@@ -182,9 +182,10 @@ def test_one_line_a_row_and_epoch(npo_rows: Path):
 
 
 def test_weights_follow_from_the_written_log_probs(cli: CLI, tmp_path: Path):
-    cli("fit", *QUICK, "--run_dir", str(tmp_path / "run"), "--model.objective.beta", "3", "--trainer.max_epochs", "1")
+    settings = ("--model.objective.beta", "3", "--model.objective.gamma", "0.5")
+    cli("fit", *QUICK, "--run_dir", str(tmp_path / "run"), *settings, "--trainer.max_epochs", "1")
     for row in read(tmp_path / "run"):
-        power = math.exp(3 * row["logp"] / row["length"])
+        power = math.exp(3 * row["logp"] / row["length"] + 0.5)
         assert row["weight"] == pytest.approx(2 / row["length"] * power / (1 + power), rel=1e-4)
 
 

@@ -1,211 +1,242 @@
-"""Interactive figures of the page; colours of text and grid are the page's, which knows light from dark."""
+"""Figures of a report in plotly's JSON: the page shows them, and `paper` draws the same curves with matplotlib."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import plotly.graph_objects as go
+import numpy as np
 
-from simnpo_pl.report import attacks, series
-from simnpo_pl.report.palette import GREY, colour
-from simnpo_pl.runs.record import Run
+from simnpo_pl.metrics.titles import title_of
+from simnpo_pl.report import robustness
+from simnpo_pl.runs.record import Row, Run
+
+PALETTE = ("#3b82c4", "#d9822b", "#3a9d5d", "#b5539c", "#c0504d", "#7a6cc7", "#4f9292", "#a88b2c")
+"""Readable on white and on black; a run has the same color in every figure."""
+GREY = "#8a8a8a"
+"""Color of the start and retrained models."""
+LOG10_005 = math.log10(0.05)
+Trace = dict[str, Any]
+"""A curve, as plotly has it."""
+
+
+class Point(NamedTuple):
+    label: str
+    utility: float
+    log10_p: float
+
+
+class Gap(NamedTuple):
+    """Where two empirical distribution functions differ most; `high - low` is the KS statistic."""
+
+    at: float
+    low: float
+    high: float
+
+
+def color(number: int) -> str:
+    """Color of the run with this number."""
+    return PALETTE[number % len(PALETTE)]
+
+
+def path_of(run: Run) -> list[Point]:
+    """Model utility and log10 of forget quality after each evaluated epoch, those of the exported model last."""
+    exported = run.record.get("exported_epoch")
+    last = "final" if exported is None else f"exported, epoch {exported}"
+    models = [*((f"epoch {epoch}", metrics) for epoch, metrics in run.epochs), (last, run.metrics("final"))]
+    return [point for label, metrics in models if (point := _point(label, metrics))]
+
+
+def _point(label: str, metrics: dict[str, float]) -> Point | None:
+    utility, log10_p = metrics.get("model_utility"), metrics.get("forget_quality/log10_p")
+    return None if utility is None or log10_p is None else Point(label, utility, log10_p)
+
+
+def truth_ratios(rows: Sequence[Row]) -> list[float]:
+    """Finite truth ratios of the forget rows."""
+    found = [row.get("truth_ratio") for row in rows if row["split"] == "forget"]
+    return [value for value in found if value is not None and math.isfinite(value)]
+
+
+def distribution(values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Empirical distribution function: sorted values, and the share of values up to each."""
+    return sorted(values), [(i + 1) / len(values) for i in range(len(values))]
+
+
+def largest_gap(one: Sequence[float], other: Sequence[float]) -> Gap:
+    """Where the distribution functions of two samples differ most.
+
+    Example:
+        >>> largest_gap([1.0, 2.0], [2.0, 3.0])
+        Gap(at=1.0, low=0.0, high=0.5)
+    """
+    places = np.unique([*one, *other])
+    shares = np.stack([np.searchsorted(np.sort(s), places, side="right") / len(s) for s in (one, other)])
+    at = np.abs(shares[0] - shares[1]).argmax()
+    return Gap(places[at].item(), *np.sort(shares[:, at]).tolist())
+
+
+def weight_quantiles(rows: Sequence[Row], shares: Sequence[float] = (0.25, 0.5, 0.75)) -> dict[int, list[float]]:
+    """Quantiles of the rows' gradient weights in each epoch."""
+    by_epoch: dict[int, list[float]] = {}
+    for row in rows:
+        by_epoch.setdefault(row["epoch"], []).append(row["weight"])
+    return {epoch: np.quantile(weights, shares).tolist() for epoch, weights in sorted(by_epoch.items())}
+
+
+def _figure(
+    traces: Sequence[Trace], x: str, y: str, x_axis: dict | None = None, y_axis: dict | None = None, **layout: Any
+) -> dict[str, Any]:
+    """Curves that have points, with the axes' titles."""
+    axes = {"xaxis": {"title": {"text": x}, **(x_axis or {})}, "yaxis": {"title": {"text": y}, **(y_axis or {})}}
+    return {"data": [trace for trace in traces if trace["x"]], "layout": {**axes, **layout}}
+
+
+def _curve(
+    name: str,
+    points: Sequence[tuple[float, float]],
+    shade: str,
+    hover: str,
+    dash: str = "solid",
+    width: float = 2,
+    shape: str = "linear",
+    **more: Any,
+) -> Trace:
+    """Curve through `(x, y)` points; `more` are further options of plotly's scatter."""
+    places = {"x": [point[0] for point in points], "y": [point[1] for point in points]}
+    line = {"color": shade, "dash": dash, "width": width, "shape": shape}
+    return {"type": "scatter", "mode": "lines", "name": name, **places, "line": line, "hovertemplate": hover, **more}
+
+
+def _trade_off(runs: Sequence[Run]) -> dict[str, Any]:
+    traces = []
+    hover = "%{text}<br>utility %{x:.3f}<br>log10 p %{y:.2f}"
+
+    def add(name: str, points: Sequence[Point], shade: str, mode: str, marker: dict[str, Any]) -> None:
+        labels = [point.label for point in points]
+        places = [(point.utility, point.log10_p) for point in points]
+        traces.append(_curve(name, places, shade, hover, width=1.5, mode=mode, text=labels, marker=marker))
+
+    for number, run in enumerate(runs):
+        if points := path_of(run):
+            before = len(points) - 1
+            ring = {"size": [7] * before + [14], "line": {"width": [0] * before + [2], "color": GREY}}
+            add(run.name, points, color(number), "lines+markers", ring)
+    for model, symbol in (("start", "circle-open"), ("retrained", "star")) if traces else ():
+        # The retrained model against itself has p = 1. Runs of one start model have one start point.
+        known = {"forget_quality/log10_p": 0.0} if model == "retrained" else {}
+        found = [_point(f"{model} model, {run.name}", {**run.metrics(model), **known}) for run in reversed(runs)]
+        points = list({point[1:]: point for point in found if point}.values())
+        marker = {"size": 13, "symbol": symbol, "color": GREY, "line": {"width": 2, "color": GREY}}
+        add(f"{model} model", points, GREY, "markers", marker)
+    style = {"dash": "dash", "width": 1, "color": GREY}
+    p_005 = {"type": "line", "line": style, "xref": "paper", "x0": 0, "x1": 1, "y0": LOG10_005, "y1": LOG10_005}
+    return _figure(traces, "model utility", "log10 forget quality", shapes=[p_005])
+
+
+def _truth_ratios(runs: Sequence[Run]) -> dict[str, Any]:
+    traces: dict[Any, Trace] = {}
+    for number, run in enumerate(runs):
+        unlearned, retrained = truth_ratios(run.rows), truth_ratios(run.retrained_rows)
+        for name, values, shade, dash, width in (
+            (run.name, unlearned, color(number), "solid", 2),
+            ("start model", truth_ratios(run.start_rows), GREY, "dot", 2),
+            ("retrained model", retrained, GREY, "solid", 3),
+        ):
+            # Runs share start and retrained models.
+            points, hover = list(zip(*distribution(values), strict=True)), "R %{x:.3g}<br>share %{y:.2f}"
+            traces.setdefault(tuple(values), _curve(name, points, shade, hover, dash, width, "hv"))
+        if retrained and unlearned:
+            at, low, high = largest_gap(unlearned, retrained)
+            name, hover = f"gap of {run.name}: {high - low:.2f}", f"KS statistic {high - low:.3f}"
+            traces[run.name] = _curve(name, [(at, low), (at, high)], color(number), hover, "dot")
+    log, share = {"type": "log"}, {"range": [0, 1.02]}
+    return _figure(list(traces.values()), "truth ratio R", "share of forget rows", log, share)
+
+
+def _losses(runs: Sequence[Run]) -> dict[str, Any]:
+    traces = []
+    for number, run in enumerate(runs):
+        for kind, dash in (("forget", "solid"), ("retain", "dot")):
+            points = [(line["step"], line[f"{kind}_loss"]) for line in run.history if f"{kind}_loss" in line]
+            traces.append(_curve(f"{run.name}, {kind}", points, color(number), "step %{x}<br>%{y:.4g}", dash, 1.5))
+    return _figure(traces, "optimizer step", "loss")
+
+
+def _weights(runs: Sequence[Run]) -> dict[str, Any]:
+    traces = []
+    for number, run in enumerate(runs):
+        quartiles, shade = weight_quantiles(run.weights), color(number)
+        low, median, high = ([(epoch, values[i]) for epoch, values in quartiles.items()] for i in range(3))
+        hover = "epoch %{x}<br>median %{y:.3g}"
+        edge: dict[str, Any] = {"width": 0, "showlegend": False, "hoverinfo": "skip", "legendgroup": run.name}
+        traces.append(_curve("", low, shade, "", **edge))
+        traces.append(_curve("", high, shade, "", fill="tonexty", fillcolor=f"{shade}33", **edge))
+        traces.append(_curve(run.name, median, shade, hover, mode="lines+markers", legendgroup=run.name))
+    return _figure(traces, "epoch", "gradient weight", None, {"rangemode": "tozero"})
+
+
+def _relearning(runs: Sequence[Run], metric: str) -> dict[str, Any]:
+    traces = []
+    for number, run in enumerate(runs):
+        for attack in run.relearned:
+            settings, repeats = attack["settings"], attack["repeats"]
+            known = [(epoch, value) for epoch, value in robustness.relearned(attack, metric).items() if value]
+            name = f"{run.name}, {len(repeats[0]['rows'])} {settings['subset']} rows, lr {settings['lr']:g}"
+            dash = "dot" if settings["subset"] == "random" else "solid"
+            bars = {"array": [value.deviation for _, value in known], "visible": len(repeats) > 1, "thickness": 1}
+            points, hover = [(epoch, value.mean) for epoch, value in known], "epoch %{x}<br>%{y:.3g}"
+            traces.append(_curve(name, points, color(number), hover, dash, mode="lines+markers", error_y=bars))
+    title = title_of(metric).short
+    return _figure(traces, "epoch of relearning", title, {"dtick": 1}, {"rangemode": "tozero"})
+
+
+def _quantized(runs: Sequence[Run]) -> dict[str, Any]:
+    traces = [
+        {
+            "type": "bar",
+            "name": f"{run.name}, {title_of(name).short}",
+            "x": list(run.quantized),
+            "y": [metrics.get(name) for metrics in run.quantized.values()],
+            "marker": {"color": color(number), "pattern": {"shape": shape}},
+            "hovertemplate": "%{x}<br>%{y:.3g}",
+        }
+        for number, run in enumerate(runs)
+        for name, shape in (("forget/probability", ""), ("model_utility", "/"))
+        if any(name in metrics for metrics in run.quantized.values())
+    ]
+    return _figure(traces, "weights", "probability, utility", barmode="group")
+
+
+def _leak(runs: Sequence[Run]) -> dict[str, Any]:
+    traces = []
+    for number, run in enumerate(runs):
+        for sample in run.sampled:
+            settings = sample["settings"]
+            points = [(k, sample["metrics"][f"leak@{k}"]) for k in range(1, settings["k"] + 1)]
+            name = f"{run.name}, temperature {settings['temperature']:g}, seed {settings['seed']}"
+            traces.append(_curve(name, points, color(number), "k = %{x}<br>%{y:.3f}", mode="lines+markers"))
+    return _figure(traces, "k, sampled answers a row", "ROUGE-L recall of the best")
+
+
+FIGURES: dict[str, tuple[str, Callable[[Sequence[Run]], dict[str, Any]]]] = {
+    "trade-off": ("Forget quality against model utility", _trade_off),
+    "truth-ratios": ("Truth ratios on the forget rows", _truth_ratios),
+    "losses": ("Losses by optimizer step", _losses),
+    "weights": ("Gradient weights by epoch", _weights),
+    "relearn-quality": ("Relearning: forget quality", lambda runs: _relearning(runs, "forget_quality")),
+    "relearn-probability": (
+        "Relearning: probability of the forgotten answers",
+        lambda runs: _relearning(runs, "forget/probability"),
+    ),
+    "quantized": ("After quantizing the weights", _quantized),
+    "leak": ("Best of k sampled answers", _leak),
+}
+"""Id to title and function; captions are in the page's template."""
 
 
 def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """All figures that the runs have data for.
-
-    Returns:
-        `id`, `title`, `caption` and `figure` (plotly's `data` and `layout`) of each.
-    """
-    made = [
-        (
-            "trade-off",
-            "Forget quality against model utility",
-            "Each line is a run over its evaluated epochs; the ringed marker is the exported model. Up is forgotten, "
-            "right is useful. The dashed line is p = 0.05; the retrained model is at p = 1 by definition.",
-            trade_off(runs),
-        ),
-        (
-            "truth-ratios",
-            "Truth ratios on the forget rows",
-            "Share of rows up to a truth ratio. Forget quality asks whether two of these curves could come from one "
-            "distribution; the dotted line is the largest gap to the retrained model, the KS statistic.",
-            truth_ratios(runs),
-        ),
-        ("losses", "Losses by optimizer step", "Before their weights, over the effective batch.", losses(runs)),
-        (
-            "weights",
-            "Gradient weights by epoch",
-            "How hard the forget objective pulls at a row: median over the forget rows, their middle half as a band. "
-            "Near 1 whatever the row, the objective acts as plain gradient ascent.",
-            weights(runs),
-        ),
-        (
-            "relearn-quality",
-            "Relearning: forget quality",
-            "The unlearned model is fine-tuned on part of the forget rows; a method whose forget quality stays up has "
-            "hidden less. Bars are the standard deviation over random draws.",
-            attacks.relearning(runs, "forget_quality"),
-        ),
-        (
-            "relearn-probability",
-            "Relearning: probability of the forgotten answers",
-            "The same attack; over all forget rows, those relearnt among them.",
-            attacks.relearning(runs, "forget/probability"),
-        ),
-        (
-            "quantized",
-            "After rounding the weights",
-            "Rounding may bring back what small changes of the weights had hidden.",
-            attacks.quantized(runs),
-        ),
-        (
-            "leak",
-            "Best of k sampled answers",
-            "Greedy answers may hide what sampled ones show: expected best overlap with the true answer among k.",
-            attacks.leak(runs),
-        ),
+    """`id`, `title` and `figure` (plotly's `data` and `layout`) of the figures that the runs have data for."""
+    made: list[dict[str, Any]] = [
+        {"id": name, "title": title, "figure": draw(runs)} for name, (title, draw) in FIGURES.items()
     ]
-    return [
-        {"id": key, "title": title, "caption": caption, "figure": figure.to_plotly_json()}
-        for key, title, caption, figure in made
-        if figure is not None
-    ]
-
-
-def trade_off(runs: Sequence[Run]) -> go.Figure | None:
-    """log10 of forget quality against model utility, over epochs."""
-    figure = go.Figure()
-    for number, run in enumerate(runs):
-        points = series.path_of(run)
-        if not points:
-            continue
-        sizes = [7] * (len(points) - 1) + [14]
-        figure.add_scatter(
-            x=[p.utility for p in points],
-            y=[p.log10_p for p in points],
-            text=[p.label for p in points],
-            mode="lines+markers",
-            name=run.name,
-            marker={"size": sizes, "line": {"width": [0] * (len(points) - 1) + [2], "color": GREY}},
-            line={"color": colour(number), "width": 1.5},
-            hovertemplate="%{text}<br>utility %{x:.3f}<br>log10 p %{y:.2f}",
-        )
-    if not figure.data:
-        return None
-    for label, symbol, of in (("start", "circle-open", series.start_of), ("retrained", "star", series.retrained_of)):
-        # Runs of one start model have one start point.
-        known = {(p.utility, p.log10_p): run.name for run in reversed(runs) if (p := of(run)) is not None}
-        if known:
-            figure.add_scatter(
-                x=[x for x, _ in known],
-                y=[y for _, y in known],
-                text=[f"{label} model, {name}" for name in known.values()],
-                mode="markers",
-                name=f"{label} model",
-                marker={"size": 13, "symbol": symbol, "color": GREY, "line": {"width": 2, "color": GREY}},
-                hovertemplate="%{text}<br>utility %{x:.3f}<br>log10 p %{y:.2f}",
-            )
-    figure.add_hline(y=-1.30103, line={"dash": "dash", "width": 1, "color": GREY})
-    return figure.update_layout(
-        xaxis={"title": {"text": "model utility"}}, yaxis={"title": {"text": "log10 forget quality"}}
-    )
-
-
-def truth_ratios(runs: Sequence[Run]) -> go.Figure | None:
-    """Distribution functions of the truth ratios of start, retrained and unlearned models."""
-    figure = go.Figure()
-    drawn: set[tuple[float, ...]] = set()
-    for number, run in enumerate(runs):
-        retrained = series.truth_ratios(run.retrained_rows)
-        curves = [
-            (run.name, series.truth_ratios(run.rows), colour(number), "solid"),
-            ("start model", series.truth_ratios(run.start_rows), GREY, "dot"),
-            ("retrained model", retrained, GREY, "solid"),
-        ]
-        for name, values, shade, dash in curves:
-            if values and tuple(values) not in drawn:
-                drawn.add(tuple(values))
-                x, y = series.distribution(values)
-                width = 3 if name == "retrained model" else 2
-                figure.add_scatter(
-                    x=x,
-                    y=y,
-                    name=name,
-                    mode="lines",
-                    line={"color": shade, "dash": dash, "width": width, "shape": "hv"},
-                    hovertemplate="R %{x:.3g}<br>share %{y:.2f}",
-                )
-        unlearned = curves[0][1]
-        if retrained and unlearned:
-            gap = series.largest_gap(unlearned, retrained)
-            figure.add_scatter(
-                x=[gap.at, gap.at],
-                y=[gap.low, gap.high],
-                name=f"gap of {run.name}: {gap.high - gap.low:.2f}",
-                mode="lines",
-                line={"color": colour(number), "dash": "dot", "width": 2},
-                hovertemplate=f"KS statistic {gap.high - gap.low:.3f}",
-            )
-    if not figure.data:
-        return None
-    return figure.update_layout(
-        xaxis={"title": {"text": "truth ratio R"}, "type": "log"},
-        yaxis={"title": {"text": "share of forget rows"}, "range": [0, 1.02]},
-    )
-
-
-def losses(runs: Sequence[Run]) -> go.Figure | None:
-    """Forget and retain loss over optimizer steps."""
-    figure = go.Figure()
-    for number, run in enumerate(runs):
-        for key, dash in (("forget_loss", "solid"), ("retain_loss", "dot")):
-            known = [line for line in run.history if key in line]
-            if known:
-                figure.add_scatter(
-                    x=[line["step"] for line in known],
-                    y=[line[key] for line in known],
-                    name=f"{run.name}, {key.split('_')[0]}",
-                    mode="lines",
-                    line={"color": colour(number), "dash": dash, "width": 1.5},
-                    hovertemplate="step %{x}<br>%{y:.4g}",
-                )
-    if not figure.data:
-        return None
-    return figure.update_layout(
-        xaxis={"title": {"text": "optimizer step"}}, yaxis={"title": {"text": "loss"}, "type": "linear"}
-    )
-
-
-def weights(runs: Sequence[Run]) -> go.Figure | None:
-    """Median and quartiles of the gradient weights over epochs."""
-    figure = go.Figure()
-    for number, run in enumerate(runs):
-        quartiles = series.weight_quartiles(run.weights)
-        if not quartiles:
-            continue
-        epochs = [q.epoch for q in quartiles]
-        band = {
-            "mode": "lines",
-            "line": {"width": 0},
-            "legendgroup": run.name,
-            "showlegend": False,
-            "hoverinfo": "skip",
-        }
-        figure.add_scatter(x=epochs, y=[q.low for q in quartiles], **band)
-        figure.add_scatter(
-            x=epochs, y=[q.high for q in quartiles], fill="tonexty", fillcolor=colour(number) + "33", **band
-        )
-        figure.add_scatter(
-            x=epochs,
-            y=[q.median for q in quartiles],
-            name=run.name,
-            legendgroup=run.name,
-            mode="lines+markers",
-            line={"color": colour(number), "width": 2},
-            hovertemplate="epoch %{x}<br>median %{y:.3g}",
-        )
-    if not figure.data:
-        return None
-    return figure.update_layout(
-        xaxis={"title": {"text": "epoch"}}, yaxis={"title": {"text": "gradient weight"}, "rangemode": "tozero"}
-    )
+    return [entry for entry in made if entry["figure"]["data"]]

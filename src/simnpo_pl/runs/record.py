@@ -1,6 +1,7 @@
-"""What a report reads: run folders as `fit` and `test` leave them."""
+"""A run folder as `fit` and `test` leave it; whatever reads one does so through `Run`."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,53 +14,112 @@ from simnpo_pl.utils.files import read_json_lines
 Row = dict[str, Any]
 
 
+def _lines(name: str) -> "cached_property[list[Row]]":
+    """Rows of a file of the folder, without any if it does not exist."""
+
+    def read(run: "Run") -> list[Row]:
+        file = run.folder / f"{name}.jsonl"
+        return read_json_lines(file) if file.is_file() else []
+
+    return cached_property(read)
+
+
 @dataclass(frozen=True)
 class Run:
-    """One run folder.
+    """A run folder.
 
     Args:
-        name: What the report calls it; unique in a report.
-        folder: Where it lies.
-        record: Content of `results.json`.
+        name: What reports call it; unique in a report.
+        folder: Where it is.
+        record: Content of results.json.
     """
 
     name: str
     folder: Path
     record: dict[str, Any]
 
+    rows = _lines("rows")
+    """Scored rows of the final model."""
+    start_rows = _lines("start_rows")
+    retrained_rows = _lines("retrained_rows")
+    """All scores of the retrained model, or the truth ratios of its log."""
+    history = _lines("history")
+    """Losses of every optimizer step."""
+    weights = _lines("weights")
+    """Gradient weights of every forget row and epoch."""
+
     def metrics(self, model: str) -> dict[str, float]:
-        """Metrics of the `start`, `retrained` or `final` model; empty where it was not evaluated."""
+        """Metrics of the `start`, `retrained` or `final` model; empty if it was not evaluated."""
         return (self.record.get(model) or {}).get("metrics", {})
 
     @property
+    def models(self) -> dict[str, dict[str, float]]:
+        """Metrics of every model that was evaluated."""
+        return {model: self.metrics(model) for model in ("final", "start", "retrained") if self.metrics(model)}
+
+    @property
+    def epochs(self) -> list[tuple[int, dict[str, float]]]:
+        """Every evaluated epoch and its metrics."""
+        return [(entry["epoch"], entry["metrics"]) for entry in self.record.get("epochs", [])]
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.record.get("finished"))
+
+    @property
     def unlearned(self) -> bool:
-        """Whether the run trained, or only evaluated."""
+        """Whether the run trained; if not, it only evaluated."""
         return "objective" in self.record
 
-    @cached_property
-    def rows(self) -> list[Row]:
-        """Scored rows of the final model."""
-        return _lines(self.folder / "rows.jsonl")
+    @property
+    def method(self) -> str:
+        """Name of the objective; "evaluation" if the run did not train."""
+        return self.record["objective"]["name"] if self.unlearned else "evaluation"
 
-    @cached_property
-    def start_rows(self) -> list[Row]:
-        """Scored rows of the start model."""
-        return _lines(self.folder / "start_rows.jsonl")
+    @property
+    def command(self) -> str:
+        return shlex.join(map(str, self.record.get("command", [])))
 
-    @cached_property
-    def retrained_rows(self) -> list[Row]:
-        """Rows of the retrained model: all scores, or the truth ratios its log holds."""
-        return _lines(self.folder / "retrained_rows.jsonl")
+    @property
+    def start_model(self) -> str:
+        return self.record["settings"]["model"]["name"]
 
-    @cached_property
-    def history(self) -> list[Row]:
-        """Losses of every optimizer step."""
-        return _lines(self.folder / "history.jsonl")
+    @property
+    def forget_split(self) -> str:
+        return str(self.record["settings"].get("data", {}).get("init_args", {}).get("forget_split") or "forget")
 
-    @cached_property
-    def weights(self) -> list[Row]:
-        """Gradient weights of every forget row and epoch."""
-        return _lines(self.folder / "weights.jsonl")
+    @property
+    def forget_rows(self) -> int | None:
+        """Number of rows behind forget quality, or else behind the forget probability."""
+        counts = self.record.get("counts", {})
+        return counts.get("forget_quality", counts.get("forget/probability"))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall time of each phase, and `total`."""
+        return self.record.get("seconds", {})
+
+    @property
+    def memory(self) -> float | None:
+        """Peak memory, GiB: the device's if there is one, else the process's."""
+        peaks = self.record.get("peak_memory_gib", {})
+        return peaks.get("device", peaks.get("process"))
+
+    @property
+    def relearned(self) -> list[dict[str, Any]]:
+        """Relearning attacks: `settings`, and `repeats` with `rows` and `epochs`."""
+        return list(self.record.get("relearn", {}).values())
+
+    @property
+    def quantized(self) -> dict[str, dict[str, float]]:
+        """Metrics as exported and of all quantized weights; empty if none were."""
+        found = {name: entry["metrics"] for name, entry in self.record.get("quantized", {}).items()}
+        return {"as exported": self.metrics("final"), **found} if found else {}
+
+    @property
+    def sampled(self) -> list[dict[str, Any]]:
+        """Evaluations of sampled answers: `settings`, `n` and `metrics`."""
+        return list(self.record.get("leak", {}).values())
 
     @property
     def config(self) -> str:
@@ -69,22 +129,20 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Runs to report on.
-
-    Args:
-        folders: Run folders; without any, the newest under `runs`.
+    """Runs in these folders, or the newest in runs/ if there are none.
 
     Raises:
-        UserError: A folder holds no results, or none is found.
+        UserError: A folder holds no results, or no run was found.
     """
     if not folders:
         found = sorted(Path("runs").glob("*/results.json"), key=lambda file: file.stat().st_mtime)
         if not found:
-            raise UserError("no run to report on: name run folders, or start from where runs/ lies")
+            raise UserError("no run to report on: name run folders, or call this from the folder that holds runs/")
         folders = [found[-1].parent]
-    paths = [folder.expanduser().resolve() for folder in folders]
+    paths = list(dict.fromkeys(folder.expanduser().resolve() for folder in folders))
+    names = [path.name for path in paths]
     runs = []
-    for path in dict.fromkeys(paths):
+    for path in paths:
         file = path / "results.json"
         try:
             record = json.loads(file.read_text())
@@ -93,10 +151,6 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
             raise UserError(f"{path} holds no results.json; give folders that fit or test wrote") from None
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise UserError(f"{file} is no results file of a run; give folders that fit or test wrote") from error
-        same = sum(other.name == path.name for other in set(paths)) > 1
-        runs.append(Run(f"{path.parent.name}/{path.name}" if same else path.name, path, record))
+        name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
+        runs.append(Run(name, path, record))
     return runs
-
-
-def _lines(file: Path) -> list[Row]:
-    return read_json_lines(file) if file.is_file() else []

@@ -33,14 +33,11 @@ COMMANDS = {
 }
 """Name of a command to what it does, in one line."""
 MODULES = {
-    "bias": "commands.bias",
-    "markov": "commands.markov",
-    "perturb": "arithmetic",
-    "report": "commands.report",
-    "scalability": "series",
-    "sustainability": "series",
-    "task-vector": "arithmetic",
-    "weights": "commands.weights",
+    "perturb": "studies.arithmetic",
+    "report": "report.command",
+    "scalability": "studies.series",
+    "sustainability": "studies.series",
+    "task-vector": "studies.arithmetic",
 }
 """Module of a command whose module does not have its name."""
 TAKE_FIT_OPTIONS = ("bias", "scalability", "sustainability", "sweep", "tune")
@@ -58,7 +55,7 @@ class _Parser(ArgumentParser):
 
 def module_of(name: str) -> str:
     """Dotted name of a command's module."""
-    return f"{__name__}.{MODULES.get(name, name.replace('-', '_'))}"
+    return f"simnpo_pl.{MODULES.get(name, 'studies.' + name.replace('-', '_'))}"
 
 
 def parse(name: str, arguments: Sequence[str]) -> Namespace:
@@ -73,11 +70,7 @@ def parse(name: str, arguments: Sequence[str]) -> Namespace:
         allow_abbrev=False,
     )
     parser.set_defaults(command=name)
-    add_arguments = getattr(options, name.replace("-", "_"), None)
-    if add_arguments is None:
-        import_module(module_of(name)).add_arguments(parser)
-    else:
-        add_arguments(parser.add_argument)
+    getattr(options, name.replace("-", "_"))(parser.add_argument)
     found, unknown = parser.parse_known_args(arguments)
     if name in TAKE_FIT_OPTIONS:
         found.fit = unknown

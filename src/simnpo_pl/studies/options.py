@@ -51,6 +51,14 @@ def shard(text: str) -> slice:
     return slice(int(first), None, int(workers))
 
 
+def bias(add: Add) -> None:
+    parts = ("weights", "perturbation", "memorization", "ablation")
+    add("study", type=path, metavar="STUDY", help="file of the study, such as configs/analysis/bias_demo.yaml")
+    add("--out", required=True, type=path, metavar="FOLDER", help="folder of the runs and tables")
+    add("--figures", type=path, metavar="FOLDER", help="folder of the figures, instead of OUT/figures")
+    add("--parts", nargs="+", choices=parts, default=parts, help="parts to do, if the study has them")
+
+
 def doctor(add: Add) -> None:
     add("configs", nargs="*", type=path, metavar="CONFIG", help="instead of configs/*.yaml")
     add("--timeout", type=above_0, default=3.0, help="wait for the hub, seconds")
@@ -73,6 +81,13 @@ def lm_eval(add: Add) -> None:
     add("--batch_size", type=at_least_1, default=8, help="questions at a time")
     add("--device", metavar="NAME", help="such as cuda:0 or cpu, instead of a GPU if there is one")
     add("--dtype", default="auto", help="type of the weights; auto: that of the saved model")
+
+
+def markov(add: Add) -> None:
+    add("--out", type=path, default=Path("runs/markov"), metavar="FOLDER", help="folder of models and results")
+    add("--setting", choices=("small", "paper"), default="small", help="size of the study")
+    add("--seeds", type=at_least_0, nargs="+", default=[0, 1, 2, 3], help="a run of each method for each")
+    add("--processes", type=at_least_1, default=2, help="parallel processes")
 
 
 def perturb(add: Add) -> None:
@@ -98,6 +113,13 @@ def relearn(add: Add) -> None:
     add("--lr", type=above_0, default=1e-5, help="learning rate at the start")
     add("--repeats", type=at_least_1, default=5, help="random draws")
     add("--seed", type=at_least_0, default=0, help="seed of the first draw")
+
+
+def report(add: Add) -> None:
+    what = "files to write, by their endings: .html, .md (figures go to a folder next to it), .tex; instead of "
+    what += "report.html in the folder of a single run, else in the current folder"
+    add("runs", nargs="*", type=path, metavar="RUN", help="run folders, instead of the newest run in runs/")
+    add("-o", "--out", nargs="+", type=path, metavar="FILE", help=what)
 
 
 def scalability(add: Add) -> None:
@@ -134,3 +156,9 @@ def tune(add: Add) -> None:
     add("--folder", help="where the runs go, instead of the tuning's")
     add("--methods", nargs="+", metavar="NAME", help="only these methods")
     add("--table", action="store_true", help="only the table of the trials so far")
+
+
+def weights(add: Add) -> None:
+    add("runs", nargs="+", type=path, metavar="RUN", help="folders of runs of fit, one a method")
+    add("--epochs", nargs="+", type=int, default=[1, 2, 3, 10], help="epochs to show, if a run has them")
+    add("--out", required=True, type=path, metavar="FOLDER", help="folder of the figures")

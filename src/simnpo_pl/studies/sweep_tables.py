@@ -7,7 +7,7 @@ from typing import NamedTuple
 from simnpo_pl.report import words
 from simnpo_pl.report.robustness import spread
 from simnpo_pl.runs.record import Run, read_runs
-from simnpo_pl.studies.analysis.halves import by_order, qualities
+from simnpo_pl.studies.halves import by_order, qualities
 from simnpo_pl.utils import markdown
 
 
@@ -57,7 +57,7 @@ def half(name: str, title: str) -> Column:
 
 
 UTILITY = metric("model_utility", "MU")
-COUNT = Column("n", lambda run, model: words.forget_rows(run))
+COUNT = Column("n", lambda run, model: run.forget_rows)
 COLUMNS = {
     "tofu": [
         one_minus(metric("forget/rouge", "forget 1-R")),

@@ -8,8 +8,8 @@ const plots = parse("plots");
 const root = document.documentElement;
 function paint() {
   const style = getComputedStyle(root);
-  const colour = (name) => style.getPropertyValue(name).trim();
-  const axis = { gridcolor: colour("--line"), zerolinecolor: colour("--line"), linecolor: colour("--line") };
+  const color = (name) => style.getPropertyValue(name).trim();
+  const axis = { gridcolor: color("--line"), zerolinecolor: color("--line"), linecolor: color("--line") };
   const narrow = window.innerWidth < 640;
   for (const plot of plots) {
     const layout = {
@@ -17,11 +17,11 @@ function paint() {
       template: {},
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: colour("--text"), family: "system-ui, sans-serif" },
+      font: { color: color("--text"), family: "system-ui, sans-serif" },
       margin: { l: 60, r: 15, t: 35, b: 50 },
       legend: narrow ? { orientation: "h", y: -0.4 } : { x: 1.02, y: 1 },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--faint"), activecolor: colour("--text") },
-      hoverlabel: { bgcolor: colour("--raised"), font: { color: colour("--text") } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--faint"), activecolor: color("--text") },
+      hoverlabel: { bgcolor: color("--raised"), font: { color: color("--text") } },
     };
     for (const key of Object.keys(plot.figure.layout)) {
       if (/^[xy]axis/.test(key)) layout[key] = { ...axis, ...plot.figure.layout[key], automargin: true };

@@ -1,1 +1,0 @@
-"""Commands that were not merged with their study yet."""
