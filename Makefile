@@ -1,4 +1,4 @@
-# Two commands for a new machine: `make demo` and `make test`. Both make .venv and install into it first.
+# On a new machine run `make demo` or `make test`. Both first create .venv and install the package.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $(INSTALLED)
 
-install: $(INSTALLED) ## make .venv and install the package with its test tools
+install: $(INSTALLED) ## create .venv and install the package with its test tools
 
 demo: $(INSTALLED) ## unlearn on generated data with a small model: no network, no GPU, under three minutes
 	$(BIN)/python -m simnpo_pl fit --config configs/demo.yaml
@@ -25,25 +25,25 @@ demo: $(INSTALLED) ## unlearn on generated data with a small model: no network, 
 test: $(INSTALLED) ## all fast tests, on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: $(INSTALLED) ## slow tests too
+test-all: $(INSTALLED) ## all tests, including slow ones
 	$(BIN)/python -m pytest -m 'not gpu and not network'
 
-test-gpu: $(INSTALLED) ## on a machine with a GPU: README's commands on a 1B model of random weights, losses against the CPU
+test-gpu: $(INSTALLED) ## on a machine with a GPU: README's commands on a 1B model with random weights; compare losses with the CPU
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 docs: $(INSTALLED) ## build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-chaos: $(INSTALLED) ## end runs of a tiny model 200 times by kills and full disks, compare their ends; about ten minutes
+chaos: $(INSTALLED) ## interrupt and resume 200 runs of a tiny model, compare the results, write docs/reliability.md; about ten minutes
 	$(BIN)/python scripts/chaos.py --kills 50 --write docs/reliability.md
 
-bench: $(INSTALLED) ## measure time and memory against the public recipe, write docs/performance.md; leave the machine alone meanwhile
+bench: $(INSTALLED) ## compare time and memory with the public recipe, write docs/performance.md; needs an idle machine
 	$(BIN)/python -m bench --write docs/performance.md
 
-lint: $(INSTALLED) ## style and types
+lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check src tests scripts examples bench
 	$(BIN)/ruff format --check src tests scripts examples bench
 	$(BIN)/mypy
 
-clean: ## remove the environment and caches; runs/ stays
+clean: ## remove the environment and caches; keep runs/
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis

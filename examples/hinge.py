@@ -1,4 +1,4 @@
-"""An objective of one's own: gradient ascent that lets go of an answer once it is improbable enough.
+"""A custom objective: gradient ascent that stops on an answer whose log-prob is low enough.
 
 PYTHONPATH=examples python -m simnpo_pl fit --config configs/demo.yaml --model.objective hinge.HingeAscent
 """
@@ -13,7 +13,7 @@ class HingeAscent(Objective):
     """Loss max(0, L/n - floor) of an answer with summed log-prob L over n tokens.
 
     Args:
-        floor: Nats per token below which an answer is left alone, at most 0.
+        floor: Mean log-prob, nats per token, below which an answer gets no gradient; at most 0.
     """
 
     def __init__(self, floor: float = -3.0) -> None:

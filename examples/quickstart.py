@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Unlearning in Python
-# The demo's data and models: fictional authors, and a model that knows all of them, made on first use.
+# This example uses the demo's data and models: fictional authors, and a model that knows all of them.
 
 # %%
 import sys
@@ -50,7 +50,7 @@ for name in ("forget/probability", "retain/probability", "model_utility"):
     print(f"{name}: {before[name]:.3f} -> {after[name]:.3f}")
 
 # %% [markdown]
-# What is left is a Hugging Face model.
+# The result is a Hugging Face model.
 
 # %%
 out = FOLDER / "unlearned"

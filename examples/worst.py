@@ -1,6 +1,6 @@
-"""A metric of one's own: the probability of the answer that a model still gives most away.
+"""A custom metric: the probability of the forget answer that the model still knows best.
 
-A mean over forget rows hides the one row that was not forgotten.
+A mean over forget rows hides a single row that was not forgotten.
 """
 
 import torch
@@ -27,5 +27,5 @@ class WorstProbability(RowMetric):
         return torch.exp(-values[:, 0])
 
     def aggregate(self, row_values: Tensor) -> dict[str, float]:
-        """The largest."""
+        """The largest of these."""
         return {"value": row_values.max().item()}
