@@ -30,7 +30,7 @@ KINDS = {
     "training": "in a training step",
     "evaluation": "in an evaluation",
     "checkpoint": "while a checkpoint is written",
-    "disk": "by a disk that takes no more (a limit on the size of files)",
+    "disk": "by a full disk (a limit on the size of files)",
 }
 EVENTS = {"training": b"T", "evaluation": b"E", "checkpoint": b"C"}
 LARGEST = 2**20
@@ -362,7 +362,7 @@ def chaos(kills: int, folder: Path, data: Path, model: Path, seed: int = 0, work
 
 def markdown(found: list[dict[str, Any]], seconds: float) -> str:
     """Counts as a table."""
-    lines = ["| ended | runs | before their end | evidence | gone on with, same end bit for bit |"]
+    lines = ["| interrupted | runs | before their end | evidence | resumed, same result bit for bit |"]
     lines.append("|---|---|---|---|---|")
     for kind, what in KINDS.items():
         own = [one for one in found if one["kind"] == kind]

@@ -246,7 +246,7 @@ def cards_table() -> str:
         cells = []
         for card in CARDS:
             fits = next((name for name, size in takes.items() if size <= (1 - FREE) * card), None)
-            cells.append("-" if fits is None else f"{f'`{fits}.yaml`' if fits else 'as it is'}, {takes[fits]:.1f}")
+            cells.append("-" if fits is None else f"{f'`{fits}.yaml`' if fits else 'no overlay'}, {takes[fits]:.1f}")
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -304,14 +304,15 @@ def loading_table(folder: str) -> str:
 
     from simnpo_pl.models.loading import load_causal_lm
 
-    lines = ["| file, MB | weights of float32, MB | how | largest, MB | stays, MB |", "|---|---|---|---|---|"]
+    lines = ["| file, MB | weights in float32, MB | how | peak, MB | afterwards, MB |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as half:
         model = load_causal_lm(folder)
         weights = 4 * sum(parameter.numel() for parameter in model.parameters())
         model.to(torch.bfloat16).save_pretrained(half)
         for source in (folder, half):
             size = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
-            for how, by_slices in (("whole on each, then shared out", False), ("each its slices", True)):
+            ways = (("whole model in each process, then sharded", False), ("each process reads its slices", True))
+            for how, by_slices in ways:
                 found = [" and ".join(f"{value / MB:.0f}" for value in both) for both in loaded(source, by_slices)]
                 lines.append(f"| {size / MB:.0f} | {weights / MB:.0f} | {how} | {' | '.join(found)} |")
     return "\n".join(lines)
