@@ -173,12 +173,12 @@ def test_variables_of_the_template():
         (CHATML, {"chat_template_kwargs": {"add_generation_prompt": False}}, "'add_generation_prompt' is set by other"),
         (None, {"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs: no chat template is used here"),
         ("{{ messages[0].content }}", {}, "the chat template leaves out the assistant's messages; set"),
-        (CHATML.replace("assistant\n{%", "assistant\n<think>{%"), {}, r"the chat template goes on with '<think>' where "
-         r"an answer is asked for, and with 'An answer.<|im_end|>\\n' where it is given; make them agree with --data"),
+        (CHATML.replace("assistant\n{%", "assistant\n<think>{%"), {}, r"the chat template continues with '<think>' "
+         r"where an answer is asked for, and with 'An answer.<|im_end|>\\n' where it is given; make them agree with"),
         (CHATML.replace("m.content", "m.content | upper"), {}, "the chat template leaves out the assistant's messages"),
         (CHATML.replace("m.content", "m.content | replace('It', 'She')"), {}, r"forget row 0, counted from 0 \(quest"
          r"ion 'Who\?'\): the chat template changes the answer, to 'She is A."),
-        (GEMMA, {}, r"forget row 1, .*: the answer holds the end-of-sequence token '<end_of_turn>'"),
+        (GEMMA, {}, r"forget row 1, .*: the answer holds '<end_of_turn>', which ends answers"),
     ],
 )  # fmt: skip
 def test_what_no_answer_can_be_scored_with(template: str | None, options: dict[str, Any], message: str):

@@ -103,8 +103,8 @@ def test_rows_that_are_all_equal(cli_error: Error, data_folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("question", None, "row 2, counted from 0: expected text as question, got 'None'"),
-        ("answer", 5, "row 2, counted from 0: expected text as answer, got '5'"),
+        ("question", None, "row 2, counted from 0: expected text as question, got None"),
+        ("answer", 5, "row 2, counted from 0: expected text as answer, got 5"),
         ("answer", "", "row 2, counted from 0: expected text as answer, got ''"),
         ("paraphrased_answer", ["a", "b"], "expected text as paraphrased_answer, got"),
         ("perturbed_answer", "wrong", "expected a list of texts as perturbed_answer, got 'wrong'"),
@@ -141,7 +141,7 @@ def test_json_that_python_does_not_take(tmp_path: Path, content: bytes):
     from simnpo_pl.data.sources import load_jsonl
 
     (tmp_path / "rows.json").write_bytes(content)
-    with pytest.raises(UserError, match=r"rows.json line 1: .*; expected texts and lists of texts"):
+    with pytest.raises(UserError, match=r"rows.json line 1: not valid JSON \(.*\); expected one object per line"):
         load_jsonl(str(tmp_path / "rows.json"), ("question",))
 
 

@@ -1,4 +1,4 @@
-"""Data of one's own: forms, sources, columns, what each part makes possible; every command of docs/data.md is run."""
+"""Custom data: forms, sources, columns, what each part makes possible; every command of docs/data.md is run."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ from helpers import results
 from simnpo_pl.benchmarks import OwnData
 from simnpo_pl.data.columns import Columns
 from simnpo_pl.data.conversation import Conversation, question_and_answer
-from simnpo_pl.data.tables import load_table
+from simnpo_pl.data.sources import load_table
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.utils.errors import UserError
@@ -113,18 +113,24 @@ def test_a_field_longer_than_the_csv_module_takes_by_default(tmp_path: Path):
     ("source", "message"),
     [
         ("none.jsonl", r"cannot read none.jsonl \(No such file"),
-        ("none.parquet", r"cannot read none.parquet as parquet \(No such file"),
-        ("none", r"--data.forget none: there is no such file or folder; expected a file ending in .jsonl, "),
-        ("./none/at/all", r"there is no such file or folder"),
-        ("{}/a.tsv", r"expected a file ending in .jsonl, .json, .csv, .parquet, .txt; convert it"),
+        ("none.parquet", r"cannot read none.parquet as parquet \(.*No such file"),
+        (
+            "none",
+            r"--data.forget none: expected a folder, or OWNER/NAME of a data set on the hub; files end in .json, ",
+        ),
+        ("./none/at/all", r"--data.forget ./none/at/all: expected a folder"),
+        ("{}/a.tsv", r"a.tsv: expected a file ending in .json, .jsonl, .csv, .parquet, .txt; convert it"),
         ("{}/empty.csv", r"has no rows: expected at least one"),
         ("{}/short.csv", r"short.csv line 3: expected 2 fields as in the first line"),
         ("{}/quote.csv", r"quote.csv after line 1: not valid CSV"),
         ("{}/bad.parquet", r"cannot read .*bad.parquet as parquet"),
         ("{}/splits", r"has the splits .*; name one, as in .*splits:(test|validation)"),
-        ("{}/splits:dev", r"could not load data set .*splits:dev \(ValueError: Unknown split"),
-        ("someone/Rows:train", r"--data.forget: could not load data set someone/Rows:train \(.*or give a file"),
-        ("hf://datasets/someone/Rows/a.jsonl", r"--data.forget: hf://.* is not to be had from the hub"),
+        ("{}/splits:dev", r"cannot load configuration default, split dev \(ValueError: Unknown split"),
+        (
+            "someone/Rows:train",
+            r"--data.forget someone/Rows: cannot load .*, split train \(.*or give --data.forget FOLDER",
+        ),
+        ("hf://datasets/someone/Rows/a.jsonl", r"--data.forget: cannot download hf://datasets/someone/Rows/a.jsonl"),
         ("hf://datasets/a.jsonl", r"expected hf://datasets/OWNER/NAME/FILE"),
     ],
 )
@@ -150,7 +156,8 @@ def test_a_data_set_of_the_hub_is_asked_for_as_named(monkeypatch: pytest.MonkeyP
 
     def load(*names: Any, split: str | None) -> Any:
         asked.append((*names, split))
-        return datasets.Dataset.from_list(qa(1))
+        found = datasets.Dataset.from_list(qa(1))
+        return found if split else datasets.DatasetDict(only=found)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     for source in ("owner/name", "hf://datasets/owner/name:test", "owner/name:en/train[:5%]"):
@@ -178,7 +185,7 @@ def test_columns_by_name():
     [
         ([{"q": "a", "answer": "b"}], r"t: expected columns question and answer, or messages, or text; its columns "
          r"are: q, answer; name yours, as in --data.columns.question NAME"),
-        ([{"question": "a", "answer": "b"}, {"question": "c"}], r"t row 1, counted from 0 has no answer; its columns"),
+        ([{"question": "a", "answer": "b"}, {"question": "c"}], r"t row 1, counted from 0, has no column 'answer'"),
         ([{"question": "a", "answer": " "}], r"t row 0, counted from 0: expected text as answer, got ' '"),
         ([{"question": None, "answer": "b"}], r"expected text as question, got None"),
         ([{"text": 3}], r"expected text as text, got 3"),
@@ -188,10 +195,10 @@ def test_columns_by_name():
         ([{"messages": "hello"}], r"expected a list of messages, got 'hello'"),
         ([{"messages": []}], r"expected a list of messages, got \[\]"),
         ([{"messages": [{"role": "user"}]}], r"expected messages with a role and a content, got"),
-        ([{"messages": [{"role": "assistant", "content": "a"}]}], r"expected a message before the assistant's"),
-        ([{"messages": [{"role": "user", "content": "a"}]}], r"expected the last message to be the assistant's, "
-         r"got one of 'user'"),
-        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}], r"is blank"),
+        ([{"messages": [{"role": "assistant", "content": "a"}]}], r"the assistant's answer, got 1 messages"),
+        ([{"messages": [{"role": "user", "content": "a"}]}], r"expected messages and then the assistant's "
+         r"answer, got 1 messages with {'role': 'user', 'content': 'a'} as the last"),
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}], r"'content': ' '}"),
     ],
 )  # fmt: skip
 def test_unusable_columns(table: list[dict[str, Any]], message: str):

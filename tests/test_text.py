@@ -83,7 +83,7 @@ def test_filled_last_block():
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        (Texts(["a", " "]), {}, "forget text 1, counted from 0: expected text, got ' '"),
+        (Texts(["a", " "]), {}, "forget text 1, counted from 0: expected text as text, got ' '"),
         (Texts(["\ud800"]), {}, "forget text 0, counted from 0: .* is not a character"),
         (Texts(["a"]), {"max_length": None}, "name no length: give --data.max_length"),
         (Texts(["a"]), {"max_length": 1}, "need at least 2 tokens, got max_length 1"),

@@ -203,7 +203,7 @@ def test_long_sequences_are_refused_or_cut_at_the_end_of_the_answer() -> None:
     limit = lengths[0]
     message = (
         rf"2 of 3 forget rows are longer than max_length = {limit} tokens, the longest has {lengths[1]}: "
-        r"raise max_length, or cut answers with --data\.truncate true"
+        r"raise --data\.max_length, or cut them at the end with --data\.truncate true"
     )
     with pytest.raises(UserError, match=message):
         PromptTemplate(tokenizer, max_length=limit).encode_rows(pairs, "forget")
@@ -221,7 +221,7 @@ def test_a_prompt_that_fills_the_limit_is_refused() -> None:
     tokenizer = TOKENIZERS["byte-level"]
     prompt = len(PromptTemplate(tokenizer).encode("Who?", "x").prompt_ids)
     assert PromptTemplate(tokenizer, max_length=prompt + 1, truncate=True).encode("Who?", "xyz").length == 1
-    message = rf"forget row 1, counted from 0: the prompt alone has {prompt} tokens, .* max_length = {prompt}"
+    message = rf"forget rows: row 1, counted from 0: the prompt alone has {prompt} tokens, .* max_length = {prompt}"
     with pytest.raises(UserError, match=message):
         PromptTemplate(tokenizer, max_length=prompt, truncate=True).encode_rows(
             [("", "xyz"), ("Who?", "xyz")], "forget"
@@ -241,7 +241,7 @@ def test_a_prompt_that_fills_the_limit_is_refused() -> None:
 )
 def test_templates_without_one_question_and_a_final_answer_are_refused(template: str) -> None:
     with pytest.raises(
-        UserError, match=r"template: expected \{question\} and \{answer\} once each, .* at the very end"
+        UserError, match=r"--data.template: expected \{question\} and, at the very end, \{answer\}, once each"
     ):
         PromptTemplate(TOKENIZERS["byte-level"], template)
 
@@ -272,8 +272,8 @@ def test_answers_without_tokens_are_refused(answer: str) -> None:
 @pytest.mark.parametrize(
     ("template", "answer", "message"),
     [
-        (None, "It is</s>", r"'Who\?'\): the answer holds the end-of-sequence token '</s>', .*remove it"),
-        (None, "It \ud83d", r"'Who\?'\): '\\ud83d' is not a character; mend or remove the row"),
+        (None, "It is</s>", r"'Who\?'\): the answer holds '</s>', which ends answers; remove it"),
+        (None, "It \ud83d", r"'Who\?'\): '\\ud83d' is not a character; fix or remove the row"),
     ],
 )
 def test_answers_that_cannot_be_used_are_refused(template: str | None, answer: str, message: str) -> None:
@@ -283,7 +283,7 @@ def test_answers_that_cannot_be_used_are_refused(template: str | None, answer: s
 
 def test_an_answer_without_any_prompt_is_refused() -> None:
     template = PromptTemplate(TOKENIZERS["byte-level, adds nothing"], "{question}{answer}")
-    with pytest.raises(UserError, match=r"no token stands before the answer, .*put text before \{answer\}"):
+    with pytest.raises(UserError, match=r"no token before the answer, .*put text before \{answer\}"):
         template.encode("", "The author")
 
 

@@ -1,4 +1,4 @@
-"""Data of one's own: rows to forget, to retain and to hold out, in any form and from anywhere."""
+"""Custom data: rows to forget, to retain and to hold out, in any form and from anywhere."""
 
 from itertools import combinations
 from typing import Any, Literal
@@ -7,8 +7,7 @@ from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.membership import add_attacks, holdout_set
 from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, not_rated, qa_set, text_set
 from simnpo_pl.data.columns import Columns
-from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines
-from simnpo_pl.data.tables import load_table
+from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines, load_table
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import Rows, TrainingRows
@@ -20,11 +19,11 @@ COLUMNS = Columns()
 
 
 class OwnData(UnlearningData):
-    """Questions and answers, chats or plain text of the user's own.
+    """Custom questions and answers, chats or plain text.
 
-    What is measured follows from what there is; the results say what is not measured, and why. Every source is a file
-    (.jsonl, .json, .csv, .parquet, .txt), a folder that the `datasets` package loads, or OWNER/NAME on the hub, the
-    latter two with `:SPLIT` or `:CONFIGURATION/SPLIT` after them where they have several.
+    The rows decide what is measured; the results say what is not measured, and why. Every source is a file (.jsonl,
+    .json, .csv, .parquet, .txt), or a folder or OWNER/NAME on the hub that the `datasets` package loads, with `:SPLIT`
+    or `:CONFIGURATION/SPLIT` after it where it has several.
 
     Args:
         forget: Rows to forget.
@@ -51,7 +50,8 @@ class OwnData(UnlearningData):
         super().__init__(**kwargs)
         if retain_eval_rows is not None and retain_eval_rows < 1:
             raise UserError(f"--data.retain_eval_rows must be at least 1, or null for all, got {retain_eval_rows}")
-        self.sources = {"forget": forget, "retain": retain, "holdout": holdout}
+        given = {"forget": forget, "retain": retain, "holdout": holdout}
+        self.sources = {name: source for name, source in given.items() if source is not None}
         self.refusals = refusals
         self.columns = columns
         self.rows: Literal["blocks", "documents"] = rows
@@ -62,23 +62,21 @@ class OwnData(UnlearningData):
         """Forget rows, retain rows and refusals."""
         return TrainingRows(
             forget=self._rows("forget"),
-            retain=self._rows("retain") if self.sources["retain"] is not None else [],
+            retain=self._rows("retain") if "retain" in self.sources else [],
             refusals=load_lines(self.refusals) if self.refusals is not None else [],
         )
 
     def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
-        """Whatever the rows allow."""
+        """All sets and metrics that the rows allow."""
         self._check_disjoint()
-        forget = self._set("forget", encode)
-        sets = [forget]
+        is_text = isinstance(self._rows("forget"), Texts)
+        forget, *others = sets = [self._set(name, encode) for name in self.sources]
+        holdout = others[-1] if "holdout" in self.sources else None
         unavailable = {"model_utility": "it is defined by TOFU's real authors and world facts"}
-        if self.sources["retain"] is not None:
-            sets.append(self._set("retain", encode))
-        else:
+        if "retain" not in self.sources:
             unavailable |= dict.fromkeys(("retain/probability", "retain/rouge"), "no retain rows; give --data.retain")
         has_ratio = "forget/truth_ratio" in forget.metrics
-        asked = self.eval.retain_log or self.eval.retrained
-        if asked and not has_ratio and self.sources["holdout"] is None:
+        if (self.eval.retain_log or self.eval.retrained) and not has_ratio and holdout is None:
             raise UserError(
                 "there is nothing to compare with a retrained model: give forget rows with a list of wrong answers in "
                 f"column {self.columns.perturbed_answer} (forget quality) or --data.holdout (PrivLeak), or leave out "
@@ -86,14 +84,14 @@ class OwnData(UnlearningData):
             )
         log = self.find_retain_log()
         if has_ratio:
-            unavailable |= add_forget_quality(forget, log, str(self.sources["forget"]))
+            unavailable |= add_forget_quality(forget, log, self.sources["forget"])
         else:
-            unavailable |= dict.fromkeys(("forget/truth_ratio", "forget_quality"), self._no_ratio())
-        holdout = self._holdout(encode)
-        sets += [] if holdout is None else [holdout]
+            missing = "the forget rows have no wrong answers, see --data.columns.perturbed_answer"
+            reason = "plain text has no wrong answers" if is_text else missing
+            unavailable |= dict.fromkeys(("forget/truth_ratio", "forget_quality"), reason)
         attacks = add_attacks(forget, holdout, self.eval, log, self.reference_losses)
         unavailable |= attacks.unavailable
-        if isinstance(self._rows("forget"), Texts):
+        if is_text:
             unavailable |= dict.fromkeys(("forget/rouge", "forget/fluency"), "plain text has no questions to answer")
         else:
             unavailable |= not_rated(self.eval)
@@ -103,11 +101,9 @@ class OwnData(UnlearningData):
         """Rows of one of the sources, read once."""
         if name not in self._read:
             source, option = self.sources[name], f"--data.{name}"
-            assert source is not None
-            table = load_table(source, option)
-            found = self.columns.read(table, f"{option} {source}")
+            found = self.columns.read(load_table(source, option), f"{option} {source}")
             texts = [row for row in found if isinstance(row, str)]
-            # Between the blank lines of a book, a line may well come again.
+            # Text that is cut in blocks may repeat a paragraph.
             if not texts or self.rows == "documents":
                 check_rows(found, name)
             self._read[name] = Texts(texts, self.rows) if texts else [row for row in found if isinstance(row, dict)]
@@ -116,28 +112,18 @@ class OwnData(UnlearningData):
     def _set(self, name: str, encode: PromptTemplate) -> EvalSet:
         rows = self._rows(name)
         most = self.retain_eval_rows if name == "retain" else None
-        if isinstance(rows, Texts):
-            return text_set(name, rows, encode, most)
-        return qa_set(name, name, rows[:most], encode, self.eval)
-
-    def _holdout(self, encode: PromptTemplate) -> EvalSet | None:
-        if self.sources["holdout"] is None:
-            return None
-        rows, forgotten = self._rows("holdout"), self._rows("forget")
-        if isinstance(rows, Texts) != isinstance(forgotten, Texts):
+        if name == "holdout" and isinstance(rows, Texts) != isinstance(self._rows("forget"), Texts):
             raise UserError("--data.holdout: expected the form of the forget rows; give both as plain text or neither")
         if isinstance(rows, Texts):
-            return text_set("holdout", rows, encode)
-        return holdout_set(rows, "holdout", encode)
+            return text_set(name, rows, encode, most)
+        return (
+            holdout_set(rows, name, encode) if name == "holdout" else qa_set(name, name, rows[:most], encode, self.eval)
+        )
 
     def _check_disjoint(self) -> None:
-        """Refuses rows that are in two of the sources, trained on or not."""
-        given = {name: self._rows(name) for name, source in self.sources.items() if source is not None}
-        items = {name: rows.documents if isinstance(rows, Texts) else rows for name, rows in given.items()}
+        items: dict[str, Any] = {}
+        for name in self.sources:
+            rows = self._rows(name)
+            items[name] = rows.documents if isinstance(rows, Texts) else rows
         for one, other in combinations(items, 2):
             check_disjoint(items[one], items[other], other, one)
-
-    def _no_ratio(self) -> str:
-        if isinstance(self._rows("forget"), Texts):
-            return "plain text has no wrong answers"
-        return "the forget rows have no wrong answers, see --data.columns.perturbed_answer"

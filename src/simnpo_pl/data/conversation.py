@@ -1,16 +1,16 @@
-"""Chat messages as rows: the last answer of the assistant is what is scored, all before it is the prompt."""
+"""Chat messages as rows: the assistant's last answer is scored, all before it is the prompt."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from simnpo_pl.utils.errors import UserError
@@ -18,22 +18,9 @@ from simnpo_pl.utils.errors import UserError
 Message = tuple[str, str]
 AnswerEnd = Literal["turn", "eos"]
 
-ANSWERS = "assistant"
-"""Role of the messages that a model writes."""
-
 
 class Conversation(str):
-    """The messages before an answer; as a string, a line each with its role, for logs and comparisons.
-
-    Only a chat template can turn it into a prompt.
-
-    Args:
-        messages: Role and text of each message, in order.
-
-    Example:
-        >>> Conversation([("system", "Be brief."), ("user", "Who?")])
-        'system: Be brief.\\nuser: Who?'
-    """
+    """The messages before an answer, for chat templates alone; as a string one line per message, for logs."""
 
     messages: tuple[Message, ...]
 
@@ -47,63 +34,45 @@ class Conversation(str):
 
 
 def question_and_answer(messages: Any, where: str) -> tuple[str, str]:
-    """Prompt and answer of a conversation that ends with the assistant's message.
+    """Prompt and answer of a conversation, a list of objects with `role` and `content` that the assistant ends.
 
-    Args:
-        messages: Objects with `role` and `content`.
-        where: What the row is called in messages.
-
-    Returns:
-        The question and the answer. A conversation of one question is that question, which any template takes;
-        any other is a `Conversation`.
+    A single question is returned as a string, which any template takes, all else as a `Conversation`.
 
     Raises:
-        UserError: The messages are no conversation, or the last one is not the assistant's.
+        UserError: The messages are no such conversation; `where` names the row.
     """
-    found = _pairs(messages, where)
-    role, answer = found[-1]
-    if role != ANSWERS:
-        raise UserError(f"{where}: expected the last message to be the {ANSWERS}'s, got one of {role!r}; mend the row")
-    before = found[:-1]
-    if not before:
-        raise UserError(f"{where}: expected a message before the {ANSWERS}'s, got none; mend the row")
-    alone = len(before) == 1 and before[0][0] == "user"
-    return (before[0][1] if alone else Conversation(before)), answer
-
-
-def _pairs(messages: Any, where: str) -> list[Message]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise UserError(f"{where}: expected a list of messages, got {messages!r}; mend or remove the row")
+        raise UserError(f"{where}: expected a list of messages, got {messages!r}; fix or remove the row")
     for message in messages:
         fields = message if isinstance(message, Mapping) else {}
         if not all(isinstance(fields.get(name), str) for name in ("role", "content")):
-            raise UserError(f"{where}: expected messages with a role and a content, got {message!r}; mend the row")
-    if not messages[-1]["content"].strip():
-        raise UserError(f"{where}: the last message is blank; mend or remove the row")
-    return [(message["role"], message["content"]) for message in messages]
+            raise UserError(f"{where}: expected messages with a role and a content, got {message!r}; fix the row")
+    *before, (role, answer) = [(message["role"], message["content"]) for message in messages]
+    if role != "assistant" or not answer.strip() or not before:
+        found = f"{len(messages)} messages with {messages[-1]!r} as the last"
+        raise UserError(f"{where}: expected messages and then the assistant's answer, got {found}; fix the row")
+    is_question = len(before) == 1 and before[0][0] == "user"
+    return (before[0][1] if is_question else Conversation(before)), answer
 
 
 class Placed(NamedTuple):
-    """A text, and where in it an answer stands."""
+    """A text, and which characters of it are the answer: from `start` to before `stop`.
+
+    What follows `stop` ends the turn; nothing follows where the tokenizer's EOS is to end it.
+    """
 
     text: str
     start: int
-    """First character of the answer."""
     stop: int
-    """End of the answer; what follows ends the turn, and nothing follows where the tokenizer's EOS is to end it."""
 
 
 class _Frame(NamedTuple):
-    """What a chat template writes around an answer."""
+    """What a chat template writes around an answer; empty where the tokenizer's EOS ends it."""
 
-    header: str
-    """Between the prompt and the answer, such as an empty thought."""
-    after: str
-    """After the answer, to the end of the conversation."""
-    end: str
-    """The part of `after` that ends the turn; empty where the template writes none."""
-    end_id: int | None
-    """Last token of `end`; None where that is ordinary text, which does not stop a generation."""
+    header: str = ""  # between the prompt and the answer, such as an empty thought
+    after: str = ""  # after the answer, to the end of the conversation
+    end: str = ""  # the part of `after` that ends the turn; empty where the template writes none
+    end_id: int | None = None  # last token of `end`; None where that is ordinary text, which stops no generation
 
 
 class ChatTemplate:
@@ -111,14 +80,14 @@ class ChatTemplate:
 
     Args:
         tokenizer: Has the template.
-        date: Day told to the template, such as "26 Jul 2024".
-        system_prompt: System message of conversations that have none of their own; None leaves it to the template.
+        date: The date the template is given, such as "26 Jul 2024".
+        system_prompt: System message of conversations that have none; None leaves it to the template.
         variables: Further variables that the template reads, such as `enable_thinking`.
-        answer_end: `turn`: the whole conversation is written by the template, and the answer ends as a turn does
-            there; `eos`: the answer follows the template's prompt, and the tokenizer's EOS ends it.
+        answer_end: `turn`: the template writes the whole conversation, and the answer ends as a turn does there;
+            `eos`: the answer follows the template's prompt, and the tokenizer's EOS ends it.
 
     Raises:
-        UserError: The date is none, or the template does not read the variables.
+        UserError: The date is malformed, or the template does not read the variables or the system message.
     """
 
     def __init__(
@@ -147,60 +116,44 @@ class ChatTemplate:
         self._settings = [f"dated {date}"]
         self._settings += [] if system_prompt is None else [f"system prompt {system_prompt!r}"]
         self._settings += [f"variables {dict(variables)}"] if variables else []
+        if system_prompt is not None:
+            self._check_system_prompt(system_prompt)
 
     @property
     def description(self) -> str:
         """The form of the prompt in a few words, for logs."""
-        end = f"answers end with {self.end or self.tokenizer.eos_token!r}"
+        end = f"answers end with {self.frame.end or self.tokenizer.eos_token!r}"
         return ", ".join(["the tokenizer's chat template", *self._settings, end])
-
-    @property
-    def end(self) -> str:
-        """Text that ends an answer; empty where the tokenizer's EOS does."""
-        return self._frame.end if self.answer_end == "turn" else ""
-
-    @property
-    def end_id(self) -> int | None:
-        """The token that ends an answer, where that is one of the tokenizer's added tokens."""
-        return self._frame.end_id if self.answer_end == "turn" else None
 
     def place(self, question: str, answer: str, where: str) -> Placed:
         """The text of a question or conversation with its answer, up to the end of the answer's turn.
 
-        Args:
-            question: A question or `Conversation`.
-            answer: The answer.
-            where: What the row is called in messages.
-
         Raises:
-            UserError: The template refuses the messages, changes the answer, or writes the conversation with the
-                answer otherwise than without it.
+            UserError: The template refuses the messages, changes the answer, or writes another prompt with the answer
+                than without it; `where` names the row.
         """
         messages = question.messages if isinstance(question, Conversation) else (("user", question),)
-        prompt = self._write(messages, where, prompt=True)
         if self.answer_end == "eos":
+            prompt = self._write(messages, where, prompt=True)
             return Placed(prompt + answer, len(prompt), len(prompt + answer))
-        header, after, end, _ = self._frame
-        whole = self._write((*messages, (ANSWERS, answer)), where)
-        _check_beginning(prompt, whole, where)
-        stop = len(whole) - len(after)
-        if not whole.endswith(after) or answer.strip() not in whole[len(prompt) : stop]:
-            raise UserError(
-                f"{where}: the chat template changes the answer, to {whole[len(prompt) :][:80]!r}; change the row, or "
-                "set --data.answer_end eos"
-            )
-        # A thought that is part of the answer stands where the template would write an empty one.
-        start = len(prompt + header) if whole.startswith(prompt + header) else len(prompt)
-        return Placed(whole[: stop + len(end)], start, stop)
+        header, after, end, _ = self.frame
+        prompt, rest = self._write_both(messages, answer, where)
+        if not rest.endswith(after) or answer.strip() not in rest.removesuffix(after):
+            changed = f"the chat template changes the answer, to {rest[:80]!r}"
+            raise UserError(f"{where}: {changed}; change the row, or set --data.answer_end eos")
+        # An answer that starts with a thought has it in the place of the template's empty one.
+        start = len(prompt + header) if rest.startswith(header) else len(prompt)
+        stop = len(prompt + rest) - len(after)
+        return Placed((prompt + rest)[: stop + len(end)], start, stop)
 
     @cached_property
-    def _frame(self) -> _Frame:
-        answer, where = "An answer.", "every conversation"
-        messages = (("user", "A question?"),)
-        prompt = self._write(messages, where, prompt=True)
-        whole = self._write((*messages, (ANSWERS, answer)), where)
-        _check_beginning(prompt, whole, where)
-        header, found, after = whole[len(prompt) :].rpartition(answer)
+    def frame(self) -> _Frame:
+        """What the template writes around an answer, from a sample."""
+        if self.answer_end == "eos":
+            return _Frame()
+        answer = "An answer."
+        _, rest = self._write_both((("user", "A question?"),), answer, "every conversation")
+        header, found, after = rest.rpartition(answer)
         if not found:
             raise UserError("the chat template leaves out the assistant's messages; set --data.answer_end eos")
         added = {str(token): number for number, token in self.tokenizer.added_tokens_decoder.items()}
@@ -208,25 +161,38 @@ class ChatTemplate:
         longest_first = sorted((re.escape(token) for token in added if token.strip()), key=len, reverse=True)
         if longest_first and (match := re.search("|".join(longest_first), after)):
             return _Frame(header, after, after[: match.end()], added[match[0]])
-        return _Frame(header, after, after.rstrip(), None)
+        return _Frame(header, after, after.rstrip())
+
+    def _check_system_prompt(self, system: str) -> None:
+        reason = "leaves out the system message"
+        try:
+            if system.strip() in self._apply([("system", system), ("user", "A question?")], prompt=True):
+                return
+        except TemplateError as error:
+            reason = f"refuses a system message ({error})"
+        raise UserError(f"--data.system_prompt: the chat template {reason}; set it to null")
+
+    def _write_both(self, messages: Sequence[Message], answer: str, where: str) -> tuple[str, str]:
+        """The prompt, and what the template writes after it where the answer is given."""
+        prompt = self._write(messages, where, prompt=True)
+        whole = self._write([*messages, ("assistant", answer)], where)
+        if not whole.startswith(prompt):
+            # A model would answer another text than is scored.
+            same = next(i for i, (one, other) in enumerate(zip_longest(prompt, whole)) if one != other)
+            raise UserError(
+                f"{where}: the chat template continues with {prompt[same:][:40]!r} where an answer is asked for, and "
+                f"with {whole[same:][:40]!r} where it is given; make them agree with --data.chat_template_kwargs, or "
+                "write the prompt with --data.template"
+            )
+        return prompt, whole.removeprefix(prompt)
 
     def _write(self, messages: Sequence[Message], where: str, prompt: bool = False) -> str:
-        """Messages as the template writes them, with the system message of the option where they have none."""
-        from jinja2 import TemplateError
-
-        system = None if messages[0][0] == "system" else self.system_prompt
+        if self.system_prompt is not None and messages[0][0] != "system":
+            messages = [("system", self.system_prompt), *messages]
         try:
-            text = self._apply(messages if system is None else [("system", system), *messages], prompt)
+            return self._apply(messages, prompt)
         except TemplateError as error:
-            if system is not None:
-                with suppress(TemplateError):
-                    self._apply(messages, prompt)
-                    reason = f"the chat template refuses a system message ({error}); set it to null"
-                    raise UserError(f"--data.system_prompt: {reason}") from error
             raise UserError(f"{where}: the chat template refuses these messages ({error}); change the row") from error
-        if system is not None and system.strip() not in text:
-            raise UserError("--data.system_prompt: the chat template leaves out the system message; set it to null")
-        return text
 
     def _apply(self, messages: Sequence[Message], prompt: bool) -> str:
         text = self.tokenizer.apply_chat_template(
@@ -241,23 +207,8 @@ class ChatTemplate:
 
 
 def parse_date(date: str) -> datetime:
-    """A day such as "26 Jul 2024".
-
-    Raises:
-        UserError: It is none.
-    """
+    """A day such as "26 Jul 2024"; raises UserError for anything else."""
     try:
         return datetime.strptime(date, "%d %b %Y")
     except ValueError:
         raise UserError(f'--data.chat_date must be a day such as "26 Jul 2024", got {date!r}') from None
-
-
-def _check_beginning(prompt: str, whole: str, where: str) -> None:
-    """Refuses a conversation that does not begin with its prompt: a model would answer another text than is scored."""
-    if not whole.startswith(prompt):
-        same = next(place for place, (one, other) in enumerate(zip_longest(prompt, whole)) if one != other)
-        raise UserError(
-            f"{where}: the chat template goes on with {prompt[same:][:40]!r} where an answer is asked for, and with "
-            f"{whole[same:][:40]!r} where it is given; make them agree with --data.chat_template_kwargs, or write "
-            "the prompt with --data.template"
-        )

@@ -1,52 +1,50 @@
-"""Reads rows, of questions and answers or of text, from local files or the Hugging Face hub and refuses unusable ones.
+"""Reads rows of text from files, folders and the Hugging Face hub, and refuses unusable ones.
 
-Every mistake a user can make here ends in one line that says what was expected, what was found and what
-to do, because a wrong row found after an hour of training costs that hour.
+Single files are not read by `datasets`: it names no line of a malformed JSON file, guesses types of CSV columns and
+copies every local file to its cache.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from simnpo_pl.utils.errors import UserError
 
-_SUFFIXES = (".json", ".jsonl")
-_TEXT_SUFFIXES = (*_SUFFIXES, ".txt")
-_PART = re.compile(
-    r"(?P<name>\w[\w./-]*)(\[((?P<start>-?\d+)(?P<start_pct>%)?)?:((?P<stop>-?\d+)(?P<stop_pct>%)?)?\])?"
-)
-HUB_FILES = "hf://datasets/"
-_HUB_PACKAGES = ("datasets", "huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
+Row = dict[str, Any]
+AnyRow = Mapping[str, Any] | str
+"""A row with `question` and `answer`, or a plain text."""
+
+_FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+_HUB = "hf://datasets/"
+_PART = re.compile(r"(?P<name>\w[\w./-]*)(\[(?P<start>-?\d{1,9}%?)?:(?P<stop>-?\d{1,9}%?)?\])?")
 
 
-def load_split(path: str, split: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Reads the rows of a split expression.
+def load_split(path: str, split: str, columns: Sequence[str]) -> list[Row]:
+    """Reads the rows of a split expression, in its order.
 
     Args:
-        path: A folder holding `NAME.json` or `NAME.jsonl` files (one JSON object or string per line, or one array of
-            them), for the column `text` also `NAME.txt` files of documents between blank lines; or else the id of a
-            hub data set whose configurations are the split names, or whose configuration and split are joined by
-            `/`. A string or document becomes the column `text`.
-        split: Names with optional slices, joined by `+`: `forget10`, `retain99[:200]`, `raw/retain1[10:20]`,
-            `forget01+retain99[-10%:]`. Slices follow the `datasets` package: counted from 0, the end
-            excluded, cut at the number of rows, percentages rounded to the nearest row.
+        path: A folder with a file for each split, or a hub data set with a configuration (or CONFIGURATION/SPLIT) for
+            each.
+        split: Names with optional slices as in the `datasets` package, joined by `+`: `forget01+retain99[-10%:]`.
         columns: Columns every row must have; other columns are kept.
 
-    Returns:
-        One dict per row, in the order of the expression.
-
     Raises:
-        UserError: The expression is malformed, the source or a column is missing, a file is not JSON, or
-            a part of the expression selects no row.
+        UserError: The expression is malformed, a file or a column is missing, or a slice selects no row.
     """
-    rows: list[dict[str, Any]] = []
-    for match in [_match_part(part.strip(), split) for part in split.split("+")]:
-        found = _load_named(path, match["name"], _TEXT_SUFFIXES if "text" in columns else _SUFFIXES)
+    rows: list[Row] = []
+    for part in split.split("+"):
+        match = _PART.fullmatch(part.strip())
+        if match is None:
+            raise UserError(f"split {split!r}: cannot read {part!r}; write NAME, NAME[:N] or NAME[A:B], joined by +")
+        found = _read_split(path, match["name"])
         _check_columns(found, columns, f"split {match['name']!r} of {path}")
         chosen = found[_slice(match, len(found))]
         if not chosen:
@@ -55,69 +53,104 @@ def load_split(path: str, split: str, columns: Sequence[str]) -> list[dict[str, 
     return rows
 
 
-def load_jsonl(file: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Reads one file of rows, as `load_split` does, all with the given columns.
+def load_table(source: str, option: str) -> list[Row]:
+    """Reads all rows of one source, at least one, whatever their columns.
+
+    Args:
+        source: A file: `.json` or `.jsonl` of objects or strings, `.csv` with a header, `.parquet`, `.txt` of documents
+            between blank lines (a string or document becomes the column `text`); `hf://datasets/OWNER/NAME/FILE`; or a
+            folder or OWNER/NAME that the `datasets` package loads, with `:SPLIT` or `:CONFIGURATION/SPLIT` after it.
+        option: Setting that names the source, for messages.
 
     Raises:
-        UserError: The file is missing, empty or not JSON, or a row lacks a column.
+        UserError: There is no such source, or it cannot be read or is empty.
     """
-    rows = _read_rows(Path(os.path.expanduser(file)))
+    if source.endswith(_FILES) or _local(source).is_file():
+        rows = _read_file(hub_file(source, option))
+    else:
+        place, _, wanted = source.removeprefix(_HUB).partition(":")
+        configuration, _, split = wanted.rpartition("/")
+        rows = _load_data_set(place, configuration or None, split or None, option)
+    _check_columns(rows, (), f"{option} {source}")
+    return rows
+
+
+def load_jsonl(file: str, columns: Sequence[str]) -> list[Row]:
+    """Reads one file of rows that all have the given columns."""
+    rows = _read_file(_local(file))
     _check_columns(rows, columns, file)
     return rows
 
 
 def load_lines(file: str) -> list[str]:
-    """Reads the non-empty lines of a UTF-8 text file, without surrounding white space.
-
-    Raises:
-        UserError: The file is missing, is not UTF-8 text, or has no such line.
-    """
-    lines = [line.strip() for line in read_text(Path(os.path.expanduser(file))).split("\n") if line.strip()]
+    """Reads the non-empty lines of a UTF-8 text file, at least one, without surrounding white space."""
+    lines = [line.strip() for line in _read_text(_local(file)).split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{file} has no text: expected one entry per line")
     return lines
 
 
-def check_rows(rows: Sequence[Mapping[str, Any] | str], name: str) -> None:
-    """Refuses rows without text and repeated rows, which would silently weigh more than the others.
+def hub_file(path: str, option: str = "--eval.retain_log") -> Path:
+    """A local path, or the local copy of a file named hf://datasets/OWNER/NAME/FILE."""
+    if not path.startswith(_HUB):
+        return _local(path)
+    parts = path.removeprefix(_HUB).split("/", 2)
+    if len(parts) < 3:
+        raise UserError(f"{option} {path}: expected {_HUB}OWNER/NAME/FILE")
+    from huggingface_hub import hf_hub_download
 
-    Args:
-        rows: Rows with the columns `question` and `answer`, or plain texts.
-        name: What the rows are called in messages, such as "forget".
+    try:
+        return Path(hf_hub_download(f"{parts[0]}/{parts[1]}", parts[2], repo_type="dataset"))
+    except Exception as error:
+        other = f", --eval.retrained FOLDER, or {option} null to leave out forget quality"
+        advice = f"give {option} FILE" + (other if option == "--eval.retain_log" else "")
+        raise UserError(f"{option}: cannot download {path} ({type(error).__name__}); {advice}") from error
+
+
+def column_of(row: Mapping[str, Any], column: str, where: str) -> Any:
+    """The value of a column; raises UserError where the row has no such column."""
+    if column not in row:
+        raise UserError(f"{where}, has no column {column!r}; its columns are: {', '.join(row) or 'none'}; rename one")
+    return row[column]
+
+
+def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The text of a column; raises UserError where the row has none."""
+    value = column_of(row, column, where)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: expected text as {column}, got {value!r:.80}; fix or remove the row")
+    return value
+
+
+def check_rows(rows: Sequence[AnyRow], name: str) -> None:
+    """Refuses blank and repeated rows, which would weigh more than the others; messages call them `name`.
 
     Raises:
-        UserError: A question, an answer or a text is not text or is blank, or two rows agree, white space around the
-            texts aside.
+        UserError: A question, an answer or a text is not text or is blank, or two rows differ in white space alone.
     """
-    seen: dict[tuple[str, str], int] = {}
+    seen: dict[tuple[str, ...], int] = {}
     for index, row in enumerate(rows):
-        texts = {"text": row} if isinstance(row, str) else {c: row.get(c) for c in ("question", "answer")}
-        for column, value in texts.items():
-            if not isinstance(value, str) or not value.strip():
-                where = f"{name} row {index}, counted from 0"
-                raise UserError(f"{where}: expected text as {column}, got {str(value)[:80]!r}; mend or remove the row")
-        first = seen.setdefault(_pair(row), index)
+        texts = {"text": row} if isinstance(row, str) else row
+        columns = ("text",) if isinstance(row, str) else ("question", "answer")
+        key = tuple(text_of(texts, column, f"{name} row {index}, counted from 0").strip() for column in columns)
+        first = seen.setdefault(key, index)
         if first != index:
             where = f"{name} rows {first} and {index}, counted from 0,"
-            raise UserError(f"{where} have the same {' and '.join(texts)}: remove one")
+            raise UserError(f"{where} have the same {' and '.join(columns)}: remove one")
 
 
-def check_disjoint(
-    one: Sequence[Mapping[str, Any] | str], other: Sequence[Mapping[str, Any] | str], name: str, first: str = "forget"
-) -> None:
-    """Refuses data that would be forgotten and retained, or compared with itself.
-
-    Args:
-        one: Rows with the columns `question` and `answer`, or plain texts.
-        other: The same.
-        name: What the other rows are, such as "retain".
-        first: What the first rows are.
+def check_disjoint(one: Sequence[AnyRow], other: Sequence[AnyRow], name: str, first: str = "forget") -> None:
+    """Refuses two sets that share a row, but for white space around its texts; messages call them `first` and `name`.
 
     Raises:
-        UserError: A row is in both, white space around the texts aside.
+        UserError: A row is in both.
     """
-    kept = {_pair(row): index for index, row in reversed(list(enumerate(other)))}
-    shared = [(index, kept[_pair(row)]) for index, row in enumerate(one) if _pair(row) in kept]
+
+    def key(row: AnyRow) -> tuple[str, str]:
+        return ("", row.strip()) if isinstance(row, str) else (row["question"].strip(), row["answer"].strip())
+
+    places = {key(row): index for index, row in reversed(list(enumerate(other)))}
+    shared = [(index, places[key(row)]) for index, row in enumerate(one) if key(row) in places]
     if shared:
         raise UserError(
             f"{len(shared)} of {len(one)} {first} rows are also {name} rows; the first is {first} row "
@@ -125,109 +158,57 @@ def check_disjoint(
         )
 
 
-def _pair(row: Mapping[str, Any] | str) -> tuple[str, str]:
-    """Question and answer without surrounding white space; a plain text has no question."""
-    return ("", row.strip()) if isinstance(row, str) else (row["question"].strip(), row["answer"].strip())
+def _check_columns(rows: Sequence[Row], columns: Sequence[str], source: str) -> None:
+    if not rows:
+        raise UserError(f"{source} has no rows: expected at least one; choose other data")
+    for index, row in enumerate(rows):
+        for column in columns:
+            column_of(row, column, f"{source}: row {index}, counted from 0")
 
 
-def _load_named(path: str, name: str, suffixes: Sequence[str]) -> list[dict[str, Any]]:
-    """All rows of one split, from a local folder or the hub."""
-    folder = Path(os.path.expanduser(path))
-    if folder.is_dir():
-        files = [file for suffix in suffixes if (file := folder / f"{name}{suffix}").is_file()]
-        if not files:
-            inside = (folder / name).parent
-            there = sorted(inside.iterdir()) if inside.is_dir() else []
-            names = {f.stem: None for f in there if f.suffix in suffixes and f.is_file()}
-            raise UserError(
-                f"no split {name!r} in {path}: expected {' or '.join(name + suffix for suffix in suffixes)}; "
-                f"the splits there are: {', '.join(names) or 'none'}"
-            )
-        return _read_rows(files[0])
-    if folder.exists():
-        raise UserError(f"--data.path expects a folder of .json or .jsonl files, got the file {path}")
-    if path.startswith(("/", "./", "../", "~")):
-        raise UserError(f"no folder {path}: give an existing folder, or a hub data set id, with --data.path")
-    return _load_hub(path, name)
+def _slice(match: re.Match[str], rows: int) -> slice:
+    ends = [match["start"], match["stop"]]
+    # One percent sign makes both ends percentages, as in `datasets`.
+    unit = rows / 100 if any(end and end.endswith("%") for end in ends) else 1
+    return slice(*(None if end is None else round(int(end.rstrip("%")) * unit) for end in ends))
 
 
-def _load_hub(path: str, name: str) -> list[dict[str, Any]]:
-    """All rows of one configuration of a hub data set, of its split where one is named, else of its training split."""
-    configuration, _, split = name.partition("/")
-    failure = (
-        f"could not read split {name!r} of data set {path!r} from the Hugging Face hub, and there is no "
-        "local folder of that name"
-    )
-    advice = (
-        "check both names and the connection, or use local files with --data.path FOLDER; the run in configs/demo.yaml "
-        "needs no network"
-    )
-    return [dict(row) for row in load_data_set(path, configuration, split or "train", failure, advice)]
+def _read_split(path: str, name: str) -> list[Row]:
+    folder = _local(path)
+    if not folder.is_dir():
+        configuration, _, split = name.partition("/")
+        return _load_data_set(path, configuration, split or "train", "--data.path")
+    for suffix in _FILES:
+        if (file := folder / f"{name}{suffix}").is_file():
+            return _read_file(file)
+    names = sorted({file.stem for file in (folder / name).parent.glob("*") if file.suffix in _FILES})
+    raise UserError(f"no split {name!r} in {path}: the splits are: {', '.join(names) or 'none'}; choose one")
 
 
-def load_data_set(place: str, configuration: str | None, split: str | None, failure: str, advice: str) -> Any:
-    """A data set as the `datasets` package loads it, but the columns of CSV files as the text that they are.
-
-    Args:
-        place: Folder, or name on the hub.
-        configuration: One of its configurations.
-        split: One of its splits, which may be cut; None for all of them.
-        failure: What has failed, for messages.
-        advice: What to do, for messages.
-
-    Raises:
-        UserError: There is no such data set, or it cannot be loaded.
-    """
-    import datasets
-
-    try:
-        found = datasets.load_dataset(place, configuration, split=split)
-        one = next(iter(found.values())) if isinstance(found, datasets.DatasetDict) else found
-        if getattr(one, "builder_name", None) == "csv":
-            # By itself it makes numbers of digits, and nothing of NA.
-            texts = datasets.Features(dict.fromkeys(one.column_names, datasets.Value("string")))
-            found = datasets.load_dataset(place, configuration, split=split, features=texts, keep_default_na=False)
-        return found
-    except Exception as error:
-        if not _is_hub_failure(error):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{failure} ({type(error).__name__}: {reason}); {advice}") from error
+def _local(path: str) -> Path:
+    return Path(os.path.expanduser(path))  # Path.expanduser() fails for unknown users
 
 
-def _is_hub_failure(error: Exception) -> bool:
-    """Whether a name or the network is to blame, rather than this program."""
-    # `datasets` reports unknown configurations as ValueError and retired loading scripts as RuntimeError.
-    if isinstance(error, (OSError, ValueError, RuntimeError)):
-        return True
-    return any(kind.__module__.startswith(_HUB_PACKAGES) for kind in type(error).__mro__)
-
-
-def read_text(file: Path) -> str:
-    """The text of a file, with every line end as a newline."""
-    try:
-        # A byte order mark, as some editors write it, is dropped.
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}): convert it") from error
-    except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}): give an existing, readable file") from error
-
-
-def _read_rows(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON array or of JSON lines; strings, and the documents of a text file, as column `text`."""
-    text = read_text(file)
-    rows: list[Any]
+def _read_file(file: Path) -> list[Row]:
+    """All rows of a file; strings in JSON, and the documents of a text file, become the column `text`."""
+    if file.suffix not in _FILES:
+        raise UserError(f"{file}: expected a file ending in {', '.join(_FILES)}; convert it")
+    if file.suffix == ".parquet":
+        return _read_parquet(file)
+    text = _read_text(file)
+    if file.suffix == ".csv":
+        return _read_csv(text, file)
+    values: list[Any]
     if file.suffix == ".txt":
         # More than one blank line belongs to the document before it, so that joining gives the file again.
-        rows = re.split(r"\n\n(?=\S)", text.lstrip("\n")) if text.strip() else []
+        values = re.split(r"\n\n(?=\S)", text.lstrip("\n")) if text.strip() else []
     elif text.lstrip().startswith("["):
-        rows = _parse(text, file, 1)
+        values = _parse_json(text, file, 1)
     else:
         # Not splitlines(): JSON strings may hold other line separators, such as U+2028.
         lines = enumerate(text.split("\n"), start=1)
-        rows = [_parse(line, file, number) for number, line in lines if line.strip()]
-    rows = [{"text": row} if isinstance(row, str) else row for row in rows]
+        values = [_parse_json(line, file, number) for number, line in lines if line.strip()]
+    rows = [{"text": value} if isinstance(value, str) else value for value in values]
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             where = f"{file} row {index}, counted from 0"
@@ -235,78 +216,84 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse(text: str, file: Path, line: int) -> Any:
+def _read_text(file: Path) -> str:
+    try:
+        # Without the byte order mark that some editors write.
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}): convert it") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}): give an existing, readable file") from error
+
+
+def _parse_json(text: str, file: Path, line: int) -> Any:
     """The value of a JSON text that starts at a line, from 1, of a file."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if not isinstance(error, json.JSONDecodeError):
-            # Numbers of thousands of digits, nesting of thousands of levels.
-            raise UserError(f"{file} line {line}: {error}; expected texts and lists of texts") from error
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line, reason = line + error.lineno - 1, error.msg
         raise UserError(
-            f"{file} line {line + error.lineno - 1}: not valid JSON ({error.msg}); expected one object per "
-            "line or one array of objects"
+            f"{file} line {line}: not valid JSON ({reason}); expected one object per line or one array of objects"
         ) from error
 
 
-def _check_columns(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], source: str) -> None:
-    """Refuses an empty table and rows that lack a column."""
-    if not rows:
-        raise UserError(f"{source} has no rows: expected at least one; choose other data")
-    for index, row in enumerate(rows):
-        for column in columns:
-            if column not in row:
-                where, present = f"{source}: row {index}, counted from 0,", ", ".join(row) or "none"
-                raise UserError(f"{where} has no column {column!r}; its columns are: {present}; rename one")
+def _read_csv(text: str, file: Path) -> list[Row]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                wanted = f"expected {len(reader.fieldnames or ())} fields as in the first line"
+                raise UserError(f"{file} line {reader.line_num}: {wanted}; fix it")
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(f"{file} after line {reader.line_num}: not valid CSV ({error}); fix it") from error
+    return rows
 
 
-def _match_part(part: str, split: str) -> re.Match[str]:
-    """Takes one part of a split expression apart."""
-    match = _PART.fullmatch(part)
-    if match is None:
-        raise UserError(
-            f"split expression {split!r}: cannot read {part!r}; write NAME, NAME[:N] or NAME[A:B], joined "
-            "by +, such as forget01+retain99[:200]"
-        )
-    return match
-
-
-def _slice(match: re.Match[str], rows: int) -> slice:
-    """The rows that a part of a split expression names."""
-    # One percent sign makes both ends percentages, as in `datasets`.
-    share = rows / 100 if match["start_pct"] or match["stop_pct"] else 1
-    return slice(*(None if end is None else round(int(end) * share) for end in (match["start"], match["stop"])))
-
-
-def hub_file(path: str) -> Path:
-    """A local path of a log, or the local copy of a file named hf://datasets/OWNER/NAME/PATH.
-
-    Raises:
-        UserError: The hub cannot be reached or has no such file.
-    """
-    return hub_download(path, "--eval.retain_log") if path.startswith(HUB_FILES) else Path(path).expanduser()
-
-
-def hub_download(path: str, option: str) -> Path:
-    """The local copy of a file named hf://datasets/OWNER/NAME/PATH.
-
-    Args:
-        path: The name.
-        option: Setting that names it, for messages.
-
-    Raises:
-        UserError: The name is not of this form, or the hub cannot be reached or has no such file.
-    """
-    parts = path.removeprefix(HUB_FILES).split("/", 2)
-    if len(parts) < 3:
-        raise UserError(f"{option} {path}: expected {HUB_FILES}OWNER/NAME/FILE")
-    from huggingface_hub import hf_hub_download
+def _read_parquet(file: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
 
     try:
-        return Path(hf_hub_download(f"{parts[0]}/{parts[1]}", parts[2], repo_type="dataset"))
-    except Exception as error:
-        unmeasured = f", or --eval.retrained FOLDER, or {option} null for a run without forget quality"
-        advice = unmeasured if option == "--eval.retain_log" else ""
+        return pyarrow.parquet.ParquetFile(file).read().to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot read {file} as parquet ({reason}): give an existing, complete file") from error
+
+
+def _load_data_set(place: str, configuration: str | None, split: str | None, option: str) -> list[Row]:
+    """All rows of one split of a folder or hub data set, by `datasets`; without a name, of `train` or the only one."""
+    folder = _local(place)
+    if not folder.is_dir() and (place.startswith(("/", "./", "../", "~")) or place.count("/") != 1):
         raise UserError(
-            f"{option}: {path} is not to be had from the hub ({type(error).__name__}); give {option} FILE{advice}"
+            f"{option} {place}: expected a folder, or OWNER/NAME of a data set on the hub; files end in "
+            f"{', '.join(_FILES)}"
+        )
+    import datasets
+
+    names = (str(folder) if folder.is_dir() else place, configuration)
+    try:
+        found = datasets.load_dataset(*names, split=split)
+        if split is None:
+            if "train" not in found and len(found) > 1:
+                raise ValueError(f"it has the splits {', '.join(found)}; name one, as in {place}:{next(iter(found))}")
+            split = "train" if "train" in found else next(iter(found))
+            found = found[split]
+        if getattr(found, "builder_name", None) == "csv":
+            # By itself it makes numbers of digits, and None of NA.
+            texts = datasets.Features(dict.fromkeys(found.column_names, datasets.Value("string")))
+            found = datasets.load_dataset(*names, split=split, features=texts, keep_default_na=False)
+        return [dict(row) for row in found]
+    except (TypeError, AttributeError):
+        # Faults of the program; errors of the hub have many classes, which change with its HTTP client.
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UserError(
+            f"{option} {place}: cannot load configuration {configuration or 'default'}, split {split or 'train'} "
+            f"({reason}); check names and connection, or give {option} FOLDER; configs/demo.yaml needs no network"
         ) from error

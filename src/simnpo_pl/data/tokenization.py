@@ -1,6 +1,6 @@
 """Turns a question and its answer into token ids, with labels on the answer.
 
-Prompt and answer are tokenised together, because tokens may straddle the seam between the two; character
+Prompt and answer are tokenized together, because a token may hold the end of one and the start of the other; character
 offsets then say which tokens hold the answer.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,21 +20,21 @@ IGNORE_INDEX = -100
 """Label of a token that is not scored."""
 
 PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
-"""Used when neither the user nor the tokenizer brings a template."""
+"""Used where neither the user nor the tokenizer has a template."""
 
 CHAT_DATE_STRING = "26 Jul 2024"
-"""The day chat templates are told by default: some print today's, and results would change from day to day."""
+"""Default date for chat templates: some write today's, and results would change from day to day."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One prompt with its answer, as token ids.
+    """Token ids of one prompt with its answer, or of one text.
 
-    Attributes:
-        input_ids: Ids of the whole sequence, T of them.
-        labels: For each of the T positions the id itself where it is scored, else IGNORE_INDEX. The labels
-            are not shifted: a scored id is predicted from the ids before it.
-        end: Number of scored ids that end the answer, the last ones; 0 where it was cut, and for plain text.
+    Args:
+        input_ids: All T ids.
+        labels: T labels: the id itself where it is scored, else IGNORE_INDEX. They are not shifted: a scored id is
+            predicted from the ids before it.
+        end: How many of the last ids are scored as the end of the answer; 0 where it was cut, and for plain text.
     """
 
     input_ids: list[int]
@@ -58,16 +59,16 @@ class PromptTemplate:
     Args:
         tokenizer: A fast tokenizer (one that reports character offsets) with an end-of-sequence token.
         template: Text with `{question}` and, at its end, `{answer}`, each once; other braces are literal.
-            None takes the tokenizer's chat template, or PLAIN_TEMPLATE when it has none.
-        max_length: Most tokens a sequence may have, the end of the answer included; None sets no limit.
+            None takes the tokenizer's chat template, or PLAIN_TEMPLATE where it has none.
+        max_length: Maximum tokens of a sequence, the end of the answer included; None sets no limit.
         truncate: Cut the answers of longer sequences at the end instead of refusing the data.
-        system_prompt: See `ChatTemplate`, as the following.
-        date: Day such as "26 Jul 2024".
-        answer_end: What ends an answer; without a chat template always the end-of-sequence token.
+        system_prompt: See `ChatTemplate`.
+        date: See `ChatTemplate`.
+        answer_end: See `ChatTemplate`; without a chat template an answer ends with the end-of-sequence token.
         chat_template_kwargs: Variables of the chat template.
 
     Raises:
-        UserError: The tokenizer, the template or an option does not qualify, or `max_length` is below 1.
+        UserError: The tokenizer, the template or an option cannot be used, or `max_length` is below 1.
     """
 
     def __init__(
@@ -97,68 +98,68 @@ class PromptTemplate:
             self.chat = ChatTemplate(tokenizer, date, system_prompt, chat_template_kwargs, answer_end)
         elif chat_template_kwargs:
             raise UserError("--data.chat_template_kwargs: no chat template is used here; leave it out")
-        self._template = PLAIN_TEMPLATE if template is None else template
-        self._before, self._between = _split_template(self._template)
-        self.end_ids = {int(tokenizer.eos_token_id)}
+        self.template = PLAIN_TEMPLATE if template is None else template
+        counts = [self.template.count(field) for field in ("{question}", "{answer}")]
+        if counts != [1, 1] or not self.template.endswith("{answer}"):
+            wanted = f"expected {{question}} and, at the very end, {{answer}}, once each, as in {PLAIN_TEMPLATE!r}"
+            raise UserError(f"--data.template: {wanted}, got {template!r}")
 
     @property
     def description(self) -> str:
         """The form of the prompt in a few words, for logs."""
-        return f"template {self._template!r}" if self.chat is None else self.chat.description
+        return f"template {self.template!r}" if self.chat is None else self.chat.description
+
+    @cached_property
+    def end_ids(self) -> set[int]:
+        """Tokens that end an answer."""
+        ends = [self.tokenizer.eos_token_id, None if self.chat is None else self.chat.frame.end_id]
+        return {int(end) for end in ends if end is not None}
 
     def finish(self, generated: str) -> str:
-        """A generated answer without what follows a turn's end of ordinary text, at which no generation stops."""
-        ordinary = self.chat is not None and self.chat.end_id is None and self.chat.end
+        """A generated answer up to the end of the turn, where that is ordinary text, which stops no generation."""
+        ordinary = self.chat is not None and self.chat.frame.end_id is None and self.chat.frame.end
         return (generated.split(ordinary)[0] if ordinary else generated).strip()
 
     def encode(self, question: str, answer: str) -> TokenRow:
-        """Encodes one pair; see `encode_rows`."""
+        """Encodes one pair."""
         return self.encode_rows([(question, answer)], "given")[0]
 
     def encode_rows(self, pairs: Sequence[tuple[str, str]], name: str) -> list[TokenRow]:
-        """Encodes pairs: scored are every token that holds a character of the answer and those that end it.
+        """Encodes questions, or conversations, with their answers.
 
-        Args:
-            pairs: Questions, or conversations, with their answers.
-            name: What the rows are called in messages, such as "forget".
-
-        Returns:
-            One row per pair, in order. A truncated row has no end.
+        Scored are all tokens that hold a character of the answer and those that end it. Messages call the rows `name`.
 
         Raises:
             UserError: An answer yields no token or holds one that ends answers, a prompt is empty, the chat template
-                refuses a row, or a sequence is longer than `max_length` (with `truncate`: its prompt alone fills it).
+                refuses a row, or a sequence is longer than `max_length` (with `truncate`: its prompt alone).
         """
         if not pairs:
             return []
         wheres = [f"{name} row {i}, counted from 0 (question {q[:80]!r})" for i, (q, _) in enumerate(pairs)]
         placed = [self._place(*pair, where) for pair, where in zip(pairs, wheres, strict=True)]
-        for (text, _, _), where in zip(placed, wheres, strict=True):
-            check_unicode(text, where)
-        if self.chat is not None and self.chat.end_id is not None:
-            self.end_ids.add(self.chat.end_id)
         encoded = self.tokenizer(
             [text for text, _, _ in placed],
-            # The text of a chat template carries its own special tokens.
+            # The text of a chat template has its special tokens.
             add_special_tokens=self.chat is None,
             return_offsets_mapping=True,
-            padding=False,
-            truncation=False,
             verbose=False,
         )
         parts = zip(encoded["input_ids"], encoded["offset_mapping"], placed, wheres, strict=True)
-        return self._limit([self._label(*part) for part in parts], name)
+        rows = [self._label(*part) for part in parts]
+        return limit_rows(rows, self.max_length, self.truncate, f"{name} rows")
 
     def _place(self, question: str, answer: str, where: str) -> Placed:
         if self.chat is not None:
-            return self.chat.place(question, answer, where)
-        if isinstance(question, Conversation):
-            raise UserError(
-                f"{where}: a conversation needs a chat template; leave out --data.template, or give a tokenizer "
-                "that has one"
-            )
-        prompt = self._before + question + self._between
-        return Placed(prompt + answer, len(prompt), len(prompt + answer))
+            placed = self.chat.place(question, answer, where)
+        elif isinstance(question, Conversation):
+            needed = "a conversation needs a chat template; leave out --data.template, or give a tokenizer that has one"
+            raise UserError(f"{where}: {needed}")
+        else:
+            before, _, between = self.template.removesuffix("{answer}").partition("{question}")
+            prompt = before + question + between
+            placed = Placed(prompt + answer, len(prompt), len(prompt + answer))
+        check_unicode(placed.text, where)
+        return placed
 
     def _label(self, ids: list[int], offsets: Sequence[tuple[int, int]], placed: Placed, where: str) -> TokenRow:
         """Cuts off what follows the answer, adds the end-of-sequence unless the text has an end, marks what is scored.
@@ -170,64 +171,46 @@ class PromptTemplate:
         held = [index for index, (_, end) in enumerate(offsets) if end > placed.start]
         end = sum(offsets[index][0] >= placed.stop and offsets[index][1] > placed.stop for index in held)
         if len(held) == end:
-            raise UserError(f"{where}: the tokenizer makes no token of the answer; mend or remove the row")
+            raise UserError(f"{where}: the tokenizer makes no token of the answer; fix or remove the row")
         first, last = held[0], held[-1]
         if found := self.end_ids.intersection(ids[first : last + 1 - end]):
             token = self.tokenizer.convert_ids_to_tokens(min(found))
-            raise UserError(
-                f"{where}: the answer holds the end-of-sequence token {token!r}, which is "
-                "added by itself; remove it from the text"
-            )
+            raise UserError(f"{where}: the answer holds {token!r}, which ends answers; remove it from the text")
         ids = ids[: last + 1]
         if placed.stop == len(placed.text):
             ids, end = [*ids, self.tokenizer.eos_token_id], 1
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
-            # The template spells out the token that the tokenizer adds as well.
+            # One from the template, one from the tokenizer.
             ids, first = ids[1:], first - 1
         if first == 0:
-            raise UserError(
-                f"{where}: no token stands before the answer, so its first token cannot be scored; "
-                "put text before {answer} in the template"
-            )
+            reason = "no token before the answer, so that its first token cannot be scored"
+            raise UserError(f"{where}: {reason}; put text before {{answer}} in the template")
         return TokenRow(ids, [IGNORE_INDEX] * first + ids[first:], end)
 
-    def _limit(self, rows: list[TokenRow], name: str) -> list[TokenRow]:
-        """Refuses or cuts rows longer than the limit."""
-        limit = self.max_length
-        if limit is None:
-            return rows
-        lengths = [len(row.input_ids) for row in rows]
+
+def limit_rows(rows: list[TokenRow], limit: int | None, truncate: bool, name: str) -> list[TokenRow]:
+    """Refuses rows of more tokens than a limit; with `truncate` cuts them, and refuses prompts that fill the limit."""
+    lengths = [len(row.input_ids) for row in rows]
+    if limit is None or max(lengths, default=0) <= limit:
+        return rows
+    if not truncate:
         count = sum(length > limit for length in lengths)
-        if count and not self.truncate:
-            raise UserError(
-                f"{count} of {len(rows)} {name} rows are longer than max_length = {limit} tokens, the "
-                f"longest has {max(lengths)}: raise max_length, or cut answers with --data.truncate true"
-            )
-        for index, row in enumerate(rows):
-            if len(row.prompt_ids) >= limit:
-                raise UserError(
-                    f"{name} row {index}, counted from 0: the prompt alone has {len(row.prompt_ids)} tokens, "
-                    f"which leaves no room within max_length = {limit}: raise it or remove the row"
-                )
-        lefts = [max(row.end - max(len(row.input_ids) - limit, 0), 0) for row in rows]
-        return [TokenRow(r.input_ids[:limit], r.labels[:limit], end) for r, end in zip(rows, lefts, strict=True)]
-
-
-def _split_template(template: str) -> tuple[str, str]:
-    """The text before the question, and that between question and answer."""
-    if template.count("{question}") != 1 or template.count("{answer}") != 1 or not template.endswith("{answer}"):
         raise UserError(
-            "template: expected {question} and {answer} once each, with {answer} at the very end, "
-            f"got {template!r}; an example is {PLAIN_TEMPLATE!r}"
+            f"{count} of {len(rows)} {name} are longer than max_length = {limit} tokens, the longest has "
+            f"{max(lengths)}: raise --data.max_length, or cut them at the end with --data.truncate true"
         )
-    before, _, between = template.removesuffix("{answer}").partition("{question}")
-    return before, between
+    for index, row in enumerate(rows):
+        if len(row.prompt_ids) >= limit:
+            where = f"{name}: row {index}, counted from 0: the prompt alone has {len(row.prompt_ids)} tokens"
+            raise UserError(f"{where}, of at most max_length = {limit}: raise it or remove the row")
+    ends = [max(row.end - max(length - limit, 0), 0) for row, length in zip(rows, lengths, strict=True)]
+    return [TokenRow(r.input_ids[:limit], r.labels[:limit], end) for r, end in zip(rows, ends, strict=True)]
 
 
 def check_unicode(text: str, where: str) -> None:
-    """Refuses halves of surrogate pairs, which JSON escapes can smuggle in and no tokenizer takes."""
+    """Refuses halves of surrogate pairs, which JSON escapes can write and no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {text[error.start]!r} is not a character; mend or remove the row") from error
+        raise UserError(f"{where}: {text[error.start]!r} is not a character; fix or remove the row") from error

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from simnpo_pl.utils.errors import UserError
-from simnpo_pl.utils.files import Writing
+from simnpo_pl.utils.files import writing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -16,7 +16,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Save training state to a file."""
-        with Writing(Path(path)) as file:
+        with writing(Path(path)) as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from simnpo_pl.cli.summary import COLUMNS, number
 from simnpo_pl.studies.launch import fit_once
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
-from simnpo_pl.utils.files import Writing, write_json, write_text
+from simnpo_pl.utils.files import write_json, write_text, writing
 
 OWN_OPTIONS = ("--run_dir", "--ckpt_path", "--data.forget_split")
 TITLES = {
@@ -75,5 +75,5 @@ def _draw(file: Path, title: str, steps: Sequence[tuple[int, dict[str, Any]]], n
     axes.grid(alpha=0.25)
     if axes.lines:
         axes.legend(fontsize=7)
-    with Writing(file) as handle:
+    with writing(file) as handle:
         figure.savefig(handle, format="png")

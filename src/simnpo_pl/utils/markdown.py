@@ -1,26 +1,13 @@
-"""Markdown tables: the terminal's, the reports' and the logger's."""
-
 from collections.abc import Iterable, Sequence
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table, without a newline at its end.
-
-    Args:
-        heads: Titles of the columns.
-        rows: As many cells each; whatever they hold stays in its cell.
-
-    Example:
-        >>> print(table(["a", "b"], [["1", "x|y"]]))
-        | a | b |
-        |---|---|
-        | 1 | x\\|y |
-    """
+    """A Markdown table, without a newline at its end."""
     return "\n".join([_row(heads), "|---" * len(heads) + "|", *map(_row, rows)])
 
 
 def cell(text: str) -> str:
-    """A text as it may stand in a cell or in a line of a list."""
+    """Escapes a text for a cell of a table or a line of a list."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
