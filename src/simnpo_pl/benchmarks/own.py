@@ -4,15 +4,12 @@ from itertools import combinations
 from typing import Any, Literal
 
 from simnpo_pl.benchmarks.base import UnlearningData
-from simnpo_pl.benchmarks.membership import add_attacks, holdout_set
-from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, not_rated, qa_set, text_set
+from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.columns import Columns
 from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines
 from simnpo_pl.data.tables import load_table
 from simnpo_pl.data.text import Texts
-from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import Rows, TrainingRows
-from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.plan import EvalSet
 from simnpo_pl.utils.errors import UserError
 
@@ -66,16 +63,16 @@ class OwnData(UnlearningData):
             refusals=load_lines(self.refusals) if self.refusals is not None else [],
         )
 
-    def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
-        """Whatever the rows allow."""
+    def build_evaluation(self, build: EvaluationBuilder) -> None:
+        """Adds whatever the rows allow."""
         self._check_disjoint()
-        forget = self._set("forget", encode)
-        sets = [forget]
-        unavailable = {"model_utility": "it is defined by TOFU's real authors and world facts"}
+        forget = self._add(build, "forget")
+        build.unavailable["model_utility"] = "it is defined by TOFU's real authors and world facts"
         if self.sources["retain"] is not None:
-            sets.append(self._set("retain", encode))
+            self._add(build, "retain")
         else:
-            unavailable |= dict.fromkeys(("retain/probability", "retain/rouge"), "no retain rows; give --data.retain")
+            reason = "no retain rows; give --data.retain"
+            build.unavailable |= dict.fromkeys(("retain/probability", "retain/rouge"), reason)
         has_ratio = "forget/truth_ratio" in forget.metrics
         asked = self.eval.retain_log or self.eval.retrained
         if asked and not has_ratio and self.sources["holdout"] is None:
@@ -86,18 +83,15 @@ class OwnData(UnlearningData):
             )
         log = self.find_retain_log()
         if has_ratio:
-            unavailable |= add_forget_quality(forget, log, str(self.sources["forget"]))
+            build.forget_quality(log, str(self.sources["forget"]))
         else:
-            unavailable |= dict.fromkeys(("forget/truth_ratio", "forget_quality"), self._no_ratio())
-        holdout = self._holdout(encode)
-        sets += [] if holdout is None else [holdout]
-        attacks = add_attacks(forget, holdout, self.eval, log, self.reference_losses)
-        unavailable |= attacks.unavailable
+            build.unavailable |= dict.fromkeys(("forget/truth_ratio", "forget_quality"), self._no_ratio())
+        if self.sources["holdout"] is not None:
+            self._add_holdout(build)
+        build.membership_inference(log, self.reference_losses)
         if isinstance(self._rows("forget"), Texts):
-            unavailable |= dict.fromkeys(("forget/rouge", "forget/fluency"), "plain text has no questions to answer")
-        else:
-            unavailable |= not_rated(self.eval)
-        return Evaluation(sets, attacks.metrics, unavailable, decode_with(self.tokenizer))
+            reason = "plain text has no questions to answer"
+            build.unavailable |= dict.fromkeys(("forget/rouge", "forget/fluency"), reason)
 
     def _rows(self, name: str) -> Rows:
         """Rows of one of the sources, read once."""
@@ -113,22 +107,24 @@ class OwnData(UnlearningData):
             self._read[name] = Texts(texts, self.rows) if texts else [row for row in found if isinstance(row, dict)]
         return self._read[name]
 
-    def _set(self, name: str, encode: PromptTemplate) -> EvalSet:
+    def _add(self, build: EvaluationBuilder, name: str) -> EvalSet:
         rows = self._rows(name)
         most = self.retain_eval_rows if name == "retain" else None
-        if isinstance(rows, Texts):
-            return text_set(name, rows, encode, most)
-        return qa_set(name, name, rows[:most], encode, self.eval)
+        if not isinstance(rows, Texts):
+            return build.questions(name, rows[:most])
+        encoded = rows.encode(build.encode, name)[:most]
+        texts = [self.tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in encoded]
+        scores = {"forget": ("nll", "exact_memorization", "extraction_strength"), "holdout": ()}.get(name, ("nll",))
+        return build.text(name, encoded, texts, scores)
 
-    def _holdout(self, encode: PromptTemplate) -> EvalSet | None:
-        if self.sources["holdout"] is None:
-            return None
-        rows, forgotten = self._rows("holdout"), self._rows("forget")
-        if isinstance(rows, Texts) != isinstance(forgotten, Texts):
+    def _add_holdout(self, build: EvaluationBuilder) -> None:
+        rows = self._rows("holdout")
+        if isinstance(rows, Texts) != isinstance(self._rows("forget"), Texts):
             raise UserError("--data.holdout: expected the form of the forget rows; give both as plain text or neither")
         if isinstance(rows, Texts):
-            return text_set("holdout", rows, encode)
-        return holdout_set(rows, "holdout", encode)
+            self._add(build, "holdout")
+        else:
+            build.holdout(rows)
 
     def _check_disjoint(self) -> None:
         """Refuses rows that are in two of the sources, trained on or not."""
