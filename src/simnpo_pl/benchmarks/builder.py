@@ -59,13 +59,11 @@ class EvaluationBuilder:
     ) -> EvalSet:
         """Adds a split of questions, with the metrics that its columns allow.
 
-        Rows with `perturbed_answer` (a list) get a truth ratio; without `paraphrased_answer`, the answer takes the
-        paraphrase's place.
-
         Args:
             name: First part of the metrics' names. `forget` aggregates the truth ratio as TOFU does for forgetting and
                 adds extraction strength, exact memorization and, with a classifier, fluency.
-            rows: With `question` and `answer`; all or none with `paraphrased_answer` and `perturbed_answer`.
+            rows: With `question` and `answer`, and all or none with `paraphrased_answer` and `perturbed_answer`. The
+                latter, a list, gives a truth ratio, in which the answer takes the place of a missing paraphrase.
             choice: Whether probability is that of the right answer among the wrong ones (TOFU's real authors and world
                 facts) instead of the answer's own.
             source: What the rows are called in messages; by default `name`.
@@ -74,57 +72,34 @@ class EvaluationBuilder:
             UserError: A column does not hold texts, a row is repeated, or rows differ in the columns or the number of
                 perturbed answers they have.
         """
-        source = source or name
-        check_rows(rows, source)
-        _check_texts(rows, source)
-        paraphrased = _all_or_none(rows, "paraphrased_answer", source)
-        perturbed = _all_or_none(rows, "perturbed_answer", source)
-        texts = [
-            [
-                row["answer"],
-                *([row["paraphrased_answer"]] if paraphrased else []),
-                *(row["perturbed_answer"] if perturbed else []),
-            ]
-            for row in rows
-        ]
-        count, sizes = len(rows), sorted({len(answers) for answers in texts})
-        if len(sizes) != 1:
-            raise UserError(
-                f"{source}: rows have {sizes[0]} to {sizes[-1]} answers; give every row the same number of perturbed "
-                "answers"
-            )
-        kinds = sizes[0]
+        source, options, count = source or name, self.options, len(rows)
+        texts, has_paraphrase = _answers(rows, source)
+        kinds = len(texts[0])
         metrics: dict[str, RowMetric] = {
             f"{name}/probability": ChoiceProbability(count, kinds) if choice else AnswerProbability(count),
             f"{name}/rouge": RowMean("rougeL_recall", count),
         }
-        if perturbed:
+        if kinds > 1 + has_paraphrase:
             goal = "forget" if name == "forget" else "utility"
-            metrics[f"{name}/truth_ratio"] = TruthRatio(
-                count, kinds, self.options.truth_ratio, aggregate=goal, has_paraphrase=paraphrased
-            )
+            metrics[f"{name}/truth_ratio"] = TruthRatio(count, kinds, options.truth_ratio, goal, has_paraphrase)
         fluency = None
         if name == "forget":
             for score in ("extraction_strength", "exact_memorization"):
                 metrics[f"forget/{score}"] = RowMean(score, count)
-            if self.options.fluency_classifier is None:
+            if options.fluency_classifier is None:
                 self.unavailable["forget/fluency"] = "no classifier; give --eval.fluency_classifier FOLDER"
             else:
                 metrics["forget/fluency"] = RowMean(FLUENCY, count)
-                fluency = FluencyClassifier(self.options.fluency_classifier, self.options.fluency_label)
+                fluency = FluencyClassifier(options.fluency_classifier, options.fluency_label)
         pairs = [(row["question"], answer) for row, answers in zip(rows, texts, strict=True) for answer in answers]
         encoded = self.encode.encode_rows(pairs, source)
         answers = [encoded[start : start + kinds] for start in range(0, len(encoded), kinds)]
-        prompts = [row[0].prompt_ids for row in answers[: self.options.generate_rows]]
-        generation = Generation(prompts, self.options.max_new_tokens, self.encode.finish, fluency=fluency)
-        return self.add(EvalSet(name, _pairs(rows), answers, metrics, generation, paraphrased))
+        prompts = [row[0].prompt_ids for row in answers[: options.generate_rows]]
+        generation = Generation(prompts, options.max_new_tokens, self.encode.finish, fluency=fluency)
+        return self.add(EvalSet(name, _pairs(rows), answers, metrics, generation, has_paraphrase))
 
     def holdout(self, rows: Sequence[dict[str, Any]]) -> EvalSet:
-        """Adds questions and answers that only membership inference reads.
-
-        Raises:
-            UserError: A question or an answer is not text, or a row is repeated.
-        """
+        """Adds questions and answers that only membership inference reads."""
         check_rows(rows, "holdout")
         encoded = self.encode.encode_rows([(row["question"], row["answer"]) for row in rows], "holdout")
         return self.add(EvalSet("holdout", _pairs(rows), [[row] for row in encoded], {}))
@@ -136,8 +111,8 @@ class EvaluationBuilder:
 
         Args:
             name: First part of the metrics' names.
-            rows: The texts in tokens.
-            texts: The same as text.
+            rows: `texts` in tokens.
+            texts: Texts of the rows.
             scores: Scores whose means are measured, see `evaluation.scoring.score_rows`.
         """
         metrics: dict[str, RowMetric] = {f"{name}/{score}": RowMean(score, len(rows)) for score in scores}
@@ -252,24 +227,35 @@ def _pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"question": row["question"], "answer": row["answer"]} for row in rows]
 
 
-def _check_texts(rows: Sequence[dict[str, Any]], source: str) -> None:
+def _answers(rows: Sequence[dict[str, Any]], source: str) -> tuple[list[list[str]], bool]:
+    """Each row's answer, its paraphrase and its wrong answers, and whether there are paraphrases."""
+    check_rows(rows, source)
     for index, row in enumerate(rows):
         where = f"{source} row {index}, counted from 0: expected"
-        value = row.get("paraphrased_answer")
-        if value and not (isinstance(value, str) and value.strip()):
+        value, wrong = row.get("paraphrased_answer"), row.get("perturbed_answer") or []
+        if value and not _is_text(value):
             raise UserError(f"{where} text as paraphrased_answer, got {str(value)[:80]!r}; fix or remove the row")
-        wrong = row.get("perturbed_answer") or []
-        if not (isinstance(wrong, list) and all(isinstance(text, str) and text.strip() for text in wrong)):
+        if not (isinstance(wrong, list) and all(map(_is_text, wrong))):
+            found = f"got {str(wrong)[:80]!r}; fix or remove the row"
+            raise UserError(f"{where} a list of texts as perturbed_answer, {found}")
+    for column in ("paraphrased_answer", "perturbed_answer"):
+        having = [bool(row.get(column)) for row in rows]
+        if any(having) and not all(having):
             raise UserError(
-                f"{where} a list of texts as perturbed_answer, got {str(wrong)[:80]!r}; fix or remove the row"
+                f"{source}: row {having.index(False)} (counted from 0) has no {column} while others have; "
+                "give it to all rows or none"
             )
+    has_paraphrase = all(row.get("paraphrased_answer") for row in rows)
+    texts = [
+        [r["answer"], *([r["paraphrased_answer"]] if has_paraphrase else []), *(r.get("perturbed_answer") or [])]
+        for r in rows
+    ]
+    sizes = sorted({len(answers) for answers in texts})
+    if len(sizes) != 1:
+        found = f"{source}: rows have {sizes[0]} to {sizes[-1]} answers"
+        raise UserError(f"{found}; give every row the same number of perturbed answers")
+    return texts, has_paraphrase
 
 
-def _all_or_none(rows: Sequence[dict[str, Any]], column: str, source: str) -> bool:
-    having = [bool(row.get(column)) for row in rows]
-    if any(having) and not all(having):
-        raise UserError(
-            f"{source}: row {having.index(False)} (counted from 0) has no {column} while others have; "
-            "give it to all rows or none"
-        )
-    return all(having)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())

@@ -170,11 +170,7 @@ def sample(chain: int, count: int, length: int, seed: int) -> NDArray[np.int64]:
 def sequences(size: Size, forget2_length: int, seed: int, train: bool) -> dict[str, list[TokenRow]]:
     """Training or test sequences of every chain; every state but the first is scored.
 
-    Args:
-        size: How many.
-        forget2_length: States of a forget2 sequence.
-        seed: Of the draw; retain and forget1 are the same for every length of forget2.
-        train: Whether to return the training or the test sequences.
+    Those of retain and forget1 do not depend on `forget2_length`.
     """
     found = {}
     for number, name in enumerate(CHAINS):
@@ -187,15 +183,7 @@ def sequences(size: Size, forget2_length: int, seed: int, train: bool) -> dict[s
 
 
 def prepare(folder: Path, size: Size, forget2_length: int, knows_forget2: bool, seed: int) -> None:
-    """Writes the models `start` and `retrained` into a folder if they are missing.
-
-    Args:
-        folder: Where.
-        size: Of the study.
-        forget2_length: States of a forget2 sequence.
-        knows_forget2: Whether the start model has seen forget2.
-        seed: Of data, weights and order.
-    """
+    """Writes the models `start` and `retrained` into a folder if they are missing, see `MarkovData`."""
     known = sequences(size, forget2_length, seed, train=True)
     for name, chains in {"start": CHAINS if knows_forget2 else CHAINS[:2], "retrained": CHAINS[:1]}.items():
         if (folder / name / "model.safetensors").is_file():
@@ -210,9 +198,6 @@ def prepare(folder: Path, size: Size, forget2_length: int, knows_forget2: bool, 
             max_position_embeddings=LENGTH,
             initializer_range=1 / size.width**0.5,
             tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
         )
         rows = [row for chain in chains for row in known[chain]]
         generator = np.random.default_rng(seed)
@@ -234,7 +219,7 @@ def bayes_floors(weights: Array, length: int, count: int = 4000, seed: int = 0) 
     Args:
         weights: `(chains,)` shares of the chains in the mixture; 0 leaves one out.
         length: States of a forget2 sequence.
-        count: Sequences drawn for the estimate.
+        count: Sequences of each chain that are drawn for the estimate.
         seed: Of the draw.
     """
     with np.errstate(divide="ignore"):

@@ -92,15 +92,10 @@ class MuseData(UnlearningData):
 
 
 def verbmem_set(rows: Sequence[dict[str, Any]], tokenizer: Any, options: EvalOptions) -> EvalSet:
-    """Passages whose continuation is generated.
+    """Passages (`prompt`) whose continuation (`gt`) is generated.
 
     The right continuation is as many first tokens of `gt` as are generated, with a beginning-of-sequence token counted
     among them as in muse_bench.
-
-    Args:
-        rows: With `prompt` and `gt`, the true continuation.
-        tokenizer: Of the model.
-        options: What is measured.
     """
     _check_texts(rows, ("prompt", "gt"), "verbmem/forget")
     limit = min(VERBMEM_TOKENS, options.max_new_tokens)
@@ -120,15 +115,7 @@ def knowmem_set(
     tokenizer: Any,
     options: EvalOptions,
 ) -> EvalSet:
-    """Questions that are answered after some examples.
-
-    Args:
-        name: Of the split and its metric.
-        rows: With `question` and `answer`.
-        shots: The examples, of the same form.
-        tokenizer: Of the model.
-        options: What is measured.
-    """
+    """Questions that are answered after the examples `shots`; both have `question` and `answer`."""
     for checked, source in ((rows, name), (shots, f"{name}, examples")):
         _check_texts(checked, ("question", "answer"), source)
     examples = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
@@ -165,10 +152,10 @@ def _check_texts(rows: Sequence[dict[str, Any]], columns: Sequence[str], split: 
 
 def _check_length(split: EvalSet, limit: int | None) -> None:
     """Refuses prompts that leave no room for what is generated."""
-    generation = split.generation
-    longest = max(map(len, generation.prompts), default=0) if generation is not None else 0
-    if generation is not None and limit is not None and longest + generation.max_new_tokens > limit:
+    assert split.generation is not None
+    longest, more = max(map(len, split.generation.prompts), default=0), split.generation.max_new_tokens
+    if limit is not None and longest + more > limit:
         raise UserError(
-            f"{split.name}: the longest prompt has {longest} tokens and {generation.max_new_tokens} more are generated,"
-            f" but the model takes {limit}: lower --eval.max_new_tokens or shorten the prompts"
+            f"{split.name}: the longest prompt has {longest} tokens and {more} more are generated, but the model takes "
+            f"{limit}: lower --eval.max_new_tokens or shorten the prompts"
         )

@@ -11,16 +11,18 @@ from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.models.logprobs import Scorer
 
 
-def new_llama(seed: int, **config: Any) -> LlamaForCausalLM:
+def new_llama(seed: int, tokenizer: Any = None, **config: Any) -> LlamaForCausalLM:
     """An untrained float32 model; the global random state is left as it was.
 
     Args:
         seed: Of the weights.
+        tokenizer: Gives the ids of the special tokens; None for a model without them.
         config: Settings of `LlamaConfig`. Its `initializer_range` of 0.02 is meant for wide models.
     """
+    special: Any = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**config))
+        return LlamaForCausalLM(LlamaConfig(**special, **config))
 
 
 def train(

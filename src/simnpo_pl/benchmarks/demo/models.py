@@ -41,7 +41,7 @@ def prepare(folder: Path, seed: int = 0, epochs: int = EPOCHS, progress: bool = 
         folder: Where the data files and the folders `start` and `retrained` go.
         seed: Chooses the data, the initial weights and the order of training.
         epochs: Passes of each model over its training rows.
-        progress: Shows progress bars of the training.
+        progress: Whether to show progress bars.
     """
     marker = folder / "fingerprint.json"
     fingerprint = {"version": VERSION, "seed": seed, "epochs": epochs}
@@ -69,6 +69,7 @@ def build_models(folder: Path, seed: int, progress: bool, epochs: int) -> None:
     # About a million parameters.
     initial = new_llama(
         seed,
+        tokenizer,
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=352,
@@ -77,9 +78,6 @@ def build_models(folder: Path, seed: int, progress: bool, epochs: int) -> None:
         max_position_embeddings=MAX_LENGTH,
         initializer_range=0.08,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
 
     def build(position: int, name: str) -> None:
@@ -120,11 +118,7 @@ def _read_pairs(folder: Path, files: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `VOCABULARY` tokens that puts BOS in front and pads on the right.
-
-    Args:
-        texts: What to learn merges from.
-    """
+    """A byte-level BPE tokenizer of at most `VOCABULARY` tokens that puts BOS in front and pads on the right."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     bos, eos, pad = "<|bos|>", "<|eos|>", "<|pad|>"
