@@ -198,17 +198,17 @@ class EvaluationBuilder:
                 )
 
     def _attack_scores(self, split: EvalSet, reference: Mapping[str, Tensor] | None) -> dict[str, RowMetric]:
-        answers = [text["answer"] for text in split.texts]
+        answers, count = [text["answer"] for text in split.texts], len(split.texts)
         scores: dict[str, RowMetric] = {
-            "mia_loss": RowMean("nll", len(answers)),
+            "mia_loss": RowMean("nll", count),
             "mia_zlib": ZlibScore(answers),
-            "mia_min_k": RowMean(MIN_K, len(answers)),
-            "mia_min_k_plus_plus": RowMean(MIN_K_PLUS_PLUS, len(answers)),
+            "mia_min_k": RowMean(MIN_K, count),
+            "mia_min_k_plus_plus": RowMean(MIN_K_PLUS_PLUS, count),
         }
         if reference is not None:
             scores["mia_reference"] = ReferenceScore(reference[split.name])
         if self.options.gradnorm:
-            scores["mia_gradnorm"] = RowMean(GRADIENT_NORM, len(answers))
+            scores["mia_gradnorm"] = RowMean(GRADIENT_NORM, count)
         return scores
 
     def _check_attack(self, log: RetainLog) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simnpo_pl.benchmarks.paired import PairedData
-from simnpo_pl.benchmarks.pretraining import new_llama, train
+from simnpo_pl.benchmarks.pretraining import batches_of, new_llama, train
 from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.plan import EvalSet
@@ -127,8 +127,8 @@ class MarkovData(PairedData):
         splits = []
         for name, rows in sequences(self.size, self.forget2_length, self.seed, train=False).items():
             texts = [{"question": "", "answer": _text(row.input_ids)} for row in rows]
-            metrics = {f"{name}/{DISTANCE}": RowMean(DISTANCE, len(rows))}
-            splits.append(EvalSet(name, texts, [[row] for row in rows], {**metrics}))
+            distance = RowMean(DISTANCE, len(rows))
+            splits.append(EvalSet(name, texts, [[row] for row in rows], {f"{name}/{DISTANCE}": distance}))
         return MarkovEvaluation(splits, {}, {}, _text)
 
 
@@ -201,14 +201,10 @@ def prepare(folder: Path, size: Size, forget2_length: int, knows_forget2: bool, 
         )
         rows = [row for chain in chains for row in known[chain]]
         generator = np.random.default_rng(seed)
-        order = [index for _ in range(size.epochs) for index in _batches(generator.permutation(len(rows)).tolist())]
-        train(model, [[rows[index] for index in batch] for batch in order], lr=size.lr)
+        orders = [generator.permutation(len(rows)).tolist() for _ in range(size.epochs)]
+        train(model, batches_of(rows, orders, BATCH), lr=size.lr)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(model, None, folder / name)
-
-
-def _batches(order: list[int]) -> list[list[int]]:
-    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
 
 
 def bayes_floors(weights: Array, length: int, count: int = 4000, seed: int = 0) -> dict[str, float]:

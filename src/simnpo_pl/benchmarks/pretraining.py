@@ -25,6 +25,15 @@ def new_llama(seed: int, tokenizer: Any = None, **config: Any) -> LlamaForCausal
         return LlamaForCausalLM(LlamaConfig(**special, **config))
 
 
+def batches_of(rows: Sequence[TokenRow], orders: Iterable[Sequence[int]], size: int) -> list[list[TokenRow]]:
+    """The rows in batches; `orders` are the row numbers of each epoch."""
+    return [
+        [rows[index] for index in order[start : start + size]]
+        for order in orders
+        for start in range(0, len(order), size)
+    ]
+
+
 def train(
     model: LlamaForCausalLM,
     batches: Iterable[Sequence[TokenRow]],

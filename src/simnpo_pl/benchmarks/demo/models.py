@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from simnpo_pl.benchmarks.demo.authors import write_dataset
-from simnpo_pl.benchmarks.pretraining import new_llama, train
+from simnpo_pl.benchmarks.pretraining import batches_of, new_llama, train
 from simnpo_pl.data.tokenization import PLAIN_TEMPLATE, PromptTemplate
 from simnpo_pl.models.loading import save_model
 from simnpo_pl.utils.files import read_json_lines, write_json
@@ -86,8 +86,8 @@ def build_models(folder: Path, seed: int, progress: bool, epochs: int) -> None:
         torch.set_num_threads(1)
         rows = template.encode_rows(_read_pairs(folder, TRAINING_FILES[name]), name)
         generator = torch.Generator().manual_seed(seed)
-        orders = [torch.randperm(len(rows), generator=generator).split(BATCH) for _ in range(epochs)]
-        batches = [[rows[index] for index in drawn.tolist()] for order in orders for drawn in order]
+        orders = [torch.randperm(len(rows), generator=generator).tolist() for _ in range(epochs)]
+        batches = batches_of(rows, orders, BATCH)
         total = len(batches)
         model = copy.deepcopy(initial)
         train(
