@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def say(line: str) -> None:
-    """Tell how far it is, apart from the results."""
+    """Prints progress to stderr, apart from the results."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -57,7 +57,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller cases: a rough look")
     parser.add_argument(
-        "--only", nargs="+", choices=list(PARTS), help="parts to measure, beside those in --out; default: all"
+        "--only", nargs="+", choices=list(PARTS), help="parts to measure, in addition to those in --out; default: all"
     )
     parser.add_argument("--data", help="folder with TOFU's files; random tokens of TOFU's lengths by default")
     parser.add_argument("--tokenizer", help="folder of the tokenizer for them, of at most 49152 tokens")

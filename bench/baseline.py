@@ -1,4 +1,4 @@
-"""The recipe of public unlearning code, plainly: the yardstick.
+"""The recipe of public unlearning code, as the baseline.
 
 Every set of rows goes through the model by itself, with its labels, padded to its longest row. Logits are taken at
 every position. The reference stays in memory and scores its rows in every step.
@@ -34,7 +34,7 @@ def row_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def lean_row_losses(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The same without that: one cross-entropy over logits as they lie."""
+    """The same without that: one cross-entropy over the logits without copies."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     labels = batch["labels"][:, 1:]
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
@@ -102,7 +102,7 @@ def truth_ratio_losses(model: Any, questions: Sequence[Sequence[TokenRow]], size
 
 
 class _Ends(LogitsProcessor):
-    """Ends every row of a batch after a number of its own of tokens."""
+    """Ends each row of a batch after its own number of tokens."""
 
     def __init__(self, lengths: Sequence[int], eos: int, start: int) -> None:
         self.lengths, self.eos, self.start = torch.tensor(lengths), eos, start

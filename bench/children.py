@@ -1,4 +1,4 @@
-"""What runs in a process of its own: peak memory, shares of a distributed step or evaluation."""
+"""What runs in a separate process: peak memory, shares of a distributed step or evaluation."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def scoring_peaks(rows: Sequence[int]) -> list[float | None]:
 
 
 def distributed(kind: str, processes: int, **settings: Any) -> float:
-    """Seconds of a step or an evaluation shared among processes, each with its part of the cores."""
+    """Seconds of a step or an evaluation divided among processes, each with its part of the cores."""
     from concurrent.futures import ThreadPoolExecutor
 
     threads = max(1, (os.cpu_count() or 1) // processes)

@@ -1,4 +1,4 @@
-"""Interleaved times, peak memory in a process of its own, and what the machine is."""
+"""Interleaved times, peak memory in a separate process, and what the machine is."""
 
 import multiprocessing
 import os

@@ -36,7 +36,7 @@ def write(record: dict[str, Any], folder: Path, page: Path | None = None) -> Non
     Args:
         record: What was measured.
         folder: Where to write.
-        page: Markdown page with a part between two marks; its figure lies in `figures` beside it.
+        page: Markdown page with a part between two marks; its figure is in the folder `figures` next to it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -104,7 +104,7 @@ def targets(record: dict[str, Any]) -> list[list[str]]:
     if "start-up" in record:
         for name, most in (("--help", 1), ("fit --help", 1), ("report", 1), ("fit, to its first step", 10)):
             found.append((f"{name}, seconds", most, record["start-up"][name]))
-    return [[n, _number(m), _beside(v, m), "-" if v is None else "yes" if v <= m else "no"] for n, m, v in found]
+    return [[n, _number(m), _measured(v, m), "-" if v is None else "yes" if v <= m else "no"] for n, m, v in found]
 
 
 def _step(found: dict[str, Any]) -> list[str]:
@@ -192,7 +192,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return markdown.table(head, rows).split("\n")
 
 
-def _beside(value: float | None, most: float) -> str:
+def _measured(value: float | None, most: float) -> str:
     """With a third digit where two would hide on which side of the most it is."""
     return _number(value, 3 if value is not None and _number(value) == _number(most) else 2)
 

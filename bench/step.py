@@ -57,7 +57,7 @@ class Variant:
 
 
 class Step:
-    """A variant ready to run on a model of its own.
+    """A variant ready to run on its own model.
 
     Args:
         variant: What to run.

@@ -1,4 +1,4 @@
-"""A benchmark of one's own: make a model forget some capitals and keep the others.
+"""A custom benchmark: make a model forget some capitals and keep the others.
 
 PYTHONPATH=examples python -m simnpo_pl fit --data capitals.CapitalsData --model.name MODEL --trainer.max_epochs 5
 """
@@ -8,10 +8,8 @@ from typing import Any
 from worst import WorstProbability
 
 from simnpo_pl.benchmarks.base import UnlearningData
-from simnpo_pl.benchmarks.splits import decode_with, qa_set
-from simnpo_pl.data.tokenization import PromptTemplate
+from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.evaluation.evaluation import Evaluation
 
 CAPITALS = {
     "France": "Paris",
@@ -48,10 +46,9 @@ class CapitalsData(UnlearningData):
         """Forget and retain rows."""
         return TrainingRows(forget=self._rows(True), retain=self._rows(False))
 
-    def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
-        """Both splits, with the worst forget row beside the usual metrics."""
-        forget = qa_set("forget", "forget", self._rows(True), encode, self.eval)
-        retain = qa_set("retain", "retain", self._rows(False), encode, self.eval)
+    def build_evaluation(self, build: EvaluationBuilder) -> None:
+        """Adds both splits, and the worst forget row to the usual metrics."""
+        forget = build.questions("forget", self._rows(True))
+        build.questions("retain", self._rows(False))
         forget.metrics["forget/worst_probability"] = WorstProbability(len(forget.texts))
-        unavailable = {"forget_quality": "capitals have no paraphrases and no retrained model"}
-        return Evaluation([forget, retain], {}, unavailable, decode_with(self.tokenizer))
+        build.unavailable["forget_quality"] = "capitals have no paraphrases and no retrained model"

@@ -32,7 +32,7 @@ def convert(folder: Path) -> None:
         gguf = Path(member).name
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf)
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
-        # The saved weights are plain float32, so the folder must not announce itself as quantised.
+        # The saved weights are plain float32, so the folder must not say that it is quantized.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None
@@ -44,5 +44,5 @@ def convert(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the model is to stand")
+    parser.add_argument("folder", type=Path, help="where the model is written")
     convert(parser.parse_args().folder)

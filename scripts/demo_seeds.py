@@ -1,4 +1,4 @@
-"""The demo on several seeds, each with data, models and unlearning of its own; prints a table.
+"""The demo on several seeds, each with its own data, models and unlearning; prints a table.
 
 python scripts/demo_seeds.py --seeds 0 1 2 3 4
 """
@@ -10,18 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from simnpo_pl.metrics.titles import title_of
+
 ROLES = ("start", "retrained", "final")
-COLUMNS = {
-    "forget/probability": "forget prob.",
-    "forget/rouge": "forget ROUGE",
-    "forget/truth_ratio": "forget truth ratio",
-    "retain/probability": "retain prob.",
-    "model_utility": "model utility",
-}
+COLUMNS = ("forget/probability", "forget/rouge", "forget/truth_ratio", "retain/probability", "model_utility")
 
 
 def run(seed: int, folder: Path) -> dict[str, Any]:
-    """Results of one seed, run unless they are there."""
+    """Results of one seed, which runs if they are missing."""
     data, target = folder / f"data-{seed}", folder / f"run-{seed}"
     if not (target / "results.json").is_file():
         command = [sys.executable, "-m", "simnpo_pl", "fit", "--config", "configs/demo.yaml"]
@@ -32,7 +28,7 @@ def run(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def passes(record: dict[str, Any]) -> bool:
-    """What the demo is to show, on one seed."""
+    """Whether the run shows what the demo is meant to show."""
     start, retrained, final = (record[role]["metrics"] for role in ROLES)
     return (
         start["forget/probability"] > 0.9
@@ -51,7 +47,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/demo-seeds"), help="where data and runs go")
     arguments = parser.parse_args()
     print("Each cell: start / retrained / unlearned.\n")
-    print("| seed | forget quality | " + " | ".join(COLUMNS.values()) + " | shown |")
+    print("| seed | forget quality | " + " | ".join(title_of(name).short for name in COLUMNS) + " | shown |")
     print("|---" * (len(COLUMNS) + 3) + "|")
     for seed in arguments.seeds:
         record = run(seed, arguments.folder)

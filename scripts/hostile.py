@@ -26,13 +26,12 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from chaos import make_inputs, replace_block
 
-from simnpo_pl.benchmarks.splits import qa_set
+from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.sources import load_jsonl, load_split
 from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate
 from simnpo_pl.data.training import TrainingRows, TrainingSet
-from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import generation_batches, scoring_batches
 from simnpo_pl.metrics.logs import read_retain_log
@@ -193,14 +192,14 @@ def scores(case: list[dict[str, Any]]) -> str:
 def evaluations(case: tuple[str, list[dict[str, Any]]]) -> str:
     """Every row counts once, probabilities and overlaps are between 0 and 1, a truth ratio is at least 0."""
     name, given_rows = case
-    options = EvalOptions(max_new_tokens=3)
+    build = EvaluationBuilder(template(), EvalOptions(max_new_tokens=3))
     try:
         if not given_rows:
             raise UserError("load_split refuses an empty split")
-        split = qa_set(name, name, given_rows, template(), options)
+        split = build.questions(name, given_rows)
     except UserError as error:
         return refusal(error)
-    evaluation = Evaluation([split], {}, {}, lambda ids: template().tokenizer.decode(ids, skip_special_tokens=True))
+    evaluation = build.evaluation()
     for batch in scoring_batches([split], 256, 0):
         evaluation.add_scores(batch, evaluation.score(scorer()({"x": batch})["x"], batch))
     for batch in generation_batches([split], 2):

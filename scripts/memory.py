@@ -3,7 +3,7 @@
 python scripts/memory.py --loading runs/smollm2/base --write docs/scale.md
 
 Computed: what `fit` says before it trains, see `simnpo_pl.models.memory`. Measured: the largest resident memory of a
-process of its own that trains, less that before the model was loaded.
+separate process that trains, less that before the model was loaded.
 """
 
 import argparse

@@ -8,25 +8,18 @@ Two cores take about two hours. Needs the packages of the extra `smollm2`.
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-FINETUNE = (
-    *(
-        "--model.objective",
-        "FineTune",
-        "--model.retain_loss",
-        "null",
-        "--model.lr",
-        "1e-4",
-        "--trainer.max_epochs",
-        "8",
-    ),
-    *("--eval.start", "false", "--eval.final", "false", "--eval.retrained", "null"),
-    *("--trainer.check_val_every_n_epoch", "100"),
-)
+from simnpo_pl.metrics import titles
+
+FINETUNE = shlex.split("""
+--model.objective FineTune --model.retain_loss null --model.lr 1e-4 --trainer.max_epochs 8
+--eval.start false --eval.final false --eval.retrained null --trainer.check_val_every_n_epoch 100
+""")
 SPLITS = {"start": "forget01+retain99[:200]", "retrained": "retain99[:200]"}
 METHODS: dict[str, tuple[str, ...]] = {
     "SimNPO": ("--model.objective.beta", "4.5", "--model.forget_weight", "0.125"),
@@ -34,18 +27,10 @@ METHODS: dict[str, tuple[str, ...]] = {
     "GradDiff": ("--model.objective", "GradDiff"),
     "SimNPO-tuned": (),
 }
-COLUMNS = {
-    "forget/probability": "forget prob.",
-    "forget/rouge": "forget ROUGE",
-    "forget/truth_ratio": "forget truth ratio",
-    "forget_quality": "forget quality",
-    "forget_quality/ks_statistic": "KS",
-    "forget/extraction_strength": "ES",
-    "forget/exact_memorization": "EM",
-    "retain/probability": "retain prob.",
-    "retain/rouge": "retain ROUGE",
-    "model_utility": "model utility",
-}
+COLUMNS = (
+    *("forget/probability", "forget/rouge", "forget/truth_ratio", "forget_quality", "forget_quality/ks_statistic"),
+    *("forget/extraction_strength", "forget/exact_memorization", "retain/probability", "retain/rouge", "model_utility"),
+)
 
 
 def fit(runs: Path, name: str, data: str, options: tuple[str, ...]) -> None:
@@ -80,18 +65,7 @@ def table(runs: Path) -> str:
         memory = record["peak_memory_gib"]["process"]
         costs.append(f"| {name} | {record['seconds']['total']:.0f} | {record['cpu_seconds']:.0f} | {memory:.2f} |")
     order = [name for name in ("start", "retrained", *METHODS) if name in found]
-    lines = ["| model | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name in order:
-        cells = [number(found[name].get(column)) for column in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *costs])
-
-
-def number(value: float | None) -> str:
-    """Three digits; a dash for what is not there."""
-    if value is None:
-        return "-"
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
+    return "\n".join([titles.table(["model"], [([name], found[name]) for name in order], COLUMNS), "", *costs])
 
 
 def main() -> None:
@@ -99,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with TOFU's json files")
     parser.add_argument("--runs", type=Path, default=Path("runs/smollm2"), help="where models and runs go")
-    parser.add_argument("--table", action="store_true", help="only print the table of the runs that are there")
+    parser.add_argument("--table", action="store_true", help="only print the table of finished runs")
     arguments = parser.parse_args()
     runs: Path = arguments.runs
     if not arguments.table:

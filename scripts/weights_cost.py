@@ -69,9 +69,7 @@ def measure(objective: Objective, path: str, folder: Path, epochs: int) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--path", default="runs/demo-data", help="the demo's data and models, made unless they are there"
-    )
+    parser.add_argument("--path", default="runs/demo-data", help="the demo's data and models, made if they are missing")
     parser.add_argument("--folder", type=Path, default=Path("runs/weights-cost"), help="where weights.jsonl goes")
     parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()

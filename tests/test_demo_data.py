@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from simnpo_pl.benchmarks.demo import MODELS, authors, prepare
+from simnpo_pl.benchmarks.demo import authors
 from simnpo_pl.benchmarks.demo.authors import ATTRIBUTES, N_AUTHORS, N_FORGET_AUTHORS, write_dataset
+from simnpo_pl.benchmarks.demo.models import MODELS, prepare
 
 PERTURBED = {
     "forget10_perturbed.json": 5,

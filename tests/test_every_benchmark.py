@@ -11,8 +11,8 @@ import yaml
 from helpers import command_on_gpu, on_second_device, results
 from simnpo_pl import benchmarks
 from simnpo_pl.__main__ import main
-from simnpo_pl.benchmarks.demo import EPOCHS, VERSION
-from simnpo_pl.benchmarks.markov import models
+from simnpo_pl.benchmarks.demo.models import EPOCHS, VERSION
+from simnpo_pl.benchmarks.markov import SIZES, Size
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = ("demo", "markov", "muse_books", "muse_news", "own", "tofu", "wmdp_bio", "wmdp_cyber")
@@ -73,7 +73,7 @@ def test_one_batch(
     name: str,
 ):
     """On the CPU, and in bf16-mixed on the second device in a GPU's place."""
-    monkeypatch.setitem(models.SIZES, "small", models.Size(sequences=80, width=8, epochs=1, test_rows=4))
+    monkeypatch.setitem(SIZES, "small", Size(sequences=80, width=8, epochs=1, test_rows=4))
     monkeypatch.delenv("SIMNPO_PL_RUN_DIR", raising=False)
     own = {"--model.name": str(model_folder), **sources[name.split("_")[0]]}
     quick = {"--data.effective_batch": "2", "--data.per_device_batch": "2", "--trainer.accelerator": accelerator}

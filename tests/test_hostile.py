@@ -113,14 +113,15 @@ def test_rows_that_are_all_equal(cli_error: Error, data_folder: Path, tmp_path: 
 )
 def test_rows_to_measure(data_folder: Path, model_folder: Path, column: str, value: Any, message: str):
     """A text in the place of a list would be taken for a list of letters."""
-    from simnpo_pl.benchmarks.splits import qa_set
+    from simnpo_pl.benchmarks.builder import EvaluationBuilder
     from simnpo_pl.data.tokenization import PromptTemplate
     from simnpo_pl.evaluation.options import EvalOptions
 
     rows = rows_of(data_folder, "forget10_perturbed")
     rows[2][column] = value
+    build = EvaluationBuilder(PromptTemplate(load_tokenizer(str(model_folder))), EvalOptions())
     with pytest.raises(UserError) as error:
-        qa_set("forget", "forget10", rows, PromptTemplate(load_tokenizer(str(model_folder))), EvalOptions())
+        build.questions("forget", rows, source="forget10")
     assert message in str(error.value)
 
 

@@ -10,18 +10,18 @@ import torch
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.benchmarks import MarkovData
-from simnpo_pl.benchmarks.markov import models, process
-from simnpo_pl.benchmarks.markov.process import CHAINS, TRANSITIONS, bayes_floors, sample
+from simnpo_pl.benchmarks import markov as chains
+from simnpo_pl.benchmarks.markov import CHAINS, INITIAL, TRANSITIONS, bayes_floors, sample
 from simnpo_pl.models.logprobs import AnswerLogps, divergence
 from simnpo_pl.objectives import ForgetInputs, LengthNormalisedNPO, ReferenceFreeNPO
 from simnpo_pl.studies import markov
 
-TINY = models.Size(sequences=80, width=8, epochs=1, test_rows=4)
+TINY = chains.Size(sequences=80, width=8, epochs=1, test_rows=4)
 
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(models.SIZES, "small", TINY)
+    monkeypatch.setitem(chains.SIZES, "small", TINY)
 
 
 def test_transition_rows_by_hand():
@@ -30,7 +30,7 @@ def test_transition_rows_by_hand():
     own, other = 0.8 / 3, 0.2 / 7
     assert TRANSITIONS[1][4].tolist() == pytest.approx([other] * 3 + [own] * 3 + [other] * 4)
     assert TRANSITIONS[1][0].tolist() == TRANSITIONS[2][9].tolist() == pytest.approx([0.1] * 10)
-    assert process.initial(2)[6:9].tolist() == pytest.approx([own] * 3)
+    assert INITIAL[2, 6:9].tolist() == pytest.approx([own] * 3)
 
 
 def test_distances_by_hand():
@@ -54,14 +54,14 @@ def test_samples_follow_the_chain():
 
 
 def test_retain_and_forget1_do_not_depend_on_forget2():
-    short, long = (models.rows(TINY, length, 5, train=True) for length in (5, 20))
+    short, long = (chains.sequences(TINY, length, 5, train=True) for length in (5, 20))
     assert short["retain"] == long["retain"]
     assert short["forget1"] == long["forget1"]
     assert [row.length for row in short["forget2"]] == [4] * 16
     assert [len(part) for part in long.values()] == [32, 16, 16]
-    test = models.rows(TINY, 20, 5, train=False)
+    test = chains.sequences(TINY, 20, 5, train=False)
     assert [len(part) for part in test.values()] == [4, 4, 4]
-    assert short["retain"] != models.rows(TINY, 5, 6, train=True)["retain"]
+    assert short["retain"] != chains.sequences(TINY, 5, 6, train=True)["retain"]
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_ablations_by_hand():
 
 def test_models_know_what_they_saw(tmp_path: Path):
     """Trained on a quarter of the small study: the start model is near its floor on what it saw, the other is not."""
-    size = models.Size(sequences=1600, epochs=6, test_rows=50)
-    models.prepare(tmp_path, size, 20, knows_forget2=False, seed=0)
+    size = chains.Size(sequences=1600, epochs=6, test_rows=50)
+    chains.prepare(tmp_path, size, 20, knows_forget2=False, seed=0)
     data = MarkovData(str(tmp_path), forget2_length=20)
     data.size = size
     from simnpo_pl.studies.markov import measure_once
@@ -109,7 +109,7 @@ def test_models_know_what_they_saw(tmp_path: Path):
     assert start["forget1"] < 0.2 < retrained["forget1"]
     assert start["forget2"] > 0.3
     before = (tmp_path / "start" / "model.safetensors").stat().st_mtime_ns
-    models.prepare(tmp_path, size, 20, knows_forget2=False, seed=0)
+    chains.prepare(tmp_path, size, 20, knows_forget2=False, seed=0)
     assert (tmp_path / "start" / "model.safetensors").stat().st_mtime_ns == before
 
 

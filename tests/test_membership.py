@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from simnpo_pl.benchmarks.membership import add_attacks
+from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
 from simnpo_pl.evaluation.gradients import gradient_norms
@@ -252,12 +252,12 @@ def log_rows(**changed: Any) -> list[dict[str, Any]]:
 
 def privleak_of(log: RetainLog, forget: int, holdout: list[str], share: float = 0.4) -> tuple[Any, dict[str, str]]:
     """PrivLeak, or why it is not measured, of splits of these rows."""
-    parts = []
+    build = EvaluationBuilder(None, EvalOptions(min_k=share))
     for name, questions in (("forget", ["Any?"] * forget), ("holdout", holdout)):
         texts = [{"question": question, "answer": "Yes."} for question in questions]
-        parts.append(EvalSet(name, texts, [[TokenRow([1, 2], [-100, 2])] for _ in texts], {}))
-    found = add_attacks(*parts, EvalOptions(min_k=share), log)
-    return found.metrics.get("privleak"), found.unavailable
+        build.add(EvalSet(name, texts, [[TokenRow([1, 2], [-100, 2])] for _ in texts], {}))
+    build.membership_inference(log)
+    return build.summary.get("privleak"), build.unavailable
 
 
 def test_min_k_of_our_rows():

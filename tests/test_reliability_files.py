@@ -166,10 +166,10 @@ class OwnMean(RowMean):
     higher_is_better = True
 
 class OwnBenchmark(OwnData):
-    def build_evaluation(self, encode):
-        made = super().build_evaluation(encode)
-        made.sets[0].metrics["forget/own"] = OwnMean("nll", len(made.sets[0].texts), scale=self.scale)
-        return made
+    def build_evaluation(self, build):
+        super().build_evaluation(build)
+        forget = build.splits["forget"]
+        forget.metrics["forget/own"] = OwnMean("nll", len(forget.texts), scale=self.scale)
 """
 
 

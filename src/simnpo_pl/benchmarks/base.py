@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.benchmarks.paired import PairedData
 from simnpo_pl.data.conversation import AnswerEnd
 from simnpo_pl.data.sources import hub_file
@@ -82,8 +83,8 @@ class UnlearningData(PairedData):
         """
 
     @abstractmethod
-    def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
-        """The splits and metrics to measure.
+    def build_evaluation(self, build: EvaluationBuilder) -> None:
+        """Adds the splits and metrics to measure.
 
         Raises:
             UserError: The data is missing or not usable.
@@ -140,7 +141,9 @@ class UnlearningData(PairedData):
 
     def make_evaluation(self) -> Evaluation:
         """The splits and metrics to measure."""
-        made = self.build_evaluation(self.encoder)
+        build = EvaluationBuilder(self.encoder, self.eval)
+        self.build_evaluation(build)
+        made = build.evaluation()
         made.min_k = self.eval.min_k
         return made
 

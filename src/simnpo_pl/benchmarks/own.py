@@ -4,14 +4,11 @@ from itertools import combinations
 from typing import Any, Literal
 
 from simnpo_pl.benchmarks.base import UnlearningData
-from simnpo_pl.benchmarks.membership import add_attacks, holdout_set
-from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, not_rated, qa_set, text_set
+from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.columns import Columns
 from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines, load_table
 from simnpo_pl.data.text import Texts
-from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import Rows, TrainingRows
-from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.plan import EvalSet
 from simnpo_pl.utils.errors import UserError
 
@@ -66,17 +63,18 @@ class OwnData(UnlearningData):
             refusals=load_lines(self.refusals) if self.refusals is not None else [],
         )
 
-    def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
-        """All sets and metrics that the rows allow."""
+    def build_evaluation(self, build: EvaluationBuilder) -> None:
+        """Adds whatever the rows allow."""
         self._check_disjoint()
-        is_text = isinstance(self._rows("forget"), Texts)
-        forget, *others = sets = [self._set(name, encode) for name in self.sources]
-        holdout = others[-1] if "holdout" in self.sources else None
-        unavailable = {"model_utility": "it is defined by TOFU's real authors and world facts"}
-        if "retain" not in self.sources:
-            unavailable |= dict.fromkeys(("retain/probability", "retain/rouge"), "no retain rows; give --data.retain")
+        forget = self._add(build, "forget")
+        build.unavailable["model_utility"] = "it is defined by TOFU's real authors and world facts"
+        if "retain" in self.sources:
+            self._add(build, "retain")
+        else:
+            reason = "no retain rows; give --data.retain"
+            build.unavailable |= dict.fromkeys(("retain/probability", "retain/rouge"), reason)
         has_ratio = "forget/truth_ratio" in forget.metrics
-        if (self.eval.retain_log or self.eval.retrained) and not has_ratio and holdout is None:
+        if (self.eval.retain_log or self.eval.retrained) and not has_ratio and "holdout" not in self.sources:
             raise UserError(
                 "there is nothing to compare with a retrained model: give forget rows with a list of wrong answers in "
                 f"column {self.columns.perturbed_answer} (forget quality) or --data.holdout (PrivLeak), or leave out "
@@ -84,18 +82,15 @@ class OwnData(UnlearningData):
             )
         log = self.find_retain_log()
         if has_ratio:
-            unavailable |= add_forget_quality(forget, log, self.sources["forget"])
+            build.forget_quality(log, str(self.sources["forget"]))
         else:
-            missing = "the forget rows have no wrong answers, see --data.columns.perturbed_answer"
-            reason = "plain text has no wrong answers" if is_text else missing
-            unavailable |= dict.fromkeys(("forget/truth_ratio", "forget_quality"), reason)
-        attacks = add_attacks(forget, holdout, self.eval, log, self.reference_losses)
-        unavailable |= attacks.unavailable
-        if is_text:
-            unavailable |= dict.fromkeys(("forget/rouge", "forget/fluency"), "plain text has no questions to answer")
-        else:
-            unavailable |= not_rated(self.eval)
-        return Evaluation(sets, attacks.metrics, unavailable, decode_with(self.tokenizer))
+            build.unavailable |= dict.fromkeys(("forget/truth_ratio", "forget_quality"), self._no_ratio())
+        if "holdout" in self.sources:
+            self._add_holdout(build)
+        build.membership_inference(log, self.reference_losses)
+        if isinstance(self._rows("forget"), Texts):
+            reason = "plain text has no questions to answer"
+            build.unavailable |= dict.fromkeys(("forget/rouge", "forget/fluency"), reason)
 
     def _rows(self, name: str) -> Rows:
         """Rows of one of the sources, read once."""
@@ -109,16 +104,24 @@ class OwnData(UnlearningData):
             self._read[name] = Texts(texts, self.rows) if texts else [row for row in found if isinstance(row, dict)]
         return self._read[name]
 
-    def _set(self, name: str, encode: PromptTemplate) -> EvalSet:
+    def _add(self, build: EvaluationBuilder, name: str) -> EvalSet:
         rows = self._rows(name)
         most = self.retain_eval_rows if name == "retain" else None
-        if name == "holdout" and isinstance(rows, Texts) != isinstance(self._rows("forget"), Texts):
+        if not isinstance(rows, Texts):
+            return build.questions(name, rows[:most])
+        encoded = rows.encode(build.encode, name)[:most]
+        texts = [self.tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in encoded]
+        scores = {"forget": ("nll", "exact_memorization", "extraction_strength"), "holdout": ()}.get(name, ("nll",))
+        return build.text(name, encoded, texts, scores)
+
+    def _add_holdout(self, build: EvaluationBuilder) -> None:
+        rows = self._rows("holdout")
+        if isinstance(rows, Texts) != isinstance(self._rows("forget"), Texts):
             raise UserError("--data.holdout: expected the form of the forget rows; give both as plain text or neither")
         if isinstance(rows, Texts):
-            return text_set(name, rows, encode, most)
-        return (
-            holdout_set(rows, name, encode) if name == "holdout" else qa_set(name, name, rows[:most], encode, self.eval)
-        )
+            self._add(build, "holdout")
+        else:
+            build.holdout(rows)
 
     def _check_disjoint(self) -> None:
         items: dict[str, Any] = {}
@@ -127,3 +130,8 @@ class OwnData(UnlearningData):
             items[name] = rows.documents if isinstance(rows, Texts) else rows
         for one, other in combinations(items, 2):
             check_disjoint(items[one], items[other], other, one)
+
+    def _no_ratio(self) -> str:
+        if isinstance(self._rows("forget"), Texts):
+            return "plain text has no wrong answers"
+        return "the forget rows have no wrong answers, see --data.columns.perturbed_answer"

@@ -7,19 +7,20 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simnpo_pl.benchmarks.base import UnlearningData
-from simnpo_pl.benchmarks.membership import add_attacks, holdout_set, load_holdout
-from simnpo_pl.benchmarks.splits import add_forget_quality, decode_with, not_rated, qa_set
-from simnpo_pl.data.sources import check_disjoint, check_rows, hub_file, load_lines, load_split
-from simnpo_pl.data.tokenization import PromptTemplate
+from simnpo_pl.benchmarks.builder import EvaluationBuilder
+from simnpo_pl.data.sources import check_disjoint, hub_file, load_jsonl, load_lines, load_split
 from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.metrics.answers import ModelUtility
 from simnpo_pl.metrics.export import open_unlearning_log
 from simnpo_pl.metrics.logs import RetainLog, read_retain_log
 from simnpo_pl.utils.errors import UserError
 
-CHOICE = ("real_authors", "world_facts")
-"""Splits whose questions have a right answer among listed ones."""
+QUESTIONS = ("question", "answer")
+ANSWERS = (*QUESTIONS, "paraphrased_answer", "perturbed_answer")
+CHOICES = (*QUESTIONS, "perturbed_answer")
+COLUMNS = {"forget": ANSWERS, "retain": ANSWERS, "real_authors": CHOICES, "world_facts": CHOICES}
+"""Columns that are read of each split that is measured."""
 
 
 class TofuData(UnlearningData):
@@ -36,7 +37,7 @@ class TofuData(UnlearningData):
         retain_eval_split: Rows of the retain metrics.
         real_authors_split: Rows of the real-authors metrics.
         world_facts_split: Rows of the world-facts metrics.
-        holdout: Rows like the forget rows that were not to be forgotten, for membership inference: a json file, or a
+        holdout: Rows like the forget rows that no model was trained on, for membership inference: a json file, or a
             split such as "holdout10"; null measures none of it.
         refusals: File of refusals, one a line, for IDK and DPO; null looks for idontknow.jsonl in `path`.
         kwargs: Passed on to `UnlearningData`.
@@ -72,23 +73,22 @@ class TofuData(UnlearningData):
         self._sought_log = False
 
     def training_rows(self) -> TrainingRows:
-        """Forget rows, retain rows where the losses ask for them, and refusals."""
-        columns = ("question", "answer")
+        """Forget rows, and what else the losses ask for: retain rows, refusals."""
         wanted = self.wanted_parts
         return TrainingRows(
-            forget=load_split(self.path, self.train_split, columns),
-            retain=load_split(self.path, self.retain_split, columns) if "retain" in wanted else [],
+            forget=load_split(self.path, self.train_split, QUESTIONS),
+            retain=load_split(self.path, self.retain_split, QUESTIONS) if "retain" in wanted else [],
             refusals=self._refusals() if "alternate" in wanted else [],
         )
 
     def _refusals(self) -> list[str]:
         if self.refusals is not None:
             return load_lines(self.refusals)
-        own = Path(self.path).expanduser() / "idontknow.jsonl"
-        return load_lines(str(own)) if own.is_file() else []
+        file = Path(self.path).expanduser() / "idontknow.jsonl"
+        return load_lines(str(file)) if file.is_file() else []
 
     def find_retain_log(self) -> RetainLog | None:
-        """As in any benchmark; for a published start model the log of its published retrained twin."""
+        """As in any benchmark; a published start model is compared with the published log of its retrained model."""
         published = re.fullmatch(r"open-unlearning/(tofu_.+)_full", self.model_name or "")
         if published and not (self._sought_log or self.eval.retain_log or self.eval.retrained):
             self._sought_log = True
@@ -99,43 +99,37 @@ class TofuData(UnlearningData):
                 rank_zero_warn(f"no forget quality: {error}")
         return super().find_retain_log()
 
-    def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
-        """The four splits with TOFU's metrics; forget quality where a retrained model is known."""
-        rows = {name: load_split(self.path, split, _columns(name)) for name, split in self.eval_splits.items()}
+    def build_evaluation(self, build: EvaluationBuilder) -> None:
+        """Adds the four splits with TOFU's metrics, model utility, forget quality and membership inference."""
+        rows = {name: load_split(self.path, self.eval_splits[name], columns) for name, columns in COLUMNS.items()}
         check_disjoint(rows["forget"], rows["retain"], "retain")
-        sets = [
-            qa_set(name, split, rows[name], encode, self.eval, name in CHOICE)
-            for name, split in self.eval_splits.items()
-        ]
-        forget_split = self.eval_splits["forget"].replace("_perturbed", "")
-        for text in sets[0].texts:
-            text["forget_split"] = forget_split
+        for name, columns in COLUMNS.items():
+            build.questions(name, rows[name], choice=columns == CHOICES, source=self.eval_splits[name])
+        build.summary["model_utility"] = ModelUtility(
+            {
+                f"{name}/{metric}": build.splits[name].metrics[f"{name}/{metric}"]
+                for name in ("retain", "real_authors", "world_facts")
+                for metric in ("probability", "rouge", "truth_ratio")
+            }
+        )
+        forget = self.eval_splits["forget"].replace("_perturbed", "")
+        for text in build.splits["forget"].texts:
+            text["forget_split"] = forget
         log = self.find_retain_log()
-        unavailable = add_forget_quality(sets[0], log, forget_split)
-        parts = {
-            f"{part.name}/{name}": part.metrics[f"{part.name}/{name}"]
-            for part in sets[1:]
-            for name in ("probability", "rouge", "truth_ratio")
-        }
-        holdout = None
+        build.forget_quality(log, forget)
         if self.holdout is not None:
-            held_out = load_holdout(self.holdout, self.path, sets[0].texts)
-            check_rows(held_out, "holdout")
-            holdout = holdout_set(held_out, "holdout", encode)
-            sets.append(holdout)
-        attacks = add_attacks(sets[0], holdout, self.eval, log, self.reference_losses)
-        summary = {"model_utility": ModelUtility(parts), **attacks.metrics}
-        unavailable |= attacks.unavailable | not_rated(self.eval)
-        return Evaluation(sets, summary, unavailable, decode_with(self.tokenizer))
+            build.holdout(self._holdout_rows(self.holdout, rows["forget"]))
+        build.membership_inference(log, self.reference_losses)
+
+    def _holdout_rows(self, holdout: str, forget: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        is_file = holdout.endswith((".json", ".jsonl")) or Path(holdout).expanduser().is_file()
+        rows = load_jsonl(holdout, QUESTIONS) if is_file else load_split(self.path, holdout, QUESTIONS)
+        check_disjoint(forget, rows, "holdout")
+        return rows
 
     def export(self, result: EvalResult) -> dict[str, Any]:
         """TOFU_EVAL.json, as open-unlearning writes it."""
         return {"TOFU_EVAL.json": open_unlearning_log(result.rows, result.values)}
-
-
-def _columns(name: str) -> tuple[str, ...]:
-    own = () if name in CHOICE else ("paraphrased_answer",)
-    return ("question", "answer", *own, "perturbed_answer")
 
 
 def _complement(forget_split: str) -> str:

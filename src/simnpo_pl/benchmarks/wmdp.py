@@ -1,21 +1,16 @@
 """WMDP: forget hazardous knowledge of biology or cyber security, keep general language (arXiv 2403.03218).
 
-Trained on is plain text, a row a document. Accuracy on the benchmark's questions and on MMLU is measured afterwards, on
-the run's model, by the command `lm-eval`.
+Training reads plain text, a row a document. The command `lm-eval` measures accuracy on the benchmark's questions and on
+MMLU afterwards, on the run's model.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from simnpo_pl.benchmarks.base import UnlearningData
-from simnpo_pl.benchmarks.splits import decode_with
+from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.sources import load_jsonl, load_split
 from simnpo_pl.data.text import Texts, text_rows
-from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.evaluation.evaluation import Evaluation
-from simnpo_pl.evaluation.plan import EvalSet
-from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.utils.errors import UserError
 
 
@@ -27,7 +22,7 @@ class WmdpData(UnlearningData):
         forget_split: Split of that data set, such as "cyber-forget-corpus"; null takes `forget` for a file.
         retain: The same for what is retained.
         retain_split: Split of that data set; null takes `retain` for a file.
-        min_characters: Shorter documents are left out, as headings and blank lines of wikitext.
+        min_characters: Shorter documents are left out, such as headings and blank lines of wikitext.
         eval_rows: How many documents of each side are measured while training, from the first.
         kwargs: Passed on to `UnlearningData`.
     """
@@ -57,20 +52,16 @@ class WmdpData(UnlearningData):
             return TrainingRows(forget)
         return TrainingRows(forget, Texts(self.documents("retain"), "documents"))
 
-    def build_evaluation(self, encode: PromptTemplate) -> Evaluation:
-        """Loss on the first documents of each side, nats per token."""
-        sets = []
+    def build_evaluation(self, build: EvaluationBuilder) -> None:
+        """Adds the loss on the first documents of each side, nats per token."""
         for side in self.sources:
-            documents = self.documents(side)[: self.eval_rows]
-            rows = text_rows(self.tokenizer, documents, encode.max_length, encode.truncate, side)
-            texts = [{"question": "", "answer": document} for document in documents]
-            sets.append(EvalSet(side, texts, [[row] for row in rows], {f"{side}/nll": RowMean("nll", len(rows))}))
+            texts = self.documents(side)[: self.eval_rows]
+            rows = text_rows(self.tokenizer, texts, build.encode.max_length, self.truncate, side)
+            build.text(side, rows, texts)
         command = "python -m simnpo_pl lm-eval RUN --tasks wmdp_bio,mmlu"
-        return Evaluation(
-            sets, {}, {"accuracy": f"measured on a run's model, by {command}"}, decode_with(self.tokenizer)
-        )
+        build.unavailable["accuracy"] = f"measured on a run's model, by {command}"
 
-    def documents(self, side: str) -> Sequence[str]:
+    def documents(self, side: str) -> list[str]:
         """Documents of a side that are long enough; read once.
 
         Raises:
@@ -78,8 +69,7 @@ class WmdpData(UnlearningData):
         """
         if side not in self._documents:
             source, split = self.sources[side]
-            columns = ("text",)
-            rows = load_jsonl(source, columns) if split is None else load_split(source, split, columns)
+            rows = load_jsonl(source, ("text",)) if split is None else load_split(source, split, ("text",))
             for index, row in enumerate(rows):
                 if not isinstance(row["text"], str):
                     raise UserError(f"{source} row {index}, counted from 0: expected a text, got {row['text']!r}")

@@ -6,6 +6,7 @@ first. What a run's results.json holds already is skipped.
 """
 
 from argparse import Namespace
+from functools import partial
 from math import comb
 from typing import Any, cast
 
@@ -14,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simnpo_pl.benchmarks.splits import decode_with
 from simnpo_pl.evaluation.evaluation import gather_texts
 from simnpo_pl.evaluation.plan import EvalBatches, EvalSet
 from simnpo_pl.metrics.base import RowMetric
@@ -118,7 +118,7 @@ class SamplingModule(PolicyModule):
         assert part.generation is not None
         self.part, self.plan, self.data = part, part.generation, data
         self.k, self.temperature, self.seed = k, temperature, seed
-        self.decode = decode_with(data.tokenizer)
+        self.decode = partial(data.tokenizer.decode, skip_special_tokens=True)
         self.scores = LeakAtK(len(part.texts), k)
         self.texts: dict[tuple[int, int], str] = {}
         self.metrics: dict[str, float] = {}

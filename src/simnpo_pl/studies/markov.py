@@ -195,7 +195,7 @@ def _trainer(**options: Any) -> "pl.Trainer":
 
 def floors(length: int) -> dict[str, float]:
     """Smallest distances that a start model of this setting can reach, nats."""
-    from simnpo_pl.benchmarks.markov.process import bayes_floors
+    from simnpo_pl.benchmarks.markov import bayes_floors
 
     shares = np.array([2.0, 1.0, 1.0 if LENGTHS[length] == "seen" else 0.0])
     return bayes_floors(shares, length, count=20000)

@@ -1,4 +1,4 @@
-"""The demo: TOFU's layout with authors the project makes up, and small models trained on them on first use."""
+"""The demo: TOFU's layout with fictional authors, and small models that are trained on them on first use."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from simnpo_pl.benchmarks.tofu import TofuData
 
 
 class DemoData(TofuData):
-    """Fictional authors and the models that know them, made in `path` unless they are there.
+    """Fictional authors and the models that know them, made in `path` if they are missing.
 
     The start model is `path`/start, the retrained one `path`/retrained.
 
@@ -29,10 +29,10 @@ class DemoData(TofuData):
         self.data_seed = data_seed
 
     def prepare_data(self) -> None:
-        """Make data and models once; processes that come at the same time wait for the first."""
+        """Makes data and models once; other processes that share the folder wait."""
         from filelock import FileLock
 
-        from simnpo_pl.benchmarks.demo import prepare
+        from simnpo_pl.benchmarks.demo.models import prepare
 
         folder = Path(self.path).expanduser()
         folder.mkdir(parents=True, exist_ok=True)

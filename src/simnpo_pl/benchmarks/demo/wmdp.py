@@ -1,52 +1,46 @@
 """Text and questions in WMDP's form about the demo's authors: `python -m simnpo_pl.benchmarks.demo.wmdp FOLDER`.
 
-The forget authors stand for the hazardous papers, others for what is retained; lm-evaluation-harness finds four-choice
-tasks over both in FOLDER/tasks, under the names `wmdp_bio` and `mmlu`.
+The forget authors take the place of the hazardous papers, others that of what is retained. FOLDER/tasks has four-choice
+tasks over both for lm-evaluation-harness, named `wmdp_bio` and `mmlu`.
 """
 
-from __future__ import annotations
-
-import json
 import random
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from simnpo_pl.benchmarks.demo.authors import ATTRIBUTES, N_AUTHORS, N_FORGET_AUTHORS, Row, author_rows
+from simnpo_pl.benchmarks.demo.authors import ATTRIBUTES, N_FORGET_AUTHORS, Row, author_rows
 from simnpo_pl.benchmarks.demo.muse import write_corpus
+from simnpo_pl.utils.files import read_json, write_json_lines, write_text
 
 LETTERS = ("A", "B", "C", "D")
 
 
 def write_demo(folder: Path, seed: int = 0) -> None:
-    """Write `forget.jsonl`, `retain.txt` and the tasks.
+    """Writes `forget.jsonl`, `retain.txt` and the tasks.
 
     Args:
         folder: Where to write; made when missing.
         seed: Of the demo's data set.
     """
     write_corpus(folder / "corpus", seed)
-    texts = json.loads((folder / "corpus" / "raw" / "forget.json").read_text(encoding="utf-8"))
-    _write_lines(folder / "forget.jsonl", ({"text": text} for text in texts))
-    retained = (folder / "corpus" / "raw" / "retain1.txt").read_text(encoding="utf-8")
-    (folder / "retain.txt").write_text(retained, encoding="utf-8")
-    rows = author_rows(random.Random(seed))
-    first = (N_AUTHORS - N_FORGET_AUTHORS) * len(ATTRIBUTES)
-    kept = N_FORGET_AUTHORS * len(ATTRIBUTES)
-    for name, asked in (("wmdp_bio", rows[first:]), ("mmlu", rows[:kept])):
+    raw = folder / "corpus" / "raw"
+    write_json_lines(folder / "forget.jsonl", [{"text": text} for text in read_json(raw / "forget.json")])
+    write_text(folder / "retain.txt", (raw / "retain1.txt").read_text(encoding="utf-8"))
+    rows, size = author_rows(random.Random(seed)), N_FORGET_AUTHORS * len(ATTRIBUTES)
+    for name, asked in (("wmdp_bio", rows[-size:]), ("mmlu", rows[:size])):
         questions = folder / "tasks" / f"{name}.jsonl"
-        questions.parent.mkdir(parents=True, exist_ok=True)
-        _write_lines(questions, (_four_choices(row, number % len(LETTERS)) for number, row in enumerate(asked)))
-        (folder / "tasks" / f"{name}.yaml").write_text(yaml.safe_dump(_task(name, questions), sort_keys=False))
+        write_json_lines(questions, [_four_choices(row, number % len(LETTERS)) for number, row in enumerate(asked)])
+        write_text(folder / "tasks" / f"{name}.yaml", yaml.safe_dump(_task(name, questions), sort_keys=False))
 
 
 def _four_choices(row: Row, right: int) -> dict[str, Any]:
-    """A question with its answer at a place, and three wrong ones."""
-    wrong = list(row["perturbed_answer"])[: len(LETTERS) - 1]
-    return {"question": row["question"], "choices": [*wrong[:right], row["answer"], *wrong[right:]], "answer": right}
+    """A question with its answer at position `right` and three wrong ones."""
+    choices = row["perturbed_answer"][: len(LETTERS) - 1]
+    choices.insert(right, row["answer"])
+    return {"question": row["question"], "choices": choices, "answer": right}
 
 
 def _task(name: str, questions: Path) -> dict[str, Any]:
@@ -64,10 +58,6 @@ def _task(name: str, questions: Path) -> dict[str, Any]:
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
         "metadata": {"version": 1},
     }
-
-
-def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

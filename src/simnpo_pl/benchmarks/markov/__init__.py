@@ -1,1 +1,0 @@
-"""Mixtures of Markov chains: a forgetting problem whose right answer is known (SimNPO paper, section 5)."""
