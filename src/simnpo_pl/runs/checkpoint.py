@@ -133,7 +133,8 @@ class SaveState(Checkpoint):
     def save(self, trainer: pl.Trainer) -> None:
         # Sharded strategies write a folder, which takes the name only once it is complete.
         fresh = self.file.with_name(f".{LAST}.new")
-        trainer.save_checkpoint(fresh)
+        # False: not only the weights.
+        trainer.save_checkpoint(fresh, False)
         if trainer.is_global_zero:
             replace(fresh, self.file)
         trainer.strategy.barrier()
@@ -160,7 +161,7 @@ class SaveState(Checkpoint):
         if trainer.state.fn == "fit" and trainer.is_last_batch:
             self._save_if_due(trainer)
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         in_fit = trainer.state.fn == "fit"
         if in_fit and not trainer.is_last_batch:
             return

@@ -32,6 +32,11 @@ class ProgressBar(RichProgressBar):
         self.rows[self.predict_progress_bar_id] += len(batch["index"])
         super().on_predict_batch_end(trainer, pl_module, outputs, batch, *number)
 
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        # Short names, for terminals of 80 columns.
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name.removeprefix("train/").removesuffix("_loss"): value for name, value in metrics.items()}
+
     def configure_columns(self, trainer: Any) -> list[Any]:
         self.rows.clear()
         columns = super().configure_columns(trainer)

@@ -98,8 +98,8 @@ class GradientWeights(Callback):
             trainer.logger.log_metrics({"train/gradient_weight": sum(weights) / len(weights)}, step - 1)
         writer: Any = getattr(trainer.logger, "experiment", None)
         if hasattr(writer, "add_histogram"):
-            weights = torch.tensor([row["weight"] for row in rows])
-            writer.add_histogram("train/gradient_weights", weights, trainer.global_step)
+            all_weights = torch.tensor([row["weight"] for row in rows])
+            writer.add_histogram("train/gradient_weights", all_weights, trainer.global_step)
 
 
 def _rows_of(table: Tensor, epoch: int) -> list[dict[str, Any]]:
