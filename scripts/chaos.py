@@ -140,7 +140,7 @@ def _report(pipe: int, slow_writes: bool) -> None:
 
     from simnpo_pl.module.policy import PolicyModule
     from simnpo_pl.module.unlearning import UnlearningModule
-    from simnpo_pl.runs import checkpoints
+    from simnpo_pl.runs.checkpoint import AtomicCheckpointIO
 
     torch.set_num_threads(1)
 
@@ -155,7 +155,7 @@ def _report(pipe: int, slow_writes: bool) -> None:
 
     announced(UnlearningModule, "training_step", EVENTS["training"])
     announced(PolicyModule, "_evaluate", EVENTS["evaluation"])
-    announced(checkpoints.AtomicCheckpointIO, "save_checkpoint", EVENTS["checkpoint"])
+    announced(AtomicCheckpointIO, "save_checkpoint", EVENTS["checkpoint"])
     if slow_writes:
         save = torch.save
 

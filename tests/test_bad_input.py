@@ -44,11 +44,24 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--model.objective", "NPO", "--model.reference", "./none"), "--model.reference: folder ./none does not"),
         (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),
         (("--config", "configs/no_such.yaml"), "error: --config: File does not exist: "),
-        (("--model.objective.betta", "1"), "error: --model.objective.betta: SimNPO has no such setting; python -m"),
+        (
+            ("--model.objective.betta", "1"),
+            "error: --model.objective: Option 'betta' is not accepted by SimNPO; --model.objective.help SimNPO lists",
+        ),
         (("--data", "Tofu"), "--data Tofu: no such class; known are DemoData, MarkovData, MuseData, OwnData, TofuData"),
-        (("--data.forget_splits", "forget10"), "error: --data.forget_splits: TofuData has no such setting; python -m"),
-        (("--data.max_length", "long"), "error: --data.max_length: expected a whole number or null, got long"),
-        (("--model.lr", "fast"), "Got value: fast"),
+        (
+            ("--data.forget_splits", "forget10"),
+            "error: --data: Option 'forget_splits' is not accepted by TofuData; --data.help TofuData lists",
+        ),
+        (("--data.max_length", "long"), "error: --data.max_length: expected int or null, got long"),
+        (("--model.lr", "fast"), "error: --model.lr: expected float, got fast"),
+        (("--model.schedule", "cosine"), "error: --model.schedule: expected 'linear' or 'constant', got cosine"),
+        (("--model.objective.beta", "x"), "error: --model.objective.beta: expected float, got x"),
+        (("--model.trainable", "3"), "error: --model.trainable: expected list[str] or null, got 3"),
+        (("--model.lora.ranks", "1"), "error: --model.lora: Option 'ranks' is not accepted by LoraOptions"),
+        (("--eval.start", "maybe"), "error: --eval.start: expected bool, got maybe"),
+        (("--seed_everything", "x"), "error: --seed_everything: expected bool or int, got x"),
+        (("--seed_everything", "-1"), "error: --seed_everything must be a whole number from 0 to"),
         (("--config", "missing.yaml"), "missing.yaml"),
         (("--model.name", "./no_such_folder"), "folder ./no_such_folder does not exist"),
         (("--data.path", "./no_such_folder"), "no_such_folder"),
@@ -93,6 +106,18 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 )
 def test_options(cli_error: Error, tmp_path: Path, options: tuple[str, ...], message: str):
     assert message in cli_error("fit", "--run_dir", str(tmp_path / "run"), *options)
+
+
+def test_setting_of_data_before_a_benchmark(capsys: pytest.CaptureFixture[str]):
+    from simnpo_pl.__main__ import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--data.forget", "rows.jsonl", "--model.name", "MODEL"])
+    assert stop.value.code == 2
+    said = (
+        "error: --data: Option 'forget' is not accepted before a class is chosen: give --config or --data first, one of"
+    )
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{said} DemoData, ")
 
 
 def test_predict_without_generation(cli_error: Error, tmp_path: Path):
@@ -252,7 +277,7 @@ def test_answers_are_not_written_over(cli_error: Error, tmp_path: Path):
 def test_weights_are_no_checkpoint(cli_error: Error, model_folder: Path, tmp_path: Path):
     weights = str(model_folder / "model.safetensors")
     error = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--ckpt_path", weights, "--eval.start", "false")
-    assert "is damaged or no checkpoint of ours" in error
+    assert "is damaged or no checkpoint of simnpo_pl" in error
 
 
 def test_finished_and_unfinished_runs_are_not_written_over(cli_error: Error, tmp_path: Path):

@@ -1,99 +1,73 @@
-"""`fit --help` is read from the sources: it must say what the real parser knows, without importing it."""
+"""`fit --help` is jsonargparse's: every option of ours with its text, in 80 columns; the help over all is instant."""
 
+import inspect
 import re
 import subprocess
 import sys
 
 import pytest
 
-from simnpo_pl.__main__ import RUNS, main
-from simnpo_pl.cli.help import options_help, read_classes, trainer_settings
+from simnpo_pl.__main__ import main
+from simnpo_pl.cli import RUNS
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.module.unlearning import UnlearningModule
+from simnpo_pl.runs.checkpoint import CheckpointOptions
+from simnpo_pl.runs.export import ExportOptions
+
+GROUPS = {"model": UnlearningModule, "eval": EvalOptions, "export": ExportOptions, "checkpoint": CheckpointOptions}
+SINGLE = ["run_dir", "ckpt_path", "seed_everything", "trust_remote_code"]
 
 
-@pytest.fixture(scope="module")
-def parsed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Options of the real parser and what it says of each."""
-    words = [sys.executable, "-m", "simnpo_pl", "fit", "--help_all"]
-    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    entries = re.split(r"^  (?=-)", shown.split("options:", 1)[1], flags=re.MULTILINE)
-    return {entry.split()[0].rstrip(","): " ".join(entry.split()) for entry in entries if entry.startswith("--")}
-
-
-@pytest.fixture(scope="module")
-def shown() -> dict[str, str]:
-    """Options of the quick help and what it says of each."""
-    entries = re.split(r"^  (?=--[a-z_.]+ \S+$)", options_help("fit", RUNS["fit"]), flags=re.MULTILINE)
-    return {entry.split()[0]: " ".join(entry.split()) for entry in entries if entry.startswith("--")}
-
-
-def test_every_option_of_the_parser_is_shown(parsed: dict[str, str], shown: dict[str, str]):
-    groups = {
-        "--trainer",
-        "--model",
-        "--data",
-        "--eval",
-        "--export",
-        "--checkpoint",
-        "--print_config",
-        "--weights_only",
-    }
-    expected = {name for name in parsed if not name.endswith(".help")} - groups
-    assert len(expected) > 80
-    assert expected - set(shown) == set()
-    # The adapter's and the data modules' own settings are classes' to the parser.
-    classes = {name for name in shown if name.startswith(("--model.lora.", "--data."))}
-    assert set(shown) - expected - classes == set()
-
-
-def test_defaults_are_the_parsers(parsed: dict[str, str], shown: dict[str, str]):
-    def default(text: str) -> str:
-        found = re.search(r"default: ([^)]*?\)?)(?:\)|, known)", text)
-        return "null" if found is None else found[1].lower()
-
-    compared = 0
-    for name in parsed.keys() & shown.keys() - {"--model.retain_loss", "--model.name"}:
-        assert default(shown[name]) == default(parsed[name]), (shown[name], parsed[name])
-        compared += 1
-    assert compared > 80
-    assert "(default: NLL)" in shown["--model.retain_loss"]
-    assert "(required)" in shown["--model.name"]
-
-
-def test_every_class_is_shown_with_its_settings(parsed: dict[str, str]):
-    text = options_help("fit", RUNS["fit"])
-    for option, abstract in (("model.objective", ["Objective"]), ("model.retain_loss", ["RetainLoss"])):
-        known = re.findall(r"simnpo_pl\.[\w.]+\.(\w+)", parsed[f"--{option}"].split("known subclasses:")[1])
-        assert len(known) > 3
-        for name in set(known) - set(abstract):
-            assert re.search(rf"^  {name}\b", text, re.MULTILINE), name
-    assert "SimNPO  beta=4.5 gamma=0.0" in text
-    assert all(re.search(rf"^  {name}\b", text, re.MULTILINE) for name in ("TofuData", "MuseData", "WmdpData"))
-
-
-def test_settings_are_explained(shown: dict[str, str]):
-    assert not [name for name, text in shown.items() if re.fullmatch(r"\S+ \S+ \(.*\)", text)]
-    assert all(setting.text for setting in trainer_settings())
-
-
-def test_a_constant_from_another_module_is_followed():
-    settings = {s.name: s for s in read_classes("benchmarks")["UnlearningData"].settings}
-    assert settings["chat_date"].default == "26 Jul 2024"
-    assert {s.name: s for s in read_classes("module/unlearning.py")["UnlearningModule"].settings}[
-        "schedule"
-    ].kind == "linear|constant"
+def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", RUNS)
-def test_nothing_heavy_is_imported(command: str):
+def test_every_option_has_its_text(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = shown(capsys, command, "--help")
+    assert text.startswith(f"usage: python -m simnpo_pl {command} --config FILE")
+    assert RUNS[command] in text
+    entries = dict(re.findall(r"^  --([\w.]+) .*\n((?:        .*\n)+)", text, flags=re.MULTILINE))
+    options = SINGLE + [
+        f"{group}.{name}" for group, cls in GROUPS.items() for name in inspect.signature(cls).parameters
+    ]
+    assert len(options) > 40
+    for name in options:
+        assert re.match(r"        [\w`]", entries[name]), name
+    ours = text[text.index("  --model.name") :]
+    assert max(map(len, ours.splitlines())) <= 80
+    assert "default: 10" in entries["trainer.max_epochs"]
+
+
+def test_classes_are_listed_by_name(capsys: pytest.CaptureFixture[str]):
+    text = " ".join(shown(capsys, "fit", "--help").split())
+    assert re.search(r"known subclasses: RetainLoss, NLL, KL, EmbedDiff\)", text)
+    assert re.search(r"known subclasses: PairedData, UnlearningData, TofuData, DemoData, MuseData", text)
+    assert re.search(r"known subclasses: Objective, .*\bSimNPO, ", text)
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "setting"),
+    [("model.objective", "NPO", "beta"), ("model.retain_loss", "EmbedDiff", "layer"), ("data", "MuseData", "forget_split")],
+)
+def test_settings_of_a_class(option: str, name: str, setting: str, capsys: pytest.CaptureFixture[str]):
+    text = shown(capsys, "fit", f"--{option}.help", name)
+    assert re.search(rf"--{option}\.(init_args\.)?{setting} .*\n +\w", text), text
+
+
+def test_nothing_heavy_is_imported_for_the_help_and_for_mistakes():
     code = (
-        "import sys; from simnpo_pl.__main__ import main; main([sys.argv[1], '--help']); "
+        "import sys; from simnpo_pl.__main__ import main\n"
+        "for arguments in ([], ['--help'], ['fitt'], ['report', '--oops']):\n"
+        "    try: main(arguments)\n"
+        "    except SystemExit as stop: assert stop.code == 2\n"
         "assert not {'torch', 'lightning', 'transformers', 'jsonargparse'} & sys.modules.keys()"
     )
-    shown = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, check=True).stdout
-    assert shown.startswith(f"usage: python -m simnpo_pl {command} --config FILE")
-    assert ("--export.best" in shown) == (command == "fit")
-
-
-def test_help_wins_over_other_words(capsys: pytest.CaptureFixture[str]):
-    main(["fit", "--config", "no/such.yaml", "-h"])
-    assert "--model.objective NAME" in capsys.readouterr().out
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m simnpo_pl COMMAND")
+    assert "error: fitt: no such command" in done.stderr
+    assert "error: unrecognized arguments: --oops" in done.stderr

@@ -19,8 +19,7 @@ from simnpo_pl.evaluation.parts import FinishedParts
 from simnpo_pl.evaluation.plan import EvalBatches
 from simnpo_pl.module.policy import PolicyModule
 from simnpo_pl.module.unlearning import UnlearningModule
-from simnpo_pl.runs.checkpoint import CheckpointOptions, SaveState
-from simnpo_pl.runs.stopping import Stopped, StopSignals
+from simnpo_pl.runs.checkpoint import CheckpointOptions, SaveState, Stopped, StopSignals
 from simnpo_pl.runs.weights import GradientWeights
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import clean, recover, replace
@@ -302,7 +301,7 @@ def test_first_signal_is_noted_and_the_second_stops():
     with StopSignals() as signals:
         with pytest.raises(Stopped, match="SIGTERM"):
             signal.raise_signal(signal.SIGTERM)
-        signals.wait()
+        signals.defer()
         signal.raise_signal(signal.SIGTERM)
         assert signals.requested == signal.SIGTERM
         with pytest.raises(Stopped, match="SIGTERM"):
@@ -314,7 +313,7 @@ def test_ignored_interrupts_stay_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with StopSignals() as signals:
-            signals.wait()
+            signals.defer()
             signal.raise_signal(signal.SIGINT)
             assert not signals.requested
     finally:
@@ -325,7 +324,7 @@ def test_ignored_interrupts_stay_ignored():
     ("signum", "where"),
     [("SIGINT", "step"), pytest.param("SIGTERM", "step", marks=SLOW), ("SIGTERM", "evaluation")],
 )
-def test_signal_saves_and_says_how_to_go_on(
+def test_signal_saves_and_says_how_to_resume(
     cli: CLI, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], signum: str, where: str
 ):
     """In the middle of an effective batch, or in an epoch's evaluation: not a step is done twice."""
@@ -357,7 +356,7 @@ def test_signal_saves_and_says_how_to_go_on(
             signal.signal(signal.SIGINT, previous)
         assert stop.value.code == 128 + number
         error = capsys.readouterr().err
-        assert f"stopped by {signum}; go on with --run_dir {cut} --ckpt_path last" in error
+        assert f"stopped by {signum}; resume with --run_dir {cut} --ckpt_path last" in error
         assert torch.load(cut / "last.ckpt", weights_only=True)["global_step"] == (3 if where == "evaluation" else 2)
         where = "nowhere"
         cli("fit", *options, "--ckpt_path", "last")

@@ -24,7 +24,7 @@ from simnpo_pl.evaluation import cache
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import load_causal_lm, load_tokenizer, save_model
-from simnpo_pl.runs.checkpoints import AtomicCheckpointIO
+from simnpo_pl.runs.checkpoint import AtomicCheckpointIO
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json_lines, write_json, write_json_lines
 

@@ -152,8 +152,8 @@ def test_settings_are_logged_with_the_final_metrics(finished: Path):
     # Lightning writes the start of the session with the settings under this tag.
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert settings["model.lr"].number_value == 1e-2
-    assert settings["model.objective.init_args.beta"].number_value == 3.5
+    assert settings["model/lr"].number_value == 1e-2
+    assert settings["model/objective/init_args/beta"].number_value == 3.5
     final = results(finished)["final"]["metrics"]
     assert events.Scalars("final/utility_model_utility")[-1].value == pytest.approx(final["model_utility"], rel=1e-5)
 

@@ -10,17 +10,12 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from simnpo_pl.cli import RUNS
 from simnpo_pl.studies import COMMANDS
 from simnpo_pl.studies import run as run_command
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import causes
 
-RUNS = {
-    "fit": "evaluate the start model, unlearn, export the model, evaluate it",
-    "validate": "evaluate a model",
-    "test": "evaluate a model",
-    "predict": "write a model's greedy answers",
-}
 ASK_HUB = (*RUNS, "leak", "lm-eval", "perturb", "quantize", "relearn", "task-vector")
 """Commands that may load a model or data from the hub in this process."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -40,17 +35,11 @@ Each command lists its options with --help; start with
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; None takes the arguments of the process."""
+    """Run a command; None takes the arguments of the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage(), end="")
         return
-    if arguments[0] in RUNS and not {"-h", "--help"}.isdisjoint(arguments):
-        from simnpo_pl.cli.help import options_help
-
-        print(options_help(arguments[0], RUNS[arguments[0]]))
-        return
-    arguments = ["--help" if word == "--help_all" else word for word in arguments]
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
@@ -59,17 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        name = arguments[0]
-        if name in ASK_HUB:
-            _go_offline_without_network()
-        if name in COMMANDS:
-            run_command(name, arguments[1:])
-        elif name in RUNS or name.startswith("-"):
-            from simnpo_pl.cli.main import run
-
-            run(arguments)
-        else:
-            raise UserError(f"{name}: no such command; known are {', '.join((*RUNS, *COMMANDS))}")
+        _run(arguments)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -80,6 +59,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
+def _run(arguments: list[str]) -> None:
+    name = arguments[0]
+    if name in ASK_HUB:
+        _go_offline_without_network()
+    if name in COMMANDS:
+        run_command(name, arguments[1:])
+    elif name in RUNS or name.startswith("-"):
+        from simnpo_pl.cli.main import run
+
+        run(arguments)
+    else:
+        raise UserError(f"{name}: no such command; known are {', '.join((*RUNS, *COMMANDS))}")
+
+
 def usage() -> str:
     """Help over all commands."""
     known = {**RUNS, **COMMANDS}
@@ -88,26 +81,24 @@ def usage() -> str:
 
 
 def _go_offline_without_network() -> None:
-    """Without network the hub's client retries every file for 24 seconds before it looks into its cache.
-
-    It reads the setting once, when it is imported; so this cannot wait until a model is asked for.
-    """
+    # Without network the hub's client retries every file for 24 seconds before it looks into its cache. It reads the
+    # setting when it is imported, so this cannot wait until a model is loaded.
     proxies = getproxies()
-    if "https" in proxies or "all" in proxies:
+    if "HF_HUB_OFFLINE" in os.environ or "https" in proxies or "all" in proxies:
         return
     try:
         socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname, 443)
     except OSError:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def user_message(error: BaseException) -> str | None:
     """One line for an error that the user can fix; None for a fault of the program."""
-    for seen in causes(error):
-        if isinstance(seen, UserError):
-            return _line(str(seen))
-        if isinstance(seen, OSError) and seen.errno in UNWRITABLE:
-            return _unwritten(seen)
+    for cause in causes(error):
+        if isinstance(cause, UserError):
+            return _line(str(cause))
+        if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
+            return _unwritten(cause)
     # Known by its name, since importing Lightning takes seconds.
     if isinstance(error, ArgumentError) or type(error).__name__ == "MisconfigurationException":
         return _line(str(error))

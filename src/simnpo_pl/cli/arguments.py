@@ -1,37 +1,19 @@
-"""What the command line adds to its parser: the run's own options, and a rule for a changed objective.
+"""What the command line adds to jsonargparse: a rule for a changed objective, errors in one line, a shorter help.
 
-The parser keeps every setting that the new class also has: a `beta` tuned for SimNPO would silently become NPO's. So
-the old value is cleared, with the loss weights and the choice of parameters, wherever a later config or flag names
-another class.
+The parser keeps every setting that a new class also has: a `beta` tuned for SimNPO would silently become NPO's. So the
+settings, the loss weights and the choice of parameters are cleared wherever a later config or flag names another class.
 """
 
 import re
+from argparse import Action
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import DefaultHelpFormatter
 
-RUN_OPTIONS = {
-    "run_dir": ("TEXT", None, "Folder of this run; null makes a fresh one under runs/."),
-    "ckpt_path": ("TEXT", None, "Checkpoint to go on with; last takes that of --run_dir."),
-    "seed_everything": ("N", 0, "Seed of everything that is drawn, from 0 on."),
-    "trust_remote_code": (
-        "true|false",
-        False,
-        "Whether code that comes with a model or tokenizer is run, with all your rights.",
-    ),
-}
-"""Options beside the groups: kind, default and help."""
-TRAINER_DEFAULTS = {
-    "max_epochs": 10,
-    "gradient_clip_val": 1.0,
-    "num_sanity_val_steps": 0,
-    "log_every_n_steps": 1,
-    "use_distributed_sampler": False,
-    "enable_model_summary": False,
-}
-"""What differs from Lightning's defaults."""
+from simnpo_pl.utils.files import causes
 
 CLEARED = {
     "model.objective": ("model.objective", "model.forget_weight", "model.retain_weight", "model.trainable"),
@@ -41,18 +23,14 @@ CLEARED = {
 
 
 def clear_changed_classes(arguments: list[str]) -> list[str]:
-    """Insert `--OPTION null` before every source that names another class than the sources before it.
-
-    Args:
-        arguments: Of the command line, in order.
-    """
+    """Insert `--OPTION null` before every config or flag that names another class than those before it."""
     current: dict[str, str] = {}
     flags: set[str] = set()
     result: list[str] = []
     for name, value, words in _options(arguments):
-        for option, named in _named(name, value):
-            if option in current and current[option] != named:
-                # A weight that a flag set stays: the user said it of this very run.
+        for option, named in _named_classes(name, value):
+            if current.get(option, named) != named:
+                # A weight given by a flag is kept: it was meant for this very run.
                 cleared = [c for c in CLEARED[option] if c == option or c not in flags]
                 result += [word for c in cleared for word in (f"--{c}", "null")]
             current[option] = named
@@ -61,96 +39,93 @@ def clear_changed_classes(arguments: list[str]) -> list[str]:
     return result
 
 
-_INSIDE = re.compile(r"""Parser key "([\w.]+)": .*?class_path '[\w.]*?(\w+)': (.*)""")
-_UNKNOWN = re.compile(r"""unrecognized arguments: --([\w.]+)|Option '([\w.]+)' is not accepted""")
-_WRONG = re.compile(r"""Parser key "([\w.]+)": (.*?(?:Got|Given) value: (\S.*))""")
-_KIND = re.compile(r"""Expected a (?:<class '[\w.]*?(\w+)'>|typing\.Literal\[(.*?)\])""")
-_OUTER = " - Expected a <class 'NoneType'> Given value type: <class 'jsonargparse"
-_KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null"}
-
-
-def plain(message: str) -> str:
-    """What the parser says, in the command line's own words where these are known.
-
-    Args:
-        message: Of the parser.
-    """
-    message = " ".join(message.split())
-    inside = _INSIDE.match(message)
-    if inside is None:
-        return re.sub(r'^Parser key "([\w.]+)": ', r"--\1: ", message)
-    group, owner, problem = inside[1], inside[2], inside[3].partition(_OUTER)[0]
-    unknown, wrong = _UNKNOWN.match(problem), _WRONG.match(problem)
-    if unknown is not None:
-        name = unknown[1] or unknown[2]
-        return f"--{group}.{name}: {owner} has no such setting; python -m simnpo_pl fit --help lists those there are"
-    kinds = _KIND.findall(wrong[2]) if wrong is not None else []
-    if wrong is None or not kinds:
-        return message
-    expected = " or ".join(_KINDS.get(kind, kind) or words.replace("', '", "' or '") for kind, words in kinds)
-    return f"--{group}.{wrong[1]}: expected {expected}, got {wrong[3]}"
-
-
-def unknown_class(message: str, bases: Mapping[str, type[Any]]) -> str | None:
-    """An answer to the name of an unknown class, with the known ones; None where the parser says something else.
-
-    Args:
-        message: Of the parser.
-        bases: Options that name a class, and what it is a kind of.
-    """
-    name = re.search(r"Expected a dot import path string: (\S+)", message)
-    for option, base in bases.items():
-        if f'"{option}"' in message and name:
-            found = {cls.__name__: cls.__module__ for cls in _subclasses(base)}
-            ours = [n for n, m in found.items() if m.startswith("simnpo_pl.") and not m.endswith(".base")]
-            known = ", ".join(sorted(n for n in ours if not n.startswith("Lazy")))
-            return f"--{option} {name[1]}: no such class; known are {known}, or give the class path of your own"
-    return None
-
-
-def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
-    for cls in base.__subclasses__():
-        yield cls
-        yield from _subclasses(cls)
-
-
 def _options(arguments: list[str]) -> Iterator[tuple[str, str, list[str]]]:
-    """Name, value and words of every option."""
-    position = 0
-    while position < len(arguments):
-        word = arguments[position]
+    """Name, value and words of every option: `--NAME VALUE`, `--NAME=VALUE` or `--NAME`."""
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
         name, equals, value = word.partition("=")
-        following = arguments[position + 1 : position + 2]
-        takes_next = word.startswith("-") and not equals and bool(following) and not following[0].startswith("--")
-        words = arguments[position : position + 2] if takes_next else [word]
-        yield name.lstrip("-"), words[1] if takes_next else value, words
-        position += len(words)
+        if word.startswith("-") and not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+            yield name.lstrip("-"), value, [word, value]
+        else:
+            yield name.lstrip("-"), value, [word]
 
 
-def _named(name: str, value: str) -> Iterator[tuple[str, str]]:
-    """Options whose class one source names, with that class."""
+def _named_classes(name: str, value: str) -> Iterator[tuple[str, str]]:
+    """Options of `CLEARED` whose class a flag or config names, with the class."""
     if name.removesuffix(".class_path") in CLEARED:
-        yield name.removesuffix(".class_path"), _class_name(value)
+        yield name.removesuffix(".class_path"), value.rsplit(".", 1)[-1]
     elif name in ("config", "c"):
-        content = _read(value)
+        try:
+            content = yaml.safe_load(Path(value).expanduser().read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            # The parser says what is wrong with the file.
+            return
         for option in CLEARED:
             group, key = option.split(".")
-            given = content.get(group)
-            entry = given.get(key) if isinstance(given, dict) else None
+            settings = content.get(group) if isinstance(content, dict) else None
+            entry = settings.get(key) if isinstance(settings, dict) else None
             if isinstance(entry, dict):
                 entry = entry.get("class_path")
             if isinstance(entry, str):
-                yield option, _class_name(entry)
+                yield option, entry.rsplit(".", 1)[-1]
 
 
-def _class_name(value: str) -> str:
-    return value.rsplit(".", 1)[-1]
+# jsonargparse's exceptions have no fields: option, class and types are only in their messages.
+_OPTION = re.compile(r'Parser key "([\w.]+)":')
+_OWNER = re.compile(r"Problem with given class_path '[\w.]*?(\w+)'")
+_TYPE = re.compile(r"<class '[\w.]*?(\w+)'>|typing\.Literal\[(.*?)\]")
+_NO_CLASS = "Expected a dot import path string: "
 
 
-def _read(file: str) -> dict[str, Any]:
-    # What is wrong with the file is for the parser to say.
-    try:
-        content = yaml.safe_load(Path(file).expanduser().read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def explain(error: Exception, bases: Mapping[str, type[Any]]) -> str:
+    """One line for an error of the parser: the option, then the innermost of the errors that led to it.
+
+    Args:
+        error: Of jsonargparse.
+        bases: Options that name a class, with the base class.
+    """
+    messages = [" ".join(str(cause).split()) for cause in causes(error)]
+    names = dict.fromkeys(found[1] for message in messages if (found := _OPTION.match(message)))
+    if not names:
+        return messages[0]
+    option, reason = f"--{'.'.join(names)}", messages[-1]
+    owner = _OWNER.search(messages[0])
+    if base := bases.get(option[2:]):
+        known = ", ".join(_known_classes(base))
+        if reason.startswith(_NO_CLASS):
+            name = reason.removeprefix(_NO_CLASS)
+            return f"{option} {name}: no such class; known are {known}, or give the class path of a custom one"
+        if owner and owner[1] == base.__name__:
+            return f"{option}: {reason} before a class is chosen: give --config or {option} first, one of {known}"
+    if owner and reason.endswith("is not accepted"):
+        return f"{option}: {reason} by {owner[1]}; {option}.help {owner[1]} lists its settings"
+    expected, _, value = reason.partition(". Got value: ")
+    if not value:
+        return f"{option}: {reason}"
+    # Where several types are possible the innermost error is only of the first one.
+    union = messages[-2].partition("Subtypes: [")[2].partition("] Errors: ")[0]
+    types = _TYPE.sub(lambda kind: kind[1] or kind[2], union or expected.removeprefix("Expected a "))
+    return f"{option}: expected {types.replace('NoneType', 'null').replace(', ', ' or ')}, got {value}"
+
+
+def _known_classes(base: type[Any]) -> list[str]:
+    """Subclasses in this package, without bases and the parser's stand-ins for defaults."""
+    found, new = set(), {base}
+    while new := {sub for cls in new for sub in cls.__subclasses__()}:
+        found |= new
+    ours = [c for c in found if c.__module__.startswith("simnpo_pl.") and not c.__module__.endswith(".base")]
+    return sorted(c.__name__ for c in ours if not c.__name__.startswith("Lazy"))
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Texts start in one column on the line after the option; known classes are listed without their modules."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=8)
+
+    def _get_help_string(self, action: Action) -> str:
+        # The method that argparse's own formatters override, too.
+        text, mark, classes = super()._get_help_string(action).partition("known subclasses: ")
+        return text + mark + re.sub(r"[\w.]+\.(\w+)", r"\1", classes)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
+from simnpo_pl.metrics import titles
 from simnpo_pl.models.head import CPU_CHUNK, GPU_CHUNK
 from simnpo_pl.models.loading import model_shapes
 from simnpo_pl.models.memory import Step, training_bytes
@@ -15,38 +16,34 @@ from simnpo_pl.runs.checkpoint import LAST
 from simnpo_pl.runs.folder import describe_objective
 from simnpo_pl.runs.history import HISTORY
 from simnpo_pl.runs.weights import WEIGHTS
-from simnpo_pl.utils import markdown
 
-COLUMNS = {
-    "forget_quality": "forget quality",
-    "model_utility": "model utility",
-    "forget/probability": "forget prob.",
-    "forget/rouge": "forget ROUGE",
-    "forget/truth_ratio": "forget truth ratio",
-    "retain/probability": "retain prob.",
-    "verbmem_forget": "VerbMem forget",
-    "knowmem_forget": "KnowMem forget",
-    "knowmem_retain": "KnowMem retain",
-    "privleak": "PrivLeak",
-    "forget/nll": "forget loss",
-    "retain/nll": "retain loss",
+SHOWN = (
+    *("forget_quality", "model_utility", "forget/probability", "forget/rouge", "forget/truth_ratio"),
+    *("retain/probability", "verbmem_forget", "knowmem_forget", "knowmem_retain", "privleak"),
+    *("forget/nll", "retain/nll"),
+)
+"""Metrics of the table, if they were measured."""
+FILES = {
+    "model": "unlearned model, for AutoModelForCausalLM.from_pretrained",
+    "results.json": "all metrics, versions, times",
+    "rows.jsonl": "scores and generated answers by row",
+    "TOFU_EVAL.json": "the same in open-unlearning's format",
+    HISTORY: "losses by step",
+    WEIGHTS: "gradient weights by forget row and epoch",
+    "config.yaml": "resolved config",
+    LAST: "training state, for --ckpt_path",
 }
 
 
 def table(record: dict[str, Any]) -> str:
-    """Start, retrained and unlearned model side by side, as Markdown.
-
-    Args:
-        record: Content of results.json.
-    """
+    """Start, retrained and unlearned model of a results.json, as Markdown."""
     last = "unlearned" if record["epochs"] or "start" in record else "model"
     rows = {"start": record.get("start"), "retrained": record.get("retrained"), last: record.get("final")}
-    found = {name: entry["metrics"] for name, entry in rows.items() if entry}
-    names = [name for name in COLUMNS if any(name in metrics for metrics in found.values())]
+    found = {model: entry["metrics"] for model, entry in rows.items() if entry}
+    names = titles.measured(found.values(), SHOWN)
     if not names:
         return "nothing was evaluated"
-    cells = [[model, *(number(metrics.get(name)) for name in names)] for model, metrics in found.items()]
-    shown = markdown.table(["model", *(COLUMNS[name] for name in names)], cells)
+    shown = titles.table(["model"], [([model], metrics) for model, metrics in found.items()], names)
     return "\n".join([shown, *_not_measured(record.get("unavailable", {}))])
 
 
@@ -66,16 +63,16 @@ def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
         name, weight = found["retain_loss"], found["retain_weight"]
         retain = "no retain loss" if name is None else f"retain loss {name} x {weight}"
         long = f"{trainer.max_epochs} epochs" if trainer.max_epochs != -1 else f"{trainer.max_steps} optimizer steps"
-        lines.append(
+        lines += [
             f"objective: {found['name']} {f'({settings}) ' if settings else ''}x {found['forget_weight']}, "
-            f"{retain}; lr {module.lr}{trained}, {long}"
-        )
-        lines.append(f"reference: {module.reference_use}")
+            f"{retain}; lr {module.lr}{trained}, {long}",
+            f"reference: {module.reference_use}",
+        ]
     return "\n".join(lines)
 
 
 def memory(trainer: Any, module: Any, data: Any) -> str:
-    """Memory that training takes of a device, estimated from shapes, beside what the device has.
+    """Memory that training takes of a device, estimated from shapes, and what the device has.
 
     Args:
         trainer: Lightning's.
@@ -86,21 +83,22 @@ def memory(trainer: Any, module: Any, data: Any) -> str:
     rows, width = data.micro_batch()
     parts = training_bytes(model, Step(rows, width, **settings, **on_devices(trainer)))
     total, device = sum(parts.values()), trainer.strategy.root_device
-    there = _memory_of(device, trainer.num_devices)
+    available = _memory_of(device, trainer.num_devices)
     unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
-    has = "" if there is None else f"; {device} has {there / 1e9:.1f} GB{' free' if device.type == 'cuda' else ''}"
+    free = " free" if device.type == "cuda" else ""
+    has = "" if available is None else f"; {device} has {available / 1e9:.1f} GB{free}"
     lacks = "" if "activations" in parts else ", activations not counted"
     lines = [
         f"memory: training takes about {total / unit:.1f} {name}{lacks}{has}",
         f"  {', '.join(f'{part} {value / unit:.1f}' for part, value in parts.items())}",
     ]
-    if there is not None and total > there:
+    if available is not None and total > available:
         lines.append("warning: training may run out of memory; docs/scale.md says what takes less")
     return "\n".join(lines)
 
 
 def on_devices(trainer: Any) -> dict[str, Any]:
-    """What of a `memory.Step` the trainer says."""
+    """The arguments of `memory.Step` that depend on the trainer."""
     strategy = trainer.strategy
     sharded = isinstance(strategy, (ShardedStrategy, DeepSpeedStrategy))
     return {
@@ -112,7 +110,7 @@ def on_devices(trainer: Any) -> dict[str, Any]:
 
 
 def _memory_of(device: torch.device, processes: int) -> float | None:
-    """Bytes for one process of a machine: free ones of a GPU, its part of a CPU's; None where this is not known."""
+    """Free bytes of a GPU, a CPU process's share of the machine's; None if it is not known."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     if device.type == "cpu" and hasattr(os, "sysconf"):
@@ -121,15 +119,9 @@ def _memory_of(device: torch.device, processes: int) -> float | None:
 
 
 def measures(evaluation: Any) -> str:
-    """What is measured, and what cannot be and why.
-
-    Args:
-        evaluation: The benchmark's `Evaluation`.
-    """
+    """What an `Evaluation` measures, and what it cannot measure and why."""
     rows = ", ".join(f"{len(part.texts)} {part.name} rows" for part in evaluation.sets)
-    lines = [f"measured on {rows}: {', '.join(evaluation.names())}"]
-    lines += _not_measured(evaluation.unavailable)
-    return "\n".join(lines)
+    return "\n".join([f"measured on {rows}: {', '.join(evaluation.names())}", *_not_measured(evaluation.unavailable)])
 
 
 def _not_measured(unavailable: dict[str, str]) -> list[str]:
@@ -140,37 +132,8 @@ def _not_measured(unavailable: dict[str, str]) -> list[str]:
     return [f"{', '.join(names)}: not measured, {reason}" for reason, names in reasons.items()]
 
 
-def number(value: float | None) -> str:
-    """A value for people."""
-    if value is None or value != value:
-        return "-"
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:.3f}"
-
-
 def written(folder: Path, board: bool = True) -> str:
-    """The files of a run and how to look at them, a line each.
-
-    Args:
-        folder: The run's folder.
-        board: Whether TensorBoard's events are among the files.
-    """
-    known = {
-        "model": "unlearned model, for AutoModelForCausalLM.from_pretrained",
-        "results.json": "all metrics, versions, times",
-        "rows.jsonl": "scores and generated answers by row",
-        "TOFU_EVAL.json": "the same in open-unlearning's format",
-        HISTORY: "losses by step",
-        WEIGHTS: "gradient weights by forget row and epoch",
-        "config.yaml": "resolved config",
-        LAST: "training state, for --ckpt_path",
-    }
-    lines = [f"  {folder / name}  {what}" for name, what in known.items() if (folder / name).exists()]
-    return "\n".join(
-        [
-            "written:",
-            *lines,
-            "to look at it:",
-            f"  python -m simnpo_pl report {folder}",
-            *([f"  tensorboard --logdir {folder.parent}"] if board else []),
-        ]
-    )
+    """The files of a run and how to look at them; `board` if TensorBoard's events are among them."""
+    files = [f"  {folder / name}  {what}" for name, what in FILES.items() if (folder / name).exists()]
+    tensorboard = [f"  tensorboard --logdir {folder.parent}"] if board else []
+    return "\n".join(["written:", *files, "to look at it:", f"  python -m simnpo_pl report {folder}", *tensorboard])

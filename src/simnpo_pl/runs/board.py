@@ -1,27 +1,22 @@
-"""What a run leaves in the logger beside its scalars: truth-ratio histograms, sample answers, settings with outcome."""
+"""What a run adds to the logger besides scalars: truth ratios as a histogram, sample answers, settings with outcome."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from simnpo_pl.utils import markdown
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.tags import tag
+from simnpo_pl.utils import markdown
 
 SAMPLES = 5
 
 
 def log_evaluation(trainer: pl.Trainer, result: EvalResult, step: int) -> None:
-    """Log an evaluation's truth ratios as a histogram and sample answers as text, where the logger takes these.
-
-    Args:
-        trainer: Whose logger is written to; without one nothing happens.
-        result: Of the evaluation.
-        step: Optimizer steps behind the model.
-    """
+    """Log truth ratios and sample answers of an evaluation at an optimizer step, if the logger takes these."""
     if trainer.logger is None or not trainer.is_global_zero:
         return
     writer: Any = getattr(trainer.logger, "experiment", None)
@@ -34,40 +29,25 @@ def log_evaluation(trainer: pl.Trainer, result: EvalResult, step: int) -> None:
         writer.add_text("samples", _samples(result), step)
 
 
-def log_outcome(trainer: pl.Trainer, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-    """Log a run's settings with its final metrics, so that runs can be compared by them.
-
-    Args:
-        trainer: Whose logger is written to; without one nothing happens.
-        settings: Nested settings of the run.
-        metrics: Of the final model.
-    """
+def log_outcome(trainer: pl.Trainer, settings: dict[str, Any], metrics: Mapping[str, float]) -> None:
+    """Log the settings of a run with its final metrics, by which TensorBoard compares runs."""
     if trainer.logger is None or not trainer.is_global_zero:
         return
-    flat = dict(_flat(settings))
     final = {f"final/{tag(name).replace('/', '_')}": value for name, value in metrics.items() if value == value}
     logger: Any = trainer.logger
     if hasattr(getattr(logger, "experiment", None), "add_hparams"):
-        logger.log_hyperparams(flat, final)
+        logger.log_hyperparams(settings, final)
     else:
-        logger.log_hyperparams(flat)
+        logger.log_hyperparams(settings)
         logger.log_metrics(final)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Any:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif value is not None:
-            yield f"{prefix}{name}", value if isinstance(value, int | float | str | bool) else str(value)
 
 
 def _samples(result: EvalResult) -> str:
     """A few answers of every split, as a Markdown table."""
     cells = []
-    taken: dict[str, int] = {}
+    taken = Counter[str]()
     for row in result.rows:
-        if "generation" in row and taken.get(row["split"], 0) < SAMPLES:
-            taken[row["split"]] = taken.get(row["split"], 0) + 1
+        if "generation" in row and taken[row["split"]] < SAMPLES:
+            taken[row["split"]] += 1
             cells.append((row["split"], row["question"], row["answer"], row["generation"]))
     return markdown.table(["split", "question", "answer", "generated"], cells)

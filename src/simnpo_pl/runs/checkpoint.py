@@ -1,32 +1,38 @@
-"""Saves the training state so that no kill costs more than a few steps, and stops a run that is asked to stop."""
+"""The training state: saved whole or not at all, also when a signal stops the run, and read without running code.
+
+Not Lightning's `ModelCheckpoint` and signal handlers: those save in the middle of an effective batch, whose gradients a
+checkpoint does not hold, so that a resumed run would end with other weights.
+"""
 
 import os
-import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from simnpo_pl.utils.errors import UserError
-from simnpo_pl.utils.files import replace
-from simnpo_pl.runs.stopping import Stopped, StopSignals
+from simnpo_pl.utils.files import Writing, replace
 
 LAST = "last.ckpt"
 
 
 @dataclass
 class CheckpointOptions:
-    """When the training state is saved, beside the end of every epoch.
+    """When the training state is saved, apart from the end of every epoch.
 
     Args:
-        every_steps: Optimizer steps between two saves within an epoch; null saves at its end only.
+        every_steps: Optimizer steps between two saves within an epoch; null saves only at its end.
     """
 
     every_steps: int | None = None
@@ -36,144 +42,180 @@ class CheckpointOptions:
             raise UserError(f"--checkpoint.every_steps must be at least 1, got {self.every_steps}; null saves by epoch")
 
 
-class SaveState(Checkpoint):
-    """Keeps `last.ckpt` whole at all times: at the end of every epoch, every few steps, and when a signal comes.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Keeps the earlier file until the new one is complete on disk."""
 
-    States are saved between optimizer steps only, where no gradient has been accumulated. All processes agree on
-    stopping, after an optimizer step or a batch of an evaluation.
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with Writing(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        try:
+            # PyTorch writes checksums but does not check them.
+            with ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise BadZipFile
+            return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"--ckpt_path {path} is damaged or no checkpoint of simnpo_pl; give another, or start without one"
+            ) from error
+
+
+class Stopped(BaseException):
+    """The run ends because of the signal `signum`."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class StopSignals:
+    """Context manager that handles SIGTERM, SIGINT and SLURM's warning before the end of a job's time.
+
+    In the Trainer's loops, between `defer()` and `defer(False)`, the first signal is stored in `requested`. Any other
+    signal raises `Stopped`.
+
+    Args:
+        plugins: Of the Trainer; a `SLURMEnvironment` among them may name another signal than SIGUSR1 for SLURM.
+    """
+
+    def __init__(self, plugins: Iterable[Any] = ()) -> None:
+        self.requeue = _requeue_signal(plugins)
+        self.requested = 0
+        self._deferred = False
+        self._before: dict[int, Any] = {}
+
+    def defer(self, deferred: bool = True) -> None:
+        self._deferred = deferred
+        # Every entry point of the Trainer installs handlers of its own in place of these.
+        for signum in self._before:
+            signal.signal(signum, self._handle)
+
+    def __enter__(self) -> "StopSignals":
+        signals = [signal.SIGTERM, signal.SIGINT, *([] if self.requeue is None else [self.requeue])]
+        # A shell that runs the command in the background has it ignore interrupts.
+        self._before = {s: handler for s in signals if (handler := signal.getsignal(s)) != signal.SIG_IGN}
+        self.defer(False)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if not self._deferred or self.requested:
+            raise Stopped(signum)
+        self.requested = signum
+        name = signal.Signals(signum).name
+        print(f"\n{name}: stops once the state is saved; send it again to stop at once", file=sys.stderr, flush=True)
+
+
+class SaveState(Checkpoint):
+    """Saves `last.ckpt` at the end of every epoch, every few steps, and before a signal stops the run.
+
+    Saves only between optimizer steps, where no gradient is accumulated. All processes agree on a stop.
 
     Args:
         folder: Where to save.
         options: When to save.
-        signals: Tell that a stop was asked for.
+        signals: Hold the signal that was received.
     """
 
     def __init__(self, folder: Path, options: CheckpointOptions, signals: StopSignals) -> None:
         self.file = folder / LAST
         self.every = options.every_steps
         self.signals = signals
-        self._step = 0
-        self._saved = -1
-
-    # -- saving ------------------------------------------------------------------------------------------
+        self._saved_step = -1
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Save the training state; the one before it stays until this one is whole."""
+        # Sharded strategies write a folder, which takes the name only once it is complete.
         fresh = self.file.with_name(f".{LAST}.new")
-        # Not the weights only, that is.
+        # False: not only the weights.
         trainer.save_checkpoint(fresh, False)
         if trainer.is_global_zero:
             replace(fresh, self.file)
         trainer.strategy.barrier()
-        self._saved = trainer.global_step
+        self._saved_step = trainer.global_step
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Have a run that goes on from the last batch of an epoch evaluate that epoch first.
-
-        Lightning would take such an epoch for finished. It goes back to an evaluation that had begun, so the state
-        says that this one has.
-        """
-        loop = trainer.fit_loop
-        within_epoch = loop.epoch_progress.total.processed < loop.epoch_progress.total.started
-        if within_epoch and loop.epoch_loop.batch_progress.is_last_batch:
-            state = checkpoint["loops"]["fit_loop"]
-            batches = state["epoch_loop.batch_progress"]
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if trainer.validating:
+            # Lightning repeats an epoch's evaluation only if it was saved inside of a batch; callbacks run between
+            # batches. Without this a resumed run would skip that evaluation.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
             for scope in ("total", "current"):
-                batches[scope]["completed"] = batches[scope]["processed"]
-            begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-            evaluated = state["epoch_loop.val_loop.batch_progress"]
-            evaluated["total"], evaluated["current"] = dict(begun), dict(begun)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save every few steps, and before stopping."""
-        if trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
-        stop = self._agreed(trainer)
-        if stop or (self.every is not None and self._step % self.every == 0):
-            self.save(trainer)
-        self._stop(trainer, stop)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Save after the epoch's evaluation."""
-        self.save(trainer)
-
-    # -- stopping ----------------------------------------------------------------------------------------
-
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Take SLURM's signal before the end of a job's time for one to stop and start again."""
-        requeueing = _requeue_signal(trainer)
-        if requeueing is not None:
-            self.signals.also(requeueing)
+                progress[scope] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Note signals from now on."""
-        self._step = trainer.global_step
-        self.signals.wait()
+        self.signals.defer()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Stop before the export if that was asked for."""
-        self._stop(trainer, self._agreed(trainer))
-        self.signals.wait(False)
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # After the last batch the epoch's evaluation starts or the epoch ends; both save.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
+            self._save_if_due(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Note signals from now on."""
-        self.signals.wait()
+        self.signals.defer()
+        if trainer.state.fn == "fit" and trainer.is_last_batch:
+            self._save_if_due(trainer)
 
-    on_test_start = on_predict_start = on_validation_start
-
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Stop between two batches; of an epoch's evaluation not without its training state."""
-        stop = self._agreed(trainer)
-        if stop and trainer.state.fn == "fit" and self._saved != trainer.global_step:
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        in_fit = trainer.state.fn == "fit"
+        if in_fit and not trainer.is_last_batch:
+            return
+        stop = self._agreed_signal(trainer)
+        if stop and in_fit and self._saved_step != trainer.global_step:
             self.save(trainer)
         self._stop(trainer, stop)
 
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Within an epoch signals go on being noted."""
-        self.signals.wait(trainer.state.fn == "fit")
+        self.signals.defer(trainer.state.fn == "fit")
 
+    on_test_start = on_predict_start = on_validation_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     on_test_end = on_predict_end = on_validation_end
 
-    def _agreed(self, trainer: pl.Trainer) -> int:
-        """Number of the signal that any process has; 0 for none."""
-        asked = self.signals.requested
-        if trainer.world_size > 1:
-            number = torch.tensor(asked, device=trainer.strategy.root_device)
-            asked = int(trainer.strategy.reduce(number, reduce_op="max"))
-        return asked
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._stop(trainer, self._agreed_signal(trainer))
+        self.signals.defer(False)
+
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
+        stop = self._agreed_signal(trainer)
+        if stop or (self.every is not None and trainer.global_step % self.every == 0):
+            self.save(trainer)
+        self._stop(trainer, stop)
+
+    def _agreed_signal(self, trainer: pl.Trainer) -> int:
+        """Signal that any process received; 0 for none."""
+        requested = torch.tensor(self.signals.requested, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(requested, reduce_op="max"))
 
     def _stop(self, trainer: pl.Trainer, signum: int) -> None:
         if signum:
-            if signum == _requeue_signal(trainer) and trainer.is_global_zero:
+            if signum == self.signals.requeue and trainer.is_global_zero:
                 _requeue()
             raise Stopped(signum)
 
 
-def _requeue_signal(trainer: Any) -> int | None:
-    """The signal on which this SLURM job is to be started again; None outside SLURM."""
-    environment = trainer._accelerator_connector.cluster_environment
-    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
-        return None
-    return environment.requeue_signal or signal.SIGUSR1
+def _requeue_signal(plugins: Iterable[Any]) -> int | None:
+    for plugin in plugins:
+        if isinstance(plugin, SLURMEnvironment):
+            return plugin.requeue_signal if plugin.auto_requeue else None
+    return signal.SIGUSR1 if SLURMEnvironment.detect() else None
 
 
 def _requeue() -> None:
-    """Have SLURM start this job again.
-
-    Lightning would save and requeue in the middle of whatever the signal interrupts; here the state is saved already.
-    """
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = os.environ["SLURM_JOB_ID"] if task is None else f"{os.environ['SLURM_ARRAY_JOB_ID']}_{task}"
-    if not re.fullmatch(r"\d+(_\d+)?", job):
-        raise UserError(f"SLURM_JOB_ID: expected a number, got {job!r}; submit the job again by hand")
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_TASK_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
-        done = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
+        queued = subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0
     except OSError:
-        done = False
-    how = "is queued again" if done else "could not be queued again: submit it by hand"
+        queued = False
+    how = "is queued again" if queued else "could not be queued again: submit it by hand"
     print(f"SLURM job {job} {how}", file=sys.stderr)

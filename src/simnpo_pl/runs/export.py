@@ -7,10 +7,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from simnpo_pl.utils.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.models.loading import save_model
 from simnpo_pl.models.sharding import gathered
+from simnpo_pl.utils.errors import UserError
 
 
 @dataclass
@@ -19,8 +19,8 @@ class ExportOptions:
 
     Args:
         best: Metric that picks the epoch, such as `forget_quality` or `retain/probability`; null takes the last epoch.
-        mode: Whether the metric is to be as large or as small as can be.
-        adapter: Whether a low-rank adapter is written alone, beside the name of its base, and not merged into it.
+        mode: Whether the largest or the smallest value of the metric is the best.
+        adapter: Whether a low-rank adapter is written alone, with the name of its base, instead of merged into it.
     """
 
     best: str | None = None
@@ -29,13 +29,11 @@ class ExportOptions:
 
 
 class ExportModel(Callback):
-    """Saves policy and tokenizer under `folder`, whole or not at all.
+    """Saves policy and tokenizer under `folder`, completely or not at all.
 
-    A policy that trains all weights is exported as it was evaluated. One with an adapter is not: merging it rounds.
-
-    Args:
-        folder: Where the model is to stand.
-        options: Which epoch's.
+    Attributes:
+        epoch: Number of the exported epoch, from 1.
+        result: Evaluation of the exported epoch, if a metric picked it in this process.
     """
 
     def __init__(self, folder: Path, options: ExportOptions) -> None:
@@ -46,11 +44,7 @@ class ExportModel(Callback):
         self._best: float | None = None
 
     def check(self, trainer: pl.Trainer, module: Any, evaluation: Evaluation) -> None:
-        """See that the metric will be there to pick an epoch by.
-
-        Raises:
-            UserError: It is not measured, or no epoch is evaluated; or there is no adapter to export.
-        """
+        """Refuse a metric that is not measured, and an adapter that does not exist, before anything runs."""
         if self.options.adapter and module.lora is None:
             raise UserError("--export.adapter true needs an adapter: give --model.lora.rank")
         best = self.options.best
@@ -67,38 +61,28 @@ class ExportModel(Callback):
             )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Save an epoch that is better than all before it."""
         if self.options.best is None or trainer.state.fn != "fit":
             return
         result: EvalResult = pl_module.evaluation_result
         value = result.values[self.options.best]
         sign = 1 if self.options.mode == "max" else -1
-        # A value that is not a number is never the best one.
+        # NaN is never the best.
         if value == value and (self._best is None or sign * value > sign * self._best):
             self._best, self.epoch, self.result = value, trainer.current_epoch + 1, result
             self._save(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Save the last epoch where no metric picks one."""
         if self.options.best is None:
             self.save_last(trainer, pl_module)
 
-    @property
-    def is_there(self) -> bool:
-        """Whether a model was exported."""
-        return self.folder.is_dir()
-
     def save_last(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Save the policy as it is now."""
         self.epoch = trainer.current_epoch
         self._save(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know of the epochs before."""
         return {"best": self._best, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best value so far."""
         self._best, self.epoch = state_dict["best"], state_dict["epoch"]
 
     def _save(self, trainer: Any, pl_module: Any) -> None:
@@ -107,8 +91,7 @@ class ExportModel(Callback):
         prefix = "policy."
         weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if trainer.is_global_zero:
-            save_model(
-                pl_module.policy, trainer.datamodule.tokenizer, self.folder, weights, merge=not self.options.adapter
-            )
-        # The others may read the folder next.
+            tokenizer, merge = trainer.datamodule.tokenizer, not self.options.adapter
+            save_model(pl_module.policy, tokenizer, self.folder, weights, merge=merge)
+        # The other processes may read the folder next.
         trainer.strategy.barrier()

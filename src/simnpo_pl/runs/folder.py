@@ -1,9 +1,10 @@
-"""What a run leaves behind: results of every evaluation, per-row logs, timings, the resolved config."""
+"""Writes the run folder: config, results of every evaluation, rows, times. `runs.record` reads it."""
 
 import inspect
 import resource
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,30 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from simnpo_pl.runs.board import log_evaluation, log_outcome
-from simnpo_pl.utils.errors import UserError
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.parts import FinishedParts
+from simnpo_pl.runs.board import log_evaluation, log_outcome
+from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines, write_text
-from simnpo_pl.metrics.logs import RetainLog
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
+PACKAGES = ("simnpo_pl", "torch", "lightning", "transformers", "torchmetrics", "datasets", "scipy", "rouge-score")
 
 
 class RunFolder(Callback):
-    """Writes a run's folder as the run goes on.
+    """Writes results as soon as they are known.
 
     Args:
         folder: Where to write.
         config: Resolved config, YAML; null writes none.
         settings: Settings to repeat in the results, such as the objective's.
         seed: Seed of the run.
+
+    Attributes:
+        role: Which model is evaluated next: start, retrained, mia_reference, epoch (of the policy) or final.
+        result: Newest evaluation of the policy.
+        result_step: Optimizer steps behind that evaluation.
     """
 
     def __init__(self, folder: Path, config: str | None = None, settings: dict[str, Any] | None = None, seed: int = 0):
@@ -42,114 +48,96 @@ class RunFolder(Callback):
             "finished": False,
             "command": sys.argv,
             "seed": seed,
-            "versions": _versions(),
+            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
             "settings": settings or {},
             "epochs": [],
             "seconds": {},
         }
         self.parts = FinishedParts(folder / ".evaluation")
         self._started = time.monotonic()
-        self._before: dict[str, Any] = {}
+        self._earlier: dict[str, Any] = {}
 
     def check(self, resume: bool) -> None:
-        """See that nothing is written over, and take up the records of a run that is resumed.
-
-        Raises:
-            UserError: The folder holds a finished run, or an unfinished one that is not resumed.
-        """
-        results = self.folder / RESULTS
-        if results.is_file():
-            earlier = read_json(results)
+        """Read the record of a resumed run; refuse a folder whose run would be overwritten."""
+        file = self.folder / RESULTS
+        if file.is_file():
+            earlier = read_json(file)
             if earlier.get("finished"):
-                raise UserError(
-                    f"--run_dir {self.folder} holds a finished run; give another folder, it is not written over"
-                )
+                raise UserError(f"--run_dir {self.folder} holds a finished run: give another folder")
             if not resume:
                 raise UserError(
-                    f"--run_dir {self.folder} holds an unfinished run; resume it with --ckpt_path last, "
+                    f"--run_dir {self.folder} holds an unfinished run: resume it with --ckpt_path last, "
                     "or give another folder"
                 )
-            for key in ("start", "retrained", "epochs", "seconds"):
-                if key in earlier:
-                    self.record[key] = earlier[key]
-            self._before = earlier
+            kept = ("start", "retrained", "epochs", "seconds")
+            self.record |= {key: earlier[key] for key in kept if key in earlier}
+            self._earlier = earlier
         if resume:
             clean(self.folder)
 
     def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        """Write the config once the data has been read, so that a mistyped option leaves no folder behind."""
         pl_module.finished_parts = self.parts
+        # The data has been read by now: a mistyped option leaves no folder behind.
         if trainer.is_global_zero and self.config is not None:
             write_text(self.folder / "config.yaml", self.config)
 
-    # -- evaluations -------------------------------------------------------------------------------------
-
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the epochs that a resumed run goes through again."""
         self.role = "epoch"
         self.record["epochs"] = [e for e in self.record["epochs"] if e["epoch"] <= trainer.current_epoch]
         self.record["objective"] = describe_objective(pl_module)
-        self._train_started = time.monotonic()
+        self._epoch_started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Note the time spent so far."""
-        self._add_seconds("training and epoch evaluations", time.monotonic() - self._train_started)
-        self._train_started = time.monotonic()
+        self._add_seconds("training and epoch evaluations", self._epoch_started)
+        self._epoch_started = time.monotonic()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """What follows training is the final evaluation."""
         self.role = "final"
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
         self._evaluation_started = time.monotonic()
 
-    on_test_epoch_start = on_validation_epoch_start
-    on_predict_epoch_start = on_validation_epoch_start
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Record an evaluation; its role says of which model."""
-        self._add_seconds(f"evaluation, {self.role}", time.monotonic() - self._evaluation_started)
+        self._add_seconds(f"evaluation, {self.role}", self._evaluation_started)
         self.take(trainer, pl_module.evaluation_result)
 
+    on_test_epoch_start = on_validation_epoch_start
     on_test_end = on_validation_end
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write the generated answers."""
-        result: EvalResult = pl_module.evaluation_result
         if trainer.is_global_zero:
-            write_json_lines(self.folder / PREDICTIONS, result.rows)
+            write_json_lines(self.folder / PREDICTIONS, pl_module.evaluation_result.rows)
             self.parts.drop()
 
     def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
-        """Record a result under the present role; of a reference model only other models' metrics speak."""
+        """Record an evaluation under the present role."""
         if self.role == "mia_reference":
+            # Only metrics of other models are made from it.
             return
-        entry: dict[str, Any] = {"metrics": result.values}
+        metrics = {"metrics": result.values}
         if self.role == "epoch":
-            self.record["epochs"].append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **entry})
+            self.record["epochs"].append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics})
         elif self.role != "final":
-            self.record[self.role] = entry
+            self.record[self.role] = metrics
             if trainer.is_global_zero:
                 write_json_lines(self.folder / f"{self.role}_rows.jsonl", result.rows)
         if self.role in ("epoch", "final"):
             self.result, self.result_step = result, trainer.global_step
         if self.role != "retrained":
-            self.record["counts"] = result.counts
-            self.record["unavailable"] = result.unavailable
+            self.record |= {"counts": result.counts, "unavailable": result.unavailable}
             # The exported model's evaluation repeats an epoch's, unless nothing was trained.
             if self.role != "final" or "objective" not in self.record:
                 log_evaluation(trainer, result, trainer.global_step if self.role == "epoch" else 0)
         self._write(trainer)
 
     def finish(self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None) -> None:
-        """Write the final results: all metrics, per-row logs and the benchmark's own files.
+        """Write the final results, the rows and the benchmark's own files.
 
         Args:
             trainer: Tells which process writes.
-            data: Data module, for the benchmark's own files.
-            result: Evaluation of the exported model; None where none was asked for.
-            epoch: Epoch of the exported model; None where nothing was trained.
+            data: Data module.
+            result: Evaluation of the exported model; None if none was made.
+            epoch: Epoch of the exported model; None if nothing was trained.
         """
         if epoch is not None:
             self.record["exported_epoch"] = epoch
@@ -162,7 +150,9 @@ class RunFolder(Callback):
             self.record["comparator"] = log.about()
         if trainer.is_global_zero and result is not None:
             write_json_lines(self.folder / "rows.jsonl", result.rows)
-            self._write_retrained(log)
+            retrained = self.folder / "retrained_rows.jsonl"
+            if log is not None and not retrained.exists():
+                write_json_lines(retrained, log.rows())
             for name, content in data.export(result).items():
                 write_json(self.folder / name, content)
         self._write(trainer)
@@ -170,43 +160,20 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             self.parts.drop()
 
-    # -- helpers -----------------------------------------------------------------------------------------
-
-    def _write_retrained(self, log: RetainLog | None) -> None:
-        """Keep what the retrained model was compared by, where its rows were read from a log and not scored here."""
-        file = self.folder / "retrained_rows.jsonl"
-        if log is not None and not file.exists():
-            write_json_lines(file, log.rows())
+    def _add_seconds(self, phase: str, started: float) -> None:
+        seconds = self.record["seconds"].get(phase, 0.0) + time.monotonic() - started
+        self.record["seconds"][phase] = round(seconds, 1)
 
     def _write(self, trainer: pl.Trainer) -> None:
         # A resumed run adds to what its earlier processes took.
-        before = self._before
-        total = before.get("seconds", {}).get("total", 0.0) + time.monotonic() - self._started
-        peaks = before.get("peak_memory_gib", {})
+        earlier = self._earlier
+        total = earlier.get("seconds", {}).get("total", 0.0) + time.monotonic() - self._started
+        peaks = earlier.get("peak_memory_gib", {})
         self.record["seconds"] = {**self.record["seconds"], "total": round(total, 1)}
-        self.record["cpu_seconds"] = round(before.get("cpu_seconds", 0.0) + time.process_time(), 1)
+        self.record["cpu_seconds"] = round(earlier.get("cpu_seconds", 0.0) + time.process_time(), 1)
         self.record["peak_memory_gib"] = {k: max(v, peaks.get(k, 0.0)) for k, v in _peak_memory(trainer).items()}
         if trainer.is_global_zero:
             write_json(self.folder / RESULTS, self.record)
-
-    def _add_seconds(self, phase: str, seconds: float) -> None:
-        self.record["seconds"][phase] = round(self.record["seconds"].get(phase, 0.0) + seconds, 1)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = (
-        "simnpo_pl",
-        "torch",
-        "lightning",
-        "transformers",
-        "torchmetrics",
-        "datasets",
-        "scipy",
-        "rouge-score",
-    )
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
 
 
 def _peak_memory(trainer: pl.Trainer) -> dict[str, float]:
@@ -219,7 +186,7 @@ def _peak_memory(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def describe_objective(module: Any) -> dict[str, Any]:
-    """Name, settings and weights of a module's objective and retain loss, as they are after all defaults."""
+    """Name, settings and weights of a module's objective and retain loss, after all defaults."""
     objective = module.objective
     names = [name for name in inspect.signature(type(objective).__init__).parameters if hasattr(objective, name)]
     return {
@@ -231,6 +198,6 @@ def describe_objective(module: Any) -> dict[str, Any]:
     }
 
 
-def _class_name(thing: Any) -> str:
-    # The parser's stand-in for a default is a class of its own.
-    return next(c.__name__ for c in type(thing).__mro__ if not c.__name__.startswith(("LazyInstance", "_LazyInit")))
+def _class_name(instance: Any) -> str:
+    # The parser's stand-in for a default is a subclass.
+    return next(c.__name__ for c in type(instance).__mro__ if not c.__name__.startswith(("LazyInstance", "_LazyInit")))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from simnpo_pl.cli.summary import number as shown
+from simnpo_pl.metrics.titles import number as shown
 from simnpo_pl.models.loading import find_model
 from simnpo_pl.models.lora import ADAPTER_CONFIG, base_of
 from simnpo_pl.studies.reopen import add_results, finished_runs

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simnpo_pl.cli.summary import COLUMNS, number
+from simnpo_pl.cli.summary import SHOWN
+from simnpo_pl.metrics import titles
 from simnpo_pl.studies.launch import fit_once
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
@@ -47,9 +48,9 @@ def write_series(out: Path, title: str, splits: Sequence[str], records: Sequence
     rows += [(str(i), split, r.get("final")) for i, (split, r) in enumerate(zip(splits, records, strict=True), 1)]
     rows.append(("retrained", "-", records[0].get("retrained")))
     found = [(label, split, entry["metrics"]) for label, split, entry in rows if entry]
-    names = [name for name in COLUMNS if any(name in metrics for *_, metrics in found)]
-    cells = [[label, split, *(number(metrics.get(name)) for name in names)] for label, split, metrics in found]
-    table = markdown.table(["run", "forget set", *(COLUMNS[name] for name in names)], cells)
+    names = [name for name in SHOWN if any(name in metrics for *_, metrics in found)]
+    cells = [[label, split, *(titles.number(metrics.get(name)) for name in names)] for label, split, metrics in found]
+    table = markdown.table(["run", "forget set", *(titles.TITLES[name].short for name in names)], cells)
     write_text(out / "table.md", f"# {title}\n\n{table}\n")
     entries = [{"run": label, "forget_split": split, "metrics": metrics} for label, split, metrics in found]
     write_json(out / "table.json", {"title": title, "settings": records[0]["settings"], "runs": entries})
@@ -68,7 +69,7 @@ def _draw(file: Path, title: str, steps: Sequence[tuple[int, dict[str, Any]]], n
     for name in names:
         points = [(step, metrics[name]) for step, metrics in steps if metrics.get(name) is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), ".-", linewidth=1, label=COLUMNS[name])
+            axes.plot(*zip(*points, strict=True), ".-", linewidth=1, label=titles.TITLES[name].short)
     axes.set_xticks([step for step, _ in steps])
     axes.set_xlabel("run, 0 is the start model")
     axes.set_title(title, fontsize=9)
