@@ -22,7 +22,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from simnpo_pl.utils.errors import UserError
-from simnpo_pl.utils.files import Writing, replace
+from simnpo_pl.utils.files import writing, replace
 
 LAST = "last.ckpt"
 
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Keeps the earlier file until the new one is complete on disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with Writing(Path(path)) as file:
+        with writing(Path(path)) as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
