@@ -52,7 +52,11 @@ def test_classes_are_listed_by_name(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.parametrize(
     ("option", "name", "setting"),
-    [("model.objective", "NPO", "beta"), ("model.retain_loss", "EmbedDiff", "layer"), ("data", "MuseData", "forget_split")],
+    [
+        ("model.objective", "NPO", "beta"),
+        ("model.retain_loss", "EmbedDiff", "layer"),
+        ("data", "MuseData", "forget_split"),
+    ],
 )
 def test_settings_of_a_class(option: str, name: str, setting: str, capsys: pytest.CaptureFixture[str]):
     text = shown(capsys, "fit", f"--{option}.help", name)
