@@ -136,7 +136,7 @@ def test_conversations_of_several_turns_and_thoughts():
     prompt, answer, end = split_text(tokenizer, PromptTemplate(tokenizer).encode(turns, "A."))
     assert prompt.endswith(f"Yes?<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n{THOUGHT}")
     assert (answer, end) == ("A.", "<|im_end|>")
-    # A thought of its own stands where the template writes an empty one, and is scored.
+    # A thought in the answer replaces the empty one of the template, and is scored.
     row = PromptTemplate(tokenizer).encode("Who?", "<think>\nHm.\n</think>\n\nA.")
     prompt, answer, end = split_text(tokenizer, row)
     assert prompt.endswith("<|im_start|>assistant\n")

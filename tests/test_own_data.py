@@ -176,7 +176,7 @@ def test_columns_by_name():
     # Optional columns may be empty.
     assert columns.read([{**table[0], "p": None, "w": []}], "t") == [{"question": "Who?", "answer": "He."}]
     assert Columns(text="body").read([{"body": "One."}], "t") == ["One."]
-    # An answer beside a text is still an answer.
+    # A text column next to question and answer is ignored.
     assert Columns().read([{"question": "Q?", "answer": "A.", "text": "x"}], "t")[0]["answer"] == "A."
 
 
@@ -229,7 +229,7 @@ def test_conversation_in_tokens(chat_folder: Path):
     assert row.input_ids == [*expected, tokenizer.eos_token_id]
     scored = [label for label in row.labels if label != -100]
     assert tokenizer.decode(scored).strip() == f"In Szeged.{tokenizer.eos_token}"
-    # A system message of its own stands.
+    # The conversation's own system message wins over the option.
     own, _ = question_and_answer([{"role": "system", "content": "Shout."}, *TURNS], "row")
     text = tokenizer.decode(PromptTemplate(tokenizer, system_prompt="Be brief.").encode(own, answer).input_ids)
     assert "Shout." in text

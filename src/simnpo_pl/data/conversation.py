@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import zip_longest
@@ -75,6 +76,7 @@ class _Frame(NamedTuple):
     end_id: int | None = None  # last token of `end`; None where that is ordinary text, which stops no generation
 
 
+@dataclass(eq=False)
 class ChatTemplate:
     """Writes questions, or conversations, and their answers as a tokenizer's chat template does.
 
@@ -90,40 +92,36 @@ class ChatTemplate:
         UserError: The date is malformed, or the template does not read the variables or the system message.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        date: str,
-        system_prompt: str | None = None,
-        variables: Mapping[str, Any] | None = None,
-        answer_end: AnswerEnd = "turn",
-    ) -> None:
-        day = parse_date(date)
-        self.tokenizer, self.system_prompt, self.answer_end = tokenizer, system_prompt, answer_end
+    tokenizer: PreTrainedTokenizerBase
+    date: str
+    system_prompt: str | None = None
+    variables: Mapping[str, Any] | None = None
+    answer_end: AnswerEnd = "turn"
+
+    def __post_init__(self) -> None:
+        day = parse_date(self.date)
         # Templates may call this function even when given a date.
-        self.template = re.sub(
+        self._template = re.sub(
             r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
             lambda match: repr(day.strftime(match[2])),
-            tokenizer.get_chat_template(),
+            self.tokenizer.get_chat_template(),
         )
-        taken = {"date_string", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"tools", "documents"}
-        for name in variables or {}:
-            if name in taken:
+        options = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) - {"tools", "documents"}
+        for name in self.variables or {}:
+            if name in {"date_string", *options}:
                 raise UserError(f"--data.chat_template_kwargs: {name!r} is set by other options or fixed; leave it out")
-            if not re.search(rf"\b{re.escape(name)}\b", self.template):
+            if not re.search(rf"\b{re.escape(name)}\b", self._template):
                 raise UserError(f"--data.chat_template_kwargs: the chat template does not read {name!r}; leave it out")
-        self.variables = {**(variables or {}), "date_string": date}
-        self._settings = [f"dated {date}"]
-        self._settings += [] if system_prompt is None else [f"system prompt {system_prompt!r}"]
-        self._settings += [f"variables {dict(variables)}"] if variables else []
-        if system_prompt is not None:
-            self._check_system_prompt(system_prompt)
+        if self.system_prompt is not None:
+            self._check_system_prompt(self.system_prompt)
 
     @property
     def description(self) -> str:
         """The form of the prompt in a few words, for logs."""
-        end = f"answers end with {self.frame.end or self.tokenizer.eos_token!r}"
-        return ", ".join(["the tokenizer's chat template", *self._settings, end])
+        words = ["the tokenizer's chat template", f"dated {self.date}"]
+        words += [] if self.system_prompt is None else [f"system prompt {self.system_prompt!r}"]
+        words += [f"variables {dict(self.variables)}"] if self.variables else []
+        return ", ".join([*words, f"answers end with {self.frame.end or self.tokenizer.eos_token!r}"])
 
     def place(self, question: str, answer: str, where: str) -> Placed:
         """The text of a question or conversation with its answer, up to the end of the answer's turn.
@@ -197,10 +195,10 @@ class ChatTemplate:
     def _apply(self, messages: Sequence[Message], prompt: bool) -> str:
         text = self.tokenizer.apply_chat_template(
             [{"role": role, "content": content} for role, content in messages],
-            chat_template=self.template,
+            chat_template=self._template,
             add_generation_prompt=prompt,
             tokenize=False,
-            **self.variables,
+            **{**(self.variables or {}), "date_string": self.date},
         )
         assert isinstance(text, str)
         return text

@@ -53,6 +53,7 @@ class TokenRow:
         return self.input_ids[: next(scored, len(self.input_ids))]
 
 
+@dataclass(eq=False)
 class PromptTemplate:
     """Encodes question-answer pairs with one tokenizer and one form of prompt.
 
@@ -71,43 +72,39 @@ class PromptTemplate:
         UserError: The tokenizer, the template or an option cannot be used, or `max_length` is below 1.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template: str | None = None,
-        max_length: int | None = None,
-        truncate: bool = False,
-        system_prompt: str | None = None,
-        date: str = CHAT_DATE_STRING,
-        answer_end: AnswerEnd = "turn",
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        kind = type(tokenizer).__name__
-        if not tokenizer.is_fast:
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None = None
+    max_length: int | None = None
+    truncate: bool = False
+    system_prompt: str | None = None
+    date: str = CHAT_DATE_STRING
+    answer_end: AnswerEnd = "turn"
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        kind = type(self.tokenizer).__name__
+        if not self.tokenizer.is_fast:
             raise UserError(f"expected a fast tokenizer, got {kind} without offsets: use one with tokenizer.json")
-        if tokenizer.eos_token_id is None:
+        if self.tokenizer.eos_token_id is None:
             raise UserError(f"the tokenizer ({kind}) has no end-of-sequence token: set its eos_token")
-        if max_length is not None and max_length < 1:
-            raise UserError(f"max_length must be at least 1 token, got {max_length}: raise it or leave it out")
-        parse_date(date)
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.truncate = truncate
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length must be at least 1 token, got {self.max_length}: raise it or leave it out")
+        parse_date(self.date)
         self.chat: ChatTemplate | None = None
-        if template is None and tokenizer.chat_template is not None:
-            self.chat = ChatTemplate(tokenizer, date, system_prompt, chat_template_kwargs, answer_end)
-        elif chat_template_kwargs:
+        if self.template is None and self.tokenizer.chat_template is not None:
+            variables = self.chat_template_kwargs
+            self.chat = ChatTemplate(self.tokenizer, self.date, self.system_prompt, variables, self.answer_end)
+        elif self.chat_template_kwargs:
             raise UserError("--data.chat_template_kwargs: no chat template is used here; leave it out")
-        self.template = PLAIN_TEMPLATE if template is None else template
-        counts = [self.template.count(field) for field in ("{question}", "{answer}")]
-        if counts != [1, 1] or not self.template.endswith("{answer}"):
+        self._text = text = PLAIN_TEMPLATE if self.template is None else self.template
+        if [text.count("{question}"), text.count("{answer}")] != [1, 1] or not text.endswith("{answer}"):
             wanted = f"expected {{question}} and, at the very end, {{answer}}, once each, as in {PLAIN_TEMPLATE!r}"
-            raise UserError(f"--data.template: {wanted}, got {template!r}")
+            raise UserError(f"--data.template: {wanted}, got {text!r}")
 
     @property
     def description(self) -> str:
         """The form of the prompt in a few words, for logs."""
-        return f"template {self.template!r}" if self.chat is None else self.chat.description
+        return f"template {self._text!r}" if self.chat is None else self.chat.description
 
     @cached_property
     def end_ids(self) -> set[int]:
@@ -155,7 +152,7 @@ class PromptTemplate:
             needed = "a conversation needs a chat template; leave out --data.template, or give a tokenizer that has one"
             raise UserError(f"{where}: {needed}")
         else:
-            before, _, between = self.template.removesuffix("{answer}").partition("{question}")
+            before, _, between = self._text.removesuffix("{answer}").partition("{question}")
             prompt = before + question + between
             placed = Placed(prompt + answer, len(prompt), len(prompt + answer))
         check_unicode(placed.text, where)
