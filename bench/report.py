@@ -102,7 +102,7 @@ def targets(record: dict[str, Any]) -> list[list[str]]:
         memory = many["mib"] / few["mib"] if few["mib"] and many["mib"] else None
         found.append((f"memory of {many['answers']} answers by that of {few['answers']}", 1.10, memory))
     if "start-up" in record:
-        for name, most in (("--help", 1), ("fit --help", 1), ("report", 1), ("fit, to its first step", 10)):
+        for name, most in (("--help", 1), ("report", 1), ("fit, to its first step", 10)):
             found.append((f"{name}, seconds", most, record["start-up"][name]))
     return [[n, _number(m), _measured(v, m), "-" if v is None else "yes" if v <= m else "no"] for n, m, v in found]
 
