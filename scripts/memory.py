@@ -202,7 +202,7 @@ def load(folder: str, rank: int, processes: int, port: int, by_slices: bool, fou
 
     watching = threading.Thread(target=watch)
     watching.start()
-    model = load_causal_lm(folder, shared_out=by_slices)
+    model = load_causal_lm(folder, sharded=by_slices)
     shard(model, mesh)
     done.set()
     watching.join()

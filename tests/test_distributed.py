@@ -83,7 +83,7 @@ def same_results(one: Path, several: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [m if "cached" in m else pytest.param(m, marks=SLOW) for m in METHODS])
-def test_weights_shared_out_on_two_processes(one_process: Any, tmp_path: Path, method: str):
+def test_weights_sharded_on_two_processes(one_process: Any, tmp_path: Path, method: str):
     """FSDP2: sharded checkpoint, gathered export."""
     options, one = one_process(method)
     folder = tmp_path / "run"
@@ -103,7 +103,7 @@ def test_weights_shared_out_on_two_processes(one_process: Any, tmp_path: Path, m
 
 
 @SLOW
-def test_weights_shared_out_under_bfloat16_autocast(one_process: Any, tmp_path: Path):
+def test_weights_sharded_under_bfloat16_autocast(one_process: Any, tmp_path: Path):
     """Weights, their export and the checkpoint stay in float32."""
     options, one = one_process("all weights, cached reference")
     folder = tmp_path / "run"

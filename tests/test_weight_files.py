@@ -1,4 +1,4 @@
-"""Models whose weights are read after they are shared out: nothing is read before, and what is read is the file's."""
+"""Models whose weights are read after they are sharded: nothing is read before, and what is read is the file's."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from simnpo_pl.models.weight_files import WeightFiles, fill_shards
 from simnpo_pl.utils.errors import UserError
 
 
-def as_shared_out(model: nn.Module, rank: int, processes: int) -> nn.Module:
+def as_sharded(model: nn.Module, rank: int, processes: int) -> nn.Module:
     """Leave each weight with the rows that one of several processes would hold, as FSDP2 does."""
     for module in model.modules():
         for name, weight in [(n, w) for n, w in module._parameters.items() if w is not None]:
@@ -45,11 +45,11 @@ def test_shares_add_up_to_the_files(model_folder: Path, processes: int, adapter:
     expected = load_file(model_folder / "model.safetensors")
     shares: dict[str, list[Tensor]] = {}
     for rank in range(processes):
-        model = load_causal_lm(str(model_folder), shared_out=True)
+        model = load_causal_lm(str(model_folder), sharded=True)
         assert isinstance(model.weight_files, WeightFiles)
         if adapter:
             add_adapter(model, LoraOptions(rank=2))
-        fill_shards(as_shared_out(model, rank, processes), rank, processes)
+        fill_shards(as_sharded(model, rank, processes), rank, processes)
         assert not hasattr(model, "weight_files")
         for name, weight in model.named_parameters():
             if ".lora_" not in name:
@@ -60,7 +60,7 @@ def test_shares_add_up_to_the_files(model_folder: Path, processes: int, adapter:
 
 
 def test_adapter_is_the_one_of_a_model_that_was_read(model_folder: Path):
-    models = [load_causal_lm(str(model_folder), shared_out=shared_out) for shared_out in (False, True)]
+    models = [load_causal_lm(str(model_folder), sharded=sharded) for sharded in (False, True)]
     known = [add_adapter(model, LoraOptions(rank=2)) for model in models]
     assert known[0] == known[1]
     weights = [{n: w for n, w in model.named_parameters() if ".lora_" in n} for model in models]
@@ -69,7 +69,7 @@ def test_adapter_is_the_one_of_a_model_that_was_read(model_folder: Path):
 
 
 def test_model_is_otherwise_the_same(model_folder: Path):
-    read, on_disk = (load_causal_lm(str(model_folder), shared_out=shared_out) for shared_out in (False, True))
+    read, on_disk = (load_causal_lm(str(model_folder), sharded=sharded) for sharded in (False, True))
     assert on_disk.generation_config.to_dict() == read.generation_config.to_dict()
     assert on_disk.config.to_dict() == read.config.to_dict()
     assert on_disk.name_or_path == read.name_or_path
@@ -95,9 +95,9 @@ def test_files_of_another_form_are_read_as_a_whole(model_folder: Path, tmp_path:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     if change == "shape":
         with pytest.raises(UserError, match=r"--model\.name: the model in .* cannot be loaded"):
-            load_causal_lm(str(folder), shared_out=True)
+            load_causal_lm(str(folder), sharded=True)
     else:
-        model = load_causal_lm(str(folder), shared_out=True)
+        model = load_causal_lm(str(folder), sharded=True)
         assert not hasattr(model, "weight_files")
         own = load_causal_lm(str(model_folder)).state_dict()
         assert all(torch.equal(weight, own[name]) for name, weight in model.state_dict().items())

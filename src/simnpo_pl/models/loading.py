@@ -105,7 +105,7 @@ def load_causal_lm(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     option: str = "--model.name",
-    shared_out: bool = False,
+    sharded: bool = False,
     merge: bool = False,
 ) -> Any:
     """Causal language model, in eval mode as transformers gives it.
@@ -118,7 +118,7 @@ def load_causal_lm(
         dtype: Type of the weights, `float32` or `bfloat16`.
         attn_implementation: Attention of transformers; None lets it choose.
         option: Setting that names the model, for messages.
-        shared_out: Whether the model is about to be shared out; its weights are read then, where its files allow it.
+        sharded: Whether the model is about to be sharded; its weights are read then, where its files allow it.
         merge: Whether an adapter is merged in bfloat16, too.
 
     Raises:
@@ -134,7 +134,7 @@ def load_causal_lm(
             settings = (dtype, attn_implementation, option)
             merge = merge or dtype == "float32"
             return load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, *settings), merge, option)
-        if shared_out and (unread := _on_disk(resolved, getattr(torch, dtype), options)) is not None:
+        if sharded and (unread := _on_disk(resolved, getattr(torch, dtype), options)) is not None:
             return unread
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolved,

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state shared out among all devices: PyTorch's fully_shard (FSDP2) under Lightning.
+"""Weights, gradients and optimizer state sharded over all devices: PyTorch's fully_shard (FSDP2) under Lightning.
 
 `--trainer.strategy fsdp2`. Checkpoints are folders with a file of every process; the export is gathered.
 """

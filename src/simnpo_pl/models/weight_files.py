@@ -1,4 +1,4 @@
-"""A model whose weights stay in their files until it is shared out: a process then reads its own slices alone."""
+"""A model whose weights stay in their files until it is sharded: a process then reads its own slices alone."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
