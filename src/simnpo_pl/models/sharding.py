@@ -1,6 +1,8 @@
-"""Weights, gradients and optimizer state sharded over all devices: PyTorch's fully_shard (FSDP2) under Lightning.
+"""FSDP2, PyTorch's `fully_shard`, under Lightning: weights, gradients and optimizer state sharded over all devices.
 
-`--trainer.strategy fsdp2`. Checkpoints are folders with a file of every process; the export is gathered.
+`--trainer.strategy fsdp2`. A checkpoint is a folder with a file of every process; the exported model is gathered.
+Lightning's own way of reading such a checkpoint unpickles its index, which can run code, and needs every weight in it,
+which the checkpoint of an adapter does not have: hence `SafeReader` and `ShardedStrategy.load_checkpoint`.
 """
 
 import pickle
@@ -25,29 +27,36 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from simnpo_pl.models.layers import body_of, layers_of
-from simnpo_pl.models.weight_files import fill_shards
 from simnpo_pl.utils.errors import UserError
 
 INDEX, REST = ".metadata", "meta.pt"
 
 
 def shard(model: Any, mesh: DeviceMesh) -> None:
-    """Share a model out in place, layer by layer.
+    """Shard a model in place, layer by layer; the weights come from the first process.
 
     Embeddings, last norm and head are one group, which stays gathered between a forward pass and its backward pass:
     the head is applied to some positions only, after the pass.
 
     Args:
-        model: Causal language model from transformers; one that is yet to be read is read now.
+        model: Causal language model from transformers, with its weights on the first process, on the meta device on
+            all others, see `load_causal_lm(sharded=True)`.
         mesh: The devices, along one dimension.
 
     Raises:
         UserError: The model keeps its layers in no list.
     """
+    first = mesh.get_local_rank() == 0
+    weights = model.state_dict() if first else {}
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    fill_shards(model, mesh.get_local_rank(), mesh.size())
+    if not first:
+        model.to_empty(device=mesh.device_type)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    # A state dict lacks some buffers, such as the frequencies of rotary positions.
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, src=0)
 
     def body(self: Any, **inputs: Any) -> Any:
         return body_of(self)(**inputs)
@@ -57,7 +66,7 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
 
 
 def shard_like(model: Any, other: Any) -> None:
-    """Share a model out over the devices of another one."""
+    """Shard a model over the devices of another one."""
     shard(model, next(other.parameters()).device_mesh)
 
 
@@ -79,7 +88,7 @@ class ShardedStrategy(ModelParallelStrategy):
     strategy_name = "fsdp2"
 
     def setup_environment(self) -> None:
-        """Lay all devices out along one dimension."""
+        """Use all devices for data parallelism."""
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
