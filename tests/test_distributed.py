@@ -281,7 +281,7 @@ def test_file_is_no_sharded_checkpoint(run_options: list[str], tmp_path: Path):
     options = ["--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--eval.start", "false"]
     options += ["--ckpt_path", str(tmp_path / "last.ckpt"), "--run_dir", str(tmp_path / "run")]
     assert run_processes(1, ["fit", *run_options, *options], tmp_path / "log") == 2
-    assert "is no whole checkpoint of a sharded run" in (tmp_path / "log.0").read_text()
+    assert "is no complete checkpoint of a sharded run" in (tmp_path / "log.0").read_text()
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")

@@ -66,15 +66,9 @@ class Head:
         if not self.is_plain or self.cap is not None:
             logps, hits = self.per_token(_label_scores, hidden[predictors], labels).unbind(dim=-1)
             return logps, hits.bool()
-        hidden, weight, bias = self._ready(hidden), self.module.weight, self.module.bias
-        softmax = _Softmax(hidden, predictors, labels)
-        best = torch.zeros_like(softmax.high, dtype=torch.long)
-        for tokens in _chunks(hidden, weight):
-            logits = _logits(hidden, weight, bias, tokens)
-            high, place = logits.max(dim=-1)
-            best = torch.where(high > softmax.high, place + tokens.start, best)
-            softmax.add(logits, high, tokens)
-        return softmax.logps, best[predictors] == labels
+        parameters = self.module.weight, self.module.bias
+        logps, _, best = _label_softmax(self._ready(hidden), *parameters, predictors, labels, find_best=True)
+        return logps, best[predictors] == labels
 
     def per_token(self, function: TokenFunction, hidden: Tensor, *others: Tensor) -> Tensor:
         """Values of a function of every token's logits; gradient flows to hidden states and head.
@@ -146,40 +140,43 @@ def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-class _Softmax:
-    """Log-probs of S labels from U tokens' logits over a vocabulary that comes in chunks.
+def _label_softmax(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    predictors: Tensor,
+    labels: Tensor,
+    kept: list[Tensor] | None = None,
+    find_best: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of labels `(S,)`, logs of the sums of exponentials `(U,)` and most probable tokens `(U,)`.
 
     A label's logit is one of those that are summed: one computed more exactly could exceed the sum.
+    The best are zeros unless asked for; `kept` receives the logits of each chunk of the vocabulary.
     """
-
-    def __init__(self, hidden: Tensor, predictors: Tensor, labels: Tensor) -> None:
-        self.predictors, self.labels = predictors, labels
-        self.high = torch.full((len(hidden),), -torch.inf, device=hidden.device)
-        self._total = torch.zeros_like(self.high)
-        self._own = torch.zeros_like(labels, dtype=torch.float32)
-        self._work: Tensor | None = None
-
-    def add(self, logits: Tensor, high: Tensor, tokens: slice) -> None:
-        """Add a chunk of logits `(U, v)` with their maxima `(U,)`."""
-        high = torch.maximum(self.high, high)
-        if self._work is None or self._work.shape != logits.shape:
-            # One block of memory for all chunks: fresh pages cost more than the sums.
-            self._work = torch.empty_like(logits)
-        terms = torch.sub(logits, high.unsqueeze(1), out=self._work).exp_()
-        self._total = self._total * (self.high - high).exp_() + terms.sum(dim=-1)
-        self.high = high
-        inside, place = _places(self.labels, tokens)
-        self._own = torch.where(inside, logits[self.predictors, place], self._own)
-
-    @property
-    def log_sum(self) -> Tensor:
-        """`(U,)` log of the sum of exponentials."""
-        return self.high + self._total.log()
-
-    @property
-    def logps(self) -> Tensor:
-        """`(S,)` nats."""
-        return self._own - self.log_sum[self.predictors]
+    high = torch.full((len(hidden),), -torch.inf, device=hidden.device)
+    total, best = torch.zeros_like(high), torch.zeros_like(high, dtype=torch.long)
+    own = torch.zeros_like(labels, dtype=torch.float32)
+    work: Tensor | None = None
+    for tokens in _chunks(hidden, weight):
+        logits = _logits(hidden, weight, bias, tokens)
+        if find_best:
+            top, place = logits.max(dim=-1)
+            best = torch.where(top > high, place + tokens.start, best)
+        else:
+            top = logits.amax(dim=-1)
+        top = torch.maximum(high, top)
+        # One block of memory for all chunks: fresh pages cost more than the sums.
+        work = torch.empty_like(logits) if work is None or work.shape != logits.shape else work
+        terms = torch.sub(logits, top.unsqueeze(1), out=work).exp_()
+        total = total * (high - top).exp_() + terms.sum(dim=-1)
+        high = top
+        inside, place = _places(labels, tokens)
+        own = torch.where(inside, logits[predictors, place], own)
+        if kept is not None:
+            kept.append(logits)
+    log_sum = high + total.log()
+    return own - log_sum[predictors], log_sum, best
 
 
 def _places(labels: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
@@ -195,15 +192,11 @@ class _Logps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, predictors: Tensor, labels: Tensor
     ) -> Tensor:
-        softmax = _Softmax(hidden, predictors, labels)
-        keep, kept = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= LOGITS_BUDGET, []
-        for tokens in _chunks(hidden, weight):
-            logits = _logits(hidden, weight, bias, tokens)
-            softmax.add(logits, logits.amax(dim=-1), tokens)
-            if keep:
-                kept.append(logits)
-        ctx.save_for_backward(hidden, weight, bias, predictors, labels, softmax.log_sum, *kept)
-        return softmax.logps
+        kept: list[Tensor] = []
+        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= LOGITS_BUDGET
+        logps, log_sum, _ = _label_softmax(hidden, weight, bias, predictors, labels, kept if keep else None)
+        ctx.save_for_backward(hidden, weight, bias, predictors, labels, log_sum, *kept)
+        return logps
 
     @staticmethod
     @once_differentiable
@@ -274,13 +267,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients by the first three inputs of an autograd function from gradients by blocks of the logits.
 
-    Args:
-        ctx: Of the function; its inputs are hidden states `(U, D)`, weight `(V, D)` and bias `(V,)`.
-        hidden: In the precision of the products.
-        weight: In any precision.
-        dtype: Of the gradient by the weight.
-        bias: None for none.
-        blocks: Which hidden states, which part of the vocabulary, and the gradient `(u, v)` by their logits.
+    Each block: hidden states, part of the vocabulary, and the gradient `(u, v)` by their logits.
     """
     by_hidden = torch.zeros_like(hidden, dtype=torch.float32)
     by_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None

@@ -135,7 +135,7 @@ def load_with_adapter(folder: Path, load_base: Callable[[str], Any], merge: bool
     """
     peft = _peft()
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{option}: {folder} contains no {ADAPTER_WEIGHTS}; expected an adapter with safetensors weights")
+        raise UserError(f"{option}: {folder} contains no {ADAPTER_WEIGHTS}; give an adapter with safetensors weights")
     with base_of(folder, option) as name:
         base = load_base(name)
     with warnings.catch_warnings():
@@ -204,7 +204,7 @@ def check_adapter(saved: dict[str, Any] | None, ours: dict[str, Any] | None) -> 
             return
         what = ("the whole model", "an adapter") if saved is None else ("an adapter", "the whole model")
         raise UserError(
-            f"--ckpt_path: the checkpoint contains {what[0]}, --model.lora trains {what[1]}: give the options of its run"
+            f"--ckpt_path: the checkpoint contains {what[0]}, --model.lora trains {what[1]}; give its run's options"
         )
     for key, value in saved.items():
         if ours.get(key) != value:

@@ -71,7 +71,6 @@ def shard_like(model: Any, other: Any) -> None:
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether every process has to take part in a forward pass of the model."""
     return isinstance(model, FSDPModule)
 
 
@@ -88,18 +87,12 @@ class ShardedStrategy(ModelParallelStrategy):
     strategy_name = "fsdp2"
 
     def setup_environment(self) -> None:
-        """Use all devices for data parallelism."""
+        # By default Lightning uses the devices of a machine for tensor parallelism; their number is known only now.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """All weights on the CPU of the first process; empty on the others."""
-        assert self.model is not None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return dict(get_model_state_dict(self.model, options=options))  # type: ignore[arg-type]
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load what a checkpoint holds of weights and optimizer, on any number of processes; gives the rest.
+        """Load the weights and optimizer state of a checkpoint, on any number of processes; returns the rest.
 
         Raises:
             UserError: It is no sharded checkpoint, or lacks weights that are trained.
@@ -107,7 +100,7 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if not (path / INDEX).is_file() or not (path / REST).is_file():
             raise UserError(
-                f"--ckpt_path {path} is no whole checkpoint of a sharded run; give the folder that it saved"
+                f"--ckpt_path {path} is no complete checkpoint of a sharded run; give the folder that it saved"
             )
         reader = SafeReader(path)
         known = reader.read_metadata().state_dict_metadata
@@ -130,12 +123,12 @@ class SafeReader(FileSystemReader):
     """Reads a sharded checkpoint without running code: its index is a pickle."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index; only the classes it is made of are taken from it."""
         with (Path(self.path) / INDEX).open("rb") as file:
             try:
                 index: Metadata = _Unpickler(file).load()
             except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
                 raise UserError(f"--ckpt_path {self.path}: no index of a checkpoint ({error}); use another") from error
+        # What the base class sets on an index that it has read.
         index.storage_meta = getattr(index, "storage_meta", None) or StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
@@ -149,7 +142,7 @@ class _Unpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if "." not in name and (module in self.MODULES or (module, name) in self.NAMES or dtype):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of one")
 
 
 StrategyRegistry.register(
@@ -158,11 +151,8 @@ StrategyRegistry.register(
 
 
 def gathered(strategy: Any) -> Mapping[str, Tensor]:
-    """All weights of the model, on the first process at least.
-
-    Args:
-        strategy: Of the Trainer; every process has to call this.
-    """
+    """All weights of the model, on the first process at least; every process has to call this."""
     if isinstance(strategy, ShardedStrategy):
-        return strategy.full_state_dict()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(strategy.model, options=options)  # type: ignore[arg-type,return-value]
     return strategy.lightning_module_state_dict()
