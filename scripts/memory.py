@@ -176,8 +176,8 @@ def train(folder: str, case: Case, found: Any) -> None:
     found.put(resident("VmHWM") - before)
 
 
-def load(folder: str, rank: int, processes: int, port: int, by_slices: bool, found: Any) -> None:
-    """Put into `found` the largest resident memory of loading a model that is shared out, and what stays; bytes."""
+def load(folder: str, rank: int, processes: int, port: int, found: Any) -> None:
+    """Put into `found` the largest resident memory of loading a model that is sharded, and what stays; bytes."""
     import torch
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -202,7 +202,7 @@ def load(folder: str, rank: int, processes: int, port: int, by_slices: bool, fou
 
     watching = threading.Thread(target=watch)
     watching.start()
-    model = load_causal_lm(folder, shared_out=by_slices)
+    model = load_causal_lm(folder, sharded=True)
     shard(model, mesh)
     done.set()
     watching.join()
@@ -304,28 +304,26 @@ def loading_table(folder: str) -> str:
 
     from simnpo_pl.models.loading import load_causal_lm
 
-    lines = ["| file, MB | weights in float32, MB | how | peak, MB | afterwards, MB |", "|---|---|---|---|---|"]
+    lines = ["| file, MB | weights in float32, MB | peak, MB | afterwards, MB |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as half:
         model = load_causal_lm(folder)
         weights = 4 * sum(parameter.numel() for parameter in model.parameters())
         model.to(torch.bfloat16).save_pretrained(half)
         for source in (folder, half):
             size = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
-            ways = (("whole model in each process, then sharded", False), ("each process reads its slices", True))
-            for how, by_slices in ways:
-                found = [" and ".join(f"{value / MB:.0f}" for value in both) for both in loaded(source, by_slices)]
-                lines.append(f"| {size / MB:.0f} | {weights / MB:.0f} | {how} | {' | '.join(found)} |")
+            found = [" and ".join(f"{value / MB:.0f}" for value in both) for both in loaded(source)]
+            lines.append(f"| {size / MB:.0f} | {weights / MB:.0f} | {' | '.join(found)} |")
     return "\n".join(lines)
 
 
-def loaded(folder: str, by_slices: bool) -> Any:
+def loaded(folder: str) -> Any:
     """Largest memory of both processes, and what stays of it."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     queues = [context.Queue() for _ in range(2)]
-    children = [context.Process(target=load, args=(folder, r, 2, port, by_slices, queues[r])) for r in range(2)]
+    children = [context.Process(target=load, args=(folder, r, 2, port, queues[r])) for r in range(2)]
     for child in children:
         child.start()
     found = [queue.get(timeout=300) for queue in queues]

@@ -200,7 +200,7 @@ def test_layer_states_one_by_one():
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
 def test_bidirectional_models_are_refused(kind: str):
     """What sees the label is not scored, unless its config makes it a decoder."""
-    with pytest.raises(UserError, match="is no causal language model: what it says of a token depends on later tokens"):
+    with pytest.raises(UserError, match="is no causal language model: its output for a token depends on later tokens"):
         Scorer(build(kind))
     assert Scorer(build(kind, is_decoder=True)).forward.way == "padded"
 

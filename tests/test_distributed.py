@@ -83,7 +83,7 @@ def same_results(one: Path, several: Path) -> None:
 
 
 @pytest.mark.parametrize("method", [m if "cached" in m else pytest.param(m, marks=SLOW) for m in METHODS])
-def test_weights_shared_out_on_two_processes(one_process: Any, tmp_path: Path, method: str):
+def test_weights_sharded_on_two_processes(one_process: Any, tmp_path: Path, method: str):
     """FSDP2: sharded checkpoint, gathered export."""
     options, one = one_process(method)
     folder = tmp_path / "run"
@@ -103,7 +103,7 @@ def test_weights_shared_out_on_two_processes(one_process: Any, tmp_path: Path, m
 
 
 @SLOW
-def test_weights_shared_out_under_bfloat16_autocast(one_process: Any, tmp_path: Path):
+def test_weights_sharded_under_bfloat16_autocast(one_process: Any, tmp_path: Path):
     """Weights, their export and the checkpoint stay in float32."""
     options, one = one_process("all weights, cached reference")
     folder = tmp_path / "run"
@@ -281,7 +281,7 @@ def test_file_is_no_sharded_checkpoint(run_options: list[str], tmp_path: Path):
     options = ["--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--eval.start", "false"]
     options += ["--ckpt_path", str(tmp_path / "last.ckpt"), "--run_dir", str(tmp_path / "run")]
     assert run_processes(1, ["fit", *run_options, *options], tmp_path / "log") == 2
-    assert "is no whole checkpoint of a sharded run" in (tmp_path / "log.0").read_text()
+    assert "is no complete checkpoint of a sharded run" in (tmp_path / "log.0").read_text()
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")

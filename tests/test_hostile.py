@@ -212,7 +212,7 @@ def test_weights_that_are_missing_or_left_over(changed_model: Callable[..., Path
     folder = changed_model()
     state = load_file(folder / "model.safetensors")
     save_file({**state, "extra.weight": torch.zeros(2)}, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.warns(UserWarning, match=r"1 weights of .* have no place in its architecture and are not used"):
+    with pytest.warns(UserWarning, match=r"1 weights of .* are not part of its architecture and are not used"):
         load_causal_lm(str(folder))
     state.pop("model.layers.1.mlp.up_proj.weight")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -256,7 +256,7 @@ def test_code_of_a_model_runs_only_when_trusted(
     )
     options = ["--model.name", str(folder), "--run_dir", str(tmp_path / "run")]
     error = cli_error("test", *options)
-    assert "comes with code of its own, which is not run" in error
+    assert "comes with its own code, which is not run" in error
     assert not (tmp_path / "ran").exists()
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(models, "_trusted", False)

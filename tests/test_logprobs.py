@@ -229,7 +229,7 @@ def test_unknown_change_of_the_logits(model_folder: Path, caplog: pytest.LogCapt
     model, batch = Doubled.from_pretrained(model_folder), rows()
     with caplog.at_level("INFO", "simnpo_pl"):
         scorer = Scorer(model)
-    assert "Doubled: rows are padded, not packed (its logits are no known map of its hidden states)" in caplog.text
+    assert "Doubled: rows are padded, not packed (the map from its hidden states to its logits" in caplog.text
     got = scorer({"rows": batch})["rows"].logps().total
     ids = batch["input_ids"][2, :3]
     with torch.no_grad():

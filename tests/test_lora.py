@@ -183,7 +183,7 @@ def test_pickled_adapter_is_not_loaded(model_folder: Path, tmp_path: Path):
     module = perturbed(str(model_folder))
     save_model(module.policy, load_tokenizer(str(model_folder)), tmp_path / "adapter", merge=False)
     (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
+    with pytest.raises(UserError, match=r"contains no adapter_model\.safetensors"):
         load_causal_lm(str(tmp_path / "adapter"))
 
 
@@ -249,7 +249,7 @@ def test_checkpoint_of_another_policy(model_folder: Path, other_folder: Path):
     larger = UnlearningModule(str(model_folder), lora=LoraOptions(rank=8, alpha=8.0))
     larger.configure_model()
     for module, what in (
-        (whole, "holds an adapter, --model.lora trains the whole model"),
+        (whole, "contains an adapter, --model.lora trains the whole model"),
         (larger, "differs in its rank: 4 there, 8 here"),
         (modules["other"], "differs in its base; give --model.name"),
     ):

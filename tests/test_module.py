@@ -205,8 +205,8 @@ def test_only_what_is_named_is_trained(fit: Callable[..., Any], model_folder: Pa
 @pytest.mark.parametrize(
     ("trainable", "message"),
     [
-        (["down_proj"], r"--model.trainable \['down_proj'\] matches no parameter; names are such as model.layers.0."),
-        (["("], r"--model.trainable \['\('\] holds no regular expression"),
+        (["down_proj"], r"--model.trainable \['down_proj'\] matches no parameter; .* such as model.layers.0."),
+        (["("], r"--model.trainable \['\('\] contains no regular expression"),
     ],
 )
 def test_trainable_must_match(model_folder: Path, trainable: list[str], message: str):

@@ -270,5 +270,5 @@ def test_hub_that_vanishes(model_folder: Path, data_folder: Path, tmp_path: Path
     server.shutdown()
     assert done.returncode == 2, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "someone/model is neither a folder here nor to be had from the hub" in line
+    assert "someone/model is no folder here and cannot be loaded from the hub" in line
     assert "--model.name FOLDER" in line

@@ -116,7 +116,7 @@ def _gather(numbers: set[Any]) -> list[set[Any]]:
 
 
 def identity(model: torch.nn.Module, *settings: object) -> str:
-    """Of a model's weights, over all processes where they are shared out, and of settings."""
+    """Of a model's weights, over all processes where they are sharded, and of settings."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         local: Tensor = getattr(weight, "_local_tensor", weight).detach().contiguous().cpu()

@@ -1,4 +1,4 @@
-"""How rows go through a model: packed where that is known to be right, else padded, else one by one."""
+"""How rows go through a model: packed where that is exact, else padded, else one by one."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -17,30 +17,27 @@ from simnpo_pl.utils.errors import UserError
 _log = logging.getLogger(__name__)
 _CHECKED_CALLS = (1, 100, 10_000)
 _SELECTING = frozenset({"indexed_attention", "minimax_m3_sparse", "compressed_sparse_attention"})
-"""Entries of a config's `layer_types` that attend to the best keys only: equal ones are told apart by the padding."""
+"""Entries of a config's `layer_types` that attend to the best keys only: padding decides between equal ones."""
 
 
 class Forward:
-    """Hidden states of rows under one causal language model.
+    """Hidden states of rows under one causal language model from transformers.
 
-    The way is chosen by what the model is made of. It is checked on rows of the run, against each row alone: at the
-    first call, twice later, since weights move, and when rows are far longer than those checked.
-
-    Args:
-        model: A causal language model from transformers.
+    The way is chosen from what the model consists of. It is checked on rows of the run, against each row alone: at the
+    first call, twice later, since weights change, and when rows are far longer than those checked.
 
     Attributes:
         head: From the states to logits: the model's own head, or an identity where the states are the logits.
-        way: How rows are run: `packed`, `padded` or `alone`, one by one.
+        way: `packed`, `padded` or `alone`, one by one.
         reads_logits: Whether the states are the logits.
 
     Raises:
-        UserError: What the model says of a token depends on later tokens.
+        UserError: The model's output for a token depends on later tokens.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        # A sharded model has a pass of its own, in which it gathers its weights.
+        # Added by `shard`: a forward pass in which a sharded model gathers its weights.
         self.body = getattr(model, "run_body", body_of(model))
         self.head, self.way = head_of(model), "packed"
         self._ropes = [m for m in model.modules() if _depends_on_length(m)]
@@ -55,7 +52,7 @@ class Forward:
                 reason = why_not_packed(model, self.body)
             else:
                 self.reads_logits, self.head = True, Head(nn.Identity(), self.head.vocabulary)
-                reason = "its logits are no known map of its hidden states"
+                reason = "the map from its hidden states to its logits is unknown"
             if reason is None:
                 return
             if selecting := _SELECTING & set(getattr(model.config.get_text_config(), "layer_types", None) or ()):
@@ -63,30 +60,29 @@ class Forward:
             elif not self._leaks("padded"):
                 self._set("padded", reason)
             elif not self._leaks("alone"):
-                self._set("alone", f"{reason}, and with padding a row changes with those beside it")
+                self._set("alone", f"{reason}, and with padding a row depends on the rows next to it")
             else:
                 raise UserError(
-                    f"{type(model).__name__} is no causal language model: what it says of a token depends on later "
-                    "tokens, and so on its label; give a model that reads from left to right"
+                    f"{type(model).__name__} is no causal language model: its output for a token depends on later "
+                    "tokens, and so on the label; give a model that reads from left to right"
                 )
 
     def __call__(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Hidden states `(N, D)`, and for each cell `(B, T)` of the rows the number of its state.
+        """Hidden states `(N, D)` of right-padded rows, and for each cell `(B, T)` the index of its state.
 
-        Args:
-            rows: Right-padded `input_ids` and `attention_mask`, `(B, T)`; the number of a padded cell has no meaning.
+        The index of a padded cell has no meaning.
         """
         way = self.way_of(rows)
         self._may_run(way)
         return self._run(way, rows)
 
     def way_of(self, rows: Mapping[str, Tensor]) -> str:
-        """How these rows are run; one by one where the longest would change the positions of the others."""
+        """How these rows are run: one by one where the longest would change the positions of the others."""
         long = self._rope_limit is not None and rows["input_ids"].shape[1] > self._rope_limit
         return "alone" if long else self.way
 
     def check(self, rows: Mapping[str, Tensor]) -> None:
-        """Compare with rows alone where it is time to; take the next way where they differ."""
+        """Compare with rows alone from time to time; take the next way where they differ."""
         self._calls += 1
         width = rows["input_ids"].shape[1]
         wider = width > 2 * self._checked_width and not is_sharded(self.model)
@@ -102,13 +98,11 @@ class Forward:
 
     def _may_run(self, way: str) -> None:
         if way == "alone" and is_sharded(self.model):
-            # Processes wait for each other at every pass, and have unlike numbers of rows.
+            # Processes wait for each other at every pass, and have different numbers of rows.
             raise UserError(
                 f"{type(self.model).__name__} runs these rows one by one, which a sharded model cannot; "
                 "give another --trainer.strategy"
             )
-
-    # -- ways ----------------------------------------------------------------------------------------------
 
     def _run(self, way: str, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         ids, mask = rows["input_ids"], rows["attention_mask"]
@@ -132,16 +126,14 @@ class Forward:
         return (output.logits if self.reads_logits else output.last_hidden_state).flatten(0, 1)
 
     def _reset_ropes(self) -> None:
-        """Let frequencies that grow with the longest row so far be those of the next pass alone."""
+        """Forget the longest row so far: the frequencies are then those of the next pass alone."""
         for module in self._ropes:
             for name in [n for n in vars(module) if n.endswith("max_seq_len_cached")]:
                 setattr(module, name, 0)
 
-    # -- what is known and what is checked -----------------------------------------------------------------
-
     @contextmanager
     def _plainly(self) -> Iterator[None]:
-        """In eval mode, without gradient and in the precision of the weights."""
+        """Eval mode, no gradient, no autocast."""
         training, device = self.model.training, next(self.model.parameters()).device.type
         self.model.eval()
         try:
@@ -155,7 +147,7 @@ class Forward:
         return ((numbers * 7 + 3) % self.head.vocabulary).view(shape)
 
     def _knows_head(self) -> bool:
-        """Whether the head gives the model's logits, also of hidden states so large that any cap shows."""
+        """Whether the head gives the model's logits, even of hidden states so large that any cap shows."""
         inputs: dict[str, Any] = {"input_ids": self._ids(1, 8), "use_cache": False}
         # First the whole model: this gathers the weights of a sharded one.
         try:
@@ -193,13 +185,13 @@ class Forward:
         few = {k: rows[k][chosen, : max(2, int(lengths.max()))] for k in ("input_ids", "attention_mask")}
         with self._plainly():
             expected, dtype = self._logps("alone", few)
-            # What rounding explains, nats a token for each nat; a GPU may multiply float32 in TF32.
+            # Differences up to this are rounding, nats a token for each nat; a GPU may multiply float32 in TF32.
             full, gpu = dtype == torch.float32, expected.device.type != "cpu"
             limit = (5e-5 if full and not gpu else 2e-3 if full else 5e-2) * max(1.0, expected.abs().mean().item())
             while (difference := (self._logps(self.way, few)[0] - expected).abs().mean().item()) > limit:
                 reason = f"{self.way} they differ from rows alone by {difference:.2g} nats a token"
                 if is_sharded(self.model):
-                    # Another process may find no difference, and the passes of all have to be the same.
+                    # Another process may find no difference, and all have to make the same passes.
                     raise UserError(
                         f"{type(self.model).__name__}: {reason}; give --model.attn_implementation eager, or a "
                         "strategy that does not shard"
@@ -207,7 +199,7 @@ class Forward:
                 self._set("padded" if self.way == "packed" else "alone", reason)
 
     def _logps(self, way: str, rows: Mapping[str, Tensor]) -> tuple[Tensor, torch.dtype]:
-        """Log-probs of all tokens but the first of each row, nats, and the precision they were made in."""
+        """Log-probs of all tokens but the first of each row, nats, and the dtype of the hidden states."""
         hidden, places = self._run(way, rows)
         scored = rows["attention_mask"][:, 1:] != 0
         logps = self.head.logps(hidden, places[:, :-1][scored], rows["input_ids"][:, 1:][scored])
@@ -215,7 +207,7 @@ class Forward:
 
 
 def head_of(model: Any) -> Head:
-    """The head of a causal language model, with the changes of its logits that its config names."""
+    """The head of a causal language model, with the scale and cap that its config names."""
     config = model.config.get_text_config()
     scale, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     scale = float(scale) if isinstance(scale, float | int) else 1.0
@@ -224,13 +216,13 @@ def head_of(model: Any) -> Head:
 
 
 def _depends_on_length(module: nn.Module) -> bool:
-    """Whether a module makes rotary frequencies by the longest row of a batch."""
+    """Whether a module's rotary frequencies depend on the longest row of a batch."""
     kinds = str(getattr(module, "rope_type", ""))
     return "dynamic" in kinds or "longrope" in kinds
 
 
 def _rope_limit(module: Any) -> int:
-    """Longest row, tokens, at which such a module still has the frequencies of short rows."""
+    """Longest row, tokens, for which such a module uses the frequencies of short rows."""
     parameters = module.config.rope_parameters
     kinds = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)]
     made_for = [p["original_max_position_embeddings"] for p in kinds if p.get("original_max_position_embeddings")]

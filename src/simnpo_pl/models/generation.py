@@ -1,12 +1,14 @@
-"""Answers, greedy or sampled: a batched loop with key-value cache that drops rows as they finish.
+"""Generated answers, greedy or sampled: a batched loop with key-value cache that drops rows as they finish.
 
-The loop is used where a trial shows that it gives the model's own logits, `generate` of transformers elsewhere.
+The loop is ours because `generate` of transformers runs every row of a batch until the longest ends, and its draws
+depend on the batch. A trial shows once for each model whether the loop gives the model's own logits; if not, prompts go
+through `generate` of transformers without padding.
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -19,11 +21,26 @@ from simnpo_pl.models.sharding import any_process, is_sharded
 from simnpo_pl.utils.errors import UserError
 
 Choose = Callable[[Tensor, Tensor, int], Tensor]
-"""Of logits `(R, V)`, the prompts they belong to `(R,)` and the step from 0: the next tokens `(R,)`."""
-Way = Callable[[Any, Sequence[Sequence[int]], Sequence[int], Sequence[int], Choose, int], list[list[int]]]
-"""Gives, of model, prompts, number of new tokens for each, ids that end a row, choice and padding: new tokens."""
+"""Takes logits `(R, V)`, indices of their prompts `(R,)` and the step from 0; returns the next tokens `(R,)`."""
 
-# Settings of a generation_config that change which token comes next, with the value that changes nothing.
+
+class Request(NamedTuple):
+    """What to generate."""
+
+    prompts: Sequence[Sequence[int]]
+    """Token ids."""
+    limits: Sequence[int]
+    """Largest number of new tokens of each prompt."""
+    eos_ids: Sequence[int]
+    """Ids that end a row; not part of the result."""
+    choose: Choose
+    pad_id: int = 0
+
+
+Way = Callable[[Any, Request], list[list[int]]]
+"""Takes a model and a request; returns the new tokens of each prompt."""
+
+# Settings of a generation_config that change the next token, with their neutral values.
 _SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "stop_strings", "max_time")),
     **dict.fromkeys(("min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")),
@@ -38,18 +55,14 @@ _told: "WeakSet[Any]" = WeakSet()
 
 
 def most_probable(logits: Tensor, rows: Tensor, step: int) -> Tensor:
-    """Token of the highest logit."""
     return logits.argmax(dim=-1)
 
 
 class Sampler:
-    """Draws each next token from the model's distribution.
-
-    A draw depends on nothing but its own number between 0 and 1 and that distribution, so samples do not change with
-    the rows that are generated beside them.
+    """Draws each next token from the model's distribution; samples do not depend on the other rows of a batch.
 
     Args:
-        draws: `(B, T)` numbers from 0 to below 1, one for each prompt and step, see `draws_of`.
+        draws: `(B, T)` numbers in [0, 1), one for each prompt and step, see `draws_of`.
         temperature: Above 0; 1 is the model's own distribution.
     """
 
@@ -58,14 +71,14 @@ class Sampler:
         self.temperature = temperature
 
     def __call__(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
-        """The token in whose share of the cumulated probabilities a row's number falls."""
+        """The token whose interval of the cumulative probabilities contains a row's number."""
         shares = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
         drawn = self.draws.to(shares)[rows, step].unsqueeze(-1) * shares[:, -1:]
         return torch.searchsorted(shares, drawn, right=True).squeeze(-1).clamp(max=shares.shape[-1] - 1)
 
 
 def draws_of(seed: int, row: int, sample: int, steps: int) -> Tensor:
-    """`(steps,)` numbers from 0 to below 1 that belong to one sample of one row."""
+    """`(steps,)` numbers in [0, 1) for one sample of one row."""
     return torch.from_numpy(np.random.default_rng([seed, row, sample]).random(steps))
 
 
@@ -91,16 +104,15 @@ def generate(
 ) -> list[list[int]]:
     """Continuation of each prompt, token by token, from the model's unchanged logits.
 
-    Rows are decoded in one batch where that gives what each gives alone (tried once for a model), by `generate` of
-    transformers elsewhere. A row also ends where a model without rotary positions has no position left.
+    A row also ends where a model without rotary positions has no position left.
 
     Args:
         model: Causal language model in eval mode.
-        prompts: Token ids, one list a prompt; none may be empty.
-        max_new_tokens: Tokens at most.
-        eos_ids: A row ends at the first of these, which is left out of the result.
+        prompts: Token ids, one list per prompt; none may be empty.
+        max_new_tokens: Largest number of new tokens.
+        eos_ids: A row ends at the first of these, which is not part of the result.
         choose: Picks the next tokens.
-        pad_id: Any id of the vocabulary; fills the left, never attended to.
+        pad_id: Any id of the vocabulary; masked padding on the left.
 
     Returns:
         New token ids of each prompt.
@@ -109,11 +121,11 @@ def generate(
         UserError: A prompt fills the model's positions, or no way of decoding gives the model's own logits.
     """
     limits = _limits(model, prompts, max_new_tokens)
-    return _way_of(model)(model, prompts, limits, eos_ids, choose, pad_id)
+    return _way_of(model)(model, Request(prompts, limits, eos_ids, choose, pad_id))
 
 
 def _limits(model: Any, prompts: Sequence[Sequence[int]], wanted: int) -> list[int]:
-    """New tokens of each prompt that the model has positions for."""
+    """Largest number of new tokens of each prompt for which the model has positions."""
     config, name = model.config.get_text_config(), type(model).__name__
     positions, longest = getattr(config, "max_position_embeddings", None), max(map(len, prompts))
     if not positions or longest + wanted <= positions:
@@ -131,15 +143,9 @@ def _limits(model: Any, prompts: Sequence[Sequence[int]], wanted: int) -> list[i
     return [wanted if rotary else min(wanted, positions - len(prompt)) for prompt in prompts]
 
 
-def _batched(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    eos_ids: Sequence[int],
-    choose: Choose,
-    pad_id: int,
-) -> list[list[int]]:
+def _batched(model: Any, request: Request) -> list[list[int]]:
     """All prompts at once, padded on the left; rows leave the batch as they end."""
+    prompts, limits, eos_ids, choose, pad_id = request
     device = next(model.parameters()).device
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     ids, mask = _left_pad(prompts, pad_id, device)
@@ -152,7 +158,7 @@ def _batched(
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, cache_name: cache}
         token = choose(model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1], rows, step)
         keep = []
-        # The one place in a step where the host waits for the device.
+        # Only here does the host wait for the device.
         for place, (row, value) in enumerate(zip(running, token.tolist(), strict=True)):
             if value not in stop:
                 done[row].append(value)
@@ -162,7 +168,7 @@ def _batched(
             break
         if len(keep) < len(running):
             running, kept = [running[place] for place in keep], torch.tensor(keep, device=device)
-            # Of a cache's ways to select rows the one that every kind of layer has.
+            # The one method to select rows that every kind of cache layer has.
             cache.reorder_cache(cast(torch.LongTensor, kept))
             rows, mask, positions, token = rows[kept], mask[kept], positions[kept], token[kept]
         ids = token.unsqueeze(1)
@@ -170,20 +176,14 @@ def _batched(
         positions = positions[:, -1:] + 1
         if sharded:
             any_process(True, device)
-    # Processes whose rows still run need this one's share of the weights.
+    # Processes whose rows still run need this one's shard of the weights.
     while sharded and any_process(False, device):
         model(input_ids=ids[:1, :1], use_cache=False, logits_to_keep=1)
     return done
 
 
 class _Chosen(LogitsProcessor):
-    """Leaves no token possible but the chosen one.
-
-    Args:
-        choose: Picks the next tokens.
-        rows: `(R,)` numbers of the prompts.
-        length: Tokens of each prompt.
-    """
+    """Allows the chosen token alone, for prompts `rows` `(R,)` of `length` tokens each."""
 
     def __init__(self, choose: Choose, rows: Tensor, length: int) -> None:
         self.choose, self.rows, self.length = choose, rows, length
@@ -193,17 +193,9 @@ class _Chosen(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
 
-def _by_transformers(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    eos_ids: Sequence[int],
-    choose: Choose,
-    pad_id: int,
-    alone: bool = False,
-    use_cache: bool = True,
-) -> list[list[int]]:
+def _by_transformers(model: Any, request: Request, alone: bool = False, use_cache: bool = True) -> list[list[int]]:
     """Prompts of one length at a time, which need no padding, or each alone, by `generate` of transformers."""
+    prompts, limits, eos_ids, choose, pad_id = request
     device = next(model.parameters()).device
     done: list[list[int]] = [[] for _ in prompts]
     groups: dict[tuple[int, int], list[int]] = {}
@@ -213,7 +205,7 @@ def _by_transformers(
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         while any_process(bool(waiting), device) if sharded else waiting:
-            # A process without prompts left takes part in the passes of the others.
+            # A process without prompts left joins the passes of the others.
             rows = waiting.pop() if waiting else [0]
             length = len(prompts[rows[0]])
             ids = torch.tensor([list(prompts[row]) for row in rows], device=device)
@@ -244,7 +236,7 @@ _WAYS: list[tuple[Way, str]] = [
 
 
 def _way_of(model: Any) -> Way:
-    """The fastest way that gives the model's own logits; tried once, says so where it is not the batched one."""
+    """The fastest way that gives the model's own logits; tried once, with a warning where it is not the batched one."""
     if model in _ways:
         return _ways[model]
     name, config = type(model).__name__, model.generation_config
@@ -255,7 +247,7 @@ def _way_of(model: Any) -> Way:
     ]
     if changed:
         rank_zero_warn(
-            f"generation_config of {name} sets {', '.join(changed)}: not followed; answers come from the model's "
+            f"generation_config of {name} sets {', '.join(changed)}: ignored; answers come from the model's "
             "unchanged logits, greedy or at the --temperature of `leak`"
         )
     trial = _Trial(model)
@@ -275,11 +267,7 @@ def _way_of(model: Any) -> Way:
 
 
 class _Trial:
-    """Four short prompts of unlike lengths, one of which ends early, with the logits that each gives alone.
-
-    Args:
-        model: Causal language model.
-    """
+    """Four short prompts of different lengths, one of which ends early, with the logits that each gives alone."""
 
     STEPS = (2, 3, 3, 3)
 
@@ -301,7 +289,7 @@ class _Trial:
         return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -steps:]
 
     def agrees(self, way: Way) -> bool:
-        """Whether a way of decoding gives the logits that each prompt gives alone."""
+        """Whether a way of decoding gives these logits."""
         found: list[list[Tensor]] = [[] for _ in self.prompts]
 
         def record(logits: Tensor, rows: Tensor, step: int) -> Tensor:
@@ -312,10 +300,10 @@ class _Trial:
         limits = [max(self.STEPS)] * len(self.prompts)
         try:
             with torch.autocast(self.device.type, enabled=False):
-                way(self.model, self.prompts, limits, [self.end], record, 0)
+                way(self.model, Request(self.prompts, limits, [self.end], record))
             same = all(map(self._close, found, self.expected))
         except (TypeError, ValueError, AttributeError, LookupError, AssertionError, RuntimeError) as error:
-            # A CPU has no error of its own for want of memory.
+            # A CPU out of memory raises a plain RuntimeError.
             if isinstance(error, _MACHINE_ERRORS) or "DefaultCPUAllocator" in str(error):
                 raise
             same = False
@@ -323,10 +311,10 @@ class _Trial:
 
     @staticmethod
     def _close(found: list[Tensor], expected: Tensor) -> bool:
-        # What the model masks, or what is no number, says nothing.
+        # Skip masked logits and NaN.
         real = expected.abs() < 1e30
         ours, theirs = torch.stack(found[: len(expected)])[real].float(), expected[real].float()
-        # Rounding of TF32 and bfloat16 stays below; padding that is seen, or a state that is lost, does not.
+        # Above the rounding of TF32 and bfloat16, below the effect of attention to padding or of a lost state.
         tolerance = 0.01 if expected.dtype == torch.float32 else 0.2
         return bool((ours - theirs).norm() <= tolerance * (theirs - theirs.mean()).norm())
 

@@ -29,16 +29,7 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def check_layer(model: Any, layer: int, option: str) -> None:
-    """See that a model has a layer of this number.
-
-    Args:
-        model: Causal language model from transformers.
-        layer: Number, from 0.
-        option: Names the setting in the message.
-
-    Raises:
-        UserError: It has none.
-    """
+    """Raise UserError unless the model has a layer of this number, from 0; `option` is the setting that names it."""
     count = len(layers_of(model))
     if not 0 <= layer < count:
         raise UserError(f"{option} {layer}: the model has layers 0 to {count - 1}; give one of these")
@@ -46,12 +37,7 @@ def check_layer(model: Any, layer: int, option: str) -> None:
 
 @contextmanager
 def layer_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, list[Tensor]]]:
-    """Hidden states `(B * T, D)` that the named layers give in each forward pass made inside the context.
-
-    Args:
-        model: Causal language model from transformers.
-        layers: Numbers, from 0.
-    """
+    """Outputs `(B * T, D)` of layers, numbered from 0, in each forward pass inside the context."""
     outputs: dict[int, list[Tensor]] = {number: [] for number in layers}
 
     def keep(number: int) -> Any:
@@ -73,18 +59,18 @@ def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
     """Freeze all parameters but those whose whole name one of the regular expressions matches.
 
     Raises:
-        UserError: An expression is none, or none matches a parameter.
+        UserError: An expression is invalid, or none matches a parameter.
     """
     try:
         expressions = [re.compile(pattern) for pattern in patterns]
     except re.error as error:
-        raise UserError(f"--model.trainable {list(patterns)} holds no regular expression ({error})") from error
+        raise UserError(f"--model.trainable {list(patterns)} contains no regular expression ({error})") from error
     trained = {n for n, _ in model.named_parameters() if any(e.fullmatch(n) for e in expressions)}
     if not trained:
         names = ", ".join(name for name, _ in list(model.named_parameters())[1:4])
         raise UserError(
-            f"--model.trainable {list(patterns)} matches no parameter; names are such as {names}, "
-            "and an expression must match a whole name"
+            f"--model.trainable {list(patterns)} matches no parameter; an expression must match a whole name, "
+            f"such as {names}"
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)

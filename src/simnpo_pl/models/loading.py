@@ -1,9 +1,9 @@
-"""Loading and saving models: safetensors only, no remote code, one clear line when a model is not to be had."""
+"""Loading and saving models: safetensors only, no remote code, one clear line when a model cannot be loaded."""
 
+import copy
 import os
 import re
 import shutil
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 
 from simnpo_pl.models.lora import ADAPTER_CONFIG, base_of, has_adapter, load_with_adapter, save_adapter
-from simnpo_pl.models.weight_files import WeightFiles, model_on_disk
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, replace, write_json
 
@@ -21,11 +20,7 @@ _LOCAL_ROOTS = ("/", "./", "../", "~")
 
 
 def trust_remote_code(trusted: bool) -> None:
-    """Say whether code that comes with a model or tokenizer may be run; by default it may not.
-
-    Args:
-        trusted: Whether it may, from now on in this process.
-    """
+    """Set whether this process may run code that comes with a model or tokenizer; by default it may not."""
     global _trusted
     _trusted = trusted
     if trusted:
@@ -33,10 +28,7 @@ def trust_remote_code(trusted: bool) -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Tokenizer of a model.
-
-    Args:
-        name: Hub id or folder.
+    """Tokenizer of a model, a hub id or folder.
 
     Raises:
         UserError: The tokenizer cannot be loaded.
@@ -52,10 +44,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def context_length(name: str) -> int | None:
-    """Longest sequence a model was made for, tokens; None where its config does not say.
-
-    Args:
-        name: Hub id or folder.
+    """Longest sequence that a model supports, tokens; None where its config does not say.
 
     Raises:
         UserError: The config cannot be loaded.
@@ -65,11 +54,7 @@ def context_length(name: str) -> int | None:
 
 
 def model_shapes(name: str, dtype: str = "float32") -> Any:
-    """A model on the meta device, from its config alone: shapes without values.
-
-    Args:
-        name: Hub id or folder; an adapter's counts those of its base.
-        dtype: Type of the weights.
+    """A model, or an adapter's base, on the meta device, from its config alone.
 
     Raises:
         UserError: The config cannot be loaded.
@@ -105,12 +90,12 @@ def load_causal_lm(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     option: str = "--model.name",
-    shared_out: bool = False,
+    sharded: bool = False,
     merge: bool = False,
 ) -> Any:
     """Causal language model, in eval mode as transformers gives it.
 
-    An adapter is merged into its base in float32. In bfloat16 that would round its update, so it stays beside its base
+    An adapter is merged into its base in float32. In bfloat16 that would round its update, so it stays next to its base
     in float32, as peft loads it, unless `merge` is set.
 
     Args:
@@ -118,7 +103,8 @@ def load_causal_lm(
         dtype: Type of the weights, `float32` or `bfloat16`.
         attn_implementation: Attention of transformers; None lets it choose.
         option: Setting that names the model, for messages.
-        shared_out: Whether the model is about to be shared out; its weights are read then, where its files allow it.
+        sharded: Whether the model will be sharded: the first process alone reads the weights then, on all others the
+            model is on the meta device, see `simnpo_pl.models.sharding.shard`.
         merge: Whether an adapter is merged in bfloat16, too.
 
     Raises:
@@ -126,16 +112,20 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    on_meta = sharded and torch.distributed.get_rank() > 0
     quiet_loading()
     try:
         resolved = find_model(name, option)
         if (Path(resolved) / ADAPTER_CONFIG).is_file():
             settings = (dtype, attn_implementation, option)
             merge = merge or dtype == "float32"
-            return load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, *settings), merge, option)
-        if shared_out and (unread := _on_disk(resolved, getattr(torch, dtype), options)) is not None:
-            return unread
+            model = load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, *settings), merge, option)
+            if on_meta:
+                model.to("meta").tie_weights()
+            return model
+        if on_meta:
+            options["device_map"] = "meta"
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolved,
             dtype=getattr(torch, dtype),
@@ -155,45 +145,18 @@ def load_causal_lm(
         # They would be drawn at random.
         raise UserError(
             f"{option}: {name} lacks {len(missing)} of its weights, such as {missing[0]}; give a model whose weights "
-            "are whole and belong to its config.json"
+            "are complete and belong to its config.json"
         )
     if unused:
         rank_zero_warn(
-            f"{option}: {len(unused)} weights of {name} have no place in its architecture and are not used, such as "
+            f"{option}: {len(unused)} weights of {name} are not part of its architecture and are not used, such as "
             f"{unused[0]}"
         )
     return model
 
 
-def _on_disk(name: str, dtype: torch.dtype, options: dict[str, Any]) -> Any:
-    """A model that is yet to be read; None where it has to be read as a whole (its files hold it in another form)."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    config = AutoConfig.from_pretrained(name, trust_remote_code=_trusted)
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    files: list[Any]
-    if index is None:
-        files = [cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)]
-    else:
-        files, _ = get_checkpoint_shard_files(name, index)
-    if None in files or getattr(config, "quantization_config", None) is not None:
-        return None
-
-    def build() -> Any:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=_trusted, **options)
-
-    model = model_on_disk(build, WeightFiles(Path(file) for file in files))
-    if model is None or getattr(model, "_keep_in_fp32_modules", None):
-        return None
-    with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(name)
-    return model.eval()
-
-
 def quiet_loading() -> None:
-    """Show no progress of loading, unless the user asked transformers to talk."""
+    """Hide transformers' progress bars, unless the user set TRANSFORMERS_VERBOSITY."""
     from transformers.utils import logging as transformers_logging
 
     if not os.environ.get("TRANSFORMERS_VERBOSITY"):
@@ -201,26 +164,21 @@ def quiet_loading() -> None:
 
 
 def frozen_copy(model: Any) -> Any:
-    """A copy of a model in eval mode that asks for no gradients."""
-    import copy
-
+    """A copy of a model in eval mode that needs no gradients."""
     return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def save_model(
     model: Any, tokenizer: Any, folder: Path, state: dict[str, torch.Tensor] | None = None, merge: bool = True
 ) -> None:
-    """Write a Hugging Face folder so that it is either whole or not there.
-
-    The files go to a folder beside it, which then takes its name; an earlier folder of that name is
-    kept until the new one is whole.
+    """Write a Hugging Face folder; one of the same name is replaced once the new one is complete.
 
     Args:
         model: Model from transformers.
         tokenizer: Saved with it; None where the model reads no text.
-        folder: Where the model is to stand.
+        folder: Where to write.
         state: Weights to save in place of the model's own (gathered from several devices).
-        merge: Whether an adapter is added to its base, which is read again for it, or saved alone.
+        merge: Whether an adapter is merged into its base, which is read again for it, or saved alone.
     """
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -231,7 +189,7 @@ def save_model(
             shutil.rmtree(fresh / "adapter")
             merged.save_pretrained(fresh)
         elif has_adapter(model):
-            # Beside a config.json transformers would look for the base's weights here.
+            # Next to a config.json transformers would look for the base's weights here.
             save_adapter(model, fresh, state)
             model.generation_config.save_pretrained(fresh)
         else:
@@ -251,7 +209,7 @@ def save_model(
 
 
 def _add_transformers_4_names(folder: Path) -> None:
-    """Let transformers 4 load a folder, too: it knows some settings by other names, and ignores the new ones."""
+    """Let transformers 4 load a folder, too: it has other names for some settings, and ignores the new ones."""
     file = folder / "config.json"
     if file.is_file():
         config = read_json(file)
@@ -276,19 +234,15 @@ def _add_transformers_4_names(folder: Path) -> None:
 
 
 def find_model(name: str, option: str = "--model.name") -> str:
-    """A folder as it stands, or a hub id; a missing folder is told apart from an unknown hub id.
-
-    Args:
-        name: Hub id or folder.
-        option: Setting that names the model, for messages.
+    """The path of a folder, or a hub id.
 
     Raises:
-        UserError: The folder is not there or holds no model.
+        UserError: The folder does not exist or contains no model; the message names `option`.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
-            raise UserError(f"{option}: {name} holds no config.json; expected a folder written by save_pretrained")
+            raise UserError(f"{option}: {name} contains no config.json; expected a folder written by save_pretrained")
         return str(folder)
     if name.startswith(_LOCAL_ROOTS) or name.count("/") > 1:
         raise UserError(f"{option}: folder {name} does not exist; give a folder with a model or a hub id")
@@ -299,13 +253,13 @@ def _unavailable(name: str, what: str, error: Exception, option: str = "--model.
     reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
         return UserError(
-            f"{option}: {name} comes with code of its own, which is not run; look at it, and give --trust_remote_code "
-            "true if it may run with all your rights"
+            f"{option}: {name} comes with its own code, which is not run; read it, and give --trust_remote_code true "
+            "if it may run with all your rights"
         )
     if Path(name).expanduser().is_dir():
         return UserError(f"{option}: the {what} in {name} cannot be loaded ({reason[:300]})")
     return UserError(
-        f"{option}: {what} {name} is neither a folder here nor to be had from the hub "
+        f"{option}: {what} {name} is no folder here and cannot be loaded from the hub "
         f"({type(error).__name__}: {reason[:160]}); give {option} FOLDER and --data.path FOLDER to work "
         "without network, or run --config configs/demo.yaml, which needs none"
     )

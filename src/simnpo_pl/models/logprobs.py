@@ -1,6 +1,6 @@
 """From rows of tokens to answer log-probs: the only shift, mask and log-softmax in the package.
 
-Hidden states are taken at the scored positions alone, and the head is applied to those.
+The head is applied to the hidden states of the scored positions alone.
 """
 
 from collections.abc import Collection, Mapping
@@ -36,23 +36,23 @@ class AnswerLogps(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """What teacher forcing says of every scored token."""
+    """Scores of every scored token under teacher forcing."""
 
     logps: Tensor
     """`(S,)` log-prob of the label, nats."""
     correct: Tensor
     """`(S,)` whether the label is the most probable token, bool."""
     standardised: Tensor
-    """`(S,)` log-prob of the label less the mean log-prob of a token drawn from the model, over its standard deviation;
-    NaN where it was not asked for."""
+    """`(S,)` (log-prob of the label - mean) / standard deviation of the log-prob of a token drawn from the model; NaN
+    where not requested."""
 
 
 @dataclass(frozen=True)
 class LayerStates:
-    """Hidden states of one layer at the answers' own tokens, not at the positions that predict them."""
+    """Outputs of one layer at the answers' own tokens, not at the positions that predict them."""
 
     hidden: Tensor
-    """`(L, D)` what the layer gives, float32, in row order."""
+    """`(L, D)` float32, in row order."""
     rows: Tensor
     """`(L,)` row of each token."""
     size: int
@@ -62,7 +62,7 @@ class LayerStates:
         """Means of values `(L,)` within rows: `(B,)`.
 
         Args:
-            values: One a token.
+            values: One per token.
             crossed: Divide the sum of each row by the number of tokens of every row, and take the mean of that.
         """
         sums = values.new_zeros(self.size).index_add(0, self.rows, values)
@@ -70,7 +70,7 @@ class LayerStates:
         return sums * (shares.mean() if crossed else shares)
 
     def between(self, start: int, end: int) -> "LayerStates":
-        """Those of rows `start` to `end` alone."""
+        """States of rows `start` to `end`."""
         inside = (self.rows >= start) & (self.rows < end)
         return LayerStates(self.hidden[inside], self.rows[inside] - start, end - start)
 
@@ -82,7 +82,7 @@ class AnswerStates:
     hidden: Tensor
     """`(U, D)` hidden states, or `(U, V)` logits where the head is the identity."""
     predictors: Tensor
-    """`(S,)` which hidden state predicts each label; rows that begin alike share theirs."""
+    """`(S,)` index of the hidden state that predicts each label; rows that begin alike share theirs."""
     labels: Tensor
     """`(S,)` token to predict."""
     rows: Tensor
@@ -94,24 +94,21 @@ class AnswerStates:
     head: Head
     """Maps hidden states to logits of V tokens."""
     layers: Mapping[int, LayerStates] = field(default_factory=dict)
-    """Number of each layer that was asked for, from 0, to its states."""
+    """Number of each requested layer, from 0, to its states."""
     known_logps: Tensor | None = None
-    """`(S,)` log-prob of each label, where `score_together` has made them; nats."""
+    """`(S,)` log-prob of each label where `score_together` has computed them; nats."""
 
     def logits(self) -> Tensor:
-        """`(S, V)` logits in float32; `per_token` holds fewer at once."""
+        """`(S, V)` logits in float32, all at once; see `per_token`."""
         return self.head(self.hidden[self.predictors])
 
     def per_token(self, function: TokenFunction, *others: "AnswerStates") -> Tensor:
-        """Values of a function of each position's logits, with gradient; logits of many tokens are never all held.
+        """`(S,)` values of a function of each position's logits, with gradient; the logits come in chunks.
 
         Args:
-            function: Takes logits `(s, V)` and labels `(s,)` of some of the positions, and the logits `(s, V)` of each
-                other model there; gives `(s,)`, each value from its own position alone.
+            function: Of logits `(s, V)` and labels `(s,)` of some positions, and the logits `(s, V)` of each other
+                model there; returns `(s,)`, each value from its own position alone.
             others: Other models' states of the same rows; no gradient flows to them.
-
-        Returns:
-            `(S,)`.
         """
 
         def with_others(logits: Tensor, labels: Tensor, *hidden: Tensor) -> Tensor:
@@ -153,17 +150,16 @@ class AnswerStates:
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Sum values `(S,)` of scored positions within each row: `(B,)`."""
-        # In float64: rounding at every addition would outweigh a small difference of two long answers' sums. MPS has
-        # no float64.
+        # In float64: the difference of two long answers' sums may be smaller than float32's rounding. MPS has none.
         wide = torch.float32 if values.device.type == "mps" else torch.float64
         sums = values.new_zeros(self.size, dtype=wide).index_add(0, self.rows, values.to(wide))
         return sums.to(values.dtype)
 
 
 def score_together(parts: Mapping[str, AnswerStates], names: Collection[str]) -> dict[str, AnswerStates]:
-    """The same parts, the log-probs of those named made in one pass through the head.
+    """The same parts, with the log-probs of those named from one pass through the head.
 
-    The gradient by the head's weights, as large as these, is then held once and not once a part.
+    The gradient of the head's weights, as large as these, is then held once, not once per part.
     """
     chosen = [parts[name] for name in names]
     if len(chosen) < 2 or not chosen[0].head.is_plain:
@@ -211,7 +207,7 @@ def join(parts: list[Rows]) -> dict[str, Tensor]:
 
 
 def scored_targets(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Token that each position predicts, and whether it is scored: `(B, T)` both."""
+    """The token that each position predicts, and whether it is scored: `(B, T)` both."""
     # Position t predicts the label at t + 1.
     targets = nn.functional.pad(rows["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
     return targets, (targets != IGNORE_INDEX) & (rows["attention_mask"] != 0)
@@ -223,16 +219,10 @@ def answer_lengths(rows: Rows) -> Tensor:
 
 
 class Scorer:
-    """Turns rows into `AnswerStates` with one causal language model.
-
-    Packs rows where that is known to be right, and reads hidden states where the model's head is a map of them that is
-    known; see `Forward`.
-
-    Args:
-        model: A causal language model from transformers.
+    """Turns rows into `AnswerStates` with one causal language model from transformers; see `Forward`.
 
     Raises:
-        UserError: The model is no causal one.
+        UserError: The model is not causal.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -255,7 +245,7 @@ class Scorer:
 
         Args:
             parts: Rows by name, such as forget and retain.
-            layers: Numbers of the layers, from 0, whose states are wanted, too.
+            layers: Numbers of layers, from 0, whose states are returned, too.
 
         Returns:
             `AnswerStates` under the same names.
@@ -264,7 +254,7 @@ class Scorer:
         targets, scored = scored_targets(joined)
         answers = joined["labels"] != IGNORE_INDEX
         if self.forward.way_of(joined) != "padded":
-            # A token that the mask hides is run only where rows are padded.
+            # A masked token is run only where rows are padded.
             answers = answers & (joined["attention_mask"] != 0)
         self.forward.check(joined)
         with layer_outputs(self.model, layers) as outputs:
@@ -293,12 +283,12 @@ class Scorer:
         """`(B, T, V)` float32 logits at every position, padding included.
 
         Raises:
-            UserError: The model gives those of single rows only.
+            UserError: The model runs rows one by one.
         """
         if self.forward.way_of(rows) == "alone":
             raise UserError(
                 f"{type(self.model).__name__} runs rows one by one and has no logits of padding; "
-                "give an objective and a retain loss that read answers alone"
+                "give an objective and a retain loss that read only answers"
             )
         output = self.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], use_cache=False)
         return output.logits.float()

@@ -1,7 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) by peft: few trained weights beside a frozen base.
-
-The base with its adapter switched off is the start model, so a reference needs no second one.
-"""
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) by peft, and the base alone as the reference."""
 
 import hashlib
 import os
@@ -18,13 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simnpo_pl.models.logprobs import AnswerStates, Rows, Scorer
-from simnpo_pl.models.weight_files import named_weights
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json
 
 ADAPTER = "default"
 ADAPTER_CONFIG = "adapter_config.json"
-"""File that tells an adapter's folder from a model's."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -59,12 +54,8 @@ class LoraOptions:
 def add_adapter(model: Any, options: LoraOptions) -> dict[str, Any]:
     """Freeze a model and add a new adapter, which changes nothing yet.
 
-    Args:
-        model: Model from transformers.
-        options: Of the adapter.
-
     Returns:
-        What weights of this adapter belong to: base, rank, scale and layers.
+        Base, rank, scale and layers: a checkpoint of this adapter fits no other, see `check_adapter`.
 
     Raises:
         UserError: peft is not installed, no layer has a name that was given, or a layer's weights are tied.
@@ -73,7 +64,7 @@ def add_adapter(model: Any, options: LoraOptions) -> dict[str, Any]:
     base = base_fingerprint(model)
     config = inject_adapter(model, options)
     folder = Path(model.name_or_path).expanduser()
-    # The adapter's folder names its base, wherever it is read from.
+    # The adapter's folder names its base, from whatever folder it is read.
     config.base_model_name_or_path = str(folder.resolve()) if folder.is_dir() else model.name_or_path
     config.inference_mode = True
     layers = sorted({n.rsplit(".lora_", 1)[0] for n, parameter in model.named_parameters() if parameter.requires_grad})
@@ -81,7 +72,7 @@ def add_adapter(model: Any, options: LoraOptions) -> dict[str, Any]:
 
 
 def inject_adapter(model: Any, options: LoraOptions) -> Any:
-    """The part of `add_adapter` that reads no weights; gives peft's config."""
+    """The part of `add_adapter` that reads no weights; returns peft's config."""
     peft = _peft()
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -90,7 +81,7 @@ def inject_adapter(model: Any, options: LoraOptions) -> Any:
         lora_dropout=options.dropout,
         target_modules=options.target_modules or "all-linear",
     )
-    # The same weights on every process and after any number of draws before: they follow from the run's seed alone.
+    # The adapter's weights follow from the run's seed alone: the same on every process.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # Tied weights are refused below.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
@@ -108,16 +99,11 @@ def inject_adapter(model: Any, options: LoraOptions) -> Any:
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether a model has an adapter beside its weights."""
     return hasattr(model, "peft_config")
 
 
 def require_merged(model: Any, option: str) -> None:
-    """Refuse a model whose adapter `load_with_adapter` left beside its base: it can only be evaluated.
-
-    Raises:
-        UserError: The model has an adapter.
-    """
+    """Raise UserError for a model whose adapter `load_with_adapter` did not merge: it can only be evaluated."""
     if has_adapter(model):
         raise UserError(
             f"{option}: the adapter is not merged, because bfloat16 would round its update; give --model.dtype "
@@ -126,13 +112,7 @@ def require_merged(model: Any, option: str) -> None:
 
 
 def save_adapter(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write the adapter of a model alone, in the format of peft.
-
-    Args:
-        model: Model with an adapter.
-        folder: Where to write.
-        state: Weights to save in place of the model's own.
-    """
+    """Write the adapter alone, in peft's format; `state` replaces the model's own weights."""
     weights = _peft().get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config[ADAPTER].save_pretrained(folder)
@@ -144,18 +124,18 @@ def load_with_adapter(folder: Path, load_base: Callable[[str], Any], merge: bool
     """Model of an adapter's folder.
 
     Args:
-        folder: Holds adapter_config.json and adapter_model.safetensors.
-        load_base: Gives the model of a name.
-        merge: Whether the adapter is merged into its base, or left beside it in float32.
+        folder: Contains adapter_config.json and adapter_model.safetensors.
+        load_base: Loads the model of a name.
+        merge: Whether the adapter is merged into its base, or kept next to it in float32.
         option: Setting that names the folder, for messages.
 
     Raises:
-        UserError: peft is not installed, the weights are not safetensors or not whole, the base cannot be loaded, or
+        UserError: peft is not installed, the weights are not safetensors or incomplete, the base cannot be loaded, or
             the adapter is on tied weights.
     """
     peft = _peft()
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise UserError(f"{option}: {folder} holds no {ADAPTER_WEIGHTS}; expected an adapter with safetensors weights")
+        raise UserError(f"{option}: {folder} contains no {ADAPTER_WEIGHTS}; give an adapter with safetensors weights")
     with base_of(folder, option) as name:
         base = load_base(name)
     with warnings.catch_warnings():
@@ -170,23 +150,19 @@ def load_with_adapter(folder: Path, load_base: Callable[[str], Any], merge: bool
 
 @contextmanager
 def base_of(folder: Path, option: str = "--model.name") -> Iterator[str]:
-    """Name of the base that an adapter's folder belongs to, to be read inside.
-
-    Raises:
-        UserError: It cannot be read; says where it is named.
-    """
+    """Name of an adapter's base; if loading it inside the context fails, the message says where it is named."""
     name = str(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))
     try:
         yield name
     except UserError as error:
         raise UserError(
-            f"{option}: {folder} holds an adapter of the base model {name!r}, which cannot be loaded; set "
+            f"{option}: {folder} contains an adapter of the base model {name!r}, which cannot be loaded; set "
             f"base_model_name_or_path in its {ADAPTER_CONFIG} to where the base is ({error})"
         ) from error
 
 
 def _refuse_tied(model: Any, option: str) -> None:
-    """Refuse an adapter on weights that another layer uses, too: merged, it would change that layer as well."""
+    """Raise UserError for an adapter on weights that another layer uses, too: merged, it would change that layer."""
     uses = Counter(weight for module in model.modules() for weight in module._parameters.values())
     for name, module in model.named_modules():
         base = getattr(module, "base_layer", None)
@@ -198,49 +174,50 @@ def _refuse_tied(model: Any, option: str) -> None:
 
 
 def base_fingerprint(model: Any) -> str:
-    """Tells one base from another by some values of every weight."""
-    digest = hashlib.sha256()
-    for name, weight in named_weights(model):
-        flat = weight.flatten()
-        some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
+    """Hash of some values of every weight; the first process's, which has them before a model is sharded."""
+    digest, distributed = hashlib.sha256(), torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        for name, weight in sorted(model.named_parameters()):
+            flat = weight.detach().flatten()
+            some = flat[:: max(1, len(flat) // 64)][:64].float().cpu()
+            digest.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    found = [digest.hexdigest()]
+    if distributed:
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
 
 
 def without_base(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A checkpoint's weights less those of the frozen base, whose names start with a prefix."""
+    """A checkpoint's weights without those of the frozen base, whose names start with a prefix."""
     return {name: weight for name, weight in state.items() if not name.startswith(prefix) or ".lora_" in name}
 
 
 def check_adapter(saved: dict[str, Any] | None, ours: dict[str, Any] | None) -> None:
-    """See that a checkpoint's adapter, or its absence, is that of the policy.
+    """Raise UserError where a checkpoint was made with another adapter than the policy's.
 
     Args:
-        saved: What `add_adapter` said when the checkpoint was made; None where all weights were trained.
-        ours: What it says now.
-
-    Raises:
-        UserError: They differ.
+        saved: What `add_adapter` returned when the checkpoint was made; None where all weights were trained.
+        ours: What it returns now.
     """
     if saved is None or ours is None:
         if saved is ours:
             return
         what = ("the whole model", "an adapter") if saved is None else ("an adapter", "the whole model")
         raise UserError(
-            f"--ckpt_path: the checkpoint holds {what[0]}, --model.lora trains {what[1]}: give the options of its run"
+            f"--ckpt_path: the checkpoint contains {what[0]}, --model.lora trains {what[1]}; give its run's options"
         )
     for key, value in saved.items():
         if ours.get(key) != value:
-            told = f": {value} there, {ours.get(key)} here" if key in ("rank", "alpha") else ""
+            both = f": {value} there, {ours.get(key)} here" if key in ("rank", "alpha") else ""
             raise UserError(
-                f"--ckpt_path: the checkpoint's adapter differs in its {key}{told}; give --model.name and --model.lora "
+                f"--ckpt_path: the checkpoint's adapter differs in its {key}{both}; give --model.name and --model.lora "
                 "as in its run"
             )
 
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """The base alone, in eval mode and without gradient; adapter and mode come back afterwards."""
+    """The base alone, in eval mode and without gradient."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     training, layers = model.training, [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
@@ -257,11 +234,7 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 class BaseScorer(Scorer):
-    """Scores with the adapter switched off.
-
-    Args:
-        scorer: Of the model with its adapter.
-    """
+    """Scores with the adapter off, given the scorer of the model with its adapter."""
 
     def __init__(self, scorer: Scorer) -> None:
         self.model, self.forward = scorer.model, scorer.forward
@@ -269,12 +242,10 @@ class BaseScorer(Scorer):
         self.head = replace(scorer.head, module=getattr(scorer.head.module, "base_layer", scorer.head.module))
 
     def __call__(self, parts: Mapping[str, Rows], layers: Collection[int] = ()) -> dict[str, AnswerStates]:
-        """Scored positions of several sets of rows under the base."""
         with adapter_off(self.model):
             return super().__call__(parts, layers)
 
     def all_logits(self, rows: Rows) -> Tensor:
-        """`(B, T, V)` float32 logits of the base at every position."""
         with adapter_off(self.model):
             return super().all_logits(rows)
 

@@ -1,4 +1,4 @@
-"""Memory of a training step, estimated from a model's shapes before its weights are read; see docs/scale.md."""
+"""Memory of a training step, estimated from a model's shapes; see docs/scale.md."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from simnpo_pl.models.packing import Layout, packed_hidden
 from simnpo_pl.utils.errors import UserError
 
 LAYERS = 6
-"""Layers that are run: the period of layers that differ in their attention is no longer than this."""
+"""Layers that are run; no model's pattern of different layers is longer."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Step:
         width: Tokens in each.
         autocast: Whether matrices are multiplied in 16 bits while weights stay in 32.
         checkpointing: Whether layers are computed again in the backward pass.
-        eight_bit: Whether AdamW's moments are kept in 8 bits.
-        frozen: Models beside the policy that stay in memory.
-        reads_logits: Whether a loss reads whole distributions, not the labels' log-probs alone.
+        eight_bit: Whether AdamW's moments have 8 bits.
+        frozen: Frozen models that stay in memory.
+        reads_logits: Whether a loss reads whole distributions, not only the labels' log-probs.
         chunk: Logits at work at once, see `simnpo_pl.models.head`.
-        shards: Devices that everything but activations and logits is sharded over.
-        buckets: Whether gradients are held a second time, in DDP's buckets.
+        shards: Devices over which everything but activations and logits is sharded.
+        buckets: Whether DDP's buckets hold the gradients a second time.
     """
 
     rows: int
@@ -47,10 +47,10 @@ class Step:
 
 
 def training_bytes(model: Any, step: Step) -> dict[str, float]:
-    """Bytes on one device by what they are for; `activations` is missing where shapes alone do not run the model.
+    """Bytes on one device by use; without `activations` where the model does not run on shapes alone.
 
     Args:
-        model: On the meta device, in the types of its weights; what is trained requires a gradient. It is used up.
+        model: On the meta device, in the types of its weights; what is trained requires a gradient. It is modified.
         step: How it is trained.
     """
     layers, trained = nn.ModuleList(), [p for p in model.parameters() if p.requires_grad]
@@ -67,21 +67,21 @@ def training_bytes(model: Any, step: Step) -> dict[str, float]:
         "gradients": gradients / step.shards * (2 if step.buckets else 1),
         "AdamW": (small + large) / step.shards,
         "frozen models": step.frozen * (weights - adapter) / step.shards,
-        # With their gradients: what stands outside the layers, a layer, and the one that is fetched ahead.
+        # With gradients: what is outside the layers, one layer, and the one that is prefetched.
         "gathered": 2 * (weights - sum(by_layer)) + 3 * max(by_layer, default=0) if step.shards > 1 else 0,
         "logits": _logits(model.config.get_text_config().vocab_size, step),
     }
-    # Some models do not run on shapes, such as those that choose experts by value; an estimate must not end a run.
+    # Some models do not run on shapes, such as mixtures of experts; an estimate must not end a run.
     with suppress(Exception):
         found["activations"] = _activations(model, layers, step)
     return {name: value for name, value in found.items() if value}
 
 
 def _logits(vocabulary: int, step: Step) -> float:
-    """What the head keeps and works on."""
+    """Bytes that the head keeps and works on."""
     logits, at_work = step.rows * (step.width - 1) * vocabulary, 0
     if step.reads_logits:
-        # Of half of the rows: two models' logits and log-probs, probabilities, differences, products and a gradient.
+        # For half of the rows: two models' logits and log-probs, probabilities, differences, products, a gradient.
         logits //= 2
         at_work = 8 * (logits if logits <= head.LOGITS_BUDGET else head.LOGITS_BUDGET // 4)
     kept = logits if logits <= head.LOGITS_BUDGET else 0
@@ -90,13 +90,13 @@ def _logits(vocabulary: int, step: Step) -> float:
 
 
 def _activations(model: Any, layers: nn.ModuleList, step: Step) -> float:
-    """What a forward pass keeps for the backward pass, weights aside: the model's own code on tensors without values.
+    """Bytes, without weights, that a forward pass keeps for the backward pass; runs the model on fake tensors.
 
-    Of a layer that is computed again only the input is kept, but for the one at work. Autocast holds 16-bit copies of
-    all trained weights until the forward pass ends.
+    With checkpointing a layer's input alone is kept, except for the layer at work. Autocast keeps 16-bit copies of all
+    trained weights until the forward pass ends.
     """
     copies = 2 * step.autocast * sum(p.numel() for p in layers.parameters() if p.requires_grad and p.ndim >= 2)
-    # The first layers stand for all. Bytes kept by each of them, and by what stands outside.
+    # The first layers represent all. Bytes kept by each of them and, last, outside.
     share = len(layers) / len(layers[:LAYERS])
     del layers[LAYERS:]
     kept, inputs = [0] * (len(layers) + 1), [0] * len(layers)
@@ -126,7 +126,7 @@ def _activations(model: Any, layers: nn.ModuleList, step: Step) -> float:
     fake, mixed = FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", enabled=step.autocast)
     with fake, mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for module in model.train().modules():
-            # Tensors with a device in place of those on the meta device, which has kernels of its own.
+            # Fake CPU tensors: the meta device has other kernels.
             for name, value in module._buffers.items():
                 module._buffers[name] = None if value is None else torch.empty_like(value, device="cpu")
             for name, weight in module._parameters.items():

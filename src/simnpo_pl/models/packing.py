@@ -1,8 +1,8 @@
 """Rows through a transformer without padding: all real tokens form one long row.
 
-Only attention needs to know where rows begin, so it alone re-pads them; every other layer sees just the real tokens.
-The mask that the model makes for a layer carries the layout to that layer's attention. For this, the attention and the
-mask named `sdpa` are registered with transformers again: without such a mask they are what they were.
+Only attention pads them again; every other layer sees the real tokens alone. The mask that the model makes for a layer
+carries the layout to that layer's attention: the attention and the mask named `sdpa` are registered again with
+transformers, and without such a mask they do what they did.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,8 @@ from transformers import masking_utils as masks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ATTENTION = "sdpa"
-"""Attention of transformers that packed rows need."""
-
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Entries of a config's `layer_types` that packed rows serve."""
+"""Entries of a config's `layer_types` that packed rows support."""
 
 _MASKS = frozenset(
     function.__code__
@@ -33,33 +31,32 @@ _MASKS = frozenset(
 )
 _PROBE = 32
 MISFITS = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
-"""What a model raises that does not take a call."""
+"""Raised by a model that does not support a call."""
 
 
 class NotPackable(ValueError):
-    """A model whose attention depends on more than the places of tokens within their rows."""
+    """The attention depends on more than the positions of tokens within their rows."""
 
 
 class Layout(NamedTuple):
-    """Where the N tokens of a packed row stand in the padded `(rows, width)` grid.
+    """Where the N tokens of a packed row are in the padded `(rows, width)` grid.
 
-    A token stands in several rows where these begin alike: what the model makes of it depends on what comes before it
-    alone, so it is computed once.
+    Rows that begin alike share those tokens, which are computed once: a state depends on the tokens before it alone.
     """
 
     rows: int
     width: int
     cells: Tensor
-    """`(N,)` flat index `row * width + position` of every token's first place."""
+    """`(N,)` flat index `row * width + position` of every token's first cell."""
     tokens: Tensor
-    """`(rows * width,)` number of the token at every cell; 0 at padding."""
+    """`(rows * width,)` index of the token at every cell; 0 at padding."""
     shared: bool
-    """Whether any token stands in more than one row."""
+    """Whether rows share any token."""
     positions: Tensor
     """`(1, N)` position of every token within its own row."""
 
     def pad(self, packed: Tensor) -> Tensor:
-        """Spread `(1, H, N, D)` over `(rows, H, width, D)`; what stands at padding has no meaning."""
+        """`(1, H, N, D)` to `(rows, H, width, D)`; values at padding have no meaning."""
         heads, size = packed.shape[1], packed.shape[3]
         flat = packed[0].transpose(0, 1)
         if self.shared:
@@ -69,24 +66,17 @@ class Layout(NamedTuple):
         return grid.view(self.rows, self.width, heads, size).transpose(1, 2)
 
     def unpad(self, grid: Tensor) -> Tensor:
-        """Collect `(rows, H, width, D)` into `(1, N, H, D)`."""
+        """`(rows, H, width, D)` to `(1, N, H, D)`."""
         flat = grid.transpose(1, 2).reshape(self.rows * self.width, grid.shape[1], grid.shape[3])
         return flat.index_select(0, self.cells).unsqueeze(0)
 
 
 def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout:
-    """Layout of right-padded rows.
-
-    Rows share their first tokens with the row above them, as far as both have the same.
-
-    Args:
-        input_ids: `(B, T)`.
-        attention_mask: `(B, T)`, 1 on a row's own tokens.
-    """
+    """Layout of right-padded rows `(B, T)`; a row shares its first tokens with the row above, as far as they agree."""
     rows, width = input_ids.shape
     real = attention_mask != 0
     same = (input_ids[1:] == input_ids[:-1]) & real[1:] & real[:-1]
-    # A token is the one above it where the whole rows up to it are alike.
+    # A token is the one above it where both rows agree up to it.
     repeats = nn.functional.pad(same.long().cumprod(dim=1), (0, 0, 1, 0)).bool()
     first = real & ~repeats
     number = first.reshape(-1).cumsum(dim=0).view(rows, width) - 1
@@ -99,18 +89,16 @@ def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout:
 
 
 class _Packed(NamedTuple):
-    """What a mask says to the attention of its layer."""
-
     layout: Layout
     allowed: Tensor | None
-    """`(width, width)` which keys a query of the same row may see; None for all up to its own."""
+    """`(width, width)` which keys a query of the same row attends to; None for all up to its own."""
 
 
-_current: ContextVar[Layout | None] = ContextVar("layout of the packed pass that is under way", default=None)
+_current: ContextVar[Layout | None] = ContextVar("layout of the packed pass", default=None)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Mask of a packed pass, of one cell, which a model hands to its attention; else the ordinary one."""
+    """In a packed pass a mask of one cell that carries the layout to the attention; else transformers' own."""
     layout = _current.get()
     if layout is None:
         return masks.sdpa_mask(*args, **kwargs)
@@ -153,7 +141,7 @@ def _attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if packed is None or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
-        raise NotPackable("its attention depends on more than a mask of places")
+        raise NotPackable("its attention depends on more than a mask of positions")
     layout, allowed = packed
     if not query.shape[2] == key.shape[2] == len(layout.cells):
         raise NotPackable("its attention sees more than the tokens of a row")
@@ -175,29 +163,26 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def raise_if_device(error: Exception) -> None:
-    """Raise what says nothing of the model: no memory, or a fault of the device."""
+    """Raise errors that are not the model's: out of memory, or a fault of the device."""
     if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
         raise error
 
 
 def packed_hidden(body: Callable[..., Any], input_ids: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states of the real tokens of padded rows.
+    """Last hidden states `(N, D)`, one for each token of a layout.
 
     Args:
         body: Transformer without its head, whose attention is `sdpa`.
         input_ids: Right-padded ids `(B, T)`.
         layout: Of these rows.
 
-    Returns:
-        `(N, D)` hidden states, one for each token of the layout.
-
     Raises:
-        NotPackable: Attention of the model is not one that packed rows serve.
+        NotPackable: The model's attention is not one that packed rows support.
     """
     ids = input_ids.reshape(-1)[layout.cells].unsqueeze(0)
     before = _current.set(layout)
     try:
-        # Every token counts: with this mask none looks for rows in the positions.
+        # With a mask, models do not look for packed rows in the positions.
         output = body(
             input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=layout.positions, use_cache=False
         )
@@ -209,12 +194,8 @@ def packed_hidden(body: Callable[..., Any], input_ids: Tensor, layout: Layout) -
 def why_not_packed(model: Any, body: Callable[..., Any]) -> str | None:
     """Why the rows of a model cannot be packed; None where they can.
 
-    They can where tokens meet in attention alone, and all of that attention has a mask that depends on the places of
-    tokens within their rows. Each token is run as a row of its own, one of them NaN: no other may become NaN.
-
-    Args:
-        model: Causal language model from transformers.
-        body: Runs it without its head.
+    They can where tokens mix in attention alone, and all masks depend on nothing but positions within rows. To find
+    out, each token is run as its own row, one of them NaN: no other may become NaN.
     """
     config = model.config.get_text_config()
     if config._attn_implementation != ATTENTION:
@@ -239,4 +220,4 @@ def why_not_packed(model: Any, body: Callable[..., Any]) -> str | None:
     finally:
         handle.remove()
     reached = hidden.isnan().any(dim=-1).tolist()
-    return None if reached == [n == 1 for n in range(count)] else "its tokens meet outside attention, too"
+    return None if reached == [n == 1 for n in range(count)] else "its tokens mix outside attention, too"

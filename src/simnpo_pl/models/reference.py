@@ -59,13 +59,13 @@ class FrozenModel:
         """
         scorer = self._resident
         if scorer is None:
-            shared_out = is_sharded(policy.model)
-            if same and not shared_out:
+            sharded = is_sharded(policy.model)
+            if same and not sharded:
                 model = frozen_copy(policy.model)
             else:
-                model = self._load(self.name, option=self.option, shared_out=shared_out)
+                model = self._load(self.name, option=self.option, sharded=sharded)
             model.requires_grad_(False).eval()
-            if shared_out:
+            if sharded:
                 shard_like(model, policy.model)
             scorer = Scorer(model.to(device))
         if scorer.vocabulary != policy.vocabulary:

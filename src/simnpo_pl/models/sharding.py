@@ -1,6 +1,8 @@
-"""Weights, gradients and optimizer state shared out among all devices: PyTorch's fully_shard (FSDP2) under Lightning.
+"""FSDP2, PyTorch's `fully_shard`, under Lightning: weights, gradients and optimizer state sharded over all devices.
 
-`--trainer.strategy fsdp2`. Checkpoints are folders with a file of every process; the export is gathered.
+`--trainer.strategy fsdp2`. A checkpoint is a folder with a file of every process; the exported model is gathered.
+Lightning's own way of reading such a checkpoint unpickles its index, which can run code, and needs every weight in it,
+which the checkpoint of an adapter does not have: hence `SafeReader` and `ShardedStrategy.load_checkpoint`.
 """
 
 import pickle
@@ -25,29 +27,36 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from simnpo_pl.models.layers import body_of, layers_of
-from simnpo_pl.models.weight_files import fill_shards
 from simnpo_pl.utils.errors import UserError
 
 INDEX, REST = ".metadata", "meta.pt"
 
 
 def shard(model: Any, mesh: DeviceMesh) -> None:
-    """Share a model out in place, layer by layer.
+    """Shard a model in place, layer by layer; the weights come from the first process.
 
     Embeddings, last norm and head are one group, which stays gathered between a forward pass and its backward pass:
     the head is applied to some positions only, after the pass.
 
     Args:
-        model: Causal language model from transformers; one that is yet to be read is read now.
+        model: Causal language model from transformers, with its weights on the first process, on the meta device on
+            all others, see `load_causal_lm(sharded=True)`.
         mesh: The devices, along one dimension.
 
     Raises:
         UserError: The model keeps its layers in no list.
     """
+    first = mesh.get_local_rank() == 0
+    weights = model.state_dict() if first else {}
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    fill_shards(model, mesh.get_local_rank(), mesh.size())
+    if not first:
+        model.to_empty(device=mesh.device_type)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    # A state dict lacks some buffers, such as the frequencies of rotary positions.
+    for buffer in model.buffers():
+        torch.distributed.broadcast(buffer, src=0)
 
     def body(self: Any, **inputs: Any) -> Any:
         return body_of(self)(**inputs)
@@ -57,12 +66,11 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
 
 
 def shard_like(model: Any, other: Any) -> None:
-    """Share a model out over the devices of another one."""
+    """Shard a model over the devices of another one."""
     shard(model, next(other.parameters()).device_mesh)
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether every process has to take part in a forward pass of the model."""
     return isinstance(model, FSDPModule)
 
 
@@ -79,18 +87,12 @@ class ShardedStrategy(ModelParallelStrategy):
     strategy_name = "fsdp2"
 
     def setup_environment(self) -> None:
-        """Lay all devices out along one dimension."""
+        # By default Lightning uses the devices of a machine for tensor parallelism; their number is known only now.
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """All weights on the CPU of the first process; empty on the others."""
-        assert self.model is not None
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return dict(get_model_state_dict(self.model, options=options))  # type: ignore[arg-type]
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load what a checkpoint holds of weights and optimizer, on any number of processes; gives the rest.
+        """Load the weights and optimizer state of a checkpoint, on any number of processes; returns the rest.
 
         Raises:
             UserError: It is no sharded checkpoint, or lacks weights that are trained.
@@ -98,7 +100,7 @@ class ShardedStrategy(ModelParallelStrategy):
         path = Path(self.broadcast(checkpoint_path))
         if not (path / INDEX).is_file() or not (path / REST).is_file():
             raise UserError(
-                f"--ckpt_path {path} is no whole checkpoint of a sharded run; give the folder that it saved"
+                f"--ckpt_path {path} is no complete checkpoint of a sharded run; give the folder that it saved"
             )
         reader = SafeReader(path)
         known = reader.read_metadata().state_dict_metadata
@@ -121,12 +123,12 @@ class SafeReader(FileSystemReader):
     """Reads a sharded checkpoint without running code: its index is a pickle."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index; only the classes it is made of are taken from it."""
         with (Path(self.path) / INDEX).open("rb") as file:
             try:
                 index: Metadata = _Unpickler(file).load()
             except (pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
                 raise UserError(f"--ckpt_path {self.path}: no index of a checkpoint ({error}); use another") from error
+        # What the base class sets on an index that it has read.
         index.storage_meta = getattr(index, "storage_meta", None) or StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
@@ -140,7 +142,7 @@ class _Unpickler(pickle.Unpickler):
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if "." not in name and (module in self.MODULES or (module, name) in self.NAMES or dtype):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of one")
 
 
 StrategyRegistry.register(
@@ -149,11 +151,8 @@ StrategyRegistry.register(
 
 
 def gathered(strategy: Any) -> Mapping[str, Tensor]:
-    """All weights of the model, on the first process at least.
-
-    Args:
-        strategy: Of the Trainer; every process has to call this.
-    """
+    """All weights of the model, on the first process at least; every process has to call this."""
     if isinstance(strategy, ShardedStrategy):
-        return strategy.full_state_dict()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(strategy.model, options=options)  # type: ignore[arg-type,return-value]
     return strategy.lightning_module_state_dict()

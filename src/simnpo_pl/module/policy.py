@@ -113,9 +113,9 @@ class PolicyModule(pl.LightningModule):
             shard(self.policy, self._device_mesh["data_parallel"])
 
     def load_policy(self) -> Any:
-        """The model before it is shared out."""
-        shared_out = self._device_mesh is not None
-        policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation, self.option, shared_out)
+        """The model before it is sharded."""
+        sharded = self._device_mesh is not None
+        policy = load_causal_lm(self.name, self.dtype_name, self.attn_implementation, self.option, sharded)
         if self.gradient_checkpointing:
             policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return policy
@@ -163,7 +163,7 @@ class PolicyModule(pl.LightningModule):
         assert self.evaluation is not None
         outcome: Any = None if self.finished_parts is None else self.finished_parts.found(batch)
         if outcome is None:
-            # Processes that share a model out wait for each other: none may run more batches than another.
+            # Processes that share a sharded model wait for each other: none may run more batches than another.
             outcome = (self._run if is_sharded(self.policy) else self._in_halves)(batch)
             if self.finished_parts is not None:
                 self.finished_parts.keep(batch, outcome)
