@@ -192,6 +192,9 @@ class SaveState(Checkpoint):
 
     def _agreed_signal(self, trainer: pl.Trainer) -> int:
         """Signal that any process received; 0 for none."""
+        if trainer.world_size == 1:
+            # A GPU would have to be waited for.
+            return self.signals.requested
         requested = torch.tensor(self.signals.requested, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(requested, reduce_op="max"))
 
