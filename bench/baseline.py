@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
+from simnpo_pl.data.training import collate
 
 Batch = dict[str, Tensor]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate, TokenRow
+from simnpo_pl.data.training import collate
 
 PERCENTS = [0, 5, 10, 25, 50, 75, 90, 95, 99, 100]
 PROMPT_LENGTHS = [10, 15, 17, 18, 21, 24, 28, 31, 37, 56]

@@ -3,6 +3,7 @@
 PYTHONPATH=examples python -m simnpo_pl fit --data capitals.CapitalsData --model.name MODEL --trainer.max_epochs 5
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from worst import WorstProbability
@@ -42,7 +43,7 @@ class CapitalsData(UnlearningData):
             if (country in self.forget) == forget
         ]
 
-    def training_rows(self) -> TrainingRows:
+    def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """Forget and retain rows."""
         return TrainingRows(forget=self._rows(True), retain=self._rows(False))
 

@@ -27,11 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from chaos import make_inputs, replace_block
 
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
-from simnpo_pl.data.collate import collate
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.sources import load_jsonl, load_split
 from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate
-from simnpo_pl.data.training import TrainingRows, TrainingSet
+from simnpo_pl.data.training import TrainingRows, TrainingSet, collate
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import generation_batches, scoring_batches
 from simnpo_pl.metrics.logs import read_retain_log

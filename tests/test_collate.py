@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
+from simnpo_pl.data.training import collate
 
 
 @st.composite

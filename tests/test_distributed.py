@@ -243,7 +243,7 @@ def test_reference_rows_are_shared_among_processes(rows: int, world: int, model_
     for rank in range(world):
         strategy = SimpleNamespace(global_rank=rank, world_size=world, reduce=lambda value, reduce_op: value)
         reference = Reference("x", "--model.name", lambda *a, **k: None)
-        reference.fill(batches, rows, scorer, "cpu", strategy)
+        reference.fill(batches, scorer, "cpu", strategy)
         found.append(reference.totals["forget"])
     alone = torch.stack(
         [scorer({"x": batch["forget"]})["x"].logps().total for batch in scoring_parts(encoded, "forget", 0, 1)]

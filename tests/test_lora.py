@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from helpers import killed_in_epoch, results
-from simnpo_pl.data.collate import collate
+from simnpo_pl.data.training import collate
 from simnpo_pl.models.loading import load_causal_lm, load_tokenizer, save_model
 from simnpo_pl.models.lora import LoraOptions
 from simnpo_pl.module.optimization import adamw

@@ -20,8 +20,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
-from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
+from simnpo_pl.data.training import collate
 from simnpo_pl.evaluation.gradients import gradient_norms
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import EvalSet

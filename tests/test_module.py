@@ -236,7 +236,7 @@ def test_logged_loss_is_that_of_plain_batch(fit: Callable[..., Any], model_folde
     sampler.set_epoch(0)
     first = next(iter(sampler))
     rows = trainer.datamodule._training
-    from simnpo_pl.data.collate import collate
+    from simnpo_pl.data.training import collate
 
     batch = {
         "forget": collate([rows["forget"][i] for i in first.step_forget], 0),

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from helpers import golden as read_golden
-from simnpo_pl.data.collate import collate
 from simnpo_pl.data.text import text_blocks
 from simnpo_pl.data.tokenization import TokenRow
+from simnpo_pl.data.training import collate
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import NPO, GradAscent, GradDiff, SimNPO
 

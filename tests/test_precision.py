@@ -265,8 +265,7 @@ RETAIN_LOSSES = (None, NLL(), KL(), KL("all"), EmbedDiff(0), EmbedDiff(0, "cross
 def rows(data_folder: Path, small: Path) -> Batch:
     data = tofu(data_folder, small, batch=2)
     data.trainer = trainer()
-    data.parts = ("forget", "retain", "alternate")
-    data.setup("fit")
+    data.load_training(("forget", "retain", "alternate"))
     return next(iter(data.train_dataloader()))
 
 

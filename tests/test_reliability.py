@@ -254,7 +254,7 @@ def test_checkpoint_of_another_cut_in_the_middle_of_an_epoch(cli: CLI, cli_error
     saved = ["--ckpt_path", str(tmp_path / "run" / "last.ckpt"), "--run_dir", str(tmp_path / "other")]
     error = cli_error("fit", *options, *saved, "--data.per_device_batch", "1")
     assert (
-        "in the middle of an epoch with per_device_batch 2, here it is 1: go on with the settings of its run" in error
+        "in the middle of an epoch with per_device_batch 2, here it is 1: resume with the settings of its run" in error
     )
 
 

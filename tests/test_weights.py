@@ -123,7 +123,7 @@ def test_weight_scales_the_gradient_of_the_log_prob(
 ):
     """Through the model: the forget loss's gradient is the mean over rows of weight times the log-prob's gradient."""
     from simnpo_pl.benchmarks import TofuData
-    from simnpo_pl.data.collate import collate
+    from simnpo_pl.data.training import collate
 
     data = TofuData(path=str(data_folder), model=str(model_folder))
     data.setup("test")

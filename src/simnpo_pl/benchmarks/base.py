@@ -1,26 +1,215 @@
-"""The data module of benchmarks made of text: training pairs from forget and retain rows, and an evaluation.
+"""Data modules of all benchmarks: training pairs, an evaluation, and their loaders.
 
-A benchmark is a subclass that says which rows are trained on and what is measured; it knows no model.
+`PairedData` knows tokens alone, `UnlearningData` adds text and a tokenizer; neither knows a model. A benchmark is a
+subclass that says which rows are trained on and what is measured. Of the module they need `parts`, the parts of a
+batch that its losses read.
 """
 
+import math
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
+import lightning.pytorch as pl
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
-from simnpo_pl.benchmarks.paired import PairedData
 from simnpo_pl.data.conversation import AnswerEnd
+from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.sources import hub_file
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
-from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.evaluation.evaluation import Evaluation
+from simnpo_pl.data.training import TrainingLoader, TrainingRows, TrainingSet, scoring_parts
+from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.evaluation.plan import eval_loader, generation_batches, gradient_batches, largest_id, scoring_batches
 from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log, unlearning_run
 from simnpo_pl.models.loading import context_length, load_tokenizer
 from simnpo_pl.utils.errors import UserError
+
+
+class PairedData(pl.LightningDataModule):
+    """Pairs of forget and retain rows, and what is measured.
+
+    An epoch is one pass over the forget rows; each is paired with a retain row drawn anew every epoch.
+
+    Args:
+        effective_batch: Forget rows per optimizer step, over all devices; each comes with a retain row.
+        per_device_batch: Largest number of forget rows in a forward pass on one device.
+        seed: Seed of order, retain partners and refusals; the command line takes it from `--seed_everything`.
+        eval: What is measured; the command line takes it from `--eval`.
+    """
+
+    sampler: PairedSampler | None = None
+    tokenizer: Any = None
+    """Saved with the model; None where rows are tokens from the start."""
+
+    def __init__(
+        self,
+        effective_batch: int = 32,
+        per_device_batch: int = 8,
+        seed: int = 0,
+        eval: EvalOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.effective_batch = effective_batch
+        self.per_device_batch = per_device_batch
+        self.seed = int(seed)
+        self.eval = eval or EvalOptions()
+        self._training: dict[str, list[TokenRow]] = {}
+        self._evaluation: Evaluation | None = None
+
+    @abstractmethod
+    def token_rows(self, parts: Collection[str]) -> dict[str, list[TokenRow]]:
+        """The rows to train on.
+
+        Args:
+            parts: What the losses read: `forget`, `retain`, `alternate`.
+
+        Returns:
+            Part to its rows; one alternate for each forget row.
+        """
+
+    @abstractmethod
+    def make_evaluation(self) -> Evaluation:
+        """The splits and metrics to measure; raises `UserError` where the data is not usable."""
+
+    pad_id = 0
+    """Any id of the vocabulary: the mask of a batch comes from the rows' lengths."""
+    end_ids: Collection[int] = ()
+    """Tokens that end an answer."""
+
+    def use_retrained_rows(self, rows: list[dict[str, Any]], source: str) -> None:
+        """Compare with a retrained model's rows, as `EvalResult.rows` holds them; ignored where no metric does."""
+
+    def find_retain_log(self) -> RetainLog | None:
+        """The retrained model's rows that metrics compare with; None where no metric does."""
+        return None
+
+    def export(self, result: EvalResult) -> dict[str, Any]:
+        """Further result files of this benchmark: file name to JSON content."""
+        return {}
+
+    def setup(self, stage: str) -> None:
+        """Read what the stage needs."""
+        if stage == "fit":
+            module: Any = self.trainer and self.trainer.lightning_module
+            self.load_training(module.parts)
+        self.evaluation()
+
+    def load_training(self, parts: Collection[str]) -> None:
+        """Read the training rows, once, and cut them into effective batches.
+
+        Args:
+            parts: What the losses read: `forget`, `retain`, `alternate`.
+        """
+        trainer: Any = self.trainer
+        self._training = self._training or self.token_rows(parts)
+        self.sampler = PairedSampler(
+            len(self._training["forget"]),
+            len(self._training.get("retain", ())),
+            self.effective_batch,
+            self.per_device_batch,
+            trainer.world_size,
+            trainer.global_rank,
+            self.seed,
+        )
+        step = self.sampler.accumulate
+        # Lightning has no public name for this setting.
+        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise UserError(
+                "rows are distributed to processes by this data module: set --trainer.use_distributed_sampler false"
+            )
+        if trainer.accumulate_grad_batches not in (1, step):
+            raise UserError(
+                f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} contradicts "
+                f"--data.effective_batch {self.effective_batch} = {trainer.world_size} device(s) x "
+                f"{self.per_device_batch} rows x {step}: leave it out"
+            )
+        trainer.accumulate_grad_batches = step
+        if trainer.overfit_batches:
+            raise UserError(
+                "--trainer.overfit_batches is not supported, since every epoch draws its batches anew: train on fewer "
+                "forget rows, or set --trainer.limit_train_batches"
+            )
+        limit, total = trainer.limit_train_batches, len(self.sampler)
+        batches = limit if isinstance(limit, int) else int(limit * total)
+        if batches < total and batches % step and not trainer.fast_dev_run:
+            raise UserError(
+                f"--trainer.limit_train_batches {limit} ends an epoch inside an optimizer step of {step} "
+                f"micro-batches: give a multiple of {step}"
+            )
+
+    def describe(self) -> str:
+        """Rows, effective batch and steps in one line."""
+        sampler = self.sampler
+        assert sampler is not None
+        world = sampler.world_size
+        sizes = ", ".join(f"{len(rows)} {name} rows" for name, rows in self._training.items())
+        return (
+            f"data: {sizes}; effective batch {self.effective_batch} = {world} device{'s' if world > 1 else ''} x "
+            f"{self.per_device_batch} rows x {sampler.accumulate}; {sampler.steps_per_epoch} steps per epoch"
+        )
+
+    def micro_batch(self) -> tuple[int, int]:
+        """Rows of a forward pass on one device, and tokens per row that hardly any micro-batch exceeds on average."""
+        rows, tokens = 0, 0.0
+        for part in self._training.values():
+            lengths, size = [len(row.input_ids) for row in part], min(self.per_device_batch, len(part))
+            tokens += min(size * max(lengths), size * fmean(lengths) + 3 * math.sqrt(size) * pstdev(lengths))
+            rows += size
+        return rows, math.ceil(tokens / rows)
+
+    def train_dataloader(self) -> DataLoader:
+        """Micro-batches of this process, see `TrainingSet`."""
+        assert self.sampler is not None
+        return TrainingLoader(TrainingSet(self._training, self.pad_id), self.sampler)
+
+    def reference_batches(self, parts: Sequence[str]) -> list[dict[str, Any]]:
+        """All forget rows (and their refusals) once, for the reference's log-probs."""
+        return [batch for name in parts for batch in scoring_parts(self._training[name], name, self.pad_id)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress in the epoch."""
+        return {} if self.sampler is None else self.sampler.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume in the middle of an epoch; Lightning restores a loader too late, once it has been set up."""
+        if self.sampler is not None:
+            self.sampler.load_state_dict(state_dict)
+
+    def evaluation(self) -> Evaluation:
+        """The splits and metrics, built once."""
+        if self._evaluation is None:
+            made = self.make_evaluation()
+            made.min_k = self.eval.min_k
+            self._evaluation = made if self.eval.splits is None else made.only(self.eval.splits)
+        return self._evaluation
+
+    def largest_id(self) -> int:
+        """Largest token id that training and evaluation read."""
+        training = (max(row.input_ids, default=0) for part in self._training.values() for row in part)
+        return max(largest_id(self.evaluation().sets), *training, 0)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches to score and to generate, each process its share."""
+        sets = self.evaluation().sets
+        return eval_loader(
+            self.trainer,
+            scoring_batches(sets, self.eval.tokens_per_batch, self.pad_id),
+            gradient_batches(sets, self.pad_id),
+            generation_batches(sets, self.eval.prompts_per_batch),
+        )
+
+    test_dataloader = val_dataloader
+
+    def predict_dataloader(self) -> DataLoader:
+        """Prompts to generate."""
+        return eval_loader(self.trainer, generation_batches(self.evaluation().sets, self.eval.prompts_per_batch))
 
 
 class UnlearningData(PairedData):
@@ -40,7 +229,7 @@ class UnlearningData(PairedData):
             template itself writes there; `eos` for the tokenizer's end-of-sequence token.
         max_length: Longest sequence, tokens; null takes the limit of tokenizer and model.
         truncate: Whether longer sequences are cut at the end of the answer instead of being refused.
-        forget_rows: Rows the objective is applied to, by their place in the forget set from 0; null for all.
+        forget_rows: Rows the objective is applied to, by their index in the forget set from 0; null for all.
         kwargs: Passed on to `PairedData`.
     """
 
@@ -72,38 +261,27 @@ class UnlearningData(PairedData):
         self.retrained_log: RetainLog | None = None
         self.reference_losses: dict[str, Tensor] | None = None
 
-    # -- what a benchmark says ---------------------------------------------------------------------------
-
     @abstractmethod
-    def training_rows(self) -> TrainingRows:
+    def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """The rows to train on.
 
-        Raises:
-            UserError: The data is missing or not usable.
+        Args:
+            parts: What the losses read: `forget`, `retain`, `alternate`; other rows may be left out.
         """
 
     @abstractmethod
     def build_evaluation(self, build: EvaluationBuilder) -> None:
-        """Adds the splits and metrics to measure.
+        """Adds the splits and metrics to measure; raises `UserError` where the data is not usable."""
 
-        Raises:
-            UserError: The data is missing or not usable.
-        """
-
-    # -- tokens ------------------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        """Read and tokenise what the stage needs."""
-        self._setup_encoder()
-        super().setup(stage)
-
-    def _setup_encoder(self) -> None:
-        if hasattr(self, "encoder"):
-            return
+    @cached_property
+    def tokenizer(self) -> Any:
         if self.tokenizer_name is None:
             raise UserError("no tokenizer: give --model.name, or model= to the data module in Python")
-        self.tokenizer = load_tokenizer(self.tokenizer_name)
-        self.encoder = PromptTemplate(
+        return load_tokenizer(self.tokenizer_name)
+
+    @cached_property
+    def encoder(self) -> PromptTemplate:
+        return PromptTemplate(
             self.tokenizer,
             self.template,
             self.max_length or self.context(),
@@ -122,51 +300,36 @@ class UnlearningData(PairedData):
         return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 
     @property
-    def pad_id(self) -> int:
-        """Any id of the vocabulary; padding is masked by length, never recognised by its id."""
+    def pad_id(self) -> int:  # type: ignore[override]
         known = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if known is None else known)
 
     @property
-    def end_ids(self) -> Collection[int]:
-        """Tokens that end an answer, known once the answers are tokens."""
+    def end_ids(self) -> Collection[int]:  # type: ignore[override]
         return self.encoder.end_ids
 
-    def token_rows(self, parts: tuple[str, ...]) -> dict[str, list[TokenRow]]:
-        """The rows to train on, in tokens."""
-        rows = self.training_rows()
+    def token_rows(self, parts: Collection[str]) -> dict[str, list[TokenRow]]:
+        rows = self.training_rows(parts)
         chosen = rows if self.forget_rows is None else rows.only(self.forget_rows)
         self._form = chosen.form(self.encoder)
         return chosen.encode(self.encoder, parts, self.seed)
 
     def make_evaluation(self) -> Evaluation:
-        """The splits and metrics to measure."""
         build = EvaluationBuilder(self.encoder, self.eval)
         self.build_evaluation(build)
-        made = build.evaluation()
-        made.min_k = self.eval.min_k
-        return made
+        return build.evaluation()
 
     def forget_lengths(self) -> list[int]:
-        """Scored tokens of each of the rows that `forget_rows` chooses from.
-
-        Raises:
-            UserError: The rows are text cut in blocks, which belong to no row.
-        """
-        self._setup_encoder()
-        rows = self.training_rows()
+        """Scored tokens of each of the rows that `forget_rows` chooses from."""
+        rows = self.training_rows(("forget",))
         if isinstance(rows.forget, Texts) and rows.forget.rows == "blocks":
-            raise UserError("rows to forget have no length of their own where their text is cut in blocks")
+            raise UserError("forget rows have no length where their text is cut in blocks: give --data.rows documents")
         return [row.length for row in rows.encode(self.encoder, ("forget",), self.seed)["forget"]]
 
     def describe(self) -> str:
-        """Rows, effective batch, steps and form of the rows in one line."""
         return f"{super().describe()}; {self._form}"
 
-    # -- the retrained model -----------------------------------------------------------------------------
-
     def use_retrained_rows(self, rows: list[dict[str, Any]], source: str) -> None:
-        """Compare with a retrained model's rows, as `EvalResult.rows` holds them."""
         self.retrained_log = parse_rows(source, rows, "evaluated in this run")
         self._evaluation = None
 
@@ -176,11 +339,7 @@ class UnlearningData(PairedData):
         self._evaluation = None
 
     def find_retain_log(self) -> RetainLog | None:
-        """The retrained model's rows: handed over, or read from `--eval.retain_log`.
-
-        Raises:
-            UserError: The log cannot be read or used, or `--eval.retrained` is the model of a run that unlearned.
-        """
+        """The retrained model's rows: handed over, or read from `--eval.retain_log`."""
         if self.eval.retrained is not None and (run := unlearning_run(Path(self.eval.retrained).expanduser().parent)):
             raise UserError(
                 f"--eval.retrained {self.eval.retrained}: this model was unlearned in {run}; give one that was trained "

@@ -5,7 +5,7 @@ which chain a sequence came from, so a model has to find out from the sequence. 
 forgotten.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simnpo_pl.benchmarks.paired import PairedData
+from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.benchmarks.pretraining import batches_of, new_llama, train
 from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
 from simnpo_pl.evaluation.evaluation import Evaluation
@@ -114,7 +114,7 @@ class MarkovData(PairedData):
         with FileLock(self.path / ".lock"):
             prepare(self.path, self.size, self.forget2_length, self.knows_forget2, self.seed)
 
-    def token_rows(self, parts: tuple[str, ...]) -> dict[str, list[TokenRow]]:
+    def token_rows(self, parts: Collection[str]) -> dict[str, list[TokenRow]]:
         """Sequences of both forget chains, and of the retain chain."""
         if "alternate" in parts:
             raise UserError("sequences of states have no refusals; choose an objective that reads none")

@@ -3,7 +3,7 @@
 Training reads plain text. Verbatim and knowledge memorization and privacy leakage are measured, on MUSE's scale of 100.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -59,10 +59,10 @@ class MuseData(UnlearningData):
         self.rows: Literal["blocks", "documents"] = rows
         self.last_block: Literal["short", "filled"] = last_block
 
-    def training_rows(self) -> TrainingRows:
+    def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """The forget text and, where the losses ask for it, the retain text."""
         forget = Texts(self._documents(self.forget_split), self.rows, self.last_block)
-        if "retain" not in self.wanted_parts:
+        if "retain" not in parts:
             return TrainingRows(forget)
         return TrainingRows(forget, Texts(self._documents(self.retain_split), self.rows, self.last_block))
 

@@ -1,5 +1,6 @@
 """Custom data: rows to forget, to retain and to hold out, in any form and from anywhere."""
 
+from collections.abc import Collection
 from itertools import combinations
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ class OwnData(UnlearningData):
         self.retain_eval_rows = retain_eval_rows
         self._read: dict[str, Rows] = {}
 
-    def training_rows(self) -> TrainingRows:
+    def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """Forget rows, retain rows and refusals."""
         return TrainingRows(
             forget=self._rows("forget"),

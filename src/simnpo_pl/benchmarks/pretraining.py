@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
+from simnpo_pl.data.training import collate
 from simnpo_pl.models.logprobs import Scorer
 
 

@@ -1,6 +1,7 @@
 """TOFU: forget some of 200 fictional authors, keep the others, real authors and world facts (arXiv 2401.06121)."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,12 @@ class TofuData(UnlearningData):
         self.refusals = refusals
         self._sought_log = False
 
-    def training_rows(self) -> TrainingRows:
+    def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """Forget rows, and what else the losses ask for: retain rows, refusals."""
-        wanted = self.wanted_parts
         return TrainingRows(
             forget=load_split(self.path, self.train_split, QUESTIONS),
-            retain=load_split(self.path, self.retain_split, QUESTIONS) if "retain" in wanted else [],
-            refusals=self._refusals() if "alternate" in wanted else [],
+            retain=load_split(self.path, self.retain_split, QUESTIONS) if "retain" in parts else [],
+            refusals=self._refusals() if "alternate" in parts else [],
         )
 
     def _refusals(self) -> list[str]:

@@ -4,6 +4,7 @@ Training reads plain text, a row a document. The command `lm-eval` measures accu
 MMLU afterwards, on the run's model.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from simnpo_pl.benchmarks.base import UnlearningData
@@ -45,10 +46,10 @@ class WmdpData(UnlearningData):
         self.eval_rows = eval_rows
         self._documents: dict[str, list[str]] = {}
 
-    def training_rows(self) -> TrainingRows:
+    def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """The forget documents and, where the losses ask for them, the retain documents."""
         forget = Texts(self.documents("forget"), "documents")
-        if "retain" not in self.wanted_parts:
+        if "retain" not in parts:
             return TrainingRows(forget)
         return TrainingRows(forget, Texts(self.documents("retain"), "documents"))
 

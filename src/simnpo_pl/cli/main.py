@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
-from simnpo_pl.benchmarks.paired import PairedData
+from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.cli import RUNS
 from simnpo_pl.cli.arguments import HelpFormatter, clear_changed_classes, explain
 from simnpo_pl.cli.summary import measures, memory, plan, table, written
@@ -223,8 +223,7 @@ class UnlearningCLI(LightningCLI):
             print(plan(self.trainer, self.model, self.run_folder.folder, fit))
         if fit:
             # Mistakes in the training rows show before the first evaluation.
-            data.parts = self.model.parts
-            data.setup("fit")
+            data.load_training(self.model.parts)
             if first:
                 print(memory(self.trainer, self.model, data), flush=True)
         data.setup("validate")

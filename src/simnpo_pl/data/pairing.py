@@ -1,11 +1,9 @@
-"""The order of training: which forget and retain rows every process uses in every micro-batch.
+"""The order of training: which forget and retain rows each process uses in each micro-batch.
 
-An epoch is one pass over the forget set; the usual pairing of two data loaders would make it a pass over
-the larger retain set. All choices follow from (seed, epoch, forget row), so they do not change with the
-number of processes or the batch size, and a resumed run repeats them.
+An epoch is one pass over the forget set; Lightning's own pairing of two data loaders would make it a pass over the
+larger retain set. All choices follow from (seed, epoch, forget row), so they do not change with the number of processes
+or the batch size, and a resumed run repeats them.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Iterator
@@ -26,13 +24,13 @@ _CUT = ("forget_rows", "retain_rows", "effective_batch", "per_device_batch", "wo
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one process does in one forward and backward pass.
+    """The rows of one process in one forward and backward pass.
 
     Attributes:
         forget: Indices of forget rows, at least one.
         retain: Index of the retain partner of each of them; empty without a retain set.
-        real: For each forget row whether it counts; False marks a repeat of weight zero that only keeps the
-            number of forward passes equal on all processes.
+        real: For each forget row whether it counts; False marks a filler of weight zero, which makes the number of
+            forward passes equal on all processes.
         step_forget: All rows that count in this optimizer step, over all processes and micro-batches.
         step_retain: The retain partner of each of these.
     """
@@ -56,13 +54,13 @@ class PairedSampler(Sampler[MicroBatch]):
         forget_rows: Size of the forget set, at least 1.
         retain_rows: Size of the retain set; 0 pairs nothing.
         effective_batch: Forget rows per optimizer step over all processes.
-        per_device_batch: Most forget rows in one forward pass on one process.
+        per_device_batch: Largest number of forget rows in one forward pass on one process.
         world_size: Number of processes.
         rank: This process, from 0.
         seed: Non-negative seed of the run.
 
     Attributes:
-        given: Micro-batches of the present epoch that were handed out.
+        yielded: Micro-batches of the current epoch that have been yielded.
 
     Raises:
         UserError: A number is out of range, or `effective_batch` is not a multiple of
@@ -90,7 +88,7 @@ class PairedSampler(Sampler[MicroBatch]):
                 raise UserError(f"{name} must be at least {least}, got {value}")
         if not 0 <= rank < world_size:
             raise UserError(f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}")
-        self._check_divisible(effective_batch, per_device_batch, world_size)
+        _check_divisible(effective_batch, per_device_batch, world_size)
         self.forget_rows = forget_rows
         self.retain_rows = retain_rows
         self.effective_batch = effective_batch
@@ -99,7 +97,7 @@ class PairedSampler(Sampler[MicroBatch]):
         self.rank = rank
         self.seed = seed
         self.epoch = 0
-        self.given = 0
+        self.yielded = 0
         self._resumed = (-1, 0)
 
     @property
@@ -113,32 +111,32 @@ class PairedSampler(Sampler[MicroBatch]):
         return math.ceil(self.forget_rows / self.effective_batch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, from 0, of the next iteration."""
+        """Choose the epoch, from 0, of the next iteration; Lightning calls this."""
         self.epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the sampler stands, and what the micro-batches of an epoch follow from."""
+        """Progress in the epoch, and the settings that its micro-batches follow from."""
         return {
             "epoch": self.epoch,
-            "given": self.given,
-            "all": self.given == len(self),
+            "yielded": self.yielded,
+            "all": self.yielded == len(self),
             "cut": {name: getattr(self, name) for name in _CUT},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Have the next iteration over the state's epoch leave out the micro-batches given before.
+        """Skip the micro-batches that were yielded before in the next iteration over the state's epoch.
 
         Raises:
-            UserError: The state is in the middle of an epoch that was cut in another way.
+            UserError: The state is from the middle of an epoch that was cut with other settings.
         """
         if not state["all"]:
             for name, value in state["cut"].items():
                 if getattr(self, name) != value:
                     raise UserError(
                         f"--ckpt_path: the checkpoint was made in the middle of an epoch with {name} {value}, here it "
-                        f"is {getattr(self, name)}: go on with the settings of its run, or from the end of an epoch"
+                        f"is {getattr(self, name)}: resume with the settings of its run, or from the end of an epoch"
                     )
-        self._resumed = (state["epoch"], len(self) if state["all"] else state["given"])
+        self._resumed = (state["epoch"], len(self) if state["all"] else state["yielded"])
 
     def __len__(self) -> int:
         """Micro-batches of this process in one epoch; the same on every process."""
@@ -146,96 +144,80 @@ class PairedSampler(Sampler[MicroBatch]):
         return full * self.accumulate + self._micro_batches(rest)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        epoch, given = self._resumed
-        self.given = given if epoch == self.epoch else 0
-        for micro in islice(self._all(), self.given, None):
-            self.given += 1
+        epoch, yielded = self._resumed
+        self.yielded = yielded if epoch == self.epoch else 0
+        for micro in islice(self._all(), self.yielded, None):
+            self.yielded += 1
             yield micro
 
     def _all(self) -> Iterator[MicroBatch]:
-        """Micro-batches of the whole epoch."""
         order = _shuffled(self.forget_rows, _FORGET_ORDER, self.seed, self.epoch)
         partners = _shuffled(self.retain_rows, _RETAIN_PARTNER, self.seed, self.epoch)
         for start in range(0, self.forget_rows, self.effective_batch):
             step = order[start : start + self.effective_batch]
-            step_retain = self._partners(step, partners)
+            step_retain = _partners(step, partners)
             cells = self._micro_batches(len(step)) * self.world_size
             for cell in range(self.rank, cells, self.world_size):
                 # Cells differ by at most one row; the fuller ones come first and so fall on all processes.
                 rows = step[_even_start(len(step), cells, cell) : _even_start(len(step), cells, cell + 1)]
                 forget = rows or step[:1]
-                yield MicroBatch(
-                    forget=forget,
-                    retain=self._partners(forget, partners),
-                    real=(bool(rows),) * len(forget),
-                    step_forget=step,
-                    step_retain=step_retain,
-                )
+                real = (bool(rows),) * len(forget)
+                yield MicroBatch(forget, _partners(forget, partners), real, step, step_retain)
 
     def _micro_batches(self, rows: int) -> int:
         """Micro-batches of each process for an optimizer step of so many rows."""
         return math.ceil(rows / (self.world_size * self.per_device_batch))
 
-    def _partners(self, forget: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
-        """The retain partner of each forget row."""
-        return tuple(order[row % len(order)] for row in forget) if order else ()
 
-    @staticmethod
-    def _check_divisible(effective_batch: int, per_device_batch: int, world_size: int) -> None:
-        """Refuses an effective batch that is no whole number of micro-batches."""
-        unit = world_size * per_device_batch
-        below = effective_batch // unit * unit
-        if effective_batch == below:
-            return
-        nearby = " or ".join(str(value) for value in (below, below + unit) if value)
-        advice = f"set effective_batch to {nearby}"
-        if effective_batch % world_size == 0:
-            share = effective_batch // world_size
-            fitting = max(size for size in range(1, per_device_batch + 1) if share % size == 0)
-            advice += f", or per_device_batch to {fitting}"
-        raise UserError(
-            f"effective_batch {effective_batch} is not a multiple of {world_size} processes x "
-            f"per_device_batch {per_device_batch} = {unit}: {advice}"
-        )
+def _check_divisible(effective_batch: int, per_device_batch: int, world_size: int) -> None:
+    unit = world_size * per_device_batch
+    below = effective_batch // unit * unit
+    if effective_batch == below:
+        return
+    nearby = " or ".join(str(value) for value in (below, below + unit) if value)
+    advice = f"set effective_batch to {nearby}"
+    if effective_batch % world_size == 0:
+        share = effective_batch // world_size
+        fitting = max(size for size in range(1, per_device_batch + 1) if share % size == 0)
+        advice += f", or per_device_batch to {fitting}"
+    raise UserError(
+        f"effective_batch {effective_batch} is not a multiple of {world_size} processes x "
+        f"per_device_batch {per_device_batch} = {unit}: {advice}"
+    )
 
 
 def draw_alternate(refusals: int, seed: int, row: int) -> int:
-    """Chooses the refusal that a forget row is answered with, the same for the whole run.
-
-    Args:
-        refusals: Number of refusals to choose from, at least 1.
-        seed: Non-negative seed of the run.
-        row: Index of the forget row.
-
-    Returns:
-        An index from 0 to refusals - 1.
-    """
+    """Index, from 0, of the refusal that a forget row is answered with; the same for the whole run."""
     return int(_generator(_ALTERNATE, seed, row).integers(refusals))
 
 
 def draw_step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
-    """Chooses the seed of what a forward pass draws (dropout), so that a resumed run draws the same.
+    """Seed of a forward pass (dropout), so that a resumed run draws the same and no two processes do.
 
     Args:
         seed: Non-negative seed of the run.
         epoch: Epoch, from 0.
         batch: Micro-batch of the epoch, from 0.
-        rank: Process, from 0: no two drop the same units.
+        rank: Process, from 0.
     """
     return int(np.random.SeedSequence([_STEP, seed, epoch, batch, rank]).generate_state(1)[0])
 
 
 def _generator(kind: int, seed: int, number: int) -> np.random.Generator:
-    """A private generator for one kind of draw."""
     return np.random.default_rng(np.random.SeedSequence([kind, seed, number]))
 
 
 def _shuffled(rows: int, kind: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The numbers below `rows` in an order fixed by the other arguments."""
+    """The numbers below `rows` in an order that follows from the other arguments."""
     return tuple(_generator(kind, seed, epoch).permutation(rows).tolist())
 
 
+def _partners(forget: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """The retain partner of each forget row."""
+    return tuple(order[row % len(order)] for row in forget) if order else ()
+
+
 def _even_start(rows: int, cells: int, cell: int) -> int:
-    """Where a cell starts when rows are spread evenly over cells, the first ones taking what is left over."""
+    """Start of a cell when rows are spread evenly over cells and the first cells take the remainder."""
     share, extra = divmod(rows, cells)
     return cell * share + min(cell, extra)

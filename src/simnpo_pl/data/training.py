@@ -1,6 +1,6 @@
-"""What is trained on: rows of questions and answers or of plain text, in tokens, in batches.
+"""Training batches: rows of questions and answers or of plain text, as tokens, padded.
 
-Each micro-batch says how large the effective batch is that it is part of.
+Each micro-batch brings what a mean over its effective batch needs.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from simnpo_pl.data.collate import collate
 from simnpo_pl.data.pairing import MicroBatch, PairedSampler, draw_alternate
 from simnpo_pl.data.sources import check_disjoint, check_rows
 from simnpo_pl.data.text import Texts
-from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
+from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate, TokenRow
 from simnpo_pl.utils.errors import UserError
 
 Part = dict[str, Tensor]
@@ -30,7 +29,7 @@ class TrainingRows:
     Args:
         forget: What the objective is applied to.
         retain: What the retain loss is applied to; may be empty.
-        refusals: Answers that may stand in for a forget answer; may be empty.
+        refusals: Answers that may replace a forget answer; may be empty.
     """
 
     forget: Rows
@@ -38,7 +37,7 @@ class TrainingRows:
     refusals: list[str] = field(default_factory=list)
 
     def only(self, chosen: Sequence[int]) -> "TrainingRows":
-        """Some of the forget rows (of text: documents), by their place from 0; everything else as it is.
+        """The same with some of the forget rows (of text: documents), by their index from 0.
 
         Raises:
             UserError: There is no such row.
@@ -51,21 +50,21 @@ class TrainingRows:
         return replace(self, forget=replace(self.forget, documents=kept) if isinstance(self.forget, Texts) else kept)
 
     def form(self, encoder: PromptTemplate) -> str:
-        """How the forget rows become tokens, in a few words."""
+        """How the forget rows become tokens, for the plan of a run."""
         if isinstance(self.forget, Texts):
             return f"text, {self.forget.rows} of at most {encoder.max_length} tokens"
         return f"prompt: {encoder.description}"
 
     def encode(self, encoder: PromptTemplate, parts: Collection[str], seed: int) -> dict[str, list[TokenRow]]:
-        """Rows in tokens.
+        """Tokenize the rows.
 
         Args:
-            encoder: Tokenises questions and answers, and brings the tokenizer for text.
-            parts: What the losses need: `forget`, `retain`, `alternate`.
+            encoder: Tokenizes questions and answers; its tokenizer serves text.
+            parts: What the losses read: `forget`, `retain`, `alternate`.
             seed: Chooses the refusal of each forget row.
 
         Returns:
-            Part to its rows; alternates are one for each forget row.
+            Part to its rows; one alternate for each forget row.
 
         Raises:
             UserError: Rows are missing or unusable.
@@ -101,6 +100,34 @@ def _items(rows: Rows) -> Sequence[Any]:
     return rows.documents if isinstance(rows, Texts) else rows
 
 
+def collate(rows: Sequence[TokenRow], pad_id: int) -> Part:
+    """Pad rows on the right to the longest of them.
+
+    Args:
+        rows: B rows, at least one.
+        pad_id: Token id of the padding. It may also be a real token, since the mask comes from the rows' lengths.
+
+    Returns:
+        Three int64 tensors of shape (B, T), T the longest row: `input_ids`; `labels`, IGNORE_INDEX where not
+        scored; and `attention_mask`, 1 on a row's own tokens and 0 on padding.
+
+    Raises:
+        ValueError: There is no row.
+    """
+    if not rows:
+        raise ValueError("expected at least one row to collate, got none")
+    shape = len(rows), max(len(row.input_ids) for row in rows)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    for index, row in enumerate(rows):
+        length = len(row.input_ids)
+        input_ids[index, :length] = torch.tensor(row.input_ids, dtype=torch.long)
+        labels[index, :length] = torch.tensor(row.labels, dtype=torch.long)
+        attention_mask[index, :length] = 1
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
 class TrainingSet(Dataset[dict[str, Part]]):
     """Makes the batch of a `MicroBatch`.
 
@@ -110,9 +137,9 @@ class TrainingSet(Dataset[dict[str, Part]]):
     these add up over micro-batches and processes to the mean.
 
     Args:
-        rows: `forget` rows, and `retain` and `alternate` rows where the losses need them; alternates are one
-            for each forget row.
-        pad_id: Token id that fills rows up.
+        rows: `forget` rows, and `retain` and `alternate` rows where the losses read them; one alternate for each
+            forget row.
+        pad_id: Token id of the padding.
     """
 
     def __init__(self, rows: Mapping[str, Sequence[TokenRow]], pad_id: int) -> None:
@@ -120,9 +147,8 @@ class TrainingSet(Dataset[dict[str, Part]]):
         self.pad_id = pad_id
 
     def __getitem__(self, micro: MicroBatch) -> dict[str, Part]:
-        taken = {"forget": (micro.forget, micro.step_forget), "alternate": (micro.forget, micro.step_forget)}
-        taken["retain"] = (micro.retain, micro.step_retain)
-        return {name: self._part(name, *taken[name], micro.real) for name in self.rows}
+        retain, forget = (micro.retain, micro.step_retain), (micro.forget, micro.step_forget)
+        return {name: self._part(name, *(retain if name == "retain" else forget), micro.real) for name in self.rows}
 
     def _part(self, name: str, indices: Sequence[int], step: Sequence[int], real: Sequence[bool]) -> Part:
         rows = self.rows[name]
@@ -130,19 +156,14 @@ class TrainingSet(Dataset[dict[str, Part]]):
             **collate([rows[i] for i in indices], self.pad_id),
             "index": torch.tensor(indices),
             "weight": torch.tensor(real, dtype=torch.float32),
-            # Whole numbers, since half precision would round floats of a batch.
+            # Integers, since half precision would round floats of a batch.
             "step_rows": torch.tensor(len(step)),
             "step_tokens": torch.tensor(sum(rows[i].length for i in step)),
         }
 
 
 class TrainingLoader(DataLoader[dict[str, Part]]):
-    """Loader of a `TrainingSet`; having a state, it counts as one that can go on in the middle of an epoch.
-
-    Args:
-        rows: The training set.
-        sampler: Chooses the micro-batches.
-    """
+    """Loader of a `TrainingSet`; having a state, it tells Lightning that it can resume in the middle of an epoch."""
 
     def __init__(self, rows: TrainingSet, sampler: PairedSampler) -> None:
         super().__init__(rows, batch_size=None, sampler=sampler)

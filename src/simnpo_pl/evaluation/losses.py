@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import EvalSet, eval_loader, scoring_batches
+from simnpo_pl.evaluation.plan import EvalSet, eval_loader, largest_id, scoring_batches
 from simnpo_pl.utils.errors import UserError
 
 
@@ -35,6 +35,10 @@ class AnswerLosses(pl.LightningDataModule):
     def evaluation(self) -> Evaluation:
         """The splits, without metrics."""
         return self._evaluation
+
+    def largest_id(self) -> int:
+        """Largest token id that is read."""
+        return largest_id(self._evaluation.sets)
 
     def val_dataloader(self) -> DataLoader:
         """Batches to score, each process its share."""

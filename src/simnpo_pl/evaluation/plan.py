@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from simnpo_pl.data.collate import collate
 from simnpo_pl.data.tokenization import TokenRow
+from simnpo_pl.data.training import collate
 from simnpo_pl.evaluation.fluency import FluencyClassifier
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM
 from simnpo_pl.metrics.base import RowMetric
@@ -78,6 +78,13 @@ class EvalSet:
     def generate(self) -> int:
         """Rows, from the first, that are generated."""
         return len(self.generation.prompts) if self.generation is not None else 0
+
+
+def largest_id(sets: Sequence[EvalSet]) -> int:
+    """Largest token id that an evaluation reads; 0 where it reads none."""
+    rows = [row.input_ids for part in sets for answers in part.answers for row in answers]
+    rows += [prompt for part in sets if part.generation is not None for prompt in part.generation.prompts]
+    return max((max(ids) for ids in rows if ids), default=0)
 
 
 def plan_digest(sets: Sequence[EvalSet]) -> str:

@@ -94,19 +94,17 @@ class Reference(FrozenModel):
         self.identity = ""
 
     @torch.no_grad()
-    def fill(
-        self, batches: Sequence[Mapping[str, Rows]], rows: int, scorer: Scorer, device: Any, strategy: Any
-    ) -> None:
+    def fill(self, batches: Sequence[Mapping[str, Rows]], scorer: Scorer, device: Any, strategy: Any) -> None:
         """Score all training rows, each on one process.
 
         Args:
             batches: Parts of the training rows with their `index` `(B,)`; the same on every process.
-            rows: Number of training rows N.
             scorer: Of the reference, in eval mode.
             device: Where it runs.
             strategy: Of the Trainer; its processes share the batches.
         """
         rank, world = strategy.global_rank, strategy.world_size
+        rows = 1 + max(int(part["index"].max()) for batch in batches for part in batch.values())
         # Some strategies have bfloat16 as the default type within a step.
         totals = {name: torch.zeros(rows, dtype=torch.float32, device=device) for batch in batches for name in batch}
         for turn in range(0, len(batches), world):

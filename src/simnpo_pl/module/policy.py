@@ -133,7 +133,7 @@ class PolicyModule(pl.LightningModule):
             UserError: It has not.
         """
         size = self.policy.get_input_embeddings().weight.shape[0]
-        if hasattr(self._data, "largest_id") and (largest := self._data.largest_id()) >= size:
+        if self._data is not None and (largest := self._data.largest_id()) >= size:
             raise UserError(
                 f"{self.option}: {self.name} has a vocabulary of {size} tokens, the data has the token {largest}: "
                 "give the model's own tokenizer with --data.tokenizer, or the model that the tokenizer belongs to"

@@ -182,14 +182,14 @@ class UnlearningModule(PolicyModule):
                 "--model.dtype bfloat16: updates smaller than 1/256 of a weight are lost; train in float32 with "
                 "--trainer.precision bf16-mixed, or train an adapter (--model.lora.rank 16)"
             )
-        if self._batch_losses.caches_reference and hasattr(self._data, "scoring_parts"):
-            batches = self._data.scoring_parts(self._batch_losses.scored_parts)
+        if self._batch_losses.caches_reference and self._data is not None:
+            batches = self._data.reference_batches(self._batch_losses.scored_parts)
             # Of another model or other rows, log-probs of an earlier run or a checkpoint would be wrong.
             identity = f"{self._reference.name} {fingerprint(batches)}"
             if self._reference.identity != identity:
                 scorer, strategy = self._reference_scorer(resident=False), self.trainer.strategy
                 with self.trainer.precision_plugin.forward_context():
-                    self._reference.fill(batches, self._data.train_rows, scorer, self.device, strategy)
+                    self._reference.fill(batches, scorer, self.device, strategy)
                 self._reference.identity = identity
         if self._batch_losses.keeps_reference:
             self._reference_scorer()

@@ -70,7 +70,6 @@ def relearn(run: Run, attack: Attack, seeds: Sequence[int]) -> None:
         )
         module, data = opened.model, opened.datamodule
         trainer: Any = opened.trainer
-        data.parts = module.parts
         data.forget_rows = choose_rows(data.forget_lengths(), attack, seed)
         rank_zero_only(print)(f"{run.name}: relearning {len(data.forget_rows)} {attack.subset} rows, draw {seed}")
         curve = _Curve(before)
