@@ -19,10 +19,10 @@ from bench.data import Rows, batch_of, model_of
 from bench.measure import median
 from simnpo_pl.benchmarks.demo.models import train_tokenizer
 from simnpo_pl.models.logprobs import Scorer
-from simnpo_pl.module.losses import BatchLosses
 from simnpo_pl.module.optimization import adamw
 from simnpo_pl.module.unlearning import UnlearningModule
-from simnpo_pl.objectives import SimNPO
+from simnpo_pl.objectives import Models, SimNPO
+from simnpo_pl.objectives.base import batch_losses
 from simnpo_pl.objectives.retain import NLL
 from simnpo_pl.runs.progress import ProgressBar
 
@@ -92,12 +92,12 @@ def _batches(count: int) -> list[Any]:
 def _loop(batches: Sequence[Any]) -> list[float]:
     model = model_of(VOCABULARY, WIDTH, LAYERS).train()
     scorer, optimizer = Scorer(model), adamw(model, 1e-5, (0.9, 0.999), 0.01)
-    losses = BatchLosses(SimNPO(), NLL(), lambda: scorer, lambda: scorer, lambda: scorer)
+    objective, retain_loss, models = SimNPO(), NLL(), Models(scorer)
     times = []
     for batch in batches:
         start = time.process_time()
         optimizer.zero_grad()
-        forget, retain = losses(batch)
+        forget, retain, _ = batch_losses(objective, retain_loss, batch, models)
         (0.125 * forget + retain).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

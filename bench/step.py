@@ -15,8 +15,8 @@ from simnpo_pl.models.logprobs import Scorer, join
 from simnpo_pl.models.lora import BaseScorer, LoraOptions, add_adapter
 from simnpo_pl.models.packing import layout_of, packed_hidden
 from simnpo_pl.models.reference import REFERENCE_KEY
-from simnpo_pl.module.losses import BatchLosses
-from simnpo_pl.objectives import NPO, GradDiff, SimNPO
+from simnpo_pl.objectives import NPO, GradDiff, Models, SimNPO
+from simnpo_pl.objectives.base import batch_losses
 from simnpo_pl.objectives.retain import KL, NLL
 
 METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., torch.Tensor]]] = {
@@ -111,11 +111,11 @@ class Step:
             other: Any = BaseScorer(scorer)
         else:
             other = None if reference is None else Scorer(reference)
-        losses = BatchLosses(objective(), retain_loss(), lambda: scorer, lambda: other, lambda: other)
+        both, models = (objective(), retain_loss()), Models(scorer, other)
 
         def total() -> torch.Tensor:
-            forget, retain = losses(self.rows)
-            return forget + retain
+            losses = batch_losses(*both, self.rows, models)
+            return losses.forget + losses.retain
 
         return total
 

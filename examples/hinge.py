@@ -6,7 +6,7 @@ PYTHONPATH=examples python -m simnpo_pl fit --config configs/demo.yaml --model.o
 import torch
 from torch import Tensor
 
-from simnpo_pl.objectives.base import ForgetInputs, Objective, given
+from simnpo_pl.objectives.base import ForgetInputs, Objective
 
 
 class HingeAscent(Objective):
@@ -21,5 +21,4 @@ class HingeAscent(Objective):
         self.floor = floor
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """Loss of each forget row, `(B,)`."""
-        return torch.relu(given(inputs.forget).mean - self.floor)
+        return torch.relu(inputs.forget.mean - self.floor)

@@ -17,8 +17,8 @@ from helpers import history, results
 from simnpo_pl import objectives
 from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.models.logprobs import Scorer
-from simnpo_pl.module.losses import BatchLosses
-from simnpo_pl.objectives import Objective
+from simnpo_pl.objectives import Models, Objective
+from simnpo_pl.objectives.base import batch_losses
 from simnpo_pl.objectives.retain import KL, NLL, EmbedDiff
 
 ROOT = Path(__file__).parents[1]
@@ -84,8 +84,8 @@ class Step:
         batch = {name: {key: value.to(device) for key, value in part.items()} for name, part in self.batch.items()}
         policy.model.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            losses = BatchLosses(objective, RETAIN[retain](), lambda: policy, lambda: reference, lambda: memorising)
-            forget, kept = losses(batch)
+            models = Models(policy, reference, memorising)
+            forget, kept, _ = batch_losses(objective, RETAIN[retain](), batch, models)
         objective.total(forget, kept, 1.0, objective.default_retain_weight or 1.0).backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         return [forget.item(), kept.item(), norm.item()]

@@ -276,9 +276,8 @@ def test_cached_reference_equals_resident(fit: Callable[..., Any], other_folder:
     module._reference.add_to(batch)
     for name in objective.needs - {"reference"}:
         cached = batch[name].pop("reference_logps")
-        torch.testing.assert_close(
-            module._batch_losses.reference_totals(name, batch[name]), cached, rtol=1e-5, atol=1e-5
-        )
+        again = getattr(ForgetInputs(batch, {}, module._models(batch)), f"reference_{name}")
+        torch.testing.assert_close(again, cached, rtol=1e-5, atol=1e-5)
     assert all(part.isfinite().all() for part in module._reference.totals.values())
 
 
@@ -350,7 +349,6 @@ class Broken(Objective):
     """An objective that divides by zero."""
 
     def forward(self, inputs: ForgetInputs) -> torch.Tensor:
-        assert inputs.forget is not None
         return inputs.forget.mean / 0
 
 

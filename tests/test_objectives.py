@@ -71,13 +71,17 @@ def test_dpo():
     Row 1: -(2/0.5) log s(0.5 * (2 - -1)) = 4 log(1 + e^-1.5) = 0.8056533.
     Row 2: -(2/0.5) log s(0.5 * (0.5 - 2)) = 4 log(1 + e^0.75) = 4 * 1.1368712 = 4.5474848.
     """
-    loss = DPO(beta=0.5)(ForgetInputs(FORGET, ALTERNATE, REFERENCE, REFERENCE_ALTERNATE))
+    loss = DPO(beta=0.5)(
+        ForgetInputs(
+            forget=FORGET, alternate=ALTERNATE, reference_forget=REFERENCE, reference_alternate=REFERENCE_ALTERNATE
+        )
+    )
     torch.testing.assert_close(loss, torch.tensor([0.8056533, 4.5474848], dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 def test_cross_entropies():
     """Means per token: forget -1 and -3; refusals -1 and -2. Ascent has the log-prob, descent its negative."""
-    batch = ForgetInputs(FORGET, ALTERNATE)
+    batch = ForgetInputs(forget=FORGET, alternate=ALTERNATE)
     assert GradAscent()(batch).tolist() == GradDiff()(batch).tolist() == [-1, -3]
     assert FineTune()(batch).tolist() == [1, 3]
     assert IDK()(batch).tolist() == [1, 2]
@@ -147,7 +151,7 @@ def test_rmu(monkeypatch: pytest.MonkeyPatch):
     Crossed: the sums are 14.5, 0 and 6.5, and each is divided by 2, 1 and 1 (for the row without tokens), so times 5/6.
     """
     monkeypatch.setattr(RMU, "direction", lambda *_: torch.tensor([0.6, 0.8]))
-    inputs = ForgetInputs(layer=LAYER)
+    inputs = ForgetInputs(states=replace(STATES, layers={7: LAYER}))
     assert RMU(coefficient=5.0)(inputs).tolist() == pytest.approx([7.25, 0, 6.5])
     crossed = RMU(coefficient=5.0, average_over="crossed")(inputs)
     assert crossed.tolist() == pytest.approx([14.5 * 5 / 6, 0, 6.5 * 5 / 6])
@@ -204,7 +208,7 @@ def test_rkld():
     reference = replace(STATES, hidden=torch.zeros(3, 2))
     inputs = ForgetInputs(states=STATES, reference_states=reference, memorising_states=memorising)
     assert RKLD(alpha=2.0)(inputs).tolist() == pytest.approx([0.5493061, 0.1438410], rel=1e-6)
-    same = RKLD(alpha=0.0)(inputs._replace(reference_states=STATES))
+    same = RKLD(alpha=0.0)(ForgetInputs(states=STATES, reference_states=STATES, memorising_states=memorising))
     assert same.tolist() == pytest.approx([0, 0], abs=1e-7)
 
 

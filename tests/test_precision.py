@@ -15,9 +15,9 @@ import simnpo_pl.objectives as objectives
 from helpers import history, results
 from simnpo_pl.__main__ import main
 from simnpo_pl.benchmarks import TofuData
+from simnpo_pl.data.training import Batch
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import load_causal_lm
-from simnpo_pl.module.losses import Batch
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import NPO, PDU, RKLD, RMU, Objective, SimNPO
 from simnpo_pl.objectives.retain import KL, NLL, EmbedDiff, RetainLoss

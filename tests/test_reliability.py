@@ -278,7 +278,7 @@ def test_cut_of_an_epoch_belongs_to_the_state():
     same.set_epoch(2)
     assert len(list(same)) == len(same)
     other = PairedSampler(10, 20, 4, 1)
-    with pytest.raises(UserError, match="in the middle of an epoch with per_device_batch 2, here it is 1: go on with"):
+    with pytest.raises(UserError, match="in the middle of an epoch with per_device_batch 2, here it is 1: resume with"):
         other.load_state_dict(state)
     assert len(rest) == 2
     list(iter(sampler))

@@ -25,12 +25,13 @@ LN3 = math.log(3)
 
 def inputs(total: list[float], length: list[float], reference: list[float] | None = None) -> ForgetInputs:
     forget = AnswerLogps(*(torch.tensor(v, dtype=torch.float64) for v in (total, length)))
-    held = None if reference is None else torch.tensor(reference, dtype=torch.float64)
-    return ForgetInputs(forget=forget, reference_forget=held)
+    held = {} if reference is None else {"reference_forget": torch.tensor(reference, dtype=torch.float64)}
+    return ForgetInputs(forget=forget, **held)
 
 
 def weights(objective: Objective, rows: ForgetInputs) -> list[float]:
-    found = objective.gradient_weights(rows)
+    rows.forget.total.requires_grad_()
+    found = objective.gradient_weights(rows, objective(rows))
     assert found is not None
     return found.tolist()
 
@@ -62,7 +63,13 @@ def test_other_weights():
     assert weights(FineTune(), rows) == [-0.5, -0.25]
     answers = inputs([-1.0 - 2 * LN3], [3], [-3.0])
     refusals = inputs([-4.0], [2]).forget
-    dpo = answers._replace(alternate=refusals, reference_alternate=torch.tensor([-6.0], dtype=torch.float64))
+    reference = torch.tensor([-6.0], dtype=torch.float64)
+    dpo = ForgetInputs(
+        forget=answers.forget,
+        alternate=refusals,
+        reference_forget=answers.reference_forget,
+        reference_alternate=reference,
+    )
     assert weights(DPO(beta=0.5), dpo) == pytest.approx([0.5], rel=1e-12)
 
 
@@ -73,18 +80,18 @@ class Detached(Objective):
     calls = 0
 
     def forward(self, inputs: ForgetInputs) -> torch.Tensor:
-        assert inputs.forget is not None
         self.calls += 1
-        fixed = inputs.forget.mean.detach().exp()
-        return fixed if inputs.alternate is None else -fixed * inputs.alternate.mean
+        return -inputs.forget.mean.detach().exp() * inputs.alternate.mean
 
 
 def test_log_probs_that_are_read_detached(model_folder: Path, data_folder: Path):
     """The weight is 0, with other gradients and without any; the objective runs once a step, and the policy trains."""
     from simnpo_pl.benchmarks import TofuData
 
-    rows = inputs([-2.0, -3.0], [2, 4])
-    assert weights(Detached(), rows) == weights(Detached(), rows._replace(alternate=rows.forget)) == [0.0, 0.0]
+    forget, fixed, trained = (inputs([-2.0, -3.0], [2, 4]).forget for _ in range(3))
+    trained.total.requires_grad_()
+    for alternate in (fixed, trained):
+        assert weights(Detached(), ForgetInputs(forget=forget, alternate=alternate)) == [0.0, 0.0]
     objective = Detached()
     module = UnlearningModule(str(model_folder), objective=objective, retain_weight=0.0, lr=1e-2)
     data = TofuData(path=str(data_folder), model=str(model_folder), effective_batch=5, per_device_batch=5)
@@ -97,7 +104,8 @@ def test_log_probs_that_are_read_detached(model_folder: Path, data_folder: Path)
 
 
 def test_objectives_without_weight():
-    assert IDK().gradient_weights(ForgetInputs(alternate=inputs([-1.0], [2]).forget)) is None
+    rows = ForgetInputs(alternate=inputs([-1.0], [2]).forget)
+    assert IDK().gradient_weights(rows, IDK()(rows)) is None
     assert "forget" not in WGA.needs
 
 

@@ -18,6 +18,8 @@ from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate, TokenRow
 from simnpo_pl.utils.errors import UserError
 
 Part = dict[str, Tensor]
+Batch = Mapping[str, Part]
+"""Parts `forget`, `retain`, `alternate`, see `TrainingSet`."""
 Rows = list[dict[str, Any]] | Texts
 """Rows with `question` and `answer`, or plain text."""
 
@@ -160,6 +162,23 @@ class TrainingSet(Dataset[dict[str, Part]]):
             "step_rows": torch.tensor(len(step)),
             "step_tokens": torch.tensor(sum(rows[i].length for i in step)),
         }
+
+
+def effective_mean(per_row: Tensor, part: Part, lengths: Tensor | None = None, skipped: int = 0) -> Tensor:
+    """What a part adds to the mean of per-row losses over its effective batch.
+
+    Args:
+        per_row: Loss of each row, `(B,)`.
+        part: As `TrainingSet` makes it; without `weight`, `step_rows` and `step_tokens` it is an effective batch.
+        lengths: Scored tokens of each row, `(B,)`, for a mean over tokens; None means over rows.
+        skipped: Scored tokens of each row that the loss leaves out.
+    """
+    weights = part["weight"] if "weight" in part else torch.ones_like(per_row)
+    count = part["step_rows"] if "step_rows" in part else weights.sum()
+    if lengths is None:
+        return (per_row * weights).sum() / count
+    tokens = part["step_tokens"] if "step_tokens" in part else lengths.sum()
+    return (per_row * weights * (lengths - skipped)).sum() / (tokens - skipped * count).clamp(min=1)
 
 
 class TrainingLoader(DataLoader[dict[str, Part]]):

@@ -1,7 +1,7 @@
-"""Frozen models beside the policy: a resident copy, or their answer log-probs alone where these suffice."""
+"""Frozen models: a resident copy, or only their answer log-probs where these are enough."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,24 +16,13 @@ REFERENCE_KEY = "reference_logps"
 """Key under which a part of a batch brings the reference's summed answer log-probs, `(B,)` nats."""
 
 
-def fingerprint(batches: Iterable[Mapping[str, Rows]]) -> str:
-    """Identity of rows of tokens: hash of their ids and labels."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name, part in sorted(batch.items()):
-            digest.update(name.encode())
-            for key in ("input_ids", "labels"):
-                digest.update(part[key].cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 class FrozenModel:
     """A model that is only read; no submodule of the LightningModule, so in no optimizer and no checkpoint.
 
     Args:
         name: Hub id or folder.
         option: Setting that names it, for messages.
-        load: Gives the model, from its name and `option`, the setting for messages.
+        load: Loads the model from its name and `option`.
     """
 
     def __init__(self, name: str, option: str, load: Callable[..., Any]) -> None:
@@ -50,9 +39,9 @@ class FrozenModel:
 
         Args:
             policy: Scorer of the policy.
-            device: Where it is to run.
+            device: Where the model runs.
             keep: Whether the model stays in memory.
-            same: Whether the policy has the model's weights at present, so that it is copied instead of read.
+            same: Whether the policy has the model's weights now, so that it is copied instead of loaded.
 
         Raises:
             UserError: The model cannot be loaded, or has another vocabulary than the policy.
@@ -79,19 +68,29 @@ class FrozenModel:
 
 
 class Reference(FrozenModel):
-    """What the policy is compared with.
+    """The frozen model that the policy is compared with.
 
     Attributes:
         totals: Part of the batch (`forget`, `alternate`) to the reference's summed answer log-probs of every
-            forget row, `(N,)` nats, filled once before training. With these a step of NPO or DPO needs no second
+            forget row, `(N,)` nats, computed once before training. With these a step of NPO or DPO needs no second
             model and no second forward pass.
-        identity: Which model and rows these are of.
+        identity: The model and the rows of these.
     """
 
     def __init__(self, name: str, option: str, load: Callable[..., Any]) -> None:
         super().__init__(name, option, load)
         self.totals: dict[str, Tensor] = {}
         self.identity = ""
+
+    def identity_of(self, batches: Sequence[Mapping[str, Rows]]) -> str:
+        """Of this model and the tokens of these rows: log-probs of another model or of other rows would be wrong."""
+        digest = hashlib.sha256()
+        for batch in batches:
+            for name, part in sorted(batch.items()):
+                digest.update(name.encode())
+                for key in ("input_ids", "labels"):
+                    digest.update(part[key].cpu().numpy().tobytes())
+        return f"{self.name} {digest.hexdigest()}"
 
     @torch.no_grad()
     def fill(self, batches: Sequence[Mapping[str, Rows]], scorer: Scorer, device: Any, strategy: Any) -> None:
@@ -116,10 +115,16 @@ class Reference(FrozenModel):
                 if number < len(batches):
                     totals[name][part["index"]] = total.float()
         self.totals = {name: strategy.reduce(total, reduce_op="sum").cpu() for name, total in totals.items()}
+        self.identity = self.identity_of(batches)
 
     def add_to(self, batch: Mapping[str, dict[str, Tensor]]) -> None:
         """Put the reference's log-probs `(B,)` into the parts of a training batch."""
-        for name, stored in self.totals.items():
-            if name in batch:
-                index = batch[name]["index"]
-                batch[name][REFERENCE_KEY] = stored[index.cpu()].to(index.device)
+        for name in self.totals.keys() & batch.keys():
+            index = batch[name]["index"]
+            batch[name][REFERENCE_KEY] = self.totals[name][index.cpu()].to(index.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"totals": self.totals, "identity": self.identity}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.totals, self.identity = state["totals"], state["identity"]

@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule, as the paper's recipes have them."""
+"""AdamW and its learning-rate schedule, as in the paper's recipes."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -14,17 +14,9 @@ Shape = Literal["linear", "constant"]
 def adamw(
     model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, eight_bit: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters; norms and biases are not decayed.
+    """AdamW over the parameters that require a gradient; norms and biases are not decayed.
 
-    Args:
-        model: Its parameters that require a gradient are trained.
-        lr: Learning rate at its peak.
-        betas: Decay rates of the first and second moment.
-        weight_decay: Weight decay of matrices.
-        eight_bit: Whether both moments are kept in 8 bits (Dettmers et al. 2022, arXiv 2110.02861).
-
-    Raises:
-        UserError: Moments in 8 bits need bitsandbytes, which is not installed.
+    With `eight_bit` both moments are kept in 8 bits (Dettmers et al. 2022, arXiv 2110.02861), which needs bitsandbytes.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -39,24 +31,19 @@ def adamw(
                 "--model.optimizer adamw_8bit needs bitsandbytes: pip install 'simnpo_pl[8bit]', or leave adamw"
             ) from error
         return AdamW8bit(groups, lr=lr, betas=betas)
-    # Some strategies hand over parameters that the fused kernel does not know.
+    # Some strategies wrap parameters in types that the fused kernel does not know.
     fused = all(type(p.data) is Tensor and p.is_floating_point() for p in trained)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
     # The fused kernel claims to unscale gradients itself; Lightning then refuses to clip them in mixed precision.
-    # Without the claim the scaler, if there is one, unscales before clipping.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
 def schedule(shape: Shape, warmup: int, total: int) -> Callable[[int], float]:
-    """Factor of the learning rate at each optimizer step: a linear rise, then what `shape` says.
+    """Factor of the learning rate at optimizer step k: a linear rise, then `linear` decay to 0 or `constant`.
 
-    The first step already moves (factor 1 / warmup) and the last one still does.
-
-    Args:
-        shape: `linear` falls to 0 after the rise, `constant` stays at 1.
-        warmup: Optimizer steps of the rise.
-        total: Optimizer steps of the run.
+    Ours and not `transformers.get_scheduler`, whose first step does not move: the rise is (k + 1) / warmup here,
+    k / warmup in the official recipes.
     """
 
     def factor(step: int) -> float:

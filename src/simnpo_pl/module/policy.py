@@ -1,10 +1,11 @@
 """A causal language model that Lightning can evaluate: loading, scoring and generating.
 
-What is measured comes from the data module; how the model is trained is for a subclass to say.
+What is measured comes from the data module; how the model is trained is defined by a subclass.
 """
 
+from collections.abc import Collection
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
@@ -12,6 +13,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation, on_host
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM, gradient_norms
 from simnpo_pl.evaluation.memory import Halves
+from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.parts import FinishedParts, identity
 from simnpo_pl.evaluation.plan import plan_digest
 from simnpo_pl.evaluation.tags import tag
@@ -22,13 +24,27 @@ from simnpo_pl.models.sharding import is_sharded, shard
 from simnpo_pl.utils.errors import UserError
 
 
+@runtime_checkable
+class EvalData(Protocol):
+    """What an evaluation asks of its data module."""
+
+    eval: EvalOptions
+
+    @property
+    def end_ids(self) -> Collection[int]:
+        """Tokens that end an answer."""
+
+    def evaluation(self) -> Evaluation:
+        """The splits and metrics."""
+
+    def largest_id(self) -> int:
+        """Largest token id that is read."""
+
+
 def check_trainer(trainer: pl.Trainer) -> None:
-    """Refuse precisions in which Lightning casts the whole model, and strategies that lose what a run found.
+    """Refuse precisions in which Lightning casts the whole model, and strategies whose processes lose the results.
 
     Such a cast rounds buffers that have to stay in float32, such as the frequencies of rotary position embeddings.
-
-    Raises:
-        UserError: It has one of these.
     """
     if trainer.precision in ("64-true", "16-true", "bf16-true"):
         raise UserError(
@@ -54,9 +70,9 @@ class PolicyModule(pl.LightningModule):
     Attributes:
         option: Setting that names the model, for messages.
         policy: The model; None before `configure_model`.
-        evaluation_result: What the newest evaluation found.
+        evaluation_result: Of the newest evaluation.
         logs_metrics: Whether its metrics go to the logger.
-        finished_parts: Where finished batches of an evaluation are kept until it is whole; None keeps none.
+        finished_parts: Keeps finished batches of an evaluation until it is complete; None keeps none.
     """
 
     def __init__(
@@ -81,36 +97,21 @@ class PolicyModule(pl.LightningModule):
         self._in_halves = Halves(self._run)
 
     def like(self, name: str, option: str = "--model.name") -> "PolicyModule":
-        """Another model in the same precision, to be evaluated only; its metrics are not this run's.
-
-        Args:
-            name: Hub id or folder.
-            option: Setting that names it, for messages.
-        """
+        """Another model in the same precision, only to be evaluated; its metrics are not logged as this run's."""
         other = PolicyModule(name, self.dtype_name, self.attn_implementation)
         other.option = option
         other.logs_metrics = False
         return other
 
     def setup(self, stage: str) -> None:
-        """Check precision and strategy.
-
-        Raises:
-            UserError: See `check_trainer`.
-        """
         check_trainer(self.trainer)
 
     def configure_model(self) -> None:
-        """Load the policy; every stage calls this, the model is loaded once.
-
-        Raises:
-            UserError: The model cannot be loaded.
-        """
-        if self.policy is not None:
-            return
-        self.policy = self.load_policy()
-        if self._device_mesh is not None:
-            shard(self.policy, self._device_mesh["data_parallel"])
+        """Load the policy; every stage calls this, the model is loaded once."""
+        if self.policy is None:
+            self.policy = self.load_policy()
+            if self._device_mesh is not None:
+                shard(self.policy, self._device_mesh["data_parallel"])
 
     def load_policy(self) -> Any:
         """The model before it is sharded."""
@@ -126,14 +127,10 @@ class PolicyModule(pl.LightningModule):
             self._policy_scorer = Scorer(self.policy)
         return self._policy_scorer
 
-    def check_vocabulary(self) -> None:
-        """See that the model has an embedding for every token of the data.
-
-        Raises:
-            UserError: It has not.
-        """
-        size = self.policy.get_input_embeddings().weight.shape[0]
-        if self._data is not None and (largest := self._data.largest_id()) >= size:
+    def check_vocabulary(self, data: EvalData) -> None:
+        """Refuse data with a token that the model has no embedding for."""
+        size, largest = self.policy.get_input_embeddings().weight.shape[0], data.largest_id()
+        if largest >= size:
             raise UserError(
                 f"{self.option}: {self.name} has a vocabulary of {size} tokens, the data has the token {largest}: "
                 "give the model's own tokenizer with --data.tokenizer, or the model that the tokenizer belongs to"
@@ -142,35 +139,46 @@ class PolicyModule(pl.LightningModule):
     # -- evaluation --------------------------------------------------------------------------------------
 
     @property
-    def _data(self) -> Any:
-        return getattr(self.trainer, "datamodule", None)
-
-    def _start_evaluation(self) -> None:
-        if not hasattr(self._data, "evaluation"):
+    def _data(self) -> EvalData:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, EvalData):
             raise UserError("evaluation needs a data module of simnpo_pl.benchmarks, which says what to measure")
-        self.check_vocabulary()
-        self.evaluation = self._data.evaluation().to(self.device)
+        return data
+
+    def on_validation_epoch_start(self) -> None:
+        """Start an evaluation, or resume one of which batches are finished."""
+        data = self._data
+        self.check_vocabulary(data)
+        self.evaluation = data.evaluation().to(self.device)
         self.evaluation.reset()
         if self.finished_parts is not None:
-            options, plan = self._data.eval, plan_digest(self.evaluation.sets)
+            options, plan = data.eval, plan_digest(self.evaluation.sets)
             batches = (options.tokens_per_batch, options.prompts_per_batch, self.evaluation.min_k, self._end_ids())
             run_in = (self.trainer.precision, self.device.type, self.dtype_name, self.attn_implementation)
             kind = type(self.evaluation).__qualname__
             of = identity(self.policy, kind, plan, batches, run_in, version("torch"), version("transformers"))
             self.finished_parts.open(of, self.global_rank)
 
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Score or generate one batch."""
+        self._evaluate(batch)
+
+    test_step = predict_step = validation_step
+
     def _evaluate(self, batch: dict[str, Any]) -> None:
         assert self.evaluation is not None
         outcome: Any = None if self.finished_parts is None else self.finished_parts.found(batch)
         if outcome is None:
-            # Processes that share a sharded model wait for each other: none may run more batches than another.
+            # Processes of a sharded model wait for each other: none may run more batches than another.
             outcome = (self._run if is_sharded(self.policy) else self._in_halves)(batch)
             if self.finished_parts is not None:
                 self.finished_parts.keep(batch, outcome)
         (self.evaluation.add_generations if "prompts" in batch else self.evaluation.add_scores)(batch, outcome)
 
     def _run(self, batch: dict[str, Any]) -> Any:
-        """What the model makes of a batch: generated tokens, or scores by name."""
+        """Generated tokens of a batch of prompts, or scores by name."""
         assert self.evaluation is not None
         if "prompts" in batch:
             return greedy(self.policy, batch["prompts"], batch["max_new_tokens"], self._end_ids())
@@ -184,45 +192,20 @@ class PolicyModule(pl.LightningModule):
         known = [*self._data.end_ids, *(own if isinstance(own, list) else [own])]
         return sorted({token for token in known if token is not None})
 
+    def on_validation_epoch_end(self) -> None:
+        """Compute the metrics; `evaluation_result` holds them."""
+        self._finish_evaluation("")
+
+    def on_test_epoch_end(self) -> None:
+        """Compute the metrics; `evaluation_result` holds them."""
+        self._finish_evaluation("test/")
+
     def _finish_evaluation(self, prefix: str) -> None:
         assert self.evaluation is not None
         self.evaluation_result = self.evaluation.compute()
-        if not self.logs_metrics:
-            return
-        for name, value in self.evaluation_result.values.items():
-            self.log(f"{prefix}{tag(name)}", value, rank_zero_only=True)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start an evaluation."""
-        self._start_evaluation()
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score or generate one batch."""
-        self._evaluate(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Finish the evaluation; `evaluation_result` holds it."""
-        self._finish_evaluation("")
-
-    def on_test_epoch_start(self) -> None:
-        """Start an evaluation."""
-        self._start_evaluation()
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score or generate one batch."""
-        self._evaluate(batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Finish the evaluation; `evaluation_result` holds it."""
-        self._finish_evaluation("test/")
-
-    def on_predict_epoch_start(self) -> None:
-        """Start collecting generated answers."""
-        self._start_evaluation()
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Generate one batch of answers."""
-        self._evaluate(batch)
+        if self.logs_metrics:
+            for name, value in self.evaluation_result.values.items():
+                self.log(f"{prefix}{tag(name)}", value, rank_zero_only=True)
 
     def on_predict_epoch_end(self) -> None:
         """Gather the generated answers; `evaluation_result` holds them."""

@@ -1,12 +1,12 @@
 """The LightningModule: one policy, one forget objective, one retain loss, a reference only where one is needed.
 
-It names no objective and no benchmark: the objective says what it reads, the data module brings the
-batches and the evaluation.
+It names no objective and no benchmark: the objective says what it reads, the data module brings batches and evaluation.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from jsonargparse import lazy_instance
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from simnpo_pl.data.pairing import draw_step_seed
-from simnpo_pl.models.layers import train_only
+from simnpo_pl.models.layers import check_layer, train_only
 from simnpo_pl.models.loading import find_model, load_causal_lm, model_shapes
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.models.lora import (
@@ -27,19 +27,28 @@ from simnpo_pl.models.lora import (
     require_merged,
     without_base,
 )
-from simnpo_pl.models.reference import FrozenModel, Reference, fingerprint
-from simnpo_pl.module.losses import Batch, BatchLosses
+from simnpo_pl.models.reference import REFERENCE_KEY, FrozenModel, Reference
 from simnpo_pl.module.optimization import Shape, adamw, schedule
-from simnpo_pl.module.policy import PolicyModule
+from simnpo_pl.module.policy import EvalData, PolicyModule
 from simnpo_pl.objectives import Objective, SimNPO
-from simnpo_pl.objectives.retain import NLL, RetainLoss
+from simnpo_pl.objectives.base import Batch, Models, RetainLoss, batch_losses
+from simnpo_pl.objectives.retain import NLL
 from simnpo_pl.utils.errors import UserError
 
 DEFAULT_RETAIN_LOSS = lazy_instance(NLL)
 
 
+class TrainingData(EvalData, Protocol):
+    """What training asks of its data module; batches of a plain loader do without."""
+
+    seed: int
+
+    def reference_batches(self, parts: Sequence[str]) -> list[Batch]:
+        """All forget rows (and their refusals) once, with their `index`."""
+
+
 class UnlearningModule(PolicyModule):
-    """A causal language model that forgets one set of rows and keeps another.
+    """A causal language model that forgets one set of rows and retains another.
 
     Total loss: `forget_weight * forget loss + retain_weight * retain loss`.
 
@@ -54,8 +63,8 @@ class UnlearningModule(PolicyModule):
             or the retain loss needs one.
         memorising: For objectives that read one: the start model fine-tuned further on the forget rows, hub id or
             folder; `configs/finetune.yaml` with `--data.train_split forget10` makes one.
-        trainable: Regular expressions; a parameter is trained if one of them matches its whole name, all others stay
-            as they are. Null takes the objective's own default, which is all of them for most.
+        trainable: Regular expressions; a parameter is trained if one of them matches its whole name, all others are
+            frozen. Null takes the objective's own default, which is all of them for most.
         lora: Low-rank adapter to train in place of all weights; null trains all. The base with the adapter off is
             then the reference, unless `reference` names another model.
         optimizer: `adamw`, or `adamw_8bit` for moments in 8 bits, which needs bitsandbytes.
@@ -100,10 +109,9 @@ class UnlearningModule(PolicyModule):
         self.retain_weight = self.objective.default_retain_weight if retain_weight is None else retain_weight
         self.trainable = self.objective.default_trainable if trainable is None else trainable
         self.lora, self.eight_bit = lora, optimizer == "adamw_8bit"
-        if lora is not None and trainable is not None:
-            raise UserError("--model.trainable and --model.lora both say what is trained: give one of them")
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_epochs, self.warmup_steps, self.schedule = warmup_epochs, warmup_steps, schedule
+        self.forget_scores: dict[str, Tensor] = {}
         self._adapter: dict[str, Any] | None = None
         # The frozen base is in no checkpoint.
         self.strict_loading = lora is None
@@ -111,125 +119,153 @@ class UnlearningModule(PolicyModule):
         reference_option = "--model.name" if reference in (None, name) else "--model.reference"
         self._reference = Reference(reference or name, reference_option, load)
         self._memorising = FrozenModel(memorising, "--model.memorising", load) if memorising else None
-        retains = self.retain_weight != 0 or self.objective.needs_retain
-        self._batch_losses = BatchLosses(
-            self.objective,
-            retain_loss if retains else None,
-            self._scorer,
-            self._reference_scorer,
-            self._memorising_scorer,
-        )
         self._step_losses = torch.zeros(2)
+        if lora is not None and trainable is not None:
+            raise UserError("--model.trainable and --model.lora both say what is trained: give one of them")
         self._check_settings()
 
-    def configure_model(self) -> None:
-        """Load the policy, and freeze what is not to be trained unless it is only evaluated.
+    def _check_settings(self) -> None:
+        for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs", "warmup_steps"):
+            value = getattr(self, option)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
+        name = type(self.objective).__name__
+        if self.objective.runs_memorising and self._memorising is None:
+            raise UserError(
+                f"--model.objective {name} reads a model that was fine-tuned further on the forget rows: name it by "
+                "--model.memorising FOLDER; fit --config configs/finetune.yaml --model.name START --data.train_split "
+                "FORGET makes one"
+            )
+        if self.objective.needs_retain and self.retain_loss is None:
+            raise UserError(
+                f"--model.objective {name} bounds the retain loss: name one, such as --model.retain_loss NLL"
+            )
+        if self.schedule not in ("linear", "constant"):
+            raise UserError(f"--model.schedule must be linear or constant, got {self.schedule!r}")
 
-        Raises:
-            UserError: The model cannot be loaded, or has not the layers or parameters that are named.
-        """
-        for model, is_read in ((self._reference, self._batch_losses.reads_reference), (self._memorising, True)):
-            if model is not None and is_read:
+    @property
+    def _active_retain_loss(self) -> RetainLoss | None:
+        retains = self.retain_weight != 0 or self.objective.needs_retain
+        return self.retain_loss if retains else None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of a training batch, such as forget and retain; what a data module asks of the module."""
+        return (*self.objective.parts, *(("retain",) if self._active_retain_loss is not None else ()))
+
+    def configure_model(self) -> None:
+        """Load the policy, and freeze what is not to be trained unless it is only evaluated."""
+        reads_reference = self._runs_reference or self.objective.caches_reference
+        for model in (self._reference if reads_reference else None, self._memorising):
+            if model is not None:
                 find_model(model.name, model.option)
         super().configure_model()
-        self._batch_losses.check_layers(self.policy)
+        for option, reader in (("objective", self.objective), ("retain_loss", self._active_retain_loss)):
+            if reader is not None and reader.layer is not None:
+                check_layer(self.policy, reader.layer, f"--model.{option}.layer")
         if self.lora is None and (self._trainer is None or self.trainer.state.fn == "fit"):
             require_merged(self.policy, "--model.name")
             if self.trainable:
                 train_only(self.policy, self.trainable)
 
     def load_policy(self) -> Any:
-        """The start model, with its adapter where one is trained."""
         policy = super().load_policy()
         if self.lora is not None:
             self._adapter = add_adapter(policy, self.lora)
         return policy
 
-    # -- frozen models -----------------------------------------------------------------------------------
+    @property
+    def _runs_reference(self) -> bool:
+        retain = self._active_retain_loss
+        return self.objective.runs_reference or (retain is not None and retain.needs_reference)
+
+    @property
+    def _base_is_reference(self) -> bool:
+        return self.lora is not None and self._reference.name == self.name
 
     @property
     def reference_use(self) -> str:
-        """How the reference is had, in a few words."""
-        losses = self._batch_losses
-        if not losses.reads_reference:
+        """Where the reference log-probs come from, in a few words."""
+        if not (self._runs_reference or self.objective.caches_reference):
             return "none"
-        if self.lora is not None and self._reference.name == self.name:
+        if self._base_is_reference:
             return "the policy with its adapter off"
-        how = "a frozen model, run in every step" if losses.keeps_reference else "its log-probs, made once and kept"
+        how = "a frozen model, run in every step" if self._runs_reference else "its log-probs, made once and kept"
         return f"{self._reference.name}, {how}"
 
     def shapes(self) -> tuple[Any, dict[str, Any]]:
-        """The policy without its weights, as it is trained, and what of a `memory.Step` the settings say."""
-        losses, model = self._batch_losses, model_shapes(self.name, self.dtype_name)
+        """The policy without its weights, as it is trained, and the fields of a `memory.Step` that follow from it."""
+        model, retain = model_shapes(self.name, self.dtype_name), self._active_retain_loss
         if self.lora is not None:
             with torch.device("meta"):
                 inject_adapter(model, self.lora)
         elif self.trainable:
             train_only(model, self.trainable)
-        base = self.lora is not None and self._reference.name == self.name
         return model, {
             "checkpointing": self.gradient_checkpointing,
             "eight_bit": self.eight_bit,
-            "frozen": (losses.keeps_reference and not base) + losses.reads_memorising,
-            "reads_logits": losses.reads_logits,
+            "frozen": (self._runs_reference and not self._base_is_reference) + self.objective.runs_memorising,
+            "reads_logits": self.objective.reads_logits or (retain is not None and retain.reads_logits),
         }
 
+    def _reference_scorer(self, resident: bool = True) -> Scorer:
+        """Scorer of the reference; one that is not resident is dropped after its use."""
+        if self._base_is_reference:
+            return BaseScorer(self._scorer())
+        # At the start of a fresh run the policy has the reference's weights, and no second copy is read.
+        fresh = self._trainer is not None and self.trainer.ckpt_path is None and self.trainer.global_step == 0
+        same, keep = fresh and self._reference.name == self.name, resident or self._runs_reference
+        if same and not keep:
+            self.policy.eval()
+            return self._scorer()
+        return self._reference.scorer(self._scorer(), self.device, keep=keep, same=same)
+
+    def _memorising_scorer(self) -> Scorer:
+        assert self._memorising is not None
+        return self._memorising.scorer(self._scorer(), self.device)
+
+    def _models(self, batch: Batch) -> Models:
+        """Models that the losses of a batch read; the reference only where the batch lacks its log-probs."""
+        known = all(REFERENCE_KEY in batch[part] for part in self.objective.scored_parts)
+        reads_reference = self._runs_reference or (self.objective.caches_reference and not known)
+        return Models(
+            self._scorer(),
+            self._reference_scorer() if reads_reference else None,
+            self._memorising_scorer() if self.objective.runs_memorising else None,
+        )
+
+    @property
+    def _training_data(self) -> TrainingData | None:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
     def on_fit_start(self) -> None:
-        """Ready policy and reference; transformers loads models in eval mode, so train mode is set here."""
-        self.check_vocabulary()
+        """Prepare policy and frozen models; transformers loads models in eval mode, so train mode is set here."""
+        data = self._training_data
         if self.dtype_name == "bfloat16" and self.lora is None:
             rank_zero_warn(
                 "--model.dtype bfloat16: updates smaller than 1/256 of a weight are lost; train in float32 with "
                 "--trainer.precision bf16-mixed, or train an adapter (--model.lora.rank 16)"
             )
-        if self._batch_losses.caches_reference and self._data is not None:
-            batches = self._data.reference_batches(self._batch_losses.scored_parts)
-            # Of another model or other rows, log-probs of an earlier run or a checkpoint would be wrong.
-            identity = f"{self._reference.name} {fingerprint(batches)}"
-            if self._reference.identity != identity:
-                scorer, strategy = self._reference_scorer(resident=False), self.trainer.strategy
-                with self.trainer.precision_plugin.forward_context():
-                    self._reference.fill(batches, scorer, self.device, strategy)
-                self._reference.identity = identity
-        if self._batch_losses.keeps_reference:
+        if data is not None:
+            self.check_vocabulary(data)
+            if self.objective.caches_reference:
+                batches = data.reference_batches(self.objective.scored_parts)
+                if self._reference.identity != self._reference.identity_of(batches):
+                    scorer, strategy = self._reference_scorer(resident=False), self.trainer.strategy
+                    with self.trainer.precision_plugin.forward_context():
+                        self._reference.fill(batches, scorer, self.device, strategy)
+        if self._runs_reference:
             self._reference_scorer()
-        if self._batch_losses.reads_memorising:
+        if self.objective.runs_memorising:
             self._memorising_scorer()
         self._step_losses = torch.zeros(2, device=self.device)
         self.policy.train()
-
-    def _reference_scorer(self, resident: bool = True) -> Scorer:
-        """Scorer of the reference; one that is not resident is dropped after its use.
-
-        A fresh run from the start model has the reference's weights in its policy and reads no second copy; a policy
-        with an adapter has them all along.
-        """
-        is_start = self._reference.name == self.name
-        if self.lora is not None and is_start:
-            return BaseScorer(self._scorer())
-        fresh = self._trainer is not None and self.trainer.ckpt_path is None and self.trainer.global_step == 0
-        keep = resident or self._batch_losses.keeps_reference
-        if is_start and fresh and not keep:
-            self.policy.eval()
-            return self._scorer()
-        return self._reference.scorer(self._scorer(), self.device, keep=keep, same=is_start and fresh)
-
-    def _memorising_scorer(self) -> Scorer:
-        assert self._memorising is not None, "checked with the settings"
-        return self._memorising.scorer(self._scorer(), self.device)
-
-    # -- training ----------------------------------------------------------------------------------------
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Parts a training batch must have, such as forget and retain."""
-        return self._batch_losses.parts
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
-            batch: Parts `forget`, `retain` and, where the objective asks for it, `alternate`; each with
+            batch: Parts `forget`, `retain` and, where the objective reads it, `alternate`; each with
                 `input_ids`, `labels` (-100 where not scored) and `attention_mask`, `(B, T)`. A part may bring
                 `reference_logps` `(B,)`, nats; without them the reference model is run. It may bring the
                 weights of its rows in a larger batch, see `TrainingSet`.
@@ -237,34 +273,32 @@ class UnlearningModule(PolicyModule):
         Returns:
             `loss`, `forget_loss` and `retain_loss`, scalars; the latter two before their weights.
         """
-        forget_loss, retain_loss = self._batch_losses(batch)
-        return {"loss": self._total(forget_loss, retain_loss), "forget_loss": forget_loss, "retain_loss": retain_loss}
+        found = batch_losses(self.objective, self._active_retain_loss, batch, self._models(batch))
+        self.forget_scores = found.scores
+        return self._with_total(found.forget, found.retain)
 
-    def _total(self, forget_loss: Tensor, retain_loss: Tensor) -> Tensor:
-        return self.objective.total(forget_loss, retain_loss, self.forget_weight, self.retain_weight)
-
-    @property
-    def forget_scores(self) -> dict[str, Tensor]:
-        """Gradient weight, log-prob and length of the newest batch's forget answers, see `BatchLosses`."""
-        return self._batch_losses.forget_scores
+    def _with_total(self, forget: Tensor, retain: Tensor) -> dict[str, Tensor]:
+        total = self.objective.total(forget, retain, self.forget_weight, self.retain_weight)
+        return {"loss": total, "forget_loss": forget, "retain_loss": retain}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass; the batch says how large the effective batch is."""
-        run_seed = getattr(self._data, "seed", 0)
-        torch.manual_seed(draw_step_seed(run_seed, self.current_epoch, batch_idx, self.global_rank))
+        data = self._training_data
+        seed = 0 if data is None else data.seed
+        torch.manual_seed(draw_step_seed(seed, self.current_epoch, batch_idx, self.global_rank))
         self._reference.add_to(batch)
         losses = self.losses(batch)
         self._require_finite(losses, batch)
         self._step_losses += torch.stack((losses["forget_loss"], losses["retain_loss"])).detach()
-        # These parts already add up over micro-batches and processes, whose mean Lightning takes.
+        # The losses add up over micro-batches and processes, of which Lightning takes the mean.
         return losses["loss"] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the losses of the whole effective batch, and let the objective see them."""
-        forget_loss, retain_loss = self.trainer.strategy.reduce(self._step_losses, reduce_op="sum").unbind()
+        """Log the losses of the whole effective batch, and pass them to the objective."""
+        forget, retain = self.trainer.strategy.reduce(self._step_losses, reduce_op="sum").unbind()
         self._step_losses = torch.zeros_like(self._step_losses)
-        values = {"loss": self._total(forget_loss, retain_loss), "forget_loss": forget_loss, "retain_loss": retain_loss}
-        values |= self.objective.after_step(retain_loss, self.retain_weight, self.current_epoch)
+        values: dict[str, Any] = self._with_total(forget, retain)
+        values |= self.objective.after_step(retain, self.retain_weight, self.current_epoch)
         for name, value in values.items():
             self.log(f"train/{name}", value, prog_bar=True)
 
@@ -292,50 +326,24 @@ class UnlearningModule(PolicyModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_fit_end(self) -> None:
-        """Free the memory of frozen models; unfreeze parameters: what evaluates gradients wants those of all."""
+        """Free the memory of frozen models; unfreeze parameters, since gradient norms are those of all."""
         for model in (self._reference, self._memorising):
             if model is not None:
                 model.free()
         if self.lora is None:
             self.policy.requires_grad_(True)
 
-    # -- checkpoints -------------------------------------------------------------------------------------
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the objective carries, and the reference's log-probs, which the trained policy no longer has."""
-        checkpoint["objective"] = {name: getattr(self.objective, name) for name in self.objective.carried}
-        checkpoint["reference_logps"] = {"totals": self._reference.totals, "identity": self._reference.identity}
+        """Save the objective's attributes, and the reference's log-probs, which the trained policy no longer gives."""
+        checkpoint["objective"] = {name: getattr(self.objective, name) for name in self.objective.checkpointed}
+        checkpoint["reference_logps"] = self._reference.state_dict()
         checkpoint["adapter"] = self._adapter
         if self._adapter is not None:
             checkpoint["state_dict"] = without_base(checkpoint["state_dict"], "policy.")
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what the objective carries and the reference's log-probs.
-
-        Raises:
-            UserError: The checkpoint is of another kind of policy.
-        """
+        """Restore them; a checkpoint of another kind of policy is refused."""
         check_adapter(checkpoint.get("adapter"), self._adapter)
-        for name in self.objective.carried:
+        for name in self.objective.checkpointed:
             setattr(self.objective, name, checkpoint["objective"].get(name, getattr(self.objective, name)))
-        self._reference.totals = checkpoint["reference_logps"]["totals"]
-        self._reference.identity = checkpoint["reference_logps"]["identity"]
-
-    def _check_settings(self) -> None:
-        for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs", "warmup_steps"):
-            value = getattr(self, option)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
-        if self._batch_losses.reads_memorising and self._memorising is None:
-            raise UserError(
-                f"--model.objective {type(self.objective).__name__} reads a model that was fine-tuned further on the "
-                "forget rows: name it by --model.memorising FOLDER; fit --config configs/finetune.yaml --model.name "
-                "START --data.train_split FORGET makes one"
-            )
-        if self.objective.needs_retain and self.retain_loss is None:
-            raise UserError(
-                f"--model.objective {type(self.objective).__name__} bounds the retain loss: name one, "
-                "such as --model.retain_loss NLL"
-            )
-        if self.schedule not in ("linear", "constant"):
-            raise UserError(f"--model.schedule must be linear or constant, got {self.schedule!r}")
+        self._reference.load_state_dict(checkpoint["reference_logps"])

@@ -1,14 +1,13 @@
 """Forget objectives, one class each; a config names one by its class, so a new one needs no other change."""
 
-from simnpo_pl.objectives.ablations import LengthNormalisedNPO, ReferenceFreeNPO
-from simnpo_pl.objectives.base import ForgetInputs, Objective, Positions
+from simnpo_pl.objectives.base import ForgetInputs, Models, Objective, Positions
 from simnpo_pl.objectives.constrained import PDU
-from simnpo_pl.objectives.distillation import RKLD
+from simnpo_pl.objectives.distillation import RKLD, UNDIAL
 from simnpo_pl.objectives.likelihood import IDK, FineTune, GradAscent, GradDiff
-from simnpo_pl.objectives.preference import DPO, NPO, SimNPO
+from simnpo_pl.objectives.preference import DPO, NPO, LengthNormalisedNPO, ReferenceFreeNPO, SimNPO
 from simnpo_pl.objectives.raw_logits import NPORawLogits, SimNPORawLogits
 from simnpo_pl.objectives.representation import RMU
-from simnpo_pl.objectives.tokens import CEU, UNDIAL, WGA, SatImp
+from simnpo_pl.objectives.tokens import CEU, WGA, SatImp
 
 __all__ = [
     "CEU",
@@ -25,6 +24,7 @@ __all__ = [
     "GradAscent",
     "GradDiff",
     "LengthNormalisedNPO",
+    "Models",
     "NPORawLogits",
     "Objective",
     "Positions",

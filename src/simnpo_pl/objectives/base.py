@@ -1,30 +1,26 @@
-"""What an objective is: from scored answers to one loss per forget row.
+"""From a batch's rows to its forget and retain loss: what the two kinds of losses are, what they may read, their means.
 
-It knows no model, tokenizer or data. It states in `needs` what it reads and in `mean_over` how rows are averaged.
+`ForgetInputs` is the one place where inputs are made: a new input is a new field of it.
 """
 
-import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from functools import cached_property
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from simnpo_pl.models.logprobs import AnswerLogps, AnswerStates, LayerStates
-from simnpo_pl.utils.errors import UserError
+from simnpo_pl.data.training import Batch, effective_mean
+from simnpo_pl.models.logprobs import AnswerLogps, AnswerStates, Rows, Scorer, answer_lengths, score_together
+from simnpo_pl.models.reference import REFERENCE_KEY
 
-T = TypeVar("T")
-Need = Literal[
-    "forget",
-    "alternate",
-    "reference",
-    "states",
-    "reference_states",
-    "memorising_states",
-    "layer",
-    "positions",
-    "reference_positions",
-]
+
+class Models(NamedTuple):
+    """Scorers of the policy and of the frozen models; None where nothing reads one."""
+
+    policy: Scorer
+    reference: Scorer | None = None
+    memorising: Scorer | None = None
 
 
 class Positions(NamedTuple):
@@ -38,65 +34,128 @@ class Positions(NamedTuple):
     """`(B, T)` 1 on a row's own tokens, 0 on padding."""
 
 
-class ForgetInputs(NamedTuple):
-    """What an objective may read of a forget batch of B rows with S scored tokens; None where it did not ask for it."""
+class ForgetInputs:
+    """What an objective may read of a batch of B forget rows with S scored tokens; a field is made when first read.
 
-    forget: AnswerLogps | None = None
-    """Policy, forget answers."""
-    alternate: AnswerLogps | None = None
-    """Policy, refusals in place of the forget answers."""
-    reference_forget: Tensor | None = None
-    """`(B,)` reference, forget answers: sum of log-probs, nats."""
-    reference_alternate: Tensor | None = None
-    """`(B,)` reference, refusals: sum of log-probs, nats."""
-    states: AnswerStates | None = None
-    """Policy, every scored token of the forget answers."""
-    reference_states: AnswerStates | None = None
-    """Reference, the same tokens, without gradient; see `AnswerStates.per_token`."""
-    memorising_states: AnswerStates | None = None
-    """Memorising model, likewise."""
-    layer: LayerStates | None = None
-    """Policy, hidden states of the objective's `layer` at the tokens of the forget answers."""
-    positions: Positions | None = None
-    """Policy, every position of the forget rows."""
-    reference_positions: Tensor | None = None
-    """`(B, T, V)` reference, logits at these positions."""
+    Args:
+        batch: Parts of the batch (`forget`, `alternate`) with their rows.
+        scored: Scored positions under the policy, by part, from one forward pass.
+        models: What else is run.
+        fields: Values of fields by name, to use an objective without a model.
+
+    Example:
+        >>> from simnpo_pl.objectives import SimNPO
+        >>> logps = AnswerLogps(total=torch.tensor([-6.0]), length=torch.tensor([3.0]))
+        >>> SimNPO(beta=1.0)(ForgetInputs(forget=logps)) > 0
+        tensor([True])
+    """
+
+    def __init__(
+        self,
+        batch: Mapping[str, Rows] | None = None,
+        scored: Mapping[str, AnswerStates] | None = None,
+        models: Models | None = None,
+        **fields: Any,
+    ) -> None:
+        self._batch, self._scored, self._models = batch or {}, scored or {}, models
+        vars(self).update(fields)
+
+    @cached_property
+    def forget(self) -> AnswerLogps:
+        """Policy, forget answers."""
+        return self._scored["forget"].logps()
+
+    @cached_property
+    def alternate(self) -> AnswerLogps:
+        """Policy, refusals in place of the forget answers."""
+        return self._scored["alternate"].logps()
+
+    @cached_property
+    def reference_forget(self) -> Tensor:
+        """`(B,)` reference, forget answers: sum of log-probs, nats."""
+        return self._reference_total("forget")
+
+    @cached_property
+    def reference_alternate(self) -> Tensor:
+        """`(B,)` reference, refusals: sum of log-probs, nats."""
+        return self._reference_total("alternate")
+
+    @cached_property
+    def states(self) -> AnswerStates:
+        """Policy, every scored token of the forget answers, and hidden states of the objective's `layer`."""
+        return self._scored["forget"]
+
+    @cached_property
+    def reference_states(self) -> AnswerStates:
+        """Reference, the same tokens, without gradient; see `AnswerStates.per_token`."""
+        return self._frozen("reference", "forget")
+
+    @cached_property
+    def memorising_states(self) -> AnswerStates:
+        """Memorising model, the same tokens, without gradient."""
+        return self._frozen("memorising", "forget")
+
+    @cached_property
+    def positions(self) -> Positions:
+        """Policy, every position of the forget rows."""
+        rows = self._batch["forget"]
+        return Positions(self._scorer("policy").all_logits(rows), rows["labels"], rows["attention_mask"])
+
+    @cached_property
+    def reference_positions(self) -> Tensor:
+        """`(B, T, V)` reference, logits at these positions."""
+        with torch.no_grad():
+            return self._scorer("reference").all_logits(self._batch["forget"])
+
+    def _reference_total(self, part: str) -> Tensor:
+        """From the batch, where the log-probs were computed before training; else from the model."""
+        rows = self._batch[part]
+        return rows[REFERENCE_KEY] if REFERENCE_KEY in rows else self._frozen("reference", part).logps().total
+
+    @torch.no_grad()
+    def _frozen(self, model: str, part: str) -> AnswerStates:
+        return self._scorer(model)({part: self._batch[part]})[part]
+
+    def _scorer(self, model: str) -> Scorer:
+        scorer: Scorer | None = getattr(self._models, model)
+        assert scorer is not None, f"the objective reads the {model} model, which its `needs` does not name"
+        return scorer
 
 
 class Objective(nn.Module):
     """Base of all forget objectives; subclasses implement `forward`.
 
-    `forward(inputs: ForgetInputs) -> Tensor` gives the loss of each row, `(B,)`, which is minimised.
+    `forward(inputs: ForgetInputs) -> Tensor` gives the loss of each row, `(B,)`, which is minimized.
     """
 
-    needs: frozenset[Need] = frozenset({"forget"})
-    """Fields of `ForgetInputs` it reads; `reference` gives those of the reference beside `forget` and `alternate`."""
+    needs: frozenset[str] = frozenset({"forget"})
+    """What must be known before a batch is run: the fields of `ForgetInputs` it reads, and `reference` for
+    `reference_forget` and `reference_alternate`, which are computed once before training."""
     mean_over: Literal["examples", "tokens"] = "examples"
-    """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
+    """`tokens`: a row's loss is a mean over its scored tokens and is weighted by their number."""
     layer: int | None = None
-    """Number of the layer, from 0, whose hidden states it reads; goes with `layer` among its needs."""
+    """Layer, from 0, whose hidden states it reads as `states.layers[layer]`."""
     skipped_tokens: ClassVar[int] = 0
     """Scored tokens at the start of every answer that a mean over tokens leaves out."""
     needs_retain: ClassVar[bool] = False
-    """Whether it cannot do without a retain loss."""
-    carried: ClassVar[tuple[str, ...]] = ()
-    """Attributes that change over training and are kept in the checkpoint: plain numbers."""
+    """Whether it requires a retain loss."""
+    checkpointed: ClassVar[tuple[str, ...]] = ()
+    """Attributes that change over training and are saved in the checkpoint: plain numbers."""
     default_forget_weight: ClassVar[float] = 1.0
-    """Coefficient of the forget loss where the user names none."""
+    """Coefficient of the forget loss where the user gives none."""
     default_retain_weight: ClassVar[float] = 1.0
-    """Coefficient of the retain loss where the user names none; 0 drops the retain term."""
+    """Coefficient of the retain loss where the user gives none; 0 drops the retain term."""
 
     @property
     def default_trainable(self) -> tuple[str, ...]:
-        """Regular expressions of the parameters to train where the user names none; empty trains all."""
+        """Regular expressions of the parameters to train where the user gives none; empty trains all."""
         return ()
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """Loss of each row, `(B,)`."""
         raise TypeError(f"{type(self).__name__} must implement forward(inputs) -> Tensor (B,)")
 
     def total(self, forget: Tensor, retain: Tensor, forget_weight: float, retain_weight: float) -> Tensor:
-        """What is minimised.
+        """What is minimized.
 
         Args:
             forget: Forget loss, a scalar.
@@ -119,74 +178,151 @@ class Objective(nn.Module):
         """
         return {}
 
-    def gradient_weights(self, inputs: ForgetInputs, losses: Tensor | None = None) -> Tensor | None:
-        """How strongly each forget answer is pushed down: the derivative of a row's loss by the answer's log-prob.
+    def gradient_weights(self, inputs: ForgetInputs, losses: Tensor) -> Tensor | None:
+        """Derivative of each row's loss with respect to the summed log-prob of its forget answer.
 
         The gradient of a row's loss is this number times the gradient of `inputs.forget.total`, where the loss reads
-        the answer through that sum: W of NPO and W' of SimNPO (SimNPO paper, section 4). The model is not run again.
+        the answer through that sum: W of NPO and W' of SimNPO (SimNPO paper, section 4). No model is run.
 
         Args:
-            inputs: What `forward` reads.
-            losses: What `forward` made of them, `(B,)`; None runs it.
+            inputs: What `forward` read.
+            losses: What `forward` gave, `(B,)`.
 
         Returns:
-            `(B,)`, per nat of the summed log-prob, below 0 where the answer is pushed up, 0 where the loss has no
-            gradient by it; None for an objective that reads refusals alone or single tokens.
+            `(B,)`, per nat of the summed log-prob, below 0 where the answer becomes more likely, 0 where the loss has
+            no gradient with respect to it; None for an objective that reads refusals alone or single tokens.
         """
-        if inputs.forget is None or not self.needs <= {"forget", "alternate", "reference"}:
+        if not {"forget"} <= self.needs <= {"forget", "alternate", "reference"}:
             return None
         total = inputs.forget.total
-        with torch.enable_grad():
-            if losses is None or not total.requires_grad:
-                total = total.detach().requires_grad_()
-                losses = self(inputs._replace(forget=inputs.forget._replace(total=total)))
-            if not losses.requires_grad:
-                return torch.zeros_like(total)
-            # The graph stays: training goes back through it.
-            return torch.autograd.grad(losses.sum(), total, retain_graph=True, materialize_grads=True)[0]
+        if not losses.requires_grad:
+            return torch.zeros_like(total)
+        # Training differentiates the same graph afterwards.
+        return torch.autograd.grad(losses.sum(), total, retain_graph=True, materialize_grads=True)[0]
+
+    # -- follows from `needs` ----------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts of a training batch; the forget rows define an epoch even where only their refusals are scored."""
+        return ("forget", "alternate") if "alternate" in self.needs else ("forget",)
+
+    @property
+    def scored_parts(self) -> tuple[str, ...]:
+        """Parts whose answers the policy scores."""
+        reads_forget = self.needs & {"forget", "states"}
+        return self.parts if reads_forget else self.parts[1:]
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether it reads the reference's summed log-probs, which need no model once they are known."""
+        return "reference" in self.needs
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether every step runs the reference."""
+        return any(name.startswith("reference_") for name in self.needs)
+
+    @property
+    def runs_memorising(self) -> bool:
+        """Whether every step runs the memorising model."""
+        return any(name.startswith("memorising_") for name in self.needs)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it reads whole distributions and not the labels' log-probs or hidden states alone."""
+        return "positions" in self.needs or ("states" in self.needs and self.layer is None)
 
 
-def positive(name: str, value: float) -> float:
-    """A hyper-parameter that must be above 0.
+class RetainLoss(nn.Module):
+    """Base of all retain losses; subclasses implement `forward`."""
 
-    Raises:
-        UserError: It is not, or is not finite.
+    needs_reference: ClassVar[bool] = False
+    """Whether every step runs the frozen reference."""
+    reads_logps: ClassVar[bool] = False
+    """Whether it reads the policy's answer log-probs; these are then computed along with the forget rows'."""
+    mean_over: Literal["examples", "tokens"] = "tokens"
+    """`tokens`: a row's loss is a mean over its scored tokens and is weighted by their number."""
+    layer: int | None = None
+    """Layer, from 0, whose hidden states it reads."""
+    every_position: bool = False
+    """Whether questions and padding count too; `over_all_positions` then replaces `forward`."""
+
+    def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
+        """Loss of each retain row, `(B,)`."""
+        raise TypeError(f"{type(self).__name__} must implement forward(policy, reference) -> Tensor (B,)")
+
+    def over_all_positions(self, rows: Rows, policy: Scorer, reference: Scorer) -> Tensor:
+        """Loss of each row over all T positions, `(B,)`."""
+        raise TypeError(f"{type(self).__name__} must implement over_all_positions(rows, policy, reference)")
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it reads whole distributions and not the labels' log-probs or hidden states alone."""
+        return not self.reads_logps and self.layer is None
+
+
+class StepLosses(NamedTuple):
+    """Losses of a batch, before their weights."""
+
+    forget: Tensor
+    """Scalar."""
+    retain: Tensor
+    """Scalar; 0 without a retain loss."""
+    scores: dict[str, Tensor]
+    """Of the forget answers, each `(B,)`: `weight`, see `Objective.gradient_weights`; `logp`, summed, nats; `length`,
+    tokens. Empty where the objective has no such weight."""
+
+
+def batch_losses(objective: Objective, retain_loss: RetainLoss | None, batch: Batch, models: Models) -> StepLosses:
+    """Forget and retain loss of a batch; all that the policy scores goes through one forward pass.
+
+    Args:
+        objective: Names in `needs` what it reads.
+        retain_loss: None where nothing is retained.
+        batch: See `UnlearningModule.losses`.
+        models: The policy, and the frozen models that the two losses read.
     """
-    if not (math.isfinite(value) and value > 0):
-        raise UserError(
-            f"--model.objective.{name} must be a number above 0, got {value}: the usual range is 0.05 to 10"
-        )
-    return value
+    rows = {part: batch[part] for part in objective.scored_parts}
+    with_logps = [part for part in rows if part in objective.needs]
+    layers = {objective.layer}
+    if retain_loss is not None and not retain_loss.every_position:
+        rows["retain"] = batch["retain"]
+        with_logps += ["retain"] if retain_loss.reads_logps else []
+        layers.add(retain_loss.layer)
+    states = models.policy(rows, {n for n in layers if n is not None}) if rows else {}
+    states = score_together(states, with_logps)
+    inputs = ForgetInputs(batch, states, models)
+    per_row = objective(inputs)
+    scores: dict[str, Tensor] = {}
+    if (weights := objective.gradient_weights(inputs, per_row)) is not None:
+        scores = {"weight": weights, "logp": inputs.forget.total.detach(), "length": inputs.forget.length}
+    counted = batch[(*objective.scored_parts, "forget")[0]]
+    forget = effective_mean(per_row, counted, _lengths(objective, counted), objective.skipped_tokens)
+    retain = forget.new_zeros(())
+    if retain_loss is not None:
+        kept = batch["retain"]
+        per_row = _retain_rows(retain_loss, kept, states.get("retain"), models)
+        retain = effective_mean(per_row, kept, _lengths(retain_loss, kept))
+    return StepLosses(forget, retain, scores)
 
 
-def not_negative(name: str, value: float) -> float:
-    """A hyper-parameter that must be at least 0.
-
-    Raises:
-        UserError: It is not, or is not finite.
-    """
-    if not (math.isfinite(value) and value >= 0):
-        raise UserError(f"--model.objective.{name} must be a number of at least 0, got {value}")
-    return value
-
-
-def one_of(option: str, value: str, known: tuple[str, ...]) -> str:
-    """A setting that must be one of a few words.
-
-    Raises:
-        UserError: It is none of them.
-    """
-    if value not in known:
-        raise UserError(f"--model.{option} must be {' or '.join(known)}, got {value!r}")
-    return value
+def _retain_rows(loss: RetainLoss, rows: Rows, policy: AnswerStates | None, models: Models) -> Tensor:
+    if policy is None:
+        assert models.reference is not None
+        return loss.over_all_positions(rows, models.policy, models.reference)
+    reference = None
+    if loss.needs_reference:
+        assert models.reference is not None
+        with torch.no_grad():
+            reference = models.reference({"retain": rows}, [] if loss.layer is None else [loss.layer])["retain"]
+    return loss(policy, reference)
 
 
-def given(value: T | None) -> T:
-    """An input that the objective asked for."""
-    assert value is not None, "an objective read what its `needs` does not name"
-    return value
+def _lengths(loss: Objective | RetainLoss, rows: Rows) -> Tensor | None:
+    return answer_lengths(rows) if loss.mean_over == "tokens" else None
 
 
 def row_means(states: AnswerStates, values: Tensor, skipped: int = 0) -> Tensor:
-    """Means `(B,)` of token values `(S,)` within rows of which `skipped` tokens are left out."""
+    """Means `(B,)` of token values `(S,)` within rows, of which `skipped` tokens are left out."""
     return states.sum_rows(values) / (states.lengths() - skipped).clamp(min=1)

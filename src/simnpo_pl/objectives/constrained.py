@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from simnpo_pl.data.tokenization import IGNORE_INDEX
-from simnpo_pl.objectives.base import ForgetInputs, Objective, given, not_negative, one_of, row_means
+from simnpo_pl.objectives.base import ForgetInputs, Objective, row_means
+from simnpo_pl.objectives.checks import not_negative, one_of
 
 
 class PDU(Objective):
@@ -29,7 +30,7 @@ class PDU(Objective):
 
     mean_over = "tokens"
     needs_retain = True
-    carried = ("dual",)
+    checkpointed = ("dual",)
 
     def __init__(
         self,
@@ -47,22 +48,19 @@ class PDU(Objective):
         self.dual: float | None = None
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """Mean over each answer's tokens, `(B,)`."""
-        if inputs.positions is not None:
-            counted = inputs.positions.labels != IGNORE_INDEX
-            values = _flatness(inputs.positions.logits) * counted
-            return values.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)
-        states = given(inputs.states)
-        return row_means(states, states.per_token(lambda logits, _: _flatness(logits)))
+        if self.average_over == "answers":
+            return row_means(inputs.states, inputs.states.per_token(lambda logits, _: _flatness(logits)))
+        counted = inputs.positions.labels != IGNORE_INDEX
+        values = _flatness(inputs.positions.logits) * counted
+        return values.sum(dim=-1) / counted.sum(dim=-1).clamp(min=1)
 
     def total(self, forget: Tensor, retain: Tensor, forget_weight: float, retain_weight: float) -> Tensor:
         """Lagrangian of the two losses."""
         return forget_weight * forget + self._dual(retain_weight) * (retain - self.eps)
 
     def after_step(self, retain: Tensor, retain_weight: float, epoch: int) -> Mapping[str, float]:
-        """Move the dual variable; gives the one that the step used."""
-        used = self._dual(retain_weight)
-        self.dual = used
+        """Update the dual variable; gives the one that the step used."""
+        used = self.dual = self._dual(retain_weight)
         if epoch >= self.warmup_epochs:
             self.dual = max(0.0, used + self.step * (retain.item() - self.eps))
         return {"dual": used}

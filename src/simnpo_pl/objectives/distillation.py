@@ -1,20 +1,49 @@
-"""Objectives that draw the policy to a teacher made of frozen models."""
+"""Objectives that distill the policy from a teacher made of frozen models."""
 
+import torch
 from torch import Tensor
 
-from simnpo_pl.models.logprobs import divergence
-from simnpo_pl.objectives.base import ForgetInputs, Objective, given, not_negative, row_means
+from simnpo_pl.models.logprobs import cross_entropy, divergence
+from simnpo_pl.objectives.base import ForgetInputs, Objective, row_means
+from simnpo_pl.objectives.checks import not_negative, positive
+
+
+class UNDIAL(Objective):
+    """Self-distillation with adjusted logits (Dong et al. 2024, "UNDIAL", section 3); no retain term by default.
+
+    Cross-entropy of the policy against the reference's distribution with `beta` subtracted from the label's logit,
+    over the answers' tokens. Public code averages over prompt and padding too.
+
+    Args:
+        beta: What is subtracted from the label's logit, above 0. The public learning rate is 1e-4.
+    """
+
+    needs = frozenset({"states", "reference_states"})
+    mean_over = "tokens"
+    default_retain_weight = 0.0
+
+    def __init__(self, beta: float = 10.0) -> None:
+        super().__init__()
+        self.beta = positive("beta", beta)
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        def adjusted(logits: Tensor, labels: Tensor, reference: Tensor) -> Tensor:
+            off = torch.full_like(labels, -self.beta, dtype=reference.dtype).unsqueeze(1)
+            target = reference.scatter_add(1, labels.unsqueeze(1), off).softmax(dim=-1)
+            return cross_entropy(logits, target)
+
+        return row_means(inputs.states, inputs.states.per_token(adjusted, inputs.reference_states))
 
 
 class RKLD(Objective):
     """Reverse-KL distillation (Wang et al. 2024, "RKLD", arXiv 2406.01983, section on the unlearning teacher).
 
-    KL(policy || teacher) at every token of a forget answer, with
+    KL(policy || teacher) at every token of a forget answer, nats, with
     `teacher = softmax(z_ref - alpha * relu(z_mem - z_ref))`: z_ref are the reference's logits, z_mem those of a
-    memorising model, the start model fine-tuned further on the forget rows. What it makes likelier is taken off.
+    memorising model, the start model fine-tuned further on the forget rows. What that makes more likely is removed.
 
     Args:
-        alpha: How much is taken off, at least 0; 0 leaves the reference itself.
+        alpha: How much is subtracted, at least 0; 0 leaves the reference itself.
     """
 
     needs = frozenset({"states", "reference_states", "memorising_states"})
@@ -25,10 +54,8 @@ class RKLD(Objective):
         self.alpha = not_negative("alpha", alpha)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """Mean over each answer's tokens, nats per token, `(B,)`."""
-
         def to_teacher(logits: Tensor, labels: Tensor, reference: Tensor, memorising: Tensor) -> Tensor:
             return divergence(logits, reference - self.alpha * (memorising - reference).relu())
 
-        states, frozen = given(inputs.states), (given(inputs.reference_states), given(inputs.memorising_states))
-        return row_means(states, states.per_token(to_teacher, *frozen))
+        frozen = inputs.reference_states, inputs.memorising_states
+        return row_means(inputs.states, inputs.states.per_token(to_teacher, *frozen))

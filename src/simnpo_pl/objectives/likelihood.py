@@ -2,21 +2,20 @@
 
 from torch import Tensor
 
-from simnpo_pl.objectives.base import ForgetInputs, Objective, given
+from simnpo_pl.objectives.base import ForgetInputs, Objective
 
 
 class GradDiff(Objective):
     """Gradient difference: ascend on forget answers, descend on the retain loss.
 
-    Loss of a row is its mean log-prob per token; averaged over tokens this is minus the
+    Loss of a row is its mean log-prob, nats per token; averaged over tokens this is minus the
     cross-entropy of the forget batch (Liu et al. 2022; TOFU, Maini et al. 2024, section 4).
     """
 
     mean_over = "tokens"
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """Mean log-prob of each forget answer, nats per token, `(B,)`."""
-        return given(inputs.forget).mean
+        return inputs.forget.mean
 
 
 class GradAscent(GradDiff):
@@ -26,7 +25,7 @@ class GradAscent(GradDiff):
 
 
 class FineTune(Objective):
-    """Plain fine-tuning: cross-entropy on the answers of the training rows.
+    """Plain fine-tuning: cross-entropy on the answers of the training rows, nats per token.
 
     Makes start models and retrained models, and is the relearning attack (SimNPO paper, section 6).
     """
@@ -35,16 +34,14 @@ class FineTune(Objective):
     default_retain_weight = 0.0
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """Mean negative log-likelihood of each answer, nats per token, `(B,)`."""
-        return -given(inputs.forget).mean
+        return -inputs.forget.mean
 
 
 class IDK(Objective):
-    """Cross-entropy on a refusal in place of the forget answer (TOFU, section 4)."""
+    """Cross-entropy on a refusal in place of the forget answer, nats per token (TOFU, section 4)."""
 
     needs = frozenset({"alternate"})
     mean_over = "tokens"
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """Mean negative log-likelihood of each refusal, nats per token, `(B,)`."""
-        return -given(inputs.alternate).mean
+        return -inputs.alternate.mean

@@ -1,9 +1,10 @@
-"""Preference objectives: a log-sigmoid bounds how far an answer is pushed down."""
+"""Preference objectives: a log-sigmoid bounds how far an answer's log-prob is lowered."""
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from simnpo_pl.objectives.base import ForgetInputs, Objective, given, not_negative, positive
+from simnpo_pl.objectives.base import ForgetInputs, Objective
+from simnpo_pl.objectives.checks import not_negative, positive
 
 
 class NPO(Objective):
@@ -24,9 +25,7 @@ class NPO(Objective):
         self.beta = positive("beta", beta)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """NPO loss of each forget row, `(B,)`."""
-        log_ratio = given(inputs.forget).total - given(inputs.reference_forget)
-        return -2 / self.beta * logsigmoid(-self.beta * log_ratio)
+        return -2 / self.beta * logsigmoid(-self.beta * (inputs.forget.total - inputs.reference_forget))
 
 
 class DPO(Objective):
@@ -46,14 +45,13 @@ class DPO(Objective):
         self.beta = positive("beta", beta)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """DPO loss of each forget row, `(B,)`."""
-        forget = given(inputs.forget).total - given(inputs.reference_forget)
-        alternate = given(inputs.alternate).total - given(inputs.reference_alternate)
+        forget = inputs.forget.total - inputs.reference_forget
+        alternate = inputs.alternate.total - inputs.reference_alternate
         return -2 / self.beta * logsigmoid(self.beta * (alternate - forget))
 
 
 class SimNPO(Objective):
-    """Simple NPO: no reference, log-probs normalised by answer length (SimNPO paper, equation 4).
+    """Simple NPO: no reference, log-probs normalized by answer length (SimNPO paper, equation 4).
 
     `-(2 / beta) * log sigmoid(-(beta / n) * L - gamma)` with L the answer's summed log-prob in nats and
     n its number of scored tokens. Defaults are the paper's for TOFU forget10; for forget05 it uses
@@ -61,8 +59,8 @@ class SimNPO(Objective):
 
     Args:
         beta: Inverse temperature, above 0, per nat per token.
-        gamma: Margin, added outside beta and at least 0. A margin `delta` that stands inside beta, as in
-            the official TOFU code and open-unlearning, is `gamma = beta * delta`.
+        gamma: Margin, added outside beta and at least 0. A margin `delta` inside beta, as in the
+            official TOFU code and open-unlearning, is `gamma = beta * delta`.
     """
 
     default_forget_weight = 0.125
@@ -73,5 +71,42 @@ class SimNPO(Objective):
         self.gamma = not_negative("gamma", gamma)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """SimNPO loss of each forget row, `(B,)`."""
-        return -2 / self.beta * logsigmoid(-self.beta * given(inputs.forget).mean - self.gamma)
+        return -2 / self.beta * logsigmoid(-self.beta * inputs.forget.mean - self.gamma)
+
+
+class LengthNormalisedNPO(Objective):
+    """NPO with log-probs per token, the reference kept: `-(2 / beta) * log sigmoid(-(beta / n) (L - L_ref))`.
+
+    Half of the step from NPO to SimNPO. L and L_ref are the answer's summed log-probs under policy and reference,
+    nats, over n scored tokens.
+
+    Args:
+        beta: Inverse temperature, above 0, per nat per token.
+    """
+
+    needs = frozenset({"forget", "reference"})
+
+    def __init__(self, beta: float = 2.5) -> None:
+        super().__init__()
+        self.beta = positive("beta", beta)
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        log_ratio = inputs.forget.mean - inputs.reference_forget / inputs.forget.length.clamp(min=1)
+        return -2 / self.beta * logsigmoid(-self.beta * log_ratio)
+
+
+class ReferenceFreeNPO(Objective):
+    """NPO without its reference, log-probs summed over tokens: `-(2 / beta) * log sigmoid(-beta L)`.
+
+    The other half of the step from NPO to SimNPO.
+
+    Args:
+        beta: Inverse temperature, above 0, per nat of the summed log-prob.
+    """
+
+    def __init__(self, beta: float = 0.1) -> None:
+        super().__init__()
+        self.beta = positive("beta", beta)
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        return -2 / self.beta * logsigmoid(-self.beta * inputs.forget.total)

@@ -1,4 +1,4 @@
-"""Objectives of the public MUSE code that read raw logits, so that its tables can be made again.
+"""Objectives of the public MUSE code that read raw logits, to reproduce its tables.
 
 They are not the losses of the papers whose names they bear: see the warnings below.
 """
@@ -6,7 +6,8 @@ They are not the losses of the papers whose names they bear: see the warnings be
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from simnpo_pl.objectives.base import ForgetInputs, Objective, Positions, given, not_negative, positive
+from simnpo_pl.objectives.base import ForgetInputs, Objective, Positions
+from simnpo_pl.objectives.checks import not_negative, positive
 
 
 def _row_means(positions: Positions, values: Tensor) -> Tensor:
@@ -19,8 +20,8 @@ class SimNPORawLogits(Objective):
     """What the SimNPO authors' MUSE code computes. Not SimNPO: for new work take `SimNPO`.
 
     `-(2 / beta) * log sigmoid(beta * (-z - delta))` of every logit z, averaged over positions, vocabulary and rows.
-    No label is read and nothing is normalised, so it lowers all logits alike and is no likelihood; its values cannot
-    be compared with SimNPO's. It exists to make the published MUSE tables again.
+    No label is read and nothing is normalized, so it lowers all logits alike and is no likelihood; its values cannot
+    be compared with SimNPO's. It exists to reproduce the published MUSE tables.
 
     Args:
         beta: Scale of the logits, above 0.
@@ -35,17 +36,16 @@ class SimNPORawLogits(Objective):
         self.delta = not_negative("delta", delta)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """Mean over each row's tokens and the vocabulary, `(B,)`."""
-        positions = given(inputs.positions)
-        return -2 / self.beta * _row_means(positions, logsigmoid(self.beta * (-positions.logits - self.delta)))
+        values = logsigmoid(self.beta * (-inputs.positions.logits - self.delta))
+        return -2 / self.beta * _row_means(inputs.positions, values)
 
 
 class NPORawLogits(Objective):
     """What the public MUSE code computes under the name NPO. Not NPO: for new work take `NPO`.
 
     `-(2 / beta) * log sigmoid(beta * (z_ref - z))` of every logit z of the policy and z_ref of the reference, averaged
-    over positions, vocabulary and rows. No label is read and nothing is normalised, so it is no likelihood ratio; its
-    values cannot be compared with NPO's. It exists to make the published MUSE tables again.
+    over positions, vocabulary and rows. No label is read and nothing is normalized, so it is no likelihood ratio; its
+    values cannot be compared with NPO's. It exists to reproduce the published MUSE tables.
 
     Args:
         beta: Scale of the logits, above 0; the public code always has 0.1.
@@ -58,7 +58,5 @@ class NPORawLogits(Objective):
         self.beta = positive("beta", beta)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """Mean over each row's tokens and the vocabulary, `(B,)`."""
-        positions = given(inputs.positions)
-        difference = given(inputs.reference_positions) - positions.logits
-        return -2 / self.beta * _row_means(positions, logsigmoid(self.beta * difference))
+        difference = inputs.reference_positions - inputs.positions.logits
+        return -2 / self.beta * _row_means(inputs.positions, logsigmoid(self.beta * difference))

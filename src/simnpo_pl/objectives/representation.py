@@ -5,27 +5,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from simnpo_pl.objectives.base import ForgetInputs, Objective, given, one_of, positive
+from simnpo_pl.objectives.base import ForgetInputs, Objective
+from simnpo_pl.objectives.checks import one_of, positive
 
 
 class RMU(Objective):
     """Representation misdirection (Li et al. 2024, "The WMDP Benchmark", section 4).
 
     `mean over dimensions of (h - c * u)^2` at every token of an answer, averaged over tokens; h is the policy's hidden
-    state after one layer, u a fixed random direction: a unit vector of entries drawn uniformly from 0 to 1. Goes with
+    state after one layer, u a fixed random direction: a unit vector of entries drawn uniformly from 0 to 1. Used with
     the retain loss `EmbedDiff` at the same layer. Trained are the down-projections of this layer's MLP and of the two
     below it, unless `--model.trainable` says otherwise; layers above it get no gradient, so naming them too needs
     `--trainer.strategy ddp_find_unused_parameters_true` on several devices.
 
     Args:
         layer: Number of the layer, from 0.
-        coefficient: c, length of the vector the states are drawn to, above 0; 2 to 20 in public code.
-        seed: Seed of u, which is drawn apart from all other random numbers.
+        coefficient: c, length of the target vector, above 0; 2 to 20 in public code.
+        seed: Seed of u, independent of all other random numbers.
         average_over: `answers` averages over the answers' tokens. `crossed` divides the sum of each row by the
             number of tokens of every row of the forward pass, as public code does; it exists for comparison.
     """
 
-    needs = frozenset({"layer"})
+    needs = frozenset({"states"})
     layer: int
 
     def __init__(
@@ -45,7 +46,7 @@ class RMU(Objective):
 
     @property
     def default_trainable(self) -> tuple[str, ...]:
-        """Down-projections of three layers, under the names that transformers has for them."""
+        """Down-projections of three layers, under their names in transformers."""
         layers = "|".join(map(str, range(max(0, self.layer - 2), self.layer + 1)))
         return (rf".*\.(?:{layers})\.(?:mlp\.)?(?:down_proj|c_proj|fc2|fc_out|dense_4h_to_h)\.weight",)
 
@@ -55,7 +56,6 @@ class RMU(Objective):
         return entries / entries.norm()
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        """Mean over each answer's tokens and the dimensions, `(B,)`."""
-        states = given(inputs.layer)
+        states = inputs.states.layers[self.layer]
         target = self.coefficient * self.direction(states.hidden.shape[1]).to(states.hidden.device)
         return states.row_means((states.hidden - target).square().mean(dim=-1), self.crossed)

@@ -1,35 +1,13 @@
 """Retain losses: what keeps the policy on the retain rows while it forgets."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simnpo_pl.models.logprobs import AnswerStates, Rows, Scorer, divergence
-from simnpo_pl.objectives.base import one_of, row_means
-
-
-class RetainLoss(nn.Module):
-    """Base of all retain losses; subclasses implement `forward`."""
-
-    needs_reference: ClassVar[bool] = False
-    """Whether the frozen reference model must be at hand in every step."""
-    reads_logps: ClassVar[bool] = False
-    """Whether it reads the policy's answer log-probs; these are then made along with the forget rows'."""
-    mean_over: Literal["examples", "tokens"] = "tokens"
-    """`tokens`: a row's loss is a mean over its scored tokens and counts as often as it has tokens."""
-    layer: int | None = None
-    """Number of the layer, from 0, whose hidden states it reads, beside the scored positions."""
-    every_position: bool = False
-    """Whether questions and padding count too; then `over_all_positions` takes the place of `forward`."""
-
-    def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
-        """Loss of each retain row, `(B,)`."""
-        raise TypeError(f"{type(self).__name__} must implement forward(policy, reference) -> Tensor (B,)")
-
-    def over_all_positions(self, rows: Rows, policy: Scorer, reference: Scorer) -> Tensor:
-        """Loss of each row over all T positions, `(B,)`."""
-        raise TypeError(f"{type(self).__name__} must implement over_all_positions(rows, policy, reference)")
+from simnpo_pl.objectives.base import RetainLoss, row_means
+from simnpo_pl.objectives.checks import one_of
 
 
 class NLL(RetainLoss):
@@ -38,7 +16,6 @@ class NLL(RetainLoss):
     reads_logps = True
 
     def forward(self, policy: AnswerStates, reference: AnswerStates | None = None) -> Tensor:
-        """Mean negative log-likelihood of each retain answer, nats per token, `(B,)`."""
         return -policy.logps().mean
 
 
@@ -59,12 +36,10 @@ class KL(RetainLoss):
         self.mean_over = "examples" if self.every_position else "tokens"
 
     def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
-        """Mean divergence of each retain row over its scored tokens, nats per token, `(B,)`."""
         assert reference is not None
         return row_means(policy, policy.per_token(lambda logits, _, target: divergence(target, logits), reference))
 
     def over_all_positions(self, rows: Rows, policy: Scorer, reference: Scorer) -> Tensor:
-        """Mean divergence of each row over all T positions, `(B,)`."""
         with torch.no_grad():
             target = reference.all_logits(rows)
         return divergence(target, policy.all_logits(rows)).mean(dim=-1)
@@ -93,7 +68,6 @@ class EmbedDiff(RetainLoss):
         self.mean_over = "examples" if self.crossed else "tokens"
 
     def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
-        """Mean squared distance of each retain row over its answer's tokens, `(B,)`."""
         assert reference is not None
         states, target = policy.layers[self.layer], reference.layers[self.layer].hidden
         return states.row_means((states.hidden - target).square().mean(dim=-1), self.crossed)
