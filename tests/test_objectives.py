@@ -31,6 +31,7 @@ from simnpo_pl.objectives import (
     SimNPO,
     SimNPORawLogits,
 )
+from simnpo_pl.objectives.base import RetainInputs
 from simnpo_pl.objectives.retain import KL, EmbedDiff
 from simnpo_pl.utils.errors import UserError
 
@@ -188,7 +189,8 @@ def test_embed_diff():
     """
     policy = replace(STATES, layers={4: LAYER})
     reference = replace(STATES, layers={4: replace(LAYER, hidden=torch.ones(3, 2))})
-    assert EmbedDiff(layer=4)(policy, reference).tolist() == pytest.approx([1.25, 0, 1])
+    inputs = RetainInputs(states=policy, reference_states=reference)
+    assert EmbedDiff(layer=4)(inputs).tolist() == pytest.approx([1.25, 0, 1])
 
 
 def test_pdu():

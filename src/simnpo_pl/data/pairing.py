@@ -89,15 +89,10 @@ class PairedSampler(Sampler[MicroBatch]):
         if not 0 <= rank < world_size:
             raise UserError(f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}")
         _check_divisible(effective_batch, per_device_batch, world_size)
-        self.forget_rows = forget_rows
-        self.retain_rows = retain_rows
-        self.effective_batch = effective_batch
-        self.per_device_batch = per_device_batch
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
-        self.epoch = 0
-        self.yielded = 0
+        self.forget_rows, self.retain_rows = forget_rows, retain_rows
+        self.effective_batch, self.per_device_batch = effective_batch, per_device_batch
+        self.world_size, self.rank, self.seed = world_size, rank, seed
+        self.epoch = self.yielded = 0
         self._resumed = (-1, 0)
 
     @property

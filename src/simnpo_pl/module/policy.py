@@ -31,14 +31,9 @@ class EvalData(Protocol):
     eval: EvalOptions
 
     @property
-    def end_ids(self) -> Collection[int]:
-        """Tokens that end an answer."""
-
-    def evaluation(self) -> Evaluation:
-        """The splits and metrics."""
-
-    def largest_id(self) -> int:
-        """Largest token id that is read."""
+    def end_ids(self) -> Collection[int]: ...
+    def evaluation(self) -> Evaluation: ...
+    def largest_id(self) -> int: ...
 
 
 def check_trainer(trainer: pl.Trainer) -> None:

@@ -31,7 +31,7 @@ from simnpo_pl.models.reference import REFERENCE_KEY, FrozenModel, Reference
 from simnpo_pl.module.optimization import Shape, adamw, schedule
 from simnpo_pl.module.policy import EvalData, PolicyModule
 from simnpo_pl.objectives import Objective, SimNPO
-from simnpo_pl.objectives.base import Batch, Models, RetainLoss, batch_losses
+from simnpo_pl.objectives.base import Batch, Loss, Models, RetainLoss, batch_losses
 from simnpo_pl.objectives.retain import NLL
 from simnpo_pl.utils.errors import UserError
 
@@ -39,12 +39,11 @@ DEFAULT_RETAIN_LOSS = lazy_instance(NLL)
 
 
 class TrainingData(EvalData, Protocol):
-    """What training asks of its data module; batches of a plain loader do without."""
+    """What training asks of its data module; a plain loader needs none."""
 
     seed: int
 
-    def reference_batches(self, parts: Sequence[str]) -> list[Batch]:
-        """All forget rows (and their refusals) once, with their `index`."""
+    def reference_batches(self, parts: Sequence[str]) -> list[Batch]: ...
 
 
 class UnlearningModule(PolicyModule):
@@ -149,9 +148,14 @@ class UnlearningModule(PolicyModule):
         return self.retain_loss if retains else None
 
     @property
+    def _losses(self) -> list[Loss]:
+        retain = self._active_retain_loss
+        return [self.objective, *([] if retain is None else [retain])]
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """Parts of a training batch, such as forget and retain; what a data module asks of the module."""
-        return (*self.objective.parts, *(("retain",) if self._active_retain_loss is not None else ()))
+        return tuple(part for loss in self._losses for part in loss.parts)
 
     def configure_model(self) -> None:
         """Load the policy, and freeze what is not to be trained unless it is only evaluated."""
@@ -160,9 +164,9 @@ class UnlearningModule(PolicyModule):
             if model is not None:
                 find_model(model.name, model.option)
         super().configure_model()
-        for option, reader in (("objective", self.objective), ("retain_loss", self._active_retain_loss)):
-            if reader is not None and reader.layer is not None:
-                check_layer(self.policy, reader.layer, f"--model.{option}.layer")
+        for loss, option in zip(self._losses, ("objective", "retain_loss"), strict=False):
+            if loss.layer is not None:
+                check_layer(self.policy, loss.layer, f"--model.{option}.layer")
         if self.lora is None and (self._trainer is None or self.trainer.state.fn == "fit"):
             require_merged(self.policy, "--model.name")
             if self.trainable:
@@ -176,8 +180,7 @@ class UnlearningModule(PolicyModule):
 
     @property
     def _runs_reference(self) -> bool:
-        retain = self._active_retain_loss
-        return self.objective.runs_reference or (retain is not None and retain.needs_reference)
+        return any(loss.runs_reference for loss in self._losses)
 
     @property
     def _base_is_reference(self) -> bool:
@@ -195,7 +198,7 @@ class UnlearningModule(PolicyModule):
 
     def shapes(self) -> tuple[Any, dict[str, Any]]:
         """The policy without its weights, as it is trained, and the fields of a `memory.Step` that follow from it."""
-        model, retain = model_shapes(self.name, self.dtype_name), self._active_retain_loss
+        model = model_shapes(self.name, self.dtype_name)
         if self.lora is not None:
             with torch.device("meta"):
                 inject_adapter(model, self.lora)
@@ -205,7 +208,7 @@ class UnlearningModule(PolicyModule):
             "checkpointing": self.gradient_checkpointing,
             "eight_bit": self.eight_bit,
             "frozen": (self._runs_reference and not self._base_is_reference) + self.objective.runs_memorising,
-            "reads_logits": self.objective.reads_logits or (retain is not None and retain.reads_logits),
+            "reads_logits": any(loss.reads_logits for loss in self._losses),
         }
 
     def _reference_scorer(self, resident: bool = True) -> Scorer:
@@ -282,9 +285,7 @@ class UnlearningModule(PolicyModule):
         return {"loss": total, "forget_loss": forget, "retain_loss": retain}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One forward pass; the batch says how large the effective batch is."""
-        data = self._training_data
-        seed = 0 if data is None else data.seed
+        seed = 0 if self._training_data is None else self._training_data.seed
         torch.manual_seed(draw_step_seed(seed, self.current_epoch, batch_idx, self.global_rank))
         self._reference.add_to(batch)
         losses = self.losses(batch)
@@ -315,7 +316,6 @@ class UnlearningModule(PolicyModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """AdamW with linear warm-up and the schedule after it."""
         steps = int(self.trainer.estimated_stepping_batches)
         # With steps in place of epochs the loader is not set up yet.
         self.trainer.fit_loop.setup_data()

@@ -1,6 +1,6 @@
-"""From a batch's rows to its forget and retain loss: what the two kinds of losses are, what they may read, their means.
+"""From a batch's rows to its forget and retain loss: the two kinds of losses, what they may read, their means.
 
-`ForgetInputs` is the one place where inputs are made: a new input is a new field of it.
+`Inputs` and `ForgetInputs` are the one place where inputs are made: a new input is a new property there.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simnpo_pl.data.training import Batch, effective_mean
-from simnpo_pl.models.logprobs import AnswerLogps, AnswerStates, Rows, Scorer, answer_lengths, score_together
+from simnpo_pl.models.logprobs import AnswerLogps, AnswerStates, Scorer, answer_lengths, score_together
 from simnpo_pl.models.reference import REFERENCE_KEY
 
 
@@ -34,14 +34,68 @@ class Positions(NamedTuple):
     """`(B, T)` 1 on a row's own tokens, 0 on padding."""
 
 
-class ForgetInputs:
-    """What an objective may read of a batch of B forget rows with S scored tokens; a field is made when first read.
+class Inputs:
+    """What a loss may read of B rows with S scored tokens; each property is computed when first read.
 
     Args:
-        batch: Parts of the batch (`forget`, `alternate`) with their rows.
+        batch: Parts of the batch with their rows.
         scored: Scored positions under the policy, by part, from one forward pass.
         models: What else is run.
-        fields: Values of fields by name, to use an objective without a model.
+        values: Values of properties by name, to compute a loss without a model.
+    """
+
+    part: ClassVar[str]
+
+    def __init__(
+        self,
+        batch: Batch | None = None,
+        scored: Mapping[str, AnswerStates] | None = None,
+        models: Models | None = None,
+        **values: Any,
+    ) -> None:
+        self._batch, self._scored, self._models = batch or {}, scored or {}, models
+        vars(self).update(values)
+
+    @cached_property
+    def states(self) -> AnswerStates:
+        """Policy, every scored token of the answers, and hidden states of the loss's `layer`."""
+        return self._scored[self.part]
+
+    @cached_property
+    def reference_states(self) -> AnswerStates:
+        """Reference, the same tokens, without gradient; see `AnswerStates.per_token`."""
+        return self._frozen("reference", self.part)
+
+    @cached_property
+    def memorising_states(self) -> AnswerStates:
+        """Memorising model, the same tokens, without gradient."""
+        return self._frozen("memorising", self.part)
+
+    @cached_property
+    def positions(self) -> Positions:
+        """Policy, every position of the rows."""
+        rows = self._batch[self.part]
+        return Positions(self._scorer("policy").all_logits(rows), rows["labels"], rows["attention_mask"])
+
+    @cached_property
+    def reference_positions(self) -> Tensor:
+        """`(B, T, V)` reference, logits at these positions."""
+        with torch.no_grad():
+            return self._scorer("reference").all_logits(self._batch[self.part])
+
+    @torch.no_grad()
+    def _frozen(self, model: str, part: str) -> AnswerStates:
+        layers = self._scored[part].layers if part in self._scored else ()
+        return self._scorer(model)({part: self._batch[part]}, list(layers))[part]
+
+    def _scorer(self, model: str) -> Scorer:
+        scorer: Scorer | None = getattr(self._models, model)
+        assert scorer is not None, f"a loss reads the {model} model, which its `needs` does not name"
+        return scorer
+
+
+class ForgetInputs(Inputs):
+    """What an objective may read.
 
     Example:
         >>> from simnpo_pl.objectives import SimNPO
@@ -50,15 +104,7 @@ class ForgetInputs:
         tensor([True])
     """
 
-    def __init__(
-        self,
-        batch: Mapping[str, Rows] | None = None,
-        scored: Mapping[str, AnswerStates] | None = None,
-        models: Models | None = None,
-        **fields: Any,
-    ) -> None:
-        self._batch, self._scored, self._models = batch or {}, scored or {}, models
-        vars(self).update(fields)
+    part = "forget"
 
     @cached_property
     def forget(self) -> AnswerLogps:
@@ -80,56 +126,30 @@ class ForgetInputs:
         """`(B,)` reference, refusals: sum of log-probs, nats."""
         return self._reference_total("alternate")
 
-    @cached_property
-    def states(self) -> AnswerStates:
-        """Policy, every scored token of the forget answers, and hidden states of the objective's `layer`."""
-        return self._scored["forget"]
-
-    @cached_property
-    def reference_states(self) -> AnswerStates:
-        """Reference, the same tokens, without gradient; see `AnswerStates.per_token`."""
-        return self._frozen("reference", "forget")
-
-    @cached_property
-    def memorising_states(self) -> AnswerStates:
-        """Memorising model, the same tokens, without gradient."""
-        return self._frozen("memorising", "forget")
-
-    @cached_property
-    def positions(self) -> Positions:
-        """Policy, every position of the forget rows."""
-        rows = self._batch["forget"]
-        return Positions(self._scorer("policy").all_logits(rows), rows["labels"], rows["attention_mask"])
-
-    @cached_property
-    def reference_positions(self) -> Tensor:
-        """`(B, T, V)` reference, logits at these positions."""
-        with torch.no_grad():
-            return self._scorer("reference").all_logits(self._batch["forget"])
-
     def _reference_total(self, part: str) -> Tensor:
         """From the batch, where the log-probs were computed before training; else from the model."""
         rows = self._batch[part]
         return rows[REFERENCE_KEY] if REFERENCE_KEY in rows else self._frozen("reference", part).logps().total
 
-    @torch.no_grad()
-    def _frozen(self, model: str, part: str) -> AnswerStates:
-        return self._scorer(model)({part: self._batch[part]})[part]
 
-    def _scorer(self, model: str) -> Scorer:
-        scorer: Scorer | None = getattr(self._models, model)
-        assert scorer is not None, f"the objective reads the {model} model, which its `needs` does not name"
-        return scorer
+class RetainInputs(Inputs):
+    """What a retain loss may read."""
+
+    part = "retain"
+
+    @cached_property
+    def retain(self) -> AnswerLogps:
+        """Policy, retain answers."""
+        return self._scored["retain"].logps()
 
 
-class Objective(nn.Module):
-    """Base of all forget objectives; subclasses implement `forward`.
+class Loss(nn.Module):
+    """What objectives and retain losses have in common: what they read, and how their rows are averaged."""
 
-    `forward(inputs: ForgetInputs) -> Tensor` gives the loss of each row, `(B,)`, which is minimized.
-    """
-
-    needs: frozenset[str] = frozenset({"forget"})
-    """What must be known before a batch is run: the fields of `ForgetInputs` it reads, and `reference` for
+    parts: tuple[str, ...]
+    """Parts of a training batch that it reads."""
+    needs: frozenset[str] = frozenset()
+    """What must be known before a batch is run: the properties of its inputs that it reads, and `reference` for
     `reference_forget` and `reference_alternate`, which are computed once before training."""
     mean_over: Literal["examples", "tokens"] = "examples"
     """`tokens`: a row's loss is a mean over its scored tokens and is weighted by their number."""
@@ -137,6 +157,52 @@ class Objective(nn.Module):
     """Layer, from 0, whose hidden states it reads as `states.layers[layer]`."""
     skipped_tokens: ClassVar[int] = 0
     """Scored tokens at the start of every answer that a mean over tokens leaves out."""
+
+    @property
+    def scored_parts(self) -> tuple[str, ...]:
+        """Parts whose answers the policy scores."""
+        needs = self.needs | {self.parts[0]} if "states" in self.needs else self.needs
+        return tuple(part for part in self.parts if part in needs)
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether every step runs the reference."""
+        return any(name.startswith("reference_") for name in self.needs)
+
+    @property
+    def runs_memorising(self) -> bool:
+        """Whether every step runs the memorising model."""
+        return any(name.startswith("memorising_") for name in self.needs)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Whether it reads whole distributions and not the labels' log-probs or hidden states alone."""
+        return "positions" in self.needs or ("states" in self.needs and self.layer is None)
+
+    def effective_mean(self, per_row: Tensor, batch: Batch) -> Tensor:
+        """Mean of per-row losses `(B,)` over the effective batch, or what this batch adds to it."""
+        part = batch[(*self.scored_parts, *self.parts)[0]]
+        lengths = answer_lengths(part) if self.mean_over == "tokens" else None
+        return effective_mean(per_row, part, lengths, self.skipped_tokens)
+
+
+class RetainLoss(Loss):
+    """Base of all retain losses; subclasses implement `forward(inputs: RetainInputs) -> Tensor`: each row's, `(B,)`."""
+
+    parts = ("retain",)
+    mean_over: Literal["examples", "tokens"] = "tokens"
+
+    def forward(self, inputs: RetainInputs) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must implement forward(inputs) -> Tensor (B,)")
+
+
+class Objective(Loss):
+    """Base of all forget objectives; subclasses implement `forward`.
+
+    `forward(inputs: ForgetInputs) -> Tensor` gives the loss of each row, `(B,)`, which is minimized.
+    """
+
+    needs = frozenset({"forget"})
     needs_retain: ClassVar[bool] = False
     """Whether it requires a retain loss."""
     checkpointed: ClassVar[tuple[str, ...]] = ()
@@ -147,6 +213,16 @@ class Objective(nn.Module):
     """Coefficient of the retain loss where the user gives none; 0 drops the retain term."""
 
     @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Forget rows define an epoch even where only their refusals are scored."""
+        return ("forget", "alternate") if "alternate" in self.needs else ("forget",)
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether it reads the reference's summed log-probs, which need no model once they are known."""
+        return "reference" in self.needs
+
+    @property
     def default_trainable(self) -> tuple[str, ...]:
         """Regular expressions of the parameters to train where the user gives none; empty trains all."""
         return ()
@@ -155,14 +231,7 @@ class Objective(nn.Module):
         raise TypeError(f"{type(self).__name__} must implement forward(inputs) -> Tensor (B,)")
 
     def total(self, forget: Tensor, retain: Tensor, forget_weight: float, retain_weight: float) -> Tensor:
-        """What is minimized.
-
-        Args:
-            forget: Forget loss, a scalar.
-            retain: Retain loss, a scalar; 0 without one.
-            forget_weight: The user's coefficient.
-            retain_weight: The user's coefficient.
-        """
+        """What is minimized, from the two losses (scalars; retain is 0 without one) and the user's coefficients."""
         return forget_weight * forget + retain_weight * retain
 
     def after_step(self, retain: Tensor, retain_weight: float, epoch: int) -> Mapping[str, float]:
@@ -200,75 +269,12 @@ class Objective(nn.Module):
         # Training differentiates the same graph afterwards.
         return torch.autograd.grad(losses.sum(), total, retain_graph=True, materialize_grads=True)[0]
 
-    # -- follows from `needs` ----------------------------------------------------------------------------
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Parts of a training batch; the forget rows define an epoch even where only their refusals are scored."""
-        return ("forget", "alternate") if "alternate" in self.needs else ("forget",)
-
-    @property
-    def scored_parts(self) -> tuple[str, ...]:
-        """Parts whose answers the policy scores."""
-        reads_forget = self.needs & {"forget", "states"}
-        return self.parts if reads_forget else self.parts[1:]
-
-    @property
-    def caches_reference(self) -> bool:
-        """Whether it reads the reference's summed log-probs, which need no model once they are known."""
-        return "reference" in self.needs
-
-    @property
-    def runs_reference(self) -> bool:
-        """Whether every step runs the reference."""
-        return any(name.startswith("reference_") for name in self.needs)
-
-    @property
-    def runs_memorising(self) -> bool:
-        """Whether every step runs the memorising model."""
-        return any(name.startswith("memorising_") for name in self.needs)
-
-    @property
-    def reads_logits(self) -> bool:
-        """Whether it reads whole distributions and not the labels' log-probs or hidden states alone."""
-        return "positions" in self.needs or ("states" in self.needs and self.layer is None)
-
-
-class RetainLoss(nn.Module):
-    """Base of all retain losses; subclasses implement `forward`."""
-
-    needs_reference: ClassVar[bool] = False
-    """Whether every step runs the frozen reference."""
-    reads_logps: ClassVar[bool] = False
-    """Whether it reads the policy's answer log-probs; these are then computed along with the forget rows'."""
-    mean_over: Literal["examples", "tokens"] = "tokens"
-    """`tokens`: a row's loss is a mean over its scored tokens and is weighted by their number."""
-    layer: int | None = None
-    """Layer, from 0, whose hidden states it reads."""
-    every_position: bool = False
-    """Whether questions and padding count too; `over_all_positions` then replaces `forward`."""
-
-    def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
-        """Loss of each retain row, `(B,)`."""
-        raise TypeError(f"{type(self).__name__} must implement forward(policy, reference) -> Tensor (B,)")
-
-    def over_all_positions(self, rows: Rows, policy: Scorer, reference: Scorer) -> Tensor:
-        """Loss of each row over all T positions, `(B,)`."""
-        raise TypeError(f"{type(self).__name__} must implement over_all_positions(rows, policy, reference)")
-
-    @property
-    def reads_logits(self) -> bool:
-        """Whether it reads whole distributions and not the labels' log-probs or hidden states alone."""
-        return not self.reads_logps and self.layer is None
-
 
 class StepLosses(NamedTuple):
-    """Losses of a batch, before their weights."""
+    """Losses of a batch, scalars, before their weights; the retain loss is 0 where there is none."""
 
     forget: Tensor
-    """Scalar."""
     retain: Tensor
-    """Scalar; 0 without a retain loss."""
     scores: dict[str, Tensor]
     """Of the forget answers, each `(B,)`: `weight`, see `Objective.gradient_weights`; `logp`, summed, nats; `length`,
     tokens. Empty where the objective has no such weight."""
@@ -278,49 +284,26 @@ def batch_losses(objective: Objective, retain_loss: RetainLoss | None, batch: Ba
     """Forget and retain loss of a batch; all that the policy scores goes through one forward pass.
 
     Args:
-        objective: Names in `needs` what it reads.
+        objective: Forget objective.
         retain_loss: None where nothing is retained.
         batch: See `UnlearningModule.losses`.
         models: The policy, and the frozen models that the two losses read.
     """
-    rows = {part: batch[part] for part in objective.scored_parts}
-    with_logps = [part for part in rows if part in objective.needs]
-    layers = {objective.layer}
-    if retain_loss is not None and not retain_loss.every_position:
-        rows["retain"] = batch["retain"]
-        with_logps += ["retain"] if retain_loss.reads_logps else []
-        layers.add(retain_loss.layer)
-    states = models.policy(rows, {n for n in layers if n is not None}) if rows else {}
-    states = score_together(states, with_logps)
-    inputs = ForgetInputs(batch, states, models)
+    losses: list[Loss] = [objective, *([] if retain_loss is None else [retain_loss])]
+    rows = {part: batch[part] for loss in losses for part in loss.scored_parts}
+    needs = frozenset[str]().union(*(loss.needs for loss in losses))
+    layers = {loss.layer for loss in losses if loss.layer is not None}
+    scored = score_together(models.policy(rows, layers), [part for part in rows if part in needs]) if rows else {}
+    inputs = ForgetInputs(batch, scored, models)
     per_row = objective(inputs)
     scores: dict[str, Tensor] = {}
     if (weights := objective.gradient_weights(inputs, per_row)) is not None:
         scores = {"weight": weights, "logp": inputs.forget.total.detach(), "length": inputs.forget.length}
-    counted = batch[(*objective.scored_parts, "forget")[0]]
-    forget = effective_mean(per_row, counted, _lengths(objective, counted), objective.skipped_tokens)
-    retain = forget.new_zeros(())
-    if retain_loss is not None:
-        kept = batch["retain"]
-        per_row = _retain_rows(retain_loss, kept, states.get("retain"), models)
-        retain = effective_mean(per_row, kept, _lengths(retain_loss, kept))
-    return StepLosses(forget, retain, scores)
-
-
-def _retain_rows(loss: RetainLoss, rows: Rows, policy: AnswerStates | None, models: Models) -> Tensor:
-    if policy is None:
-        assert models.reference is not None
-        return loss.over_all_positions(rows, models.policy, models.reference)
-    reference = None
-    if loss.needs_reference:
-        assert models.reference is not None
-        with torch.no_grad():
-            reference = models.reference({"retain": rows}, [] if loss.layer is None else [loss.layer])["retain"]
-    return loss(policy, reference)
-
-
-def _lengths(loss: Objective | RetainLoss, rows: Rows) -> Tensor | None:
-    return answer_lengths(rows) if loss.mean_over == "tokens" else None
+    forget = objective.effective_mean(per_row, batch)
+    if retain_loss is None:
+        return StepLosses(forget, forget.new_zeros(()), scores)
+    kept = retain_loss(RetainInputs(batch, scored, models))
+    return StepLosses(forget, retain_loss.effective_mean(kept, batch), scores)
 
 
 def row_means(states: AnswerStates, values: Tensor, skipped: int = 0) -> Tensor:

@@ -2,21 +2,22 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from simnpo_pl.models.logprobs import AnswerStates, Rows, Scorer, divergence
-from simnpo_pl.objectives.base import RetainLoss, row_means
+from simnpo_pl.models.logprobs import divergence
+from simnpo_pl.objectives.base import RetainInputs, RetainLoss, row_means
 from simnpo_pl.objectives.checks import one_of
+
+__all__ = ["KL", "NLL", "EmbedDiff", "RetainLoss"]
 
 
 class NLL(RetainLoss):
     """Cross-entropy on the retain answers, nats per token."""
 
-    reads_logps = True
+    needs = frozenset({"retain"})
 
-    def forward(self, policy: AnswerStates, reference: AnswerStates | None = None) -> Tensor:
-        return -policy.logps().mean
+    def forward(self, inputs: RetainInputs) -> Tensor:
+        return -inputs.retain.mean
 
 
 class KL(RetainLoss):
@@ -27,22 +28,18 @@ class KL(RetainLoss):
             questions and padding included, as public code does; it exists for comparison.
     """
 
-    needs_reference = True
-
     def __init__(self, average_over: Literal["answers", "all"] = "answers") -> None:
         super().__init__()
         self.average_over = one_of("retain_loss.average_over", average_over, ("answers", "all"))
-        self.every_position = average_over == "all"
-        self.mean_over = "examples" if self.every_position else "tokens"
+        read = "states" if average_over == "answers" else "positions"
+        self.needs = frozenset({read, f"reference_{read}"})
+        self.mean_over = "tokens" if average_over == "answers" else "examples"
 
-    def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
-        assert reference is not None
+    def forward(self, inputs: RetainInputs) -> Tensor:
+        if self.average_over == "all":
+            return divergence(inputs.reference_positions, inputs.positions.logits).mean(dim=-1)
+        policy, reference = inputs.states, inputs.reference_states
         return row_means(policy, policy.per_token(lambda logits, _, target: divergence(target, logits), reference))
-
-    def over_all_positions(self, rows: Rows, policy: Scorer, reference: Scorer) -> Tensor:
-        with torch.no_grad():
-            target = reference.all_logits(rows)
-        return divergence(target, policy.all_logits(rows)).mean(dim=-1)
 
 
 class EmbedDiff(RetainLoss):
@@ -57,7 +54,7 @@ class EmbedDiff(RetainLoss):
             number of tokens of every row of the forward pass, as public code does; it exists for comparison.
     """
 
-    needs_reference = True
+    needs = frozenset({"states", "reference_states"})
     layer: int
 
     def __init__(self, layer: int = 7, average_over: Literal["answers", "crossed"] = "answers") -> None:
@@ -67,7 +64,6 @@ class EmbedDiff(RetainLoss):
         self.crossed = average_over == "crossed"
         self.mean_over = "examples" if self.crossed else "tokens"
 
-    def forward(self, policy: AnswerStates, reference: AnswerStates | None) -> Tensor:
-        assert reference is not None
-        states, target = policy.layers[self.layer], reference.layers[self.layer].hidden
-        return states.row_means((states.hidden - target).square().mean(dim=-1), self.crossed)
+    def forward(self, inputs: RetainInputs) -> Tensor:
+        states, target = (s.layers[self.layer] for s in (inputs.states, inputs.reference_states))
+        return states.row_means((states.hidden - target.hidden).square().mean(dim=-1), self.crossed)
