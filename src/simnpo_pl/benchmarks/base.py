@@ -143,9 +143,7 @@ class UnlearningData(PairedData):
         """The splits and metrics to measure."""
         build = EvaluationBuilder(self.encoder, self.eval)
         self.build_evaluation(build)
-        made = build.evaluation()
-        made.min_k = self.eval.min_k
-        return made
+        return build.evaluation()
 
     def forget_lengths(self) -> list[int]:
         """Scored tokens of each of the rows that `forget_rows` chooses from.

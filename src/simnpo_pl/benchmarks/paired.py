@@ -91,9 +91,9 @@ class PairedData(pl.LightningDataModule):
     def largest_id(self) -> int:
         """Largest token id that training and evaluation read."""
         rows = [row.input_ids for part in self._training.values() for row in part]
-        for part in self.evaluation().sets:
-            rows += [row.input_ids for answers in part.answers for row in answers]
-            rows += part.generation.prompts if part.generation is not None else []
+        for split in self.evaluation().splits:
+            rows += [row.input_ids for answers in split.answers for row in answers]
+            rows += split.generation.prompts if split.generation is not None else []
         return max((max(ids) for ids in rows if ids), default=0)
 
     # -- training ----------------------------------------------------------------------------------------
@@ -203,18 +203,17 @@ class PairedData(pl.LightningDataModule):
     def evaluation(self) -> Evaluation:
         """The splits and metrics, built once."""
         if self._evaluation is None:
-            made = self.make_evaluation()
-            self._evaluation = made if self.eval.splits is None else made.only(self.eval.splits)
+            self._evaluation = self.make_evaluation().configure(self.eval, self.seed)
         return self._evaluation
 
     def val_dataloader(self) -> DataLoader:
         """Batches to score and to generate, each process its share."""
-        sets = self.evaluation().sets
+        splits = self.evaluation().splits
         return eval_loader(
             self.trainer,
-            scoring_batches(sets, self.eval.tokens_per_batch, self.pad_id),
-            gradient_batches(sets, self.pad_id),
-            generation_batches(sets, self.eval.prompts_per_batch),
+            scoring_batches(splits, self.eval.tokens_per_batch, self.pad_id),
+            gradient_batches(splits, self.pad_id),
+            generation_batches(splits, self.eval.prompts_per_batch),
         )
 
     def test_dataloader(self) -> DataLoader:
@@ -223,4 +222,4 @@ class PairedData(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts to generate."""
-        return eval_loader(self.trainer, generation_batches(self.evaluation().sets, self.eval.prompts_per_batch))
+        return eval_loader(self.trainer, generation_batches(self.evaluation().splits, self.eval.prompts_per_batch))
