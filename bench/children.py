@@ -66,7 +66,7 @@ def _short(part: dict[str, Tensor]) -> dict[str, Tensor]:
 def _scoring_peak(rows: int) -> float | None:
     losses = Losses(small_model(), Rows(VOCABULARY).questions(8))
     losses()
-    losses.sets[0].answers = Rows(VOCABULARY).questions(rows)
+    losses.splits[0].answers = Rows(VOCABULARY).questions(rows)
     return peak(losses)
 
 
@@ -88,11 +88,11 @@ def _step_time(rank: int, processes: int, port: int, rounds: int, method: str) -
 
 
 def _scoring_time(rank: int, processes: int, port: int, rounds: int, questions: int) -> float:
-    from simnpo_pl.evaluation.plan import EvalBatches, scoring_batches
+    from simnpo_pl.evaluation.plan import scoring_batches, share_of
     from simnpo_pl.evaluation.scoring import score_rows
 
     losses = Losses(small_model(), Rows(VOCABULARY).questions(questions))
-    batches = EvalBatches(scoring_batches(losses.sets, 2048, 0), rank, processes)
+    batches = share_of(scoring_batches(losses.splits, 2048, 0), rank, processes)
     if processes > 1:
         _join(rank, processes, port)
 

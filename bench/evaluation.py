@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from simnpo_pl.data.tokenization import TokenRow
-from simnpo_pl.evaluation.plan import EvalSet, Generation, generation_batches, scoring_batches
+from simnpo_pl.evaluation.plan import Generation, Split, generation_batches, scoring_batches
 from simnpo_pl.evaluation.scoring import score_rows
 from simnpo_pl.models.generation import generate, most_probable
 from simnpo_pl.models.logprobs import Scorer
@@ -27,13 +27,13 @@ class Losses:
 
     def __init__(self, model: Any, questions: list[list[TokenRow]]) -> None:
         self.scorer = Scorer(model.eval())
-        self.sets = [EvalSet("forget", [{} for _ in questions], questions, {})]
+        self.splits = [Split("forget", [{} for _ in questions], questions, {})]
 
     def __call__(self, tokens: int = TOKENS) -> list[list[float]]:
         """Plan and score; `[question][answer]` nats per token."""
-        answers = self.sets[0].answers
+        answers = self.splits[0].answers
         losses = np.full((len(answers), len(answers[0])), np.nan)
-        for batch in scoring_batches(self.sets, tokens, 0):
+        for batch in scoring_batches(self.splits, tokens, 0):
             with torch.no_grad():
                 scores = score_rows(self.scorer({"rows": batch})["rows"], batch["end"])
             losses[batch["index"], batch["kind"]] = scores["nll"]
@@ -52,12 +52,12 @@ class Answers:
 
     def __init__(self, model: Any, prompts: list[list[int]], lengths: Sequence[int], eos: int) -> None:
         self.model, self.eos, self.lengths = model.eval(), eos, torch.tensor(lengths)
-        self.sets = [EvalSet("forget", [{} for _ in prompts], [], {}, Generation(prompts, max(lengths) + 1))]
+        self.splits = [Split("forget", [{} for _ in prompts], [], {}, Generation(prompts, max(lengths) + 1))]
 
     def __call__(self, at_once: int = PROMPTS) -> list[list[int]]:
         """Plan and generate."""
         answers: list[list[int]] = [[] for _ in self.lengths]
-        for batch in generation_batches(self.sets, at_once):
+        for batch in generation_batches(self.splits, at_once):
             ends = partial(self._choose, self.lengths[batch["index"]])
             found = generate(self.model, batch["prompts"], batch["max_new_tokens"], [self.eos], ends)
             for index, answer in zip(batch["index"].tolist(), found, strict=True):

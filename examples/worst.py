@@ -22,6 +22,9 @@ class WorstProbability(RowMetric):
         1.0
     """
 
+    title = "worst prob."
+    higher_is_better = False
+
     def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
         """Probability of each row's answer, `(N,)`."""
         return torch.exp(-values[:, 0])

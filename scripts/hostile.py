@@ -251,7 +251,7 @@ def retained_logs(content: Any) -> str:
         return refusal(error)
     finally:
         file.unlink()
-    assert all(isinstance(row.get("truth_ratio", 0.0), float) for row in log.parts["forget"].values())
+    assert all(isinstance(row.get("truth_ratio", 0.0), float) for row in log.splits["forget"].values())
     return HANDLED
 
 

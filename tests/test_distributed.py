@@ -22,7 +22,7 @@ from helpers import history, results, run_processes, same_run
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.data.training import scoring_parts
-from simnpo_pl.evaluation.plan import EvalBatches, EvalSet, scoring_batches
+from simnpo_pl.evaluation.plan import Split, scoring_batches, share_of
 from simnpo_pl.metrics.answers import AnswerProbability
 from simnpo_pl.metrics.base import first_seen
 from simnpo_pl.models.loading import load_causal_lm
@@ -203,14 +203,14 @@ def test_every_row_is_trained_on_once_an_epoch(rows: int, world: int):
 def test_every_row_counts_once_on_any_number_of_processes(rows: int):
     """World sizes that do not divide the rows: equally many batches each, merged tables with every row once."""
     answers = [[row_of(3 + (7 * i) % 23), row_of(4 + i % 5)] for i in range(rows)]
-    part = EvalSet("x", [{} for _ in answers], answers, {})
+    part = Split("x", [{} for _ in answers], answers, {})
     batches = scoring_batches([part], 300, 0)
     expected = torch.arange(rows) / rows
     for world in (1, 2, 3, 4, 7, 8, 16, 64):
-        shares = [EvalBatches(batches, rank, world).batches for rank in range(world)]
+        shares = [share_of(batches, rank, world) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
         for turn in zip(*shares, strict=True):
-            assert [batch["number"] for batch in turn] == list(turn[0]["together"])
+            assert [batch["number"] for batch in turn] == list(turn[0]["turn"])
         metrics = []
         for share in shares:
             metric = AnswerProbability(rows)

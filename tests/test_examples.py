@@ -75,3 +75,54 @@ def test_quickstart_script(tmp_path: Path):
     assert before > 0.9
     assert after < 0.1
     assert "parameters" in shown["written"]
+
+
+def test_metric_by_config(cli: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """A metric that no benchmark knows, twice: in results, by row, in the terminal and in the logger."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tmp_path / "metrics.yaml"
+    config.write_text(
+        "eval:\n  metrics:\n  - {class_path: worst.WorstProbability, split: forget}\n"
+        "  - {class_path: simnpo_pl.metrics.answers.RowMean, split: retain, name: found, "
+        "init_args: {feature: rouge1_recall}}\n"
+    )
+    folder = tmp_path / "run"
+    cli("test", "--config", str(config), "--eval.generate_rows", "2", "--run_dir", str(folder))
+    content = results(folder)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    by_row = [row["worst_probability"] for row in rows if row["split"] == "forget"]
+    worst = content["final"]["metrics"]["forget/worst_probability"]
+    assert worst == max(by_row)
+    assert worst == pytest.approx(max(torch.exp(-torch.tensor(row["answer_nll"])).item() for row in rows[:10]))
+    assert content["counts"]["forget/worst_probability"] == 10
+    assert content["titles"]["forget/worst_probability"]["short"] == "worst prob."
+    found = [row["rouge1_recall"] for row in rows if row["split"] == "retain" and "generation" in row]
+    assert content["final"]["metrics"]["retain/found"] == pytest.approx(sum(found) / 2)
+    assert "| worst prob. |" in capsys.readouterr().out
+    logged = EventAccumulator(str(folder)).Reload()
+    assert logged.Scalars("test/forget/worst_probability")[0].value == pytest.approx(worst)
+    cli("test", "--config", str(config), "--eval.generate_rows", "0", "--run_dir", str(tmp_path / "silent"))
+    silent = results(tmp_path / "silent")["unavailable"]
+    assert silent["retain/found"] == "no answers are generated, see --eval.generate_rows"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            "{class_path: worst.WorstProbability}",
+            "--eval.metrics: expected entries with class_path and split, optional",
+        ),
+        (
+            "{class_path: worst.WorstProbability, split: forgotten}",
+            "no split 'forgotten'; this benchmark measures forget",
+        ),
+        ("{class_path: worst.Nothing, split: forget}", "worst.Nothing: no such class"),
+        ("{class_path: torch.Tensor, split: forget}", "expected a subclass of simnpo_pl.metrics.base.RowMetric"),
+        ("{class_path: simnpo_pl.metrics.answers.RowMean, split: forget}", "RowMean: cannot be built with rows"),
+        ("{class_path: worst.WorstProbability, split: forget, name: rouge}", "forget/rouge is measured already"),
+    ],
+)
+def test_mistakes_in_metrics(cli_error: Callable[..., str], tmp_path: Path, entry: str, message: str):
+    assert message in cli_error("test", "--eval.metrics", f"[{entry}]", "--run_dir", str(tmp_path / "run"))

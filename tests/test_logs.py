@@ -67,7 +67,7 @@ def check(log) -> None:
 
 
 def held(log, key: str, part: str = "forget") -> dict[int, str]:
-    return {i: row[key] for i, row in log.parts[part].items() if key in row}
+    return {i: row[key] for i, row in log.splits[part].items() if key in row}
 
 
 def test_our_format(tmp_path):
@@ -76,7 +76,7 @@ def test_our_format(tmp_path):
         log = read_retain_log(path)
         check(log)
         assert held(log, "forget_split") == dict.fromkeys(range(3), "forget10")
-        assert (log.parts["forget"][1]["answer"], log.parts["forget"][2]["question"]) == (ANSWERS[1], QUESTIONS[2])
+        assert (log.splits["forget"][1]["answer"], log.splits["forget"][2]["question"]) == (ANSWERS[1], QUESTIONS[2])
 
 
 def test_ratios_serve_where_losses_are_missing(tmp_path):

@@ -24,7 +24,7 @@ from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
 from simnpo_pl.data.training import collate
 from simnpo_pl.evaluation.gradients import gradient_norms
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.evaluation.scoring import score_rows
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.metrics.functional import lowest_share
@@ -92,8 +92,6 @@ def test_metrics_over_two_splits():
     metric = pickle.loads(pickle.dumps(metric)).to("cpu")
     expected = {"value": pytest.approx((0.5 - auc) / 0.5 * 100), "n": 2, "m": 3, "retrained_auc": 0.5}
     assert metric.compute() == expected
-    with pytest.raises(UserError, match="out of forget, holdout, got 'retain'"):
-        metric.update("retain", one, two, {})
     metric.reset()
     with pytest.warns(UserWarning, match="before the ``update``"):
         assert metric.compute()["n"] == 0
@@ -255,7 +253,7 @@ def privleak_of(log: RetainLog, forget: int, holdout: list[str], share: float = 
     build = EvaluationBuilder(None, EvalOptions(min_k=share))
     for name, questions in (("forget", ["Any?"] * forget), ("holdout", holdout)):
         texts = [{"question": question, "answer": "Yes."} for question in questions]
-        build.add(EvalSet(name, texts, [[TokenRow([1, 2], [-100, 2])] for _ in texts], {}))
+        build.add(Split(name, texts, [[TokenRow([1, 2], [-100, 2])] for _ in texts], {}))
     build.membership_inference(log)
     return build.summary.get("privleak"), build.unavailable
 
@@ -265,7 +263,7 @@ def test_min_k_of_our_rows():
     metric, _ = privleak_of(parse_rows("log", log_rows()), 2, ["Who?"])
     assert metric.retrained_auc == 0.75
     rated = [{**row, "paraphrase_nll": 1.0, "perturbed_nll": [1.0]} for row in log_rows()]
-    assert [row["truth_ratio"] for row in parse_rows("log", rated).parts["forget"].values()] == [1.0, 1.0]
+    assert [row["truth_ratio"] for row in parse_rows("log", rated).splits["forget"].values()] == [1.0, 1.0]
     unrated = parse_rows("log", [{**r, "mia_min_k": None} for r in rated])
     assert "has no Min-K% scores" in privleak_of(unrated, 2, ["Who?"])[1]["privleak"]
 
@@ -412,7 +410,7 @@ def test_two_processes(run_options: list[str], evaluated: Path, other_folder: Pa
         (("--data.holdout", "missing.json"), "cannot read missing.json"),
         (("--data.holdout", "holdout99"), "holdout99"),
         (("--data.holdout", "forget10_perturbed[:2]"), "2 of 10 forget rows are also holdout rows"),
-        (("--eval.min_k", "0"), "--eval.min_k is a part of a row's tokens, above 0 and at most 1, got 0"),
+        (("--eval.min_k", "0"), "--eval.min_k is a share of a row's tokens, above 0 and at most 1, got 0"),
         (
             ("--eval.mia_reference", "x", "--data.holdout", "retain90[:2]", "--eval.splits", "[forget]"),
             "--eval.mia_reference: no attack is made here; measure forget and holdout rows",

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
 from simnpo_pl.evaluation.memory import Halves, is_out_of_memory
-from simnpo_pl.evaluation.plan import EvalSet, Generation, generation_batches, scoring_batches
+from simnpo_pl.evaluation.plan import Generation, Split, generation_batches, scoring_batches
+from simnpo_pl.models.generation import most_probable
 from simnpo_pl.module.policy import PolicyModule
 
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory"
@@ -26,8 +27,8 @@ def rows(count: int) -> list[list[TokenRow]]:
 def batches(kind: str) -> list[dict[str, Any]]:
     answers = rows(7)
     prompts = [row[0].input_ids[:3] for row in answers]
-    sets = [EvalSet("forget", [{} for _ in answers], answers, {}, Generation(prompts, 6))]
-    return generation_batches(sets, 7) if kind == "prompts" else scoring_batches(sets, 40, 0)
+    splits = [Split("forget", [{} for _ in answers], answers, {}, Generation(prompts, 6))]
+    return generation_batches(splits, 7) if kind == "prompts" else scoring_batches(splits, 40, 0)
 
 
 class Module(PolicyModule):
@@ -65,6 +66,9 @@ class Evaluation:
         some = batch["index"] >= 4
         return {**scores, "late": scores["nll"].masked_fill(~some, torch.nan)} if some.any() else scores
 
+    def choice(self, batch: dict[str, Any]) -> Any:
+        return most_probable
+
     def add_scores(self, batch: dict[str, Any], scores: Any) -> None:
         self.found.append((batch, scores))
 
@@ -77,7 +81,7 @@ def test_goes_on_with_half(kind: str, error: BaseException, model_folder: Path):
     """The outcome is that of whole batches, row by row; what did not fit once is not tried again."""
     plan = batches(kind)
     whole, short = Module(model_folder, 99, error), Module(model_folder, 2, error)
-    with pytest.warns(UserWarning, match=f"out of memory with .* {kind} at once: going on with half as many"):
+    with pytest.warns(UserWarning, match=f"out of memory with .* {kind} at once: continuing with half as many"):
         short.evaluate(plan)
     whole.evaluate(plan)
     assert whole.tried == 2 * [len(batch["index"]) for batch in plan]

@@ -77,7 +77,7 @@ def test_matching_logs_are_accepted(model, split, tmp_path):
     model = f"llama2-7b_{model}_wd0.01"
     log = read_retain_log(original_log(model, tmp_path))
     questions, answers = (texts[:300] for texts in rows_of(split))
-    assert sum("question" in row for row in log.parts["forget"].values()) == 40
+    assert sum("question" in row for row in log.splits["forget"].values()) == 40
     matched = match_rows(log, questions, answers, split)
     assert torch.allclose(matched, ratios(model, "forget"), rtol=1e-6)
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from helpers import beyond_ascii
 from simnpo_pl.__main__ import main
-from simnpo_pl.benchmarks.muse import MuseData, cut_answer, verbmem_set
+from simnpo_pl.benchmarks.muse import MuseData, cut_answer, verbmem_split
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.utils.errors import UserError
 
@@ -117,7 +117,7 @@ def test_golden_prompt(shared: Path):
     golden = json.loads((shared / "goldens/muse/A/muse_target.json").read_text())
     data = MuseData(str(shared / "goldens/muse/corpus"), model=str(shared / "goldens/A/target"))
     data.setup("test")
-    parts = {part.name: part for part in data.evaluation().sets}
+    parts = {part.name: part for part in data.evaluation().splits}
     for name, key in METRICS.items():
         prompts = parts[name].generation.prompts
         assert [len(ids) for ids in prompts] == [row["prompt_tokens"] for row in golden["rows"][key]]
@@ -130,11 +130,11 @@ def test_cut_of_the_true_continuation(model_folder: Path):
     """By hand: five generated tokens are compared with four of the text, the first place being that of BOS."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     row = {"prompt": "Where was", "gt": " born in the very old city of Quito"}
-    part = verbmem_set([row], tokenizer, EvalOptions(max_new_tokens=5))
+    part = verbmem_split([row], tokenizer, EvalOptions(max_new_tokens=5))
     kept = tokenizer(row["gt"], add_special_tokens=False)["input_ids"][:4]
     assert part.texts[0]["answer"] == tokenizer.decode(kept)
     assert part.generation.max_new_tokens == 5
-    assert verbmem_set([row], tokenizer, EvalOptions()).generation.max_new_tokens == 128
+    assert verbmem_split([row], tokenizer, EvalOptions()).generation.max_new_tokens == 128
 
 
 def test_fit(muse_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -288,17 +288,17 @@ def test_what_is_measured_follows_from_the_rows(model_folder: Path, tmp_path: Pa
 
     found = evaluation(model_folder, forget=more, retain=plain, holdout=holdout, retain_eval_rows=1)
     assert set(found.names()) == base | keep | attacks | {"forget/truth_ratio"}
-    assert [len(part.texts) for part in found.sets] == [2, 1, 1]
+    assert [len(part.texts) for part in found.splits] == [2, 1, 1]
     assert {"forget_quality", "privleak"} <= set(found.unavailable)
     assert not set(found.names()) & set(found.unavailable)
 
     text = evaluation(model_folder, forget=str(tmp_path / "t.txt"), retain=plain, max_length=32)
     assert set(text.names()) == keep | {"forget/nll", "forget/exact_memorization", "forget/extraction_strength"}
     assert text.unavailable["forget/truth_ratio"] == "plain text has no wrong answers"
-    assert len(text.sets[0].texts) == 1
+    assert len(text.splits[0].texts) == 1
     (tmp_path / "u.txt").write_text("A third is elsewhere.\n")
     rows = evaluation(model_folder, forget=str(tmp_path / "t.txt"), retain=str(tmp_path / "u.txt"), rows="documents")
-    assert [row["answer"] for row in rows.sets[0].texts] == ["One sentence is here.", "Another one is there.\n"]
+    assert [row["answer"] for row in rows.splits[0].texts] == ["One sentence is here.", "Another one is there.\n"]
     assert {"retain/nll"} == {name for name in rows.names() if name.startswith("retain")}
 
 

@@ -4,44 +4,42 @@ import torch
 
 from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
 from simnpo_pl.evaluation.evaluation import Evaluation
-from simnpo_pl.evaluation.plan import EvalSet, Generation, generation_batches, scoring_batches
+from simnpo_pl.evaluation.plan import Generation, Split, generation_batches, scoring_batches
 from simnpo_pl.metrics.answers import AnswerProbability, RowMean
 from simnpo_pl.metrics.functional import rouge_l
 
 
-def prompted(name: str, prompts: list[list[int]], limit: int, **settings) -> EvalSet:
+def prompted(name: str, prompts: list[list[int]], limit: int, **settings) -> Split:
     """A split that is only generated."""
     texts = [{"question": "q", "answer": "the cats sat"} for _ in range(3)]
-    return EvalSet(name, texts, [], {f"{name}/score": RowMean("same", 3)}, Generation(prompts, limit, **settings))
+    return Split(name, texts, [], {f"{name}/score": RowMean("same", 3)}, Generation(prompts, limit, **settings))
 
 
 def test_batches_hold_prompts_of_one_length_limit():
-    sets = [prompted("a", [[1], [2, 3]], 7), prompted("b", [[4, 5, 6]], 9), prompted("c", [[7, 8, 9], [1, 1]], 7)]
-    batches = generation_batches(sets, 3)
-    held = [(b["prompts"], b["max_new_tokens"], b["set"].tolist(), b["index"].tolist()) for b in batches]
+    splits = [prompted("a", [[1], [2, 3]], 7), prompted("b", [[4, 5, 6]], 9), prompted("c", [[7, 8, 9], [1, 1]], 7)]
+    batches = generation_batches(splits, 3)
+    held = [(b["prompts"], b["max_new_tokens"], b["split"].tolist(), b["index"].tolist()) for b in batches]
     assert held == [
         ([[7, 8, 9], [2, 3], [1, 1]], 7, [2, 0, 2], [0, 1, 1]),
         ([[1]], 7, [0], [0]),
         ([[4, 5, 6]], 9, [1], [0]),
     ]
-    assert scoring_batches(sets, 100, 0) == []
-    assert [part.generate for part in sets] == [2, 1, 2]
+    assert scoring_batches(splits, 100, 0) == []
+    assert [part.generate for part in splits] == [2, 1, 2]
 
 
 def test_texts_are_cut_and_scored_as_the_split_says():
     """A split without scored answers beside one without generations."""
     row = TokenRow([0, 1], [IGNORE_INDEX, 1])
-    scored = EvalSet(
-        "scored", [{"question": "q", "answer": "a"}], [[row]], {"scored/probability": AnswerProbability(1)}
-    )
+    scored = Split("scored", [{"question": "q", "answer": "a"}], [[row]], {"scored/probability": AnswerProbability(1)})
     cut = prompted(
         "cut", [[1], [1]], 5, finish=lambda text: text.split(" stop")[0], score=lambda t, a: {"same": t in a}
     )
     evaluation = Evaluation([scored, cut], {}, {}, decode=lambda ids: "the cats stop here" if ids else "dogs")
-    generated = {"set": torch.tensor([1, 1]), "index": torch.tensor([1, 0])}
+    generated = {"split": torch.tensor([1, 1]), "index": torch.tensor([1, 0])}
     evaluation.add_generations(generated, [[5], []])
     one = torch.tensor([0])
-    evaluation.add_scores({"set": one, "index": one, "kind": one}, {"nll": torch.zeros(1)})
+    evaluation.add_scores({"split": one, "index": one, "kind": one}, {"nll": torch.zeros(1)})
     result = evaluation.compute()
     assert result.values == {"scored/probability": 1.0, "cut/score": 0.5}
     assert result.counts == {"scored/probability": 1, "cut/score": 2}

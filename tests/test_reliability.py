@@ -15,8 +15,8 @@ import torch
 
 from helpers import results, same_run
 from simnpo_pl.data.pairing import PairedSampler
-from simnpo_pl.evaluation.parts import FinishedParts
-from simnpo_pl.evaluation.plan import EvalBatches
+from simnpo_pl.evaluation.finished import FinishedBatches
+from simnpo_pl.evaluation.plan import share_of
 from simnpo_pl.module.policy import PolicyModule
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.runs.checkpoint import CheckpointOptions, SaveState, Stopped, StopSignals
@@ -111,8 +111,8 @@ def test_killed_evaluation_goes_on_with_its_unfinished_batches(
 ):
     """No batch is scored twice, also not those of an evaluation that was whole before the kill."""
     scored: list[int] = []
-    keep = FinishedParts.keep
-    monkeypatch.setattr(FinishedParts, "keep", lambda s, b, o: (scored.append(b["number"]), keep(s, b, o))[1])
+    keep = FinishedBatches.keep
+    monkeypatch.setattr(FinishedBatches, "keep", lambda s, b, o: (scored.append(b["number"]), keep(s, b, o))[1])
     cut = tmp_path / "cut"
     options = [*RUN, "--eval.tokens_per_batch", "512", "--eval.prompts_per_batch", "8", "--run_dir", str(cut)]
     command = "test" if which == "test" else "fit"
@@ -138,19 +138,19 @@ def test_killed_evaluation_goes_on_with_its_unfinished_batches(
 
 def test_parts_are_for_the_same_weights_and_plan_only(data_folder: Path, model_folder: Path):
     from simnpo_pl.benchmarks import TofuData
+    from simnpo_pl.evaluation.finished import identity
     from simnpo_pl.evaluation.options import EvalOptions
-    from simnpo_pl.evaluation.parts import identity
-    from simnpo_pl.evaluation.plan import plan_digest
     from simnpo_pl.models.loading import load_causal_lm
 
-    def plan(**options: Any) -> str:
-        data = TofuData(path=str(data_folder), tokenizer=str(model_folder), eval=EvalOptions(**options))
+    def plan(seed: int = 0, **options: Any) -> Any:
+        data = TofuData(path=str(data_folder), tokenizer=str(model_folder), seed=seed, eval=EvalOptions(**options))
         data.setup("validate")
-        return plan_digest(data.evaluation().sets)
+        return data.evaluation()
 
-    plans = [plan(), plan(), plan(max_new_tokens=4), plan(generate_rows=2), plan(splits=["forget"])]
-    assert plans[0] == plans[1]
-    assert len(set(plans)) == 4
+    plans = [plan(), plan(max_new_tokens=4), plan(generate_rows=2), plan(splits=["forget"])]
+    plans += [plan(min_k=0.1), plan(temperature=1), plan(temperature=2), plan(temperature=1, seed=1)]
+    assert plan().digest() == plan(seed=1).digest() == plans[0].digest()
+    assert len({one.digest() for one in plans}) == len(plans)
     model = load_causal_lm(str(model_folder))
     before = identity(model, plans[0], 1)
     assert before == identity(load_causal_lm(str(model_folder)), plans[0], 1)
@@ -162,9 +162,9 @@ def test_parts_are_for_the_same_weights_and_plan_only(data_folder: Path, model_f
 
 def test_lines_cut_short_are_not_whole(tmp_path: Path):
     """Whatever the last bytes of the file are, the lines before count and a cut one does not."""
-    batches = EvalBatches([{"x": i} for i in range(3)]).batches
+    batches = share_of([{"x": i} for i in range(3)])
     scores = {"nll": torch.tensor([0.1, float("nan")]), "n": torch.tensor([3])}
-    parts = FinishedParts(tmp_path)
+    parts = FinishedBatches(tmp_path)
     parts.open("a")
     parts.keep(batches[0], scores)
     parts.keep(batches[1], [[1, 2], []])
@@ -173,7 +173,7 @@ def test_lines_cut_short_are_not_whole(tmp_path: Path):
     content = file.read_bytes()
     for length in range(len(content) + 1):
         file.write_bytes(content[:length])
-        again = FinishedParts(tmp_path)
+        again = FinishedBatches(tmp_path)
         again.open("a")
         first = again.found(batches[0])
         assert (first is not None) is (length >= content.index(b"\n"))
@@ -188,8 +188,8 @@ def test_lines_cut_short_are_not_whole(tmp_path: Path):
 
 def test_all_processes_run_a_batch_or_none(tmp_path: Path):
     """Four batches on two processes, of which the first finished 0 and 2, the second 1: only the first turn is over."""
-    shares = [EvalBatches([{"x": i} for i in range(4)], rank, 2).batches for rank in range(2)]
-    parts = [FinishedParts(tmp_path / str(rank)) for rank in range(2)]
+    shares = [share_of([{"x": i} for i in range(4)], rank, 2) for rank in range(2)]
+    parts = [FinishedBatches(tmp_path / str(rank)) for rank in range(2)]
     for rank, numbers in enumerate(([0, 2], [1])):
         parts[rank].open("a")
         for batch in shares[rank]:

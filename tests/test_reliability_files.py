@@ -20,10 +20,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simnpo_pl.evaluation import cache
-from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.evaluation import finished
+from simnpo_pl.evaluation.finished import FinishedBatches
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import load_causal_lm, load_tokenizer, save_model
+from simnpo_pl.module.policy import PolicyModule
 from simnpo_pl.runs.checkpoint import AtomicCheckpointIO
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json_lines, write_json, write_json_lines
@@ -147,74 +148,71 @@ def test_results_of_a_resumed_run_cut_short(cli_error: Error, tmp_path: Path):
     assert f"{tmp_path / 'results.json'} is damaged" in error
 
 
-def test_kept_evaluation_that_is_damaged_is_made_again(tmp_path: Path):
-    """Also one whose answers hold separators that end a line elsewhere."""
-    rows = [{"split": "forget", "index": 0, "generation": "a\u2028b\x85c\x0bd\r\ne"}]
-    file = tmp_path / "one.json"
-    assert cache.load(file) is None
-    write_json(file, vars(EvalResult({"x": 1.0}, {"x": 1}, {}, rows)))
-    assert cache.load(file) == EvalResult({"x": 1.0}, {"x": 1}, {}, rows)
-    file.write_text(file.read_text()[:-5])
-    assert cache.load(file) is None
-
-
 OWN_BENCHMARK = """
 from simnpo_pl.benchmarks.own import OwnData
+from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.metrics.answers import RowMean
 
 class OwnMean(RowMean):
     higher_is_better = True
+
+class OwnEvaluation(Evaluation):
+    pass
 
 class OwnBenchmark(OwnData):
     def build_evaluation(self, build):
         super().build_evaluation(build)
         forget = build.splits["forget"]
         forget.metrics["forget/own"] = OwnMean("nll", len(forget.texts), scale=self.scale)
+
+    def make_evaluation(self):
+        made = super().make_evaluation()
+        made.__class__ = OwnEvaluation
+        return made
 """
 
 
 def test_an_evaluation_is_taken_up_for_the_same_code_model_and_rows_only(
-    model_folder: Path, other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The key of a kept evaluation changes with everything its numbers depend on, and with nothing else."""
+    """The key of kept batches changes with everything their outcomes depend on, and with nothing else."""
     assert EvalOptions().cache_dir is None
-    model, module, package = tmp_path / "model", tmp_path / "own_benchmark.py", tmp_path / "package"
-    shutil.copytree(model_folder, model)
-    shutil.copytree(cache.PACKAGE, package)
-    monkeypatch.setattr(cache, "PACKAGE", package)
+    module, package = tmp_path / "own_benchmark.py", tmp_path / "package"
+    shutil.copytree(finished.PACKAGE, package)
+    monkeypatch.setattr(finished, "PACKAGE", package)
     monkeypatch.syspath_prepend(tmp_path)
     module.write_text(OWN_BENCHMARK)
     rows = [{"question": f"{n}?", "answer": f"It is {n}.", "perturbed_answer": ["No."]} for n in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     log = [{"split": "forget", "index": n, "truth_ratio": 0.5} for n in range(3)]
-    trainer = SimpleNamespace(precision="32", strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    policy = load_causal_lm(str(model_folder))
 
-    def key(scale: float = 1, attention: str = "sdpa", **options: Any) -> str:
+    def key(scale: float = 1, **options: Any) -> str:
         monkeypatch.delitem(sys.modules, "own_benchmark", raising=False)
         data = importlib.import_module("own_benchmark").OwnBenchmark(
-            forget=str(tmp_path / "rows.jsonl"), model=str(model), eval=EvalOptions(**options)
+            forget=str(tmp_path / "rows.jsonl"), model=str(model_folder), eval=EvalOptions(**options)
         )
         data.scale = scale
         data.setup("validate")
-        policy = SimpleNamespace(name=str(model), dtype_name="float32", attn_implementation=attention)
-        return cache._key(trainer, policy, data)
+        module = PolicyModule(str(model_folder), attn_implementation="eager")
+        module.policy = policy
+        module.finished_batches = FinishedBatches(tmp_path / "kept")
+        module._trainer = SimpleNamespace(datamodule=data, precision="32", global_rank=0)  # type: ignore[assignment]
+        module._start_evaluation()
+        return module.finished_batches._path.parent.name
 
     keys = [key()]
-    assert key() == keys[0]
-    keys.append(key(scale=2))
-    keys.append(key(attention="eager"))
-    keys.append(key(truth_ratio="arithmetic"))
-    for ratio in (0.5, 0.25):
-        log[0]["truth_ratio"] = ratio
-        (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-        keys.append(key(retain_log=str(tmp_path / "log.jsonl")))
-    for file in (package / "metrics" / "functional.py", module, model / "tokenizer.json"):
+    # Numbers that are made of the outcomes are computed anew.
+    same = [key(), key(scale=2), key(truth_ratio="arithmetic"), key(retain_log=str(tmp_path / "log.jsonl"))]
+    assert set(same) == set(keys)
+    keys.append(key(min_k=0.2))
+    keys.append(key(tokens_per_batch=100))
+    for file in (package / "metrics" / "functional.py", module):
         file.write_text(file.read_text() + "\n")
         keys.append(key())
-    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "base")}))
-    for base in (model_folder, other_folder):
-        shutil.copytree(base, tmp_path / "base", dirs_exist_ok=True)
-        keys.append(key())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    keys.append(key())
     assert len(set(keys)) == len(keys)
 
 

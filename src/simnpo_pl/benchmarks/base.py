@@ -185,31 +185,29 @@ class PairedData(pl.LightningDataModule):
     def evaluation(self) -> Evaluation:
         """The splits and metrics, built once."""
         if self._evaluation is None:
-            made = self.make_evaluation()
-            made.min_k = self.eval.min_k
-            self._evaluation = made if self.eval.splits is None else made.only(self.eval.splits)
+            self._evaluation = self.make_evaluation().configure(self.eval, self.seed)
         return self._evaluation
 
     def largest_id(self) -> int:
         """Largest token id that training and evaluation read."""
         training = (max(row.input_ids, default=0) for part in self._training.values() for row in part)
-        return max(largest_id(self.evaluation().sets), *training, 0)
+        return max(largest_id(self.evaluation().splits), *training, 0)
 
     def val_dataloader(self) -> DataLoader:
         """Batches to score and to generate, each process its share."""
-        sets = self.evaluation().sets
+        splits = self.evaluation().splits
         return eval_loader(
             self.trainer,
-            scoring_batches(sets, self.eval.tokens_per_batch, self.pad_id),
-            gradient_batches(sets, self.pad_id),
-            generation_batches(sets, self.eval.prompts_per_batch),
+            scoring_batches(splits, self.eval.tokens_per_batch, self.pad_id),
+            gradient_batches(splits, self.pad_id),
+            generation_batches(splits, self.eval.prompts_per_batch),
         )
 
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts to generate."""
-        return eval_loader(self.trainer, generation_batches(self.evaluation().sets, self.eval.prompts_per_batch))
+        return eval_loader(self.trainer, generation_batches(self.evaluation().splits, self.eval.prompts_per_batch))
 
 
 class UnlearningData(PairedData):

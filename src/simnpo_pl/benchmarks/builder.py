@@ -14,7 +14,7 @@ from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import EvalSet, Generation
+from simnpo_pl.evaluation.plan import Generation, Split
 from simnpo_pl.evaluation.scoring import MIN_K, MIN_K_PLUS_PLUS
 from simnpo_pl.metrics.answers import AnswerProbability, ChoiceProbability, ForgetQuality, RowMean, TruthRatio
 from simnpo_pl.metrics.base import RowMetric
@@ -41,7 +41,7 @@ class EvaluationBuilder:
     def __init__(self, encode: PromptTemplate, options: EvalOptions) -> None:
         self.encode = encode
         self.options = options
-        self.splits: dict[str, EvalSet] = {}
+        self.splits: dict[str, Split] = {}
         self.summary: dict[str, Metric] = {}
         self.unavailable: dict[str, str] = {}
 
@@ -50,13 +50,13 @@ class EvaluationBuilder:
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         return Evaluation(list(self.splits.values()), self.summary, self.unavailable, decode)
 
-    def add(self, split: EvalSet) -> EvalSet:
+    def add(self, split: Split) -> Split:
         self.splits[split.name] = split
         return split
 
     def questions(
         self, name: str, rows: Sequence[dict[str, Any]], choice: bool = False, source: str | None = None
-    ) -> EvalSet:
+    ) -> Split:
         """Adds a split of questions, with the metrics that its columns allow.
 
         Args:
@@ -96,17 +96,17 @@ class EvaluationBuilder:
         answers = [encoded[start : start + kinds] for start in range(0, len(encoded), kinds)]
         prompts = [row[0].prompt_ids for row in answers[: options.generate_rows]]
         generation = Generation(prompts, options.max_new_tokens, self.encode.finish, fluency=fluency)
-        return self.add(EvalSet(name, _pairs(rows), answers, metrics, generation, has_paraphrase))
+        return self.add(Split(name, _pairs(rows), answers, metrics, generation, has_paraphrase))
 
-    def holdout(self, rows: Sequence[dict[str, Any]]) -> EvalSet:
+    def holdout(self, rows: Sequence[dict[str, Any]]) -> Split:
         """Adds questions and answers that only membership inference reads."""
         check_rows(rows, "holdout")
         encoded = self.encode.encode_rows([(row["question"], row["answer"]) for row in rows], "holdout")
-        return self.add(EvalSet("holdout", _pairs(rows), [[row] for row in encoded], {}))
+        return self.add(Split("holdout", _pairs(rows), [[row] for row in encoded], {}))
 
     def text(
         self, name: str, rows: Sequence[TokenRow], texts: Sequence[str], scores: Sequence[str] = ("nll",)
-    ) -> EvalSet:
+    ) -> Split:
         """Adds a split of plain text, every token of which but the first is scored.
 
         Args:
@@ -118,7 +118,7 @@ class EvaluationBuilder:
         metrics: dict[str, RowMetric] = {f"{name}/{score}": RowMean(score, len(rows)) for score in scores}
         # The beginning of a text is its question: two evaluations recognize the same row by question and answer.
         pairs = [{"question": text[:80], "answer": text} for text in texts]
-        return self.add(EvalSet(name, pairs, [[row] for row in rows], metrics))
+        return self.add(Split(name, pairs, [[row] for row in rows], metrics))
 
     def forget_quality(self, log: RetainLog | None, source: str = "forget") -> None:
         """Compares the truth ratios of the split `forget` with a retrained model's.
@@ -197,7 +197,7 @@ class EvaluationBuilder:
                     f"the retrained model's AUC of Min-K% is {log.auc:g}, and PrivLeak divides by 1 - AUC"
                 )
 
-    def _attack_scores(self, split: EvalSet, reference: Mapping[str, Tensor] | None) -> dict[str, RowMetric]:
+    def _attack_scores(self, split: Split, reference: Mapping[str, Tensor] | None) -> dict[str, RowMetric]:
         answers, count = [text["answer"] for text in split.texts], len(split.texts)
         scores: dict[str, RowMetric] = {
             "mia_loss": RowMean("nll", count),
@@ -215,7 +215,7 @@ class EvaluationBuilder:
         """Refuses a log whose Min-K% scores are of other rows or of another share; some logs hold the AUC alone."""
         share = self.options.min_k
         for split in (self.splits["forget"], self.splits["holdout"]):
-            rows = log.match(split.name, split.texts, split.tokens) if log.parts[split.name] else []
+            rows = log.match(split.name, split.texts, split.tokens) if log.splits[split.name] else []
             for other in {row.get("min_k_share", share) for row in rows} - {share}:
                 raise UserError(
                     f"retrained model's log {log.source}: expected Min-K% scores of the share {share}, got {other}: "

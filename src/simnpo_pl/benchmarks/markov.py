@@ -19,7 +19,7 @@ from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.benchmarks.pretraining import batches_of, new_llama, train
 from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
 from simnpo_pl.evaluation.evaluation import Evaluation
-from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.models.loading import save_model
 from simnpo_pl.models.logprobs import AnswerStates, divergence
@@ -128,7 +128,7 @@ class MarkovData(PairedData):
         for name, rows in sequences(self.size, self.forget2_length, self.seed, train=False).items():
             texts = [{"question": "", "answer": _text(row.input_ids)} for row in rows]
             distance = RowMean(DISTANCE, len(rows))
-            splits.append(EvalSet(name, texts, [[row] for row in rows], {f"{name}/{DISTANCE}": distance}))
+            splits.append(Split(name, texts, [[row] for row in rows], {f"{name}/{DISTANCE}": distance}))
         return MarkovEvaluation(splits, {}, {}, _text)
 
 
@@ -142,8 +142,8 @@ class MarkovEvaluation(Evaluation):
         current = batch["input_ids"][:, :-1][scored]
         logits = states.logits()
         laws = torch.as_tensor(TRANSITIONS, dtype=torch.float32, device=logits.device)
-        chains = torch.tensor([CHAINS.index(part.name) for part in self.sets], device=logits.device)
-        true = laws[chains[batch["set"]][states.rows], current]
+        chains = torch.tensor([CHAINS.index(part.name) for part in self.splits], device=logits.device)
+        true = laws[chains[batch["split"]][states.rows], current]
         return {DISTANCE: states.sum_rows(divergence(true.log(), logits)) / states.lengths()}
 
 

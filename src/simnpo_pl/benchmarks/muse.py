@@ -13,7 +13,7 @@ from simnpo_pl.data.sources import check_disjoint, load_split
 from simnpo_pl.data.text import Texts, text_ids, text_rows
 from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import EvalSet, Generation
+from simnpo_pl.evaluation.plan import Generation, Split
 from simnpo_pl.metrics.answers import Balance, RowMean
 from simnpo_pl.metrics.functional import rouge_l
 from simnpo_pl.utils.errors import UserError
@@ -70,12 +70,12 @@ class MuseData(UnlearningData):
         """Adds VerbMem, KnowMem of forget and retain, their balance, membership inference and PrivLeak."""
         limit = self.context()
         rows = load_split(self.path, "verbmem/forget", ("prompt", "gt"))
-        generated = [verbmem_set(rows, self.tokenizer, self.eval)]
+        generated = [verbmem_split(rows, self.tokenizer, self.eval)]
         for side in ("forget", "retain"):
             rows, shots = (
                 load_split(self.path, f"knowmem/{side}_qa{suffix}", ("question", "answer")) for suffix in ("", "_icl")
             )
-            generated.append(knowmem_set(f"knowmem_{side}", rows, shots, self.tokenizer, self.eval))
+            generated.append(knowmem_split(f"knowmem_{side}", rows, shots, self.tokenizer, self.eval))
         for split in generated:
             _check_length(split, limit)
             build.add(split)
@@ -91,7 +91,7 @@ class MuseData(UnlearningData):
         return [row["text"] for row in load_split(self.path, split, ("text",))]
 
 
-def verbmem_set(rows: Sequence[dict[str, Any]], tokenizer: Any, options: EvalOptions) -> EvalSet:
+def verbmem_split(rows: Sequence[dict[str, Any]], tokenizer: Any, options: EvalOptions) -> Split:
     """Passages (`prompt`) whose continuation (`gt`) is generated.
 
     The right continuation is as many first tokens of `gt` as are generated, with a beginning-of-sequence token counted
@@ -108,13 +108,13 @@ def verbmem_set(rows: Sequence[dict[str, Any]], tokenizer: Any, options: EvalOpt
     return _generated("verbmem_forget", texts, Generation(prompts, limit, score=plain_rouge))
 
 
-def knowmem_set(
+def knowmem_split(
     name: str,
     rows: Sequence[dict[str, Any]],
     shots: Sequence[dict[str, Any]],
     tokenizer: Any,
     options: EvalOptions,
-) -> EvalSet:
+) -> Split:
     """Questions that are answered after the examples `shots`; both have `question` and `answer`."""
     for checked, source in ((rows, name), (shots, f"{name}, examples")):
         _check_texts(checked, ("question", "answer"), source)
@@ -137,8 +137,8 @@ def cut_answer(text: str) -> str:
     return text
 
 
-def _generated(name: str, texts: list[dict[str, Any]], generation: Generation) -> EvalSet:
-    return EvalSet(name, texts, [], {name: RowMean("rougeL_f1", len(texts), scale=100)}, generation)
+def _generated(name: str, texts: list[dict[str, Any]], generation: Generation) -> Split:
+    return Split(name, texts, [], {name: RowMean("rougeL_f1", len(texts), scale=100)}, generation)
 
 
 def _check_texts(rows: Sequence[dict[str, Any]], columns: Sequence[str], split: str) -> None:
@@ -150,7 +150,7 @@ def _check_texts(rows: Sequence[dict[str, Any]], columns: Sequence[str], split: 
                 )
 
 
-def _check_length(split: EvalSet, limit: int | None) -> None:
+def _check_length(split: Split, limit: int | None) -> None:
     """Refuses prompts that leave no room for what is generated."""
     assert split.generation is not None
     longest, more = max(map(len, split.generation.prompts), default=0), split.generation.max_new_tokens

@@ -10,7 +10,7 @@ from simnpo_pl.data.columns import Columns
 from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines, load_table
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.training import Rows, TrainingRows
-from simnpo_pl.evaluation.plan import EvalSet
+from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.utils.errors import UserError
 
 COLUMNS = Columns()
@@ -105,7 +105,7 @@ class OwnData(UnlearningData):
             self._read[name] = Texts(texts, self.rows) if texts else [row for row in found if isinstance(row, dict)]
         return self._read[name]
 
-    def _add(self, build: EvaluationBuilder, name: str) -> EvalSet:
+    def _add(self, build: EvaluationBuilder, name: str) -> Split:
         rows = self._rows(name)
         most = self.retain_eval_rows if name == "retain" else None
         if not isinstance(rows, Texts):

@@ -24,11 +24,9 @@ from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.cli import RUNS
 from simnpo_pl.cli.arguments import HelpFormatter, clear_changed_classes, explain
 from simnpo_pl.cli.summary import measures, memory, plan, table, written
-from simnpo_pl.evaluation.cache import evaluate_once
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.losses import AnswerLosses
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.tags import tag
 from simnpo_pl.models.loading import trust_remote_code
 from simnpo_pl.module.policy import PolicyModule, check_trainer
 from simnpo_pl.module.unlearning import UnlearningModule
@@ -234,12 +232,12 @@ class UnlearningCLI(LightningCLI):
     def _evaluate_references(self) -> None:
         data, options = self.datamodule, self.datamodule.eval
         if options.mia_reference is not None:
-            sets = [part for part in data.evaluation().sets if part.scores]
-            if not sets:
+            splits = [split for split in data.evaluation().splits if split.scores]
+            if not splits:
                 raise UserError(
                     "--eval.mia_reference: no attack is made here; measure forget and holdout rows, or leave it out"
                 )
-            answers = AnswerLosses(sets, options, data.pad_id)
+            answers = AnswerLosses(splits, options, data.pad_id)
             model = self.model.like(options.mia_reference, "--eval.mia_reference")
             data.use_reference_losses(answers.losses(self._evaluate_once("mia_reference", model, answers)))
         if options.retrained is not None:
@@ -247,15 +245,13 @@ class UnlearningCLI(LightningCLI):
             data.use_retrained_rows(self._evaluate_once("retrained", model).rows, options.retrained)
 
     def _evaluate_once(self, role: str, model: PolicyModule, losses: AnswerLosses | None = None) -> EvalResult:
-        """Evaluate a model that does not change, or use the result that an earlier run kept; see `RunFolder.role`."""
+        """Evaluate a model that does not change; batches may come from an earlier run, see `RunFolder.setup`."""
         self.run_folder.role = role
-        result, kept = evaluate_once(self.trainer, model, losses or self.datamodule)
-        if kept:
-            self.run_folder.take(self.trainer, result)
-            if model.logs_metrics and self.trainer.logger is not None:
-                self.trainer.logger.log_metrics({tag(name): value for name, value in result.values.items()}, step=0)
+        self.trainer.validate(model, datamodule=losses or self.datamodule, verbose=False)
         self.run_folder.role = "final"
-        return result
+        if model.evaluation_result is None:
+            raise UserError(f"{model.name} was not evaluated: leave --trainer.limit_val_batches above 0")
+        return model.evaluation_result
 
     def _final_result(self) -> EvalResult:
         """Evaluation of the exported model: that of its epoch if its weights are the same, else a new one."""

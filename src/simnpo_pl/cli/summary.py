@@ -40,10 +40,11 @@ def table(record: dict[str, Any]) -> str:
     last = "unlearned" if record["epochs"] or "start" in record else "model"
     rows = {"start": record.get("start"), "retrained": record.get("retrained"), last: record.get("final")}
     found = {model: entry["metrics"] for model, entry in rows.items() if entry}
-    names = titles.measured(found.values(), SHOWN)
+    custom = record.get("titles", {})
+    names = titles.measured(found.values(), (*SHOWN, *custom))
     if not names:
         return "nothing was evaluated"
-    shown = titles.table(["model"], [([model], metrics) for model, metrics in found.items()], names)
+    shown = titles.table(["model"], [([model], metrics) for model, metrics in found.items()], names, custom)
     return "\n".join([shown, *_not_measured(record.get("unavailable", {}))])
 
 
@@ -120,7 +121,7 @@ def _memory_of(device: torch.device, processes: int) -> float | None:
 
 def measures(evaluation: Any) -> str:
     """What an `Evaluation` measures, and what it cannot measure and why."""
-    rows = ", ".join(f"{len(part.texts)} {part.name} rows" for part in evaluation.sets)
+    rows = ", ".join(f"{len(split.texts)} {split.name} rows" for split in evaluation.splits)
     return "\n".join([f"measured on {rows}: {', '.join(evaluation.names())}", *_not_measured(evaluation.unavailable)])
 
 

@@ -1,4 +1,7 @@
-"""Fluency: how sure a text classifier is that a generated answer is language and not gibberish."""
+"""Fluency: how sure a text classifier is that a generated answer is language and not gibberish.
+
+Not transformers' pipeline, which fails on texts without a token and on tokenizers without a padding token.
+"""
 
 from collections.abc import Sequence
 from functools import cache
@@ -12,11 +15,11 @@ from simnpo_pl.utils.errors import UserError
 FLUENCY = "fluency"
 OPTION = "--eval.fluency_classifier"
 LONGEST = 512
-"""Tokens of a text that are read, where the classifier does not take fewer."""
+"""Tokens of a text that are read, unless the classifier takes fewer."""
 
 
 class FluencyClassifier:
-    """Probability that a classifier gives one of its labels.
+    """Probability that a classifier gives to one of its labels.
 
     Args:
         name: Hub id or folder of a sequence classifier with safetensors weights and tokenizer.
@@ -29,15 +32,14 @@ class FluencyClassifier:
 
     def __init__(self, name: str, label: str, batch: int = 32) -> None:
         self.model, self.tokenizer = _load(name)
-        labels = {number: str(text) for number, text in self.model.config.id2label.items()}
-        found = [number for number, text in labels.items() if text == label]
-        if not found:
+        labels = {str(text): number for number, text in self.model.config.id2label.items()}
+        if label not in labels:
             raise UserError(
-                f"{OPTION} {name} has no label {label!r}, its labels are {', '.join(labels.values())}: "
+                f"{OPTION} {name} has no label {label!r}, its labels are {', '.join(labels)}: "
                 "name the one of fluent text by --eval.fluency_label"
             )
-        self.label = found[0]
-        self.batch = batch
+        self.label = labels[label]
+        self.batch = batch if self.tokenizer.pad_token_id is not None else 1
         self.device = torch.device("cpu")
         positions = getattr(self.model.config, "max_position_embeddings", LONGEST)
         self.longest = int(min(LONGEST, positions, self.tokenizer.model_max_length))
@@ -49,22 +51,16 @@ class FluencyClassifier:
         scores: list[float] = []
         for start in range(0, len(texts), self.batch):
             some = list(texts[start : start + self.batch])
-            # One by one where nothing fills rows up.
-            parts = [some] if self.tokenizer.pad_token_id is not None else [[text] for text in some]
-            for part in parts:
-                scores += self._classify(part)
+            encoded = self.tokenizer(
+                some, return_tensors="pt", padding=len(some) > 1, truncation=True, max_length=self.longest
+            ).to(self.device)
+            if not encoded["input_ids"].numel():
+                scores += [0.0] * len(some)
+                continue
+            with torch.autocast(self.device.type, enabled=False):
+                probabilities = self.model(**encoded).logits.float().softmax(dim=-1)[:, self.label]
+            scores += probabilities.masked_fill(encoded["attention_mask"].sum(dim=1) == 0, 0.0).tolist()
         return scores
-
-    def _classify(self, texts: list[str]) -> list[float]:
-        encoded = self.tokenizer(
-            texts, return_tensors="pt", padding=len(texts) > 1, truncation=True, max_length=self.longest
-        ).to(self.device)
-        if not encoded["input_ids"].numel():
-            return [0.0] * len(texts)
-        with torch.autocast(self.device.type, enabled=False):
-            logits = self.model(**encoded).logits.float()
-        probabilities = logits.softmax(dim=-1)[:, self.label]
-        return probabilities.masked_fill(encoded["attention_mask"].sum(dim=1) == 0, 0.0).tolist()
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The losses of some answers under another model: what the reference attack compares with."""
+"""Losses of answers under another model, for the reference attack."""
 
 import math
 from collections.abc import Sequence
@@ -10,39 +10,30 @@ from torch.utils.data import DataLoader
 
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import EvalSet, eval_loader, largest_id, scoring_batches
+from simnpo_pl.evaluation.plan import Split, eval_loader, largest_id, scoring_batches
 from simnpo_pl.utils.errors import UserError
 
 
 class AnswerLosses(pl.LightningDataModule):
-    """Scores the answers of some splits and nothing else; takes the place of a benchmark in an evaluation.
-
-    Args:
-        sets: The splits; of each row the first answer is scored.
-        eval: Options of the evaluation.
-        pad_id: Token id that fills rows up.
-    """
+    """Replaces a benchmark in an evaluation: only the first answer of each row of these splits is scored."""
 
     end_ids = frozenset[int]()
-    """Nothing is generated."""
 
-    def __init__(self, sets: Sequence[EvalSet], eval: EvalOptions, pad_id: int) -> None:
+    def __init__(self, splits: Sequence[Split], eval: EvalOptions, pad_id: int) -> None:
         super().__init__()
         self.eval, self.pad_id = eval, pad_id
-        answers = [EvalSet(part.name, part.texts, [rows[:1] for rows in part.answers], {}) for part in sets]
+        answers = [Split(split.name, split.texts, [rows[:1] for rows in split.answers], {}) for split in splits]
         self._evaluation = Evaluation(answers, {}, {}, str)
 
     def evaluation(self) -> Evaluation:
-        """The splits, without metrics."""
         return self._evaluation
 
     def largest_id(self) -> int:
         """Largest token id that is read."""
-        return largest_id(self._evaluation.sets)
+        return largest_id(self._evaluation.splits)
 
     def val_dataloader(self) -> DataLoader:
-        """Batches to score, each process its share."""
-        batches = scoring_batches(self._evaluation.sets, self.eval.tokens_per_batch, self.pad_id)
+        batches = scoring_batches(self._evaluation.splits, self.eval.tokens_per_batch, self.pad_id)
         return eval_loader(self.trainer, batches)
 
     def losses(self, result: EvalResult) -> dict[str, Tensor]:
@@ -51,8 +42,8 @@ class AnswerLosses(pl.LightningDataModule):
         Raises:
             UserError: A loss is not finite.
         """
-        sets = self._evaluation.sets
-        losses = {part.name: torch.full((len(part.texts),), torch.nan, dtype=torch.float64) for part in sets}
+        splits = self._evaluation.splits
+        losses = {split.name: torch.full((len(split.texts),), torch.nan, dtype=torch.float64) for split in splits}
         for row in result.rows:
             value = row["answer_nll"]
             if value is None or not math.isfinite(value):

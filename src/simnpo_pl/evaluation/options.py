@@ -1,7 +1,7 @@
 """What an evaluation measures and how much of it; the `--eval` group of the command line."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from simnpo_pl.utils.errors import UserError
 
@@ -18,12 +18,16 @@ class EvalOptions:
         start: Whether `fit` evaluates the start model before training.
         final: Whether `fit` evaluates the exported model.
         max_new_tokens: Length of a generated answer at most, tokens.
+        temperature: Of generated answers: 0 is greedy; above 0 each is sampled once, with draws that follow from
+            `--seed_everything`, split and row.
         splits: Splits to measure, such as `forget`; null for all of the benchmark's.
         generate_rows: Rows of each split that are generated for ROUGE, from the first; 0 for none, null for all.
+        metrics: Further metrics; null for none, else a list of entries with `class_path` (a subclass of `RowMetric`)
+            and `split`; optionally with `name`, for the result SPLIT/NAME, and `init_args`.
         truth_ratio: Convention of the truth ratio; `geometric` is the one behind published tables.
         tokens_per_batch: Tokens scored in one forward pass at most; rows are sorted by length.
         prompts_per_batch: Prompts generated together at most.
-        min_k: Part of an answer's tokens, the least likely ones, that the Min-K% attacks and PrivLeak average.
+        min_k: Share of an answer's tokens, the least likely ones, that the Min-K% attacks and PrivLeak average.
         mia_reference: Reference model of the reference attack: hub id or folder.
         gradnorm: Whether the gradient-norm attack is made: a backward pass for every forget and holdout row.
         fluency_classifier: Text classifier that rates the generated forget answers: hub id or folder.
@@ -37,8 +41,10 @@ class EvalOptions:
     start: bool = True
     final: bool = True
     max_new_tokens: int = 200
+    temperature: float = 0.0
     splits: list[str] | None = None
     generate_rows: int | None = None
+    metrics: list[dict[str, Any]] | None = None
     truth_ratio: Literal["geometric", "arithmetic", "prob_mean"] = "geometric"
     tokens_per_batch: int = 2048
     prompts_per_batch: int = 48
@@ -56,8 +62,14 @@ class EvalOptions:
             if getattr(self, name) < 1:
                 raise UserError(f"--eval.{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.min_k <= 1:
-            raise UserError(f"--eval.min_k is a part of a row's tokens, above 0 and at most 1, got {self.min_k}")
+            raise UserError(f"--eval.min_k is a share of a row's tokens, above 0 and at most 1, got {self.min_k}")
         if self.generate_rows is not None and self.generate_rows < 0:
             raise UserError(f"--eval.generate_rows must be at least 0, got {self.generate_rows}")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--eval.temperature must be 0 (greedy) or above, got {self.temperature}")
+        for entry in self.metrics or []:
+            if not {"class_path", "split"} <= set(entry) <= {"class_path", "split", "name", "init_args"}:
+                keys = "class_path and split, optionally name and init_args"
+                raise UserError(f"--eval.metrics: expected entries with {keys}, got {entry}")
         if self.splits == []:
             raise UserError("--eval.splits names no split: name one, or leave it null for all")

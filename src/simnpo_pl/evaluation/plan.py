@@ -1,4 +1,4 @@
-"""Which rows an evaluation scores and generates, cut into batches of like length and shared among processes."""
+"""What is measured: splits, and their rows cut into batches of similar length, shared among processes."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.data.training import collate
@@ -16,15 +16,17 @@ from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.functional import rouge_l
 from simnpo_pl.utils.errors import UserError
 
+Batch = dict[str, Any]
+
 
 @dataclass
 class Generation:
-    """What is generated greedily for the rows of a split, and how it is scored.
+    """What is generated for the rows of a split, and how it is scored.
 
     Args:
-        prompts: Token ids before the generated ones, of the first rows; the rest is not generated.
+        prompts: Token ids before the generated ones, of the first rows; for other rows nothing is generated.
         max_new_tokens: Generated tokens at most.
-        finish: Makes of the decoded text what is kept and scored, such as its part before a stop word.
+        finish: Turns the decoded text into the text that is kept and scored, such as its part before a stop word.
         score: Scores of (kept text, the row's answer), by name.
         fluency: Rates kept texts; None rates none.
     """
@@ -37,14 +39,14 @@ class Generation:
 
 
 @dataclass
-class EvalSet:
-    """One split to measure.
+class Split:
+    """Rows that are measured.
 
     Args:
         name: Such as `forget`; first part of the names of its results.
-        texts: Question and answer of every row, and whatever else the logs are to say of it.
-        answers: Tokens of every row's answers: the answer, then its paraphrase where there is one, then the
-            perturbed answers; the same number for every row. Empty where no answer is scored.
+        texts: Question and answer of every row, and whatever else the logs say of it.
+        answers: Tokens of every row's answers: the answer, its paraphrase if there is one, the perturbed answers; the
+            same number for every row. Empty if no answer is scored.
         metrics: What is computed from the rows' scores, by name.
         generation: What is generated; None for nothing.
         has_paraphrase: Whether the second answer of a row is a paraphrase of the first.
@@ -59,9 +61,13 @@ class EvalSet:
     has_paraphrase: bool = False
     scores: dict[str, RowMetric] = field(default_factory=dict)
 
+    @property
+    def all_metrics(self) -> list[RowMetric]:
+        return [*self.metrics.values(), *self.scores.values()]
+
     def readers(self, feature: str) -> list[RowMetric]:
         """The metrics that read a score."""
-        return [m for m in (*self.metrics.values(), *self.scores.values()) if m.feature == feature]
+        return [metric for metric in self.all_metrics if metric.feature == feature]
 
     @property
     def kinds(self) -> int:
@@ -70,65 +76,52 @@ class EvalSet:
 
     @property
     def tokens(self) -> list[str]:
-        """Digest of every row's tokens: rows with another prompt, truncation or tokenizer have another one."""
+        """Digest of every row's tokens: another prompt, truncation or tokenizer gives another digest."""
         rows = ([(row.input_ids, row.labels, row.end) for row in answers] for answers in self.answers)
         return [hashlib.sha256(repr(row).encode()).hexdigest()[:16] for row in rows]
 
     @property
     def generate(self) -> int:
-        """Rows, from the first, that are generated."""
+        """Rows, from the first, for which an answer is generated."""
         return len(self.generation.prompts) if self.generation is not None else 0
 
+    def digest(self) -> str:
+        """Identity of what is scored and generated."""
+        made, read = self.generation, sorted({(metric.feature, metric.kinds) for metric in self.all_metrics})
+        content = (self.name, read, self.texts, self.tokens, made and (made.prompts, made.max_new_tokens))
+        return hashlib.sha256(repr(content).encode()).hexdigest()
 
-def largest_id(sets: Sequence[EvalSet]) -> int:
+
+def largest_id(splits: Sequence[Split]) -> int:
     """Largest token id that an evaluation reads; 0 where it reads none."""
-    rows = [row.input_ids for part in sets for answers in part.answers for row in answers]
-    rows += [prompt for part in sets if part.generation is not None for prompt in part.generation.prompts]
+    rows = [row.input_ids for split in splits for answers in split.answers for row in answers]
+    rows += [prompt for split in splits if split.generation is not None for prompt in split.generation.prompts]
     return max((max(ids) for ids in rows if ids), default=0)
 
 
-def plan_digest(sets: Sequence[EvalSet]) -> str:
-    """Identity of what is measured: splits, metrics, texts and tokens."""
-    digest = hashlib.sha256()
-    for part in sets:
-        digest.update(f"{part.name} {sorted(part.metrics)} {sorted(part.scores)} {part.texts}".encode())
-        if part.generation is not None:
-            digest.update(f"{part.generation.prompts} {part.generation.max_new_tokens}".encode())
-        digest.update(f"{part.tokens}".encode())
-    return digest.hexdigest()
+def share_of(batches: Sequence[Batch], rank: int = 0, world_size: int = 1, first: int = 0) -> list[Batch]:
+    """The batches of one process; every process has equally many, the first ones repeated if needed.
 
-
-class EvalBatches(Dataset[dict[str, Any]]):
-    """The batches of one process; every process has equally many, the last ones repeated where needed.
-
-    Repeats do no harm: scores are held by row, so a row scored twice still counts once. Equal numbers are
-    what sharded models need, whose forward passes wait for each other.
-
-    A batch brings its `number` among all batches and, as `together`, those of all processes' batches at its turn.
+    Repeats do no harm: scores are held by row, so a row scored twice counts once. Sharded models need equal numbers,
+    since their forward passes wait for each other.
 
     Args:
         batches: Of all processes.
         rank: This process.
         world_size: Number of processes.
         first: Number of the first batch.
+
+    Returns:
+        Batches with their `number` and, as `turn`, the numbers of the batches that all processes run at that time.
     """
-
-    def __init__(self, batches: Sequence[dict[str, Any]], rank: int = 0, world_size: int = 1, first: int = 0) -> None:
-        turns = range(0, len(batches), world_size)
-        together = [tuple((start + i) % len(batches) for i in range(world_size)) for start in turns]
-        self.batches = [
-            {**batches[turn[rank]], "number": first + turn[rank], "together": tuple(first + n for n in turn)}
-            for turn in together
-        ]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.batches[index]
+    turns = [
+        tuple(first + (start + i) % len(batches) for i in range(world_size))
+        for start in range(0, len(batches), world_size)
+    ]
+    return [{**batches[turn[rank] - first], "number": turn[rank], "turn": turn} for turn in turns]
 
 
-def eval_loader(trainer: Any, *kinds: list[dict[str, Any]]) -> DataLoader:
+def eval_loader(trainer: Any, *kinds: list[Batch]) -> DataLoader:
     """One process's share of batches of several kinds, one kind after the other.
 
     Raises:
@@ -136,89 +129,71 @@ def eval_loader(trainer: Any, *kinds: list[dict[str, Any]]) -> DataLoader:
     """
     if not any(kinds):
         raise UserError("no answers are generated, see --eval.generate_rows, and none are scored: use test for scores")
-    shares: list[EvalBatches] = []
+    shares: list[Batch] = []
     first = 0
     for batches in kinds:
-        if batches:
-            shares.append(EvalBatches(batches, trainer.global_rank, trainer.world_size, first))
-            first += len(batches)
-    return DataLoader(ConcatDataset(shares), batch_size=None)
+        shares += share_of(batches, trainer.global_rank, trainer.world_size, first)
+        first += len(batches)
+    # A list is a data set: it has a length and gives items.
+    return DataLoader(shares, batch_size=None)  # type: ignore[arg-type]
 
 
-def scoring_batches(sets: Sequence[EvalSet], tokens: int, pad_id: int) -> list[dict[str, Any]]:
+def scoring_batches(splits: Sequence[Split], tokens: int, pad_id: int) -> list[Batch]:
     """All answers of all splits, longest first, in batches of at most `tokens` tokens.
 
     Returns:
-        Batches with `input_ids`, `labels`, `attention_mask` `(B, T)` and `set`, `index`, `kind`, `end` `(B,)`.
+        Batches with `input_ids`, `labels`, `attention_mask` `(B, T)` and `split`, `index`, `kind`, `end` `(B,)`.
     """
-    flat = [
-        (s, i, k, row)
-        for s, part in enumerate(sets)
-        for i, answers in enumerate(part.answers)
-        for k, row in enumerate(answers)
-    ]
-    flat.sort(key=lambda item: -len(item[3].input_ids))
-    batches: list[list[tuple[int, int, int, TokenRow]]] = []
-    current: list[tuple[int, int, int, TokenRow]] = []
-    for item in flat:
-        # Longest first: the first row's length is the batch's width.
-        width = len(current[0][3].input_ids) if current else 0
-        if current and width * (len(current) + 1) > tokens:
-            batches.append(current)
-            current = []
-        current.append(item)
-    if current:
-        batches.append(current)
-    return [
-        {
-            **collate([item[3] for item in batch], pad_id),
-            "set": torch.tensor([item[0] for item in batch]),
-            "index": torch.tensor([item[1] for item in batch]),
-            "kind": torch.tensor([item[2] for item in batch]),
-            "end": torch.tensor([item[3].end for item in batch]),
-        }
-        for batch in batches
-    ]
+    batches: list[list[Any]] = []
+    for item in _longest_first(splits, range(len(splits))):
+        # The first row's length is the batch's width.
+        if batches and len(batches[-1][0][0].input_ids) * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return [_scored(batch, pad_id) for batch in batches]
 
 
-def gradient_batches(sets: Sequence[EvalSet], pad_id: int) -> list[dict[str, Any]]:
+def gradient_batches(splits: Sequence[Split], pad_id: int) -> list[Batch]:
     """The answers whose gradient norm is read, longest first, one a batch.
 
     Returns:
         Batches like those of `scoring_batches`, with a key `gradients`.
     """
-    chosen = (number for number, part in enumerate(sets) if part.readers(GRADIENT_NORM))
-    flat = [(s, i, answers[0]) for s in chosen for i, answers in enumerate(sets[s].answers)]
-    flat.sort(key=lambda item: -len(item[2].input_ids))
-    return [
-        {
-            **collate([row], pad_id),
-            "set": torch.tensor([number]),
-            "index": torch.tensor([index]),
-            "kind": torch.tensor([0]),
-            "end": torch.tensor([row.end]),
-            "gradients": True,
-        }
-        for number, index, row in flat
-    ]
+    chosen = [number for number, split in enumerate(splits) if split.readers(GRADIENT_NORM)]
+    items = _longest_first(splits, chosen, kinds=1)
+    return [{**_scored([item], pad_id), "gradients": True} for item in items]
 
 
-def generation_batches(sets: Sequence[EvalSet], prompts: int) -> list[dict[str, Any]]:
+def generation_batches(splits: Sequence[Split], prompts: int) -> list[Batch]:
     """Prompts of the rows to generate, longest first, in batches of at most `prompts`.
 
     Returns:
-        Batches with `prompts` (lists of token ids), `max_new_tokens` and `set`, `index` `(B,)`.
+        Batches with `prompts` (lists of token ids), `max_new_tokens` and `split`, `index` `(B,)`.
     """
-    by_limit: dict[int, list[tuple[int, int, list[int]]]] = {}
-    for number, part in enumerate(sets):
-        if part.generation is not None:
-            rows = by_limit.setdefault(part.generation.max_new_tokens, [])
-            rows += [(number, index, ids) for index, ids in enumerate(part.generation.prompts)]
+    by_limit: dict[int, list[Any]] = {}
+    for number, split in enumerate(splits):
+        if split.generation is not None:
+            rows = by_limit.setdefault(split.generation.max_new_tokens, [])
+            rows += [(ids, number, index) for index, ids in enumerate(split.generation.prompts)]
     batches = []
     for limit, rows in by_limit.items():
-        rows.sort(key=lambda row: -len(row[2]))
+        rows.sort(key=lambda row: -len(row[0]))
         for start in range(0, len(rows), prompts):
-            numbers, indices, ids = zip(*rows[start : start + prompts], strict=True)
-            batch = {"prompts": [list(i) for i in ids], "max_new_tokens": limit}
-            batches.append({**batch, "set": torch.tensor(numbers), "index": torch.tensor(indices)})
+            ids, numbers, indices = zip(*rows[start : start + prompts], strict=True)
+            batch = {"split": torch.tensor(numbers), "index": torch.tensor(indices)}
+            batches.append({"prompts": list(ids), "max_new_tokens": limit, **batch})
     return batches
+
+
+def _longest_first(splits: Sequence[Split], chosen: Sequence[int], kinds: int | None = None) -> list[Any]:
+    """Tokens, split, index and kind of every answer."""
+    rows = [(number, index, row) for number in chosen for index, row in enumerate(splits[number].answers)]
+    flat = [(row, number, index, kind) for number, index, answers in rows for kind, row in enumerate(answers[:kinds])]
+    return sorted(flat, key=lambda item: -len(item[0].input_ids))
+
+
+def _scored(items: Sequence[Any], pad_id: int) -> Batch:
+    rows, splits, indices, kinds = zip(*items, strict=True)
+    numbers = {"split": splits, "index": indices, "kind": kinds, "end": [row.end for row in rows]}
+    return {**collate(rows, pad_id), **{name: torch.tensor(values) for name, values in numbers.items()}}

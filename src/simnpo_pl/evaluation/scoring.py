@@ -1,4 +1,4 @@
-"""Per-row scores of one forward pass: everything teacher forcing says of an answer."""
+"""Scores of answers from one teacher-forced forward pass."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,7 +9,7 @@ from simnpo_pl.metrics.functional import exact_memorization, extraction_strength
 from simnpo_pl.models.logprobs import AnswerStates
 
 MIN_K, MIN_K_PLUS_PLUS = ON_DEMAND = ("min_k", "min_k_plus_plus")
-"""Scores that are made only for the rows where they are read."""
+"""Scores that are computed only for rows where a metric reads them."""
 
 
 @torch.no_grad()
@@ -21,13 +21,13 @@ def score_rows(
     Args:
         states: Scored positions of the answers.
         ends: `(B,)` number of tokens that end each answer, see `TokenRow.end`.
-        min_k: Part of the tokens that Min-K% and Min-K%++ average.
-        wanted: Name of a score on demand to the rows `(B,)` bool where it is read.
+        min_k: Share of the tokens that Min-K% and Min-K%++ average.
+        wanted: Name of a score on demand to the rows `(B,)` bool for which it is computed.
 
     Returns:
-        `nll` `(B,)`, nats per token with the end; and without the end `exact_memorization` and `extraction_strength`
-        `(B,)`, shares of the answer's tokens, and where wanted `min_k` and `min_k_plus_plus` `(B,)`, see
-        `metrics.functional.lowest_share`. Where `nll` is not finite, the others are NaN.
+        `nll` `(B,)`, nats per token, the end included. Without the end: `exact_memorization` and
+        `extraction_strength` `(B,)`, shares of the answer's tokens; if wanted, `min_k` and `min_k_plus_plus` `(B,)`,
+        see `metrics.functional.lowest_share`. They are NaN if `nll` is not finite.
     """
     wanted = wanted or {}
     tokens = states.token_scores(wanted.get(MIN_K_PLUS_PLUS))
@@ -37,12 +37,9 @@ def score_rows(
 
     def by_row(function: Callable[[Tensor], float], values: Tensor, rows: Tensor | None = None) -> Tensor:
         parts = values[kept].cpu().split(lengths)
-        skipped = torch.zeros(len(lengths), dtype=torch.bool) if rows is None else ~rows.cpu()
-        scores = [torch.nan if skip else function(part) for part, skip in zip(parts, skipped.tolist(), strict=True)]
+        chosen = [True] * len(lengths) if rows is None else rows.tolist()
+        scores = [function(part) if row else torch.nan for part, row in zip(parts, chosen, strict=True)]
         return nll.new_tensor(scores).masked_fill(~nll.isfinite(), torch.nan)
-
-    def lowest(values: Tensor) -> float:
-        return lowest_share(values, min_k)
 
     scores = {
         "nll": nll,
@@ -51,11 +48,11 @@ def score_rows(
     }
     for name, values in ((MIN_K, tokens.logps), (MIN_K_PLUS_PLUS, tokens.standardised)):
         if name in wanted:
-            scores[name] = by_row(lowest, values, wanted[name])
+            scores[name] = by_row(lambda part: lowest_share(part, min_k), values, wanted[name])
     return scores
 
 
 def without_end(states: AnswerStates, ends: Tensor) -> Tensor:
-    """`(S,)` bool, the scored positions other than the last `ends` `(B,)` of each row."""
+    """`(S,)` bool: the scored positions except the last `ends` `(B,)` of each row."""
     stops = states.lengths().long().cumsum(0) - ends
     return torch.arange(len(states.rows), device=stops.device) < stops[states.rows]

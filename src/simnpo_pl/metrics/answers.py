@@ -1,28 +1,19 @@
-"""The TOFU metrics as torchmetrics classes: each keeps per-row scores and reduces them at the end.
-
-All of them take `update(index, kind, scores)` and return a dict with "value" and "n" from `compute`; keyword
-arguments not listed are torchmetrics.Metric's.
-"""
+"""The metrics of answers as torchmetrics classes: each keeps per-row scores and reduces them at the end."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch  # noqa: F401 (the examples use it)
 from torch import Tensor
-from torch.nn import ModuleList
-from torchmetrics.wrappers.abstract import WrapperMetric
 
 from simnpo_pl.metrics import functional as F
-from simnpo_pl.metrics.base import RowMetric
+from simnpo_pl.metrics.base import CombinedMetric, RowMetric
 from simnpo_pl.utils.errors import UserError
 
 
 class AnswerProbability(RowMetric):
     """Mean of exp(-nll) of the answers (forget and retain splits).
-
-    Args:
-        rows: number of rows of the split.
 
     Example:
         >>> metric = AnswerProbability(rows=2)
@@ -31,32 +22,16 @@ class AnswerProbability(RowMetric):
         {'value': 0.5, 'n': 2.0}
     """
 
-    def __init__(self, rows: int, **kwargs: Any) -> None:
-        super().__init__(rows, **kwargs)
-
     def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
-        """exp(-nll) of each answer."""
         return F.answer_probability(values[:, 0])
 
 
 class ChoiceProbability(RowMetric):
-    """Mean probability of the true answer among itself and the wrong ones (authors and facts splits).
-
-    Args:
-        rows: number of rows of the split.
-        kinds: 1 + number of wrong answers; kind 0 is the true answer.
-
-    Example:
-        >>> metric = ChoiceProbability(rows=1, kinds=2)
-        >>> metric.update(torch.tensor([0, 0]), torch.tensor([0, 1]), {"nll": torch.tensor([2.0, 2.0])})
-        >>> metric.compute()
-        {'value': 0.5, 'n': 1.0}
-    """
+    """Mean probability of the right answer, kind 0, among itself and the wrong ones (authors and facts splits)."""
 
     higher_is_better = True
 
     def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
-        """p / (p + sum of the wrong answers' p)."""
         return F.choice_probability(values[:, 0], values[:, 1:])
 
 
@@ -64,15 +39,9 @@ class RowMean(RowMetric):
     """Mean of a score that each answer has, such as "rougeL_recall" or "extraction_strength".
 
     Args:
-        feature: the score to average.
-        rows: number of rows of the split.
-        scale: factor of the mean; the rows keep their scores.
-
-    Example:
-        >>> metric = RowMean("rougeL_recall", rows=2)
-        >>> metric.update(torch.tensor([1]), torch.tensor([0]), {"rougeL_recall": torch.tensor([0.5])})
-        >>> metric.compute()
-        {'value': 0.5, 'n': 1.0}
+        feature: The score to average.
+        rows: Number of rows of the split.
+        scale: Factor of the mean; the rows keep their scores.
     """
 
     def __init__(self, feature: str, rows: int, scale: float = 1.0, **kwargs: Any) -> None:
@@ -81,7 +50,6 @@ class RowMean(RowMetric):
         self.scale = scale
 
     def aggregate(self, row_values: Tensor) -> dict[str, float]:
-        """The scaled mean."""
         return {"value": self.scale * row_values.mean().item()}
 
 
@@ -89,22 +57,16 @@ class TruthRatio(RowMetric):
     """Aggregated truth ratio of a split.
 
     Args:
-        rows: number of rows of the split.
-        kinds: number of kinds, the wrong answers last.
+        rows: Number of rows of the split.
+        kinds: Number of kinds, the wrong answers last.
         convention: "geometric", "arithmetic" or "prob_mean", see `functional.truth_ratio`.
-        aggregate: "forget" averages min(R, 1/R), "utility" averages max(0, 1 - R); "prob_mean" ratios are
-            already between 0 and 1 and are simply averaged in both cases.
-        has_paraphrase: kind 1 is the paraphrase and 2 onwards are wrong answers; otherwise kind 0 takes the
+        aggregate: "forget" averages min(R, 1/R), "utility" averages max(0, 1 - R); "prob_mean" ratios are between 0 and
+            1 and are simply averaged in both cases.
+        has_paraphrase: Whether kind 1 is the paraphrase and 2 onwards are wrong answers; otherwise kind 0 takes the
             paraphrase's place and 1 onwards are wrong answers.
 
     Raises:
-        UserError: an unknown convention or aggregate, or too few kinds.
-
-    Example:
-        >>> metric = TruthRatio(rows=1, kinds=2, aggregate="utility", has_paraphrase=False)
-        >>> metric.update(torch.tensor([0, 0]), torch.tensor([0, 1]), {"nll": torch.tensor([0.0, math.inf])})
-        >>> metric.compute()
-        {'value': 1.0, 'n': 1.0}
+        UserError: An unknown convention or aggregate, or too few kinds.
     """
 
     def __init__(
@@ -119,8 +81,8 @@ class TruthRatio(RowMetric):
         super().__init__(rows, kinds, **kwargs)
         if convention not in F.CONVENTIONS or aggregate not in ("forget", "utility"):
             raise UserError(
-                f"{type(self).__name__}: expected a convention out of {', '.join(F.CONVENTIONS)} and an "
-                f"aggregate out of forget, utility, got {convention!r} and {aggregate!r}: choose from these"
+                f"{type(self).__name__}: expected a convention out of {', '.join(F.CONVENTIONS)} and an aggregate out "
+                f"of forget, utility, got {convention!r} and {aggregate!r}: choose from these"
             )
         self.right = int(has_paraphrase)
         if kinds < self.right + 2:
@@ -132,15 +94,13 @@ class TruthRatio(RowMetric):
         self.goal = aggregate
 
     def complete(self, seen: Tensor) -> Tensor:
-        """Rows with a right answer and every wrong one; beside a paraphrase the answer is not needed."""
+        """Rows with a right answer and every wrong one; with a paraphrase the answer is not needed."""
         return seen[:, self.right :].all(dim=1)
 
     def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
-        """R of each row."""
         return F.truth_ratio(values[:, self.right], values[:, self.right + 1 :], self.convention)
 
     def aggregate(self, row_values: Tensor) -> dict[str, float]:
-        """Mean of the convention's score."""
         if self.convention == "prob_mean":
             return super().aggregate(row_values)
         score = F.forget_truth_ratio if self.goal == "forget" else F.utility_truth_ratio
@@ -150,14 +110,14 @@ class TruthRatio(RowMetric):
 class ForgetQuality(TruthRatio):
     """Kolmogorov-Smirnov p-value between the truth ratios of this model and of a retrained one.
 
-    Compares only rows that were fully scored here, with the same rows of the retrained model. With a NaN on either
-    side, every entry but "n" and "m" is NaN.
+    Compares the rows that were fully scored here with the same rows of the retrained model. With a NaN on either side,
+    every entry but "n" and "m" is NaN.
 
     Args:
-        rows: number of rows of the forget split.
-        kinds: number of kinds, the wrong answers last.
-        retrained: (rows,) geometric truth ratios of the retrained model, in row order.
-        has_paraphrase: see `TruthRatio`.
+        rows: Number of rows of the forget split.
+        kinds: Number of kinds, the wrong answers last.
+        retrained: `(rows,)` geometric truth ratios of the retrained model, in row order.
+        has_paraphrase: See `TruthRatio`.
 
     Raises:
         UserError: `retrained` does not hold one ratio a row.
@@ -173,14 +133,7 @@ class ForgetQuality(TruthRatio):
     higher_is_better = True
     result_keys = ("value", "log10_p", "ks_statistic", "m")
 
-    def __init__(
-        self,
-        rows: int,
-        kinds: int,
-        retrained: Tensor,
-        has_paraphrase: bool = True,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, rows: int, kinds: int, retrained: Tensor, has_paraphrase: bool = True, **kwargs: Any) -> None:
         super().__init__(rows, kinds, has_paraphrase=has_paraphrase, **kwargs)
         if tuple(retrained.shape) != (rows,):
             raise UserError(
@@ -194,26 +147,19 @@ class ForgetQuality(TruthRatio):
         retrained = self.retrained[list(self.rows)]
         if row_values.isnan().any() or retrained.isnan().any():
             return {**dict.fromkeys(self.result_keys, math.nan), "m": float(len(retrained))}
-        result = F.forget_quality(row_values, retrained)
-        return dict(
-            zip(
-                self.result_keys,
-                (result.p_value, result.log10_p, result.ks_statistic, float(result.m)),
-                strict=True,
-            )
-        )
+        found = F.forget_quality(row_values, retrained)
+        values = (found.p_value, found.log10_p, found.ks_statistic, float(found.m))
+        return dict(zip(self.result_keys, values, strict=True))
 
 
-class ModelUtility(WrapperMetric):
-    """Harmonic mean of other metrics' values, NaN while any of them is.
-
-    The parts may be updated on their own or through `update`; syncing is theirs.
+class ModelUtility(CombinedMetric):
+    """Harmonic mean of other metrics' values, NaN if one of them is.
 
     Args:
-        parts: name -> metric, such as "retain.probability"; "value" and "n" are taken.
+        parts: Name to metric, such as "retain.probability"; "value" and "n" are taken.
 
     Raises:
-        UserError: no part, or one named "value" or "n".
+        UserError: No part, or one named "value" or "n".
 
     Example:
         >>> metric = ModelUtility({"a": RowMean("s", rows=1), "b": RowMean("s", rows=1)})
@@ -224,51 +170,27 @@ class ModelUtility(WrapperMetric):
     """
 
     higher_is_better = True
-    is_differentiable = False
-    full_state_update = False
 
     def __init__(self, parts: Mapping[str, RowMetric], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
         if not parts or {"value", "n"} & set(parts):
             raise UserError(
                 f"ModelUtility: expected parts with names other than value and n, got {sorted(parts)}: "
                 "name each part after its split and metric"
             )
-        # Names apart from modules: a ModuleDict takes no dots in its keys.
-        self.names = tuple(parts)
-        self.parts = ModuleList(parts.values())
-
-    def update(self, part: str, index: Tensor, kind: Tensor, scores: dict[str, Tensor]) -> None:
-        """Pass a batch on to one part, see `RowMetric.update`.
-
-        Raises:
-            UserError: there is no such part.
-        """
-        if part not in self.names:
-            raise UserError(f"ModelUtility: expected a part out of {', '.join(self.names)}, got {part!r}: use one")
-        self._parts()[part].update(index, kind, scores)
+        super().__init__(parts, **kwargs)
 
     def compute(self) -> dict[str, float]:
         """The harmonic mean as "value", the number of parts as "n", and each part's value by its name."""
-        values = {name: self.part_value(name, part.compute()["value"]) for name, part in self._parts().items()}
+        values = {name: self.part_value(name, part.compute()["value"]) for name, part in self.named().items()}
         return {"value": F.model_utility(values), "n": float(len(values)), **values}
 
     def part_value(self, name: str, value: float) -> float:
-        """What a part's value counts as in the mean, by default itself."""
+        """What a part's value counts as in the mean."""
         return value
-
-    def reset(self) -> None:
-        """Reset every part."""
-        super().reset()
-        for part in self._parts().values():
-            part.reset()
-
-    def _parts(self) -> dict[str, RowMetric]:
-        return dict(zip(self.names, cast(list[RowMetric], list(self.parts)), strict=True))
 
 
 class Balance(ModelUtility):
-    """Harmonic mean of some metrics and of what others lack of their largest value; NaN while any is.
+    """Harmonic mean of some metrics and of what others lack of their largest value; NaN if one is.
 
     0 for a model that knows nothing of what it should keep, or everything of what it should forget.
 
@@ -289,12 +211,10 @@ class Balance(ModelUtility):
     def __init__(
         self, keep: Sequence[RowMetric], forget: Sequence[RowMetric], largest: float = 1.0, **kwargs: Any
     ) -> None:
-        parts = {
-            f"{name} {n}": m for name, metrics in (("keep", keep), ("lack", forget)) for n, m in enumerate(metrics)
-        }
-        super().__init__(parts, **kwargs)
+        named = (("keep", keep), ("lack", forget))
+        super().__init__({f"{name} {n}": m for name, metrics in named for n, m in enumerate(metrics)}, **kwargs)
         self.largest = largest
 
     def part_value(self, name: str, value: float) -> float:
-        """The value, or what it lacks; rounding may leave it a hair above its largest."""
+        # Rounding may leave a value slightly above its largest.
         return max(self.largest - value, 0.0) if name.startswith("lack") else value

@@ -1,17 +1,18 @@
-"""A torchmetrics base class for scores of a known set of rows.
+"""torchmetrics base classes for scores of a known set of rows.
 
-Every process keeps the same fixed table of cells, so syncing is one gather of equal shapes and a row that a
-distributed sampler repeats to fill its last batch lands in the same cell: nothing is counted twice.
+Every process keeps the same fixed table of cells, so syncing is one gather of equal shapes, and a row that several
+processes score lands in the same cell: it counts once.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, ModuleList
 from torchmetrics import Metric
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 from simnpo_pl.utils.errors import UserError
 
@@ -20,10 +21,10 @@ def first_seen(tables: Tensor) -> Tensor:
     """Merge the tables of several processes, each cell from the first process that saw it.
 
     Args:
-        tables: (world, 2, N, K), values and seen flags of each process.
+        tables: `(world, 2, N, K)`, values and seen flags of each process.
 
     Returns:
-        (2, N, K).
+        `(2, N, K)`.
 
     Example:
         >>> one, two = torch.tensor([[[3.0, 0.0]], [[1.0, 0.0]]]), torch.tensor([[[5.0, 7.0]], [[1.0, 1.0]]])
@@ -39,19 +40,20 @@ def first_seen(tables: Tensor) -> Tensor:
 class RowMetric(Metric):
     """Scores of N rows x K kinds, reduced to one value a row and then to a few numbers.
 
-    Kind 0 is the answer, 1 the paraphrase and 2 onwards the wrong answers; where a split has no paraphrase,
-    1 onwards are the wrong answers. Subclasses override `row_values`, and where needed `complete`,
-    `aggregate` and `result_keys`. A cell scored twice holds one score: `update` keeps the latest, syncing the
-    lowest rank's and `forward` the earliest, which differ by rounding at most.
+    Kind 0 is the answer, 1 the paraphrase and 2 onwards the wrong answers; without a paraphrase the wrong answers are
+    1 onwards. Subclasses override `row_values` and, if needed, `complete`, `aggregate` and `result_keys`. If a cell is
+    scored twice, one of its scores counts; they differ by rounding at most.
 
     Attributes:
-        feature: the score this metric reads.
-        rows: after `compute`, row index -> per-row value over all processes; rows not fully seen are absent.
+        feature: The score that this metric reads.
+        title: How tables and reports call it; empty for its name.
+        unit: Empty for a number from 0 to 1.
+        rows: After `compute`: row index to value over all processes, without rows that lack a score.
 
     Args:
-        rows: number of rows N of the split.
-        kinds: number of kinds K read by this metric; higher kinds of a batch are ignored.
-        kwargs: passed on to `torchmetrics.Metric`.
+        rows: Number of rows N of the split.
+        kinds: Number of kinds K that this metric reads; higher kinds of a batch are ignored.
+        kwargs: Passed to `torchmetrics.Metric`.
 
     Example:
         >>> from simnpo_pl.metrics.base import RowMetric
@@ -63,8 +65,10 @@ class RowMetric(Metric):
     """
 
     feature: str = "nll"
-    result_keys: tuple[str, ...] = ("value",)
+    title: str = ""
+    unit: str = ""
     higher_is_better: bool | None = None
+    result_keys: tuple[str, ...] = ("value",)
     is_differentiable = False
     full_state_update = False
     table: Tensor
@@ -73,47 +77,27 @@ class RowMetric(Metric):
         super().__init__(**kwargs)
         if rows < 1 or kinds < 1:
             raise UserError(
-                f"{type(self).__name__}: expected at least one row and one kind, got rows={rows} and "
-                f"kinds={kinds}: pass the sizes of the split"
+                f"{type(self).__name__}: expected a row and a kind at least, got rows={rows}, kinds={kinds}"
             )
-        self.size = rows
         self.kinds = kinds
         self.rows: dict[int, float] = {}
         self.add_state("table", torch.zeros(2, rows, kinds), dist_reduce_fx=first_seen)
 
-    def update(self, index: Tensor, kind: Tensor, scores: dict[str, Tensor]) -> None:
+    def update(self, index: Tensor, kind: Tensor, scores: Mapping[str, Tensor]) -> None:
         """Store the scores of one batch.
 
         Args:
-            index: (B,) row numbers within the split.
-            kind: (B,) which answer of the row was scored.
-            scores: name -> (B,) scores; only `feature` is read.
-
-        Raises:
-            UserError: `feature` is missing, or an index or kind is out of range.
+            index: `(B,)` row numbers within the split.
+            kind: `(B,)` which answer of the row was scored.
+            scores: Name to `(B,)` scores; only `feature` is read.
         """
-        name = type(self).__name__
-        if self.feature not in scores:
-            raise UserError(
-                f"{name}: expected a score named {self.feature!r}, got {sorted(scores)}: "
-                "switch on the scorer that makes it, or read another score"
-            )
         device = self.table.device
         index, kind = index.long().to(device), kind.long().to(device)
-        outside = index[(index < 0) | (index >= self.size)]
-        if outside.numel():
-            raise UserError(
-                f"{name}: expected row indices 0 to {self.size - 1}, got {outside[0].item()}: "
-                "build the metric with the number of rows of the split"
-            )
-        if (kind < 0).any():
-            raise UserError(f"{name}: expected kinds of 0 or more, got {kind.min().item()}: 0 is the answer")
         used = kind < self.kinds
-        index, kind = index[used], kind[used]
         # A copy, because a table that was reset in inference mode cannot be written to outside of it.
         table = self.table.clone()
-        table[0, index, kind] = scores[self.feature].detach().to(table)[used]
-        table[1, index, kind] = 1
+        table[0, index[used], kind[used]] = scores[self.feature].detach().to(table)[used]
+        table[1, index[used], kind[used]] = 1
         self.table = table
 
     @final
@@ -121,9 +105,8 @@ class RowMetric(Metric):
         """Reduce all processes' rows; also fills `rows`.
 
         Returns:
-            The entries of `aggregate`, "value" among them, and "n", the number of rows they rest on. Rows
-            not fully seen are left out; a NaN score of a seen row makes the value NaN. Without any row the
-            values are NaN and n is 0.
+            The entries of `aggregate`, "value" among them, and "n", the number of rows behind them. Rows that lack a
+            score are left out; a NaN score makes the value NaN. Without any row the values are NaN and n is 0.
         """
         values, flags = self.table.detach().cpu().double().unbind(0)
         seen = flags > 0
@@ -134,27 +117,26 @@ class RowMetric(Metric):
         return {**result, "n": float(len(self.rows))}
 
     def complete(self, seen: Tensor) -> Tensor:
-        """Which rows have every score they need: (N, K) bool -> (N,) bool; by default all kinds."""
+        """Which rows have every score they need: `(N, K)` bool to `(N,)` bool; by default all kinds."""
         return seen.all(dim=1)
 
     def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
         """One value a row, by default the first kind's score.
 
         Args:
-            values: (N, K) float64 scores, 0 where not seen.
-            seen: (N, K) bool.
+            values: `(N, K)` float64 scores, 0 where not seen.
+            seen: `(N, K)` bool.
 
         Returns:
-            (N,) float64; entries of incomplete rows are not used.
+            `(N,)` float64; entries of incomplete rows are not used.
         """
         return values[:, 0]
 
     def aggregate(self, row_values: Tensor) -> dict[str, float]:
-        """Reduce the (n,) float64 values of the complete rows, n > 0, to the entries of `result_keys`."""
+        """Reduce the `(n,)` float64 values of the complete rows, n > 0, to the entries of `result_keys`."""
         return {"value": row_values.mean().item()}
 
     def reset(self) -> None:
-        """Forget all scores."""
         super().reset()
         self.rows = {}
 
@@ -167,3 +149,33 @@ class RowMetric(Metric):
         # The table stays on the CPU, where an update does not wait for a GPU, and in float32: a model cast to bfloat16
         # would round the losses.
         return super()._apply(fn, exclude_state=("table", *exclude_state))
+
+
+class CombinedMetric(WrapperMetric):
+    """A number from several row metrics, which may be updated by themselves or through `update`, and sync themselves.
+
+    Args:
+        parts: Name to metric.
+    """
+
+    higher_is_better: bool | None = None
+    is_differentiable = False
+    full_state_update = False
+
+    def __init__(self, parts: Mapping[str, RowMetric], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Not a ModuleDict, whose keys may hold no dots.
+        self.names = tuple(parts)
+        self.parts = ModuleList(parts.values())
+
+    def update(self, part: str, index: Tensor, kind: Tensor, scores: Mapping[str, Tensor]) -> None:
+        """Pass a batch to one part, see `RowMetric.update`."""
+        self.named()[part].update(index, kind, scores)
+
+    def named(self) -> dict[str, RowMetric]:
+        return dict(zip(self.names, cast(list[RowMetric], list(self.parts)), strict=True))
+
+    def reset(self) -> None:
+        super().reset()
+        for part in self.named().values():
+            part.reset()

@@ -9,47 +9,43 @@ from torch import Tensor
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.membership import ATTACKS
 
+Row = Mapping[str, Any]
 PREFIXES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
 
 
 def open_unlearning_log(rows: list[dict[str, Any]], values: Mapping[str, float]) -> dict[str, Any]:
-    """The content of open-unlearning's TOFU_EVAL.json for the metrics held here.
+    """The content of open-unlearning's TOFU_EVAL.json for our metrics.
 
-    A metric none of whose rows are there is left out. Extraction strength keeps our 0 for a row whose last
-    token is not even right, where the public code writes 1/n; truth ratios are not offset by its 1e-10.
+    A metric without any row is left out. Extraction strength keeps our 0 for a row whose last token is not even right,
+    where the public code writes 1/n; truth ratios are not offset by its 1e-10.
 
     Args:
-        rows: objects of our rows.jsonl, of splits "forget", "retain", "real_authors" and "world_facts".
-        values: aggregates written as they are, such as "forget_quality" and "model_utility".
+        rows: Objects of our rows.jsonl, of splits "forget", "retain", "real_authors" and "world_facts".
+        values: Aggregates written as they are, such as "forget_quality" and "model_utility".
 
     Returns:
-        metric name -> {"agg_value": ..., "value_by_index": {"0": {...}}}.
+        Metric name to {"agg_value": ..., "value_by_index": {"0": {...}}}.
     """
     log: dict[str, Any] = {}
     for metric in _METRICS:
         for split in metric.splits:
-            held = {}
-            for row in sorted((row for row in rows if row["split"] == split), key=lambda row: row["index"]):
-                if all(row.get(key) is not None for key in metric.needs):
-                    held[str(row["index"])] = metric.entry(row)
+            held = _by_index(rows, split, metric.needs, metric.entry)
             if held:
                 scores = torch.tensor([next(iter(entry.values())) for entry in held.values()]).double()
-                name = metric.name.format(PREFIXES[split])
-                log[name] = {"agg_value": metric.mean(scores), "value_by_index": held}
+                log[metric.name.format(PREFIXES[split])] = {"agg_value": metric.mean(scores), "value_by_index": held}
     for name in ATTACKS:
-        parts = {split: _attack(rows, split, name) for split in ("forget", "holdout")}
-        if name in values and all(parts.values()):
-            log[name] = {**parts, "auc": values[name], "agg_value": values[name]}
+        held = {split: _by_index(rows, split, (name,), _score(name)) for split in ("forget", "holdout")}
+        if name in values and all(held.values()):
+            means = {split: sum(e["score"] for e in entries.values()) / len(entries) for split, entries in held.items()}
+            splits = {split: {"agg_value": means[split], "value_by_index": held[split]} for split in held}
+            log[name] = {**splits, "auc": values[name], "agg_value": values[name]}
     return {**{name: {"agg_value": value} for name, value in values.items()}, **log}
 
 
-def _attack(rows: list[dict[str, Any]], split: str, name: str) -> dict[str, Any]:
-    """One attack's scores of one split; empty where it has none."""
-    held = {row["index"]: row[name] for row in rows if row["split"] == split and row.get(name) is not None}
-    if not held:
-        return {}
-    by_index = {str(index): {"score": held[index]} for index in sorted(held)}
-    return {"agg_value": sum(held.values()) / len(held), "value_by_index": by_index}
+def _by_index(rows: list[dict[str, Any]], split: str, needs: tuple[str, ...], entry: Any) -> dict[str, Any]:
+    """Entries of a split's rows that have all that is needed."""
+    chosen = [row for row in rows if row["split"] == split and all(row.get(key) is not None for key in needs)]
+    return {str(row["index"]): entry(row) for row in sorted(chosen, key=lambda row: row["index"])}
 
 
 class _Metric(NamedTuple):
@@ -58,35 +54,34 @@ class _Metric(NamedTuple):
     name: str
     splits: tuple[str, ...]
     needs: tuple[str, ...]
-    entry: Callable[[dict[str, Any]], dict[str, Any]]
+    entry: Callable[[Row], dict[str, Any]]
     mean: Callable[[Tensor], float] = lambda scores: scores.mean().item()
 
 
-def _probability(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def _probability(key: str) -> Callable[[Row], dict[str, Any]]:
     return lambda row: {"prob": torch.exp(-_tensor(row[key])).tolist(), "avg_loss": row[key]}
 
 
-def _ratio(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda row: {"score": _truth_ratio(row[key], row["perturbed_nll"])}
+def _ratio(key: str) -> Callable[[Row], dict[str, Any]]:
+    return lambda row: {"score": F.truth_ratio(_tensor([row[key]]), _tensor(row["perturbed_nll"])[None]).item()}
 
 
-def _choice(row: dict[str, Any]) -> dict[str, Any]:
-    wrong = _tensor(row["perturbed_nll"])[None]
-    return {"prob": F.choice_probability(_tensor([row["answer_nll"]]), wrong).item()}
+def _choice(row: Row) -> dict[str, Any]:
+    return {"prob": F.choice_probability(_tensor([row["answer_nll"]]), _tensor(row["perturbed_nll"])[None]).item()}
 
 
-def _rouge(row: dict[str, Any]) -> dict[str, Any]:
+def _rouge(row: Row) -> dict[str, Any]:
     names = {"question": "input", "answer": "ground_truth"}
     keys = ("rougeL_recall", "rougeL_f1", "rouge1_recall", "question", "answer", "generation")
     return {names.get(key, key): row[key] for key in keys if row.get(key) is not None}
 
 
-def _fluency(row: dict[str, Any]) -> dict[str, Any]:
-    return {"score": row["fluency"], "generation": row["generation"]}
+def _score(key: str, *others: str) -> Callable[[Row], dict[str, Any]]:
+    return lambda row: {"score": row[key], **{other: row[other] for other in others}}
 
 
-def _score(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda row: {"score": row[key]}
+def _tensor(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 _ALL, _FORGET, _RETAIN, _CHOICE = tuple(PREFIXES), ("forget",), ("retain",), ("real_authors", "world_facts")
@@ -100,15 +95,7 @@ _METRICS = (
     _Metric("{}_Truth_Ratio", _RETAIN, _PARA + _PERT, _ratio("paraphrase_nll"), F.utility_truth_ratio),
     _Metric("{}_Truth_Ratio", _CHOICE, _TRUE + _PERT, _ratio("answer_nll"), F.utility_truth_ratio),
     _Metric("{}_Q_A_ROUGE", _ALL, ("rougeL_recall",), _rouge),
-    _Metric("{}_Q_A_gibberish", _FORGET, ("fluency", "generation"), _fluency),
+    _Metric("{}_Q_A_gibberish", _FORGET, ("fluency", "generation"), _score("fluency", "generation")),
     _Metric("exact_memorization", _FORGET, ("exact_memorization",), _score("exact_memorization")),
     _Metric("extraction_strength", _FORGET, ("extraction_strength",), _score("extraction_strength")),
 )
-
-
-def _truth_ratio(right: float, wrong: list[float]) -> float:
-    return F.truth_ratio(_tensor([right]), _tensor(wrong)[None]).item()
-
-
-def _tensor(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)

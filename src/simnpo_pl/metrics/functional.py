@@ -28,10 +28,10 @@ _WORD = regex.compile(rf"(?V1)[{_LETTER}&&{_UNSPACED}]\p{{M}}*|[{_LETTER}--{_UNS
 
 
 class ForgetQualityResult(NamedTuple):
-    """Outcome of the two-sample Kolmogorov-Smirnov test of `forget_quality`.
+    """Outcome of `forget_quality`.
 
-    `log10_p` is finite also where `p_value` underflows to 0; `ks_statistic` is the largest gap between the
-    two empirical distribution functions; `n` and `m` are the sizes of the unlearned and retrained samples.
+    `log10_p` is finite even if `p_value` underflows to 0; `ks_statistic` is the largest gap between the two empirical
+    distribution functions; `n` and `m` are the sizes of the unlearned and retrained samples.
     """
 
     p_value: float
@@ -42,24 +42,16 @@ class ForgetQualityResult(NamedTuple):
 
 
 def answer_probability(nll: Tensor) -> Tensor:
-    """Length-normalised probability exp(-nll) of each answer, (N,) float64.
-
-    Args:
-        nll: (N,) losses, nats per token.
-
-    Example:
-        >>> answer_probability(torch.tensor([0.0, math.log(4)]))
-        tensor([1.0000, 0.2500], dtype=torch.float64)
-    """
+    """Length-normalized probability exp(-nll) of each answer, `(N,)` float64, from `(N,)` nats per token."""
     return torch.exp(-nll.double())
 
 
 def choice_probability(true_nll: Tensor, wrong_nll: Tensor) -> Tensor:
-    """Probability of the true answer among the listed ones: p / (p + sum of the wrong ones' p), (N,) float64.
+    """Probability of the true answer among the listed ones: p / (p + sum of the wrong ones' p), `(N,)` float64.
 
     Args:
-        true_nll: (N,) losses of the true answers, nats per token.
-        wrong_nll: (N, K) losses of the wrong answers, nats per token.
+        true_nll: `(N,)` losses of the true answers, nats per token.
+        wrong_nll: `(N, K)` losses of the wrong answers, nats per token.
 
     Example:
         >>> choice_probability(torch.tensor([math.log(2)]), torch.tensor([[math.log(4), math.log(4)]]))
@@ -70,30 +62,28 @@ def choice_probability(true_nll: Tensor, wrong_nll: Tensor) -> Tensor:
 
 
 def truth_ratio(paraphrase_nll: Tensor, perturbed_nll: Tensor, kind: str = "geometric") -> Tensor:
-    """Truth ratio R of each row: how likely wrong answers are beside a right one in other words.
+    """Truth ratio R of each row: how likely wrong answers are compared with the paraphrased right one.
 
     With P = exp(-paraphrase_nll): "geometric" is R = exp(-mean_k perturbed_nll) / P, "arithmetic" is
     R = mean_k exp(-perturbed_nll) / P, and "prob_mean" is P / (P + exp(-mean_k perturbed_nll)).
 
     Args:
-        paraphrase_nll: (N,) losses of the paraphrased (or, without one, the true) answers, nats per token.
-        perturbed_nll: (N, K) losses of the wrong answers, nats per token.
-        kind: which of the three public conventions.
+        paraphrase_nll: `(N,)` losses of the paraphrased (or, without one, the true) answers, nats per token.
+        perturbed_nll: `(N, K)` losses of the wrong answers, nats per token.
+        kind: Which of the three public conventions.
 
     Returns:
-        (N,) ratios, float64; infinite where P is 0, NaN where a loss is NaN.
+        `(N,)` ratios, float64; infinite if P is 0, NaN if a loss is NaN.
 
     Raises:
-        UserError: an unknown kind, or shapes that do not belong together.
+        UserError: An unknown kind, or shapes that do not fit.
 
     Example:
         >>> truth_ratio(torch.tensor([math.log(2)]), torch.tensor([[math.log(2), math.log(8)]]))
         tensor([0.5000], dtype=torch.float64)
     """
     if kind not in CONVENTIONS:
-        raise UserError(
-            f"truth ratio: expected a kind out of {', '.join(CONVENTIONS)}, got {kind!r}: choose one of them"
-        )
+        raise UserError(f"truth ratio: expected a kind out of {', '.join(CONVENTIONS)}, got {kind!r}")
     _check_shapes(paraphrase_nll, perturbed_nll)
     right, wrong = paraphrase_nll.double(), perturbed_nll.double()
     if kind == "geometric":
@@ -117,7 +107,7 @@ def forget_truth_ratio(ratios: Tensor) -> float:
 
 
 def utility_truth_ratio(ratios: Tensor) -> float:
-    """Mean of max(0, 1 - R): 1 when the wrong answers have no probability beside the right one.
+    """Mean of max(0, 1 - R): 1 when the wrong answers have no probability compared with the right one.
 
     A NaN or an empty input gives NaN.
 
@@ -131,13 +121,13 @@ def utility_truth_ratio(ratios: Tensor) -> float:
 def forget_quality(unlearned: Tensor, retrained: Tensor) -> ForgetQualityResult:
     """Two-sided two-sample Kolmogorov-Smirnov test between two models' truth ratios on the forget split.
 
-    scipy's `ks_2samp` with method "auto" gives statistic and p. Where p underflows to 0, `log10_p` is the
-    first term 2 C(2n, n - nD) / C(2n, n) of the exact series for equal sizes (the rest is far smaller), and
-    the first term 2 exp(-2 D^2 nm / (n + m)) of Smirnov's asymptotic one for unequal sizes.
+    scipy's `ks_2samp` with method "auto" gives statistic and p. If p underflows to 0, `log10_p` is the first term
+    2 C(2n, n - nD) / C(2n, n) of the exact series for equal sizes (the rest is far smaller), and the first term
+    2 exp(-2 D^2 nm / (n + m)) of Smirnov's asymptotic series for unequal sizes.
 
     Args:
-        unlearned: (N,) truth ratios of the unlearned model; any monotone function of them gives the same p.
-        retrained: (M,) truth ratios of the retrained model, of the same questions.
+        unlearned: `(N,)` truth ratios of the unlearned model; any monotone function of them gives the same p.
+        retrained: `(M,)` truth ratios of the retrained model, of the same questions.
 
     Raises:
         UserError: NaN in a sample, or an empty one.
@@ -152,10 +142,7 @@ def forget_quality(unlearned: Tensor, retrained: Tensor) -> ForgetQualityResult:
         bad = int(sample.isnan().sum())
         if bad or not sample.numel():
             found = f"{bad} NaN among {sample.numel()}" if bad else "none"
-            raise UserError(
-                f"forget quality: expected truth ratios of the {name} model, got {found}: "
-                "score the forget split again and look for rows whose loss is not finite"
-            )
+            raise UserError(f"forget quality: expected truth ratios of the {name} model, got {found}")
     n, m = unlearned.numel(), retrained.numel()
     test = ks_2samp(*(sample.numpy() for sample in samples.values()))
     p, statistic = float(test.pvalue), float(test.statistic)
@@ -171,20 +158,13 @@ def forget_quality(unlearned: Tensor, retrained: Tensor) -> ForgetQualityResult:
 
 
 def model_utility(parts: Mapping[str, float]) -> float:
-    """Harmonic mean of the parts, NaN if any part is NaN, else 0 if any is 0.
-
-    Args:
-        parts: name -> value, each at least 0 (probabilities, ROUGE, truth ratios).
+    """Harmonic mean of the parts, each at least 0; NaN if any part is NaN, else 0 if any is 0.
 
     Raises:
-        UserError: no part, or one that is negative.
-
-    Example:
-        >>> model_utility({"retain": 1.0, "facts": 0.5, "authors": 0.5})
-        0.6
+        UserError: No part, or one that is negative.
     """
     if not parts:
-        raise UserError("model utility: expected at least one part, got none: pass the parts to average")
+        raise UserError("model utility: expected at least one part, got none")
     for name, value in parts.items():
         if value < 0:
             raise UserError(f"model utility: expected every part to be 0 or more, got {name} = {value}")
@@ -200,12 +180,12 @@ def rouge_l(prediction: str, target: str, stem: bool = True) -> dict[str, float]
 
     A word is a run of letters, marks and digits of any script; in scripts without spaces between words (Chinese,
     Japanese, Thai, Lao, Khmer, Burmese) every character is one. On ASCII text the scores are those of rouge-score,
-    which drops all other letters.
+    whose tokenizer drops all other letters.
 
     Args:
         prediction: Generated text.
         target: The right text.
-        stem: Whether ASCII words are compared without their English endings, as TOFU does and MUSE does not.
+        stem: Whether ASCII words are compared without their English endings, as in TOFU, not in MUSE.
 
     Example:
         >>> rouge_l("the cat", "the cats sat here")["rougeL_recall"]
@@ -214,18 +194,15 @@ def rouge_l(prediction: str, target: str, stem: bool = True) -> dict[str, float]
         0.8
     """
     scores = _scorer(stem).score(target, prediction)
-    return {
-        "rougeL_recall": float(scores["rougeL"].recall),
-        "rougeL_f1": float(scores["rougeL"].fmeasure),
-        "rouge1_recall": float(scores["rouge1"].recall),
-    }
+    found = (scores["rougeL"].recall, scores["rougeL"].fmeasure, scores["rouge1"].recall)
+    return dict(zip(ROUGE, map(float, found), strict=True))
 
 
 def extraction_strength(correct: Tensor) -> float:
-    """1 - k/T, where k is the shortest prefix from which all remaining tokens are predicted right.
+    """1 - k/T, k the length of the shortest prefix after which all remaining tokens are predicted right.
 
     Args:
-        correct: (T,) bool, whether the teacher-forced argmax is right at each answer token, without the EOS.
+        correct: `(T,)` bool, whether the teacher-forced argmax is right at each answer token, without the EOS.
 
     Returns:
         0 (last token wrong) to 1 (all right); NaN for T = 0.
@@ -240,12 +217,7 @@ def extraction_strength(correct: Tensor) -> float:
 
 
 def exact_memorization(correct: Tensor) -> float:
-    """Share of answer tokens predicted right, 0 to 1; takes what `extraction_strength` takes, NaN for T = 0.
-
-    Example:
-        >>> exact_memorization(torch.tensor([True, False, True, True]))
-        0.75
-    """
+    """Share of answer tokens predicted right, 0 to 1; takes what `extraction_strength` takes, NaN for T = 0."""
     return correct.double().mean().item()
 
 
@@ -253,11 +225,11 @@ def lowest_share(values: Tensor, share: float) -> float:
     """Minus the mean of the lowest values: the score of Min-K% and Min-K%++ for one answer.
 
     Args:
-        values: (T,) log-probs of the answer's tokens without the EOS, for Min-K%++ standardised over the vocabulary.
-        share: Part of them to average, above 0 and at most 1; at least one value is.
+        values: `(T,)` log-probs of the answer's tokens without the EOS, for Min-K%++ standardized over the vocabulary.
+        share: Which share of them is averaged, above 0 and at most 1.
 
     Returns:
-        The mean of the int(share * T) lowest values, or of the lowest one, times -1; NaN for T = 0.
+        The mean of the max(1, int(share * T)) lowest values, times -1; NaN for T = 0.
 
     Example:
         >>> lowest_share(torch.tensor([-1.0, -4.0, -2.0, -3.0, -5.0]), 0.4)
@@ -291,7 +263,4 @@ class _Words:
 
 def _check_shapes(one: Tensor, many: Tensor) -> None:
     if one.dim() != 1 or many.dim() != 2 or len(one) != len(many):
-        raise UserError(
-            f"expected losses of shapes (N,) and (N, K), got {tuple(one.shape)} and {tuple(many.shape)}: "
-            "pass one right answer and K wrong answers a row"
-        )
+        raise UserError(f"expected losses of shapes (N,) and (N, K), got {tuple(one.shape)} and {tuple(many.shape)}")

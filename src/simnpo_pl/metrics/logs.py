@@ -1,13 +1,13 @@
 """Logs of retrained models, which forget quality and PrivLeak compare with.
 
-Such a model was scored elsewhere, perhaps by other code: four formats are read into rows of our own, and a log of other
-rows, texts or tokens is refused.
+Such a model may have been scored by other code: four formats are read into our own rows, and a log of other rows, texts
+or tokens is refused.
 """
 
 import gzip
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ LOG_NAMES = ("rows.jsonl", "TOFU_EVAL.json", "MUSE_EVAL.json", "eval_log_aggrega
 COMPARED = ("question", "answer", "forget_split", "tokens", "min_k_share", "mia_min_k", "truth_ratio")
 """What is kept of a row."""
 
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class RetainLog:
@@ -32,23 +34,23 @@ class RetainLog:
 
     Attributes:
         source: The file they were read from, or the model.
-        kind: Whose format the log has.
-        parts: `forget` and `holdout`: row index to what the log holds of `COMPARED`, the truth ratio a geometric one.
-        auc: Area under the ROC curve of the Min-K% attack; None where the log has neither it nor the scores.
+        kind: The project whose format the log has.
+        splits: `forget` and `holdout`: row index to the log's values of `COMPARED`; truth ratios are geometric.
+        auc: Area under the ROC curve of the Min-K% attack; None if the log has neither it nor the scores.
     """
 
     source: str
     kind: str
-    parts: dict[str, dict[int, dict[str, Any]]]
+    splits: dict[str, dict[int, Row]]
     auc: float | None = None
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """The rows in our own format."""
-        return [{"split": name, "index": i, **part[i]} for name, part in self.parts.items() for i in sorted(part)]
+        return [{"split": name, "index": i, **rows[i]} for name, rows in self.splits.items() for i in sorted(rows)]
 
     def about(self) -> dict[str, Any]:
         """Source, format and number of rows, and whether the rows can be compared token by token."""
-        counts = {name: len(part) for name, part in self.parts.items()}
+        counts = {name: len(rows) for name, rows in self.splits.items()}
         return {"source": self.source, "kind": self.kind, "rows": counts, "tokens_compared": self.has_tokens}
 
     @property
@@ -58,56 +60,63 @@ class RetainLog:
         return bool(rows) and all("tokens" in row for row in rows)
 
     def match(
-        self, name: str, texts: Sequence[Mapping[str, Any]], tokens: Sequence[str], split: str | None = None
-    ) -> list[dict[str, Any]]:
-        """The rows of a part in order, if they are the rows of this evaluation.
+        self, name: str, texts: Sequence[Mapping[str, Any]], tokens: Sequence[str], called: str | None = None
+    ) -> list[Row]:
+        """The rows of a split in order, if they are the rows of this evaluation.
 
-        Texts and digests are compared where the log holds them; texts without their whitespace, since public logs store
+        Texts and digests are compared if the log holds them; texts without their whitespace, since public logs store
         cleaned-up text ("," for " ,") and questions inside a prompt template.
 
         Args:
             name: `forget` or `holdout`.
             texts: `question` and `answer` of every row.
-            tokens: Digest of every row's tokens, see `EvalSet.tokens`.
-            split: What the rows are called, such as "forget10"; by default the part's name.
+            tokens: Digest of every row's tokens, see `Split.tokens`.
+            called: What the rows are called, such as "forget10", which the log's `forget_split` must be; by default
+                the split's name.
 
         Raises:
             UserError: Another split, other rows, texts or tokens; the message names the first that differs.
         """
-        part, called = self.parts[name], split or name
-        start = f"retrained model's log {self.source}: expected"
-        advice = f"score the retrained model on all of {called} with this evaluation's options and pass that log"
-        different = set(part) ^ set(range(len(texts)))
-        for row in part.values():
-            if split is not None and row.get("forget_split", split) != split:
-                raise UserError(f"{start} the split {split}, got {row['forget_split']}: {advice}")
-        if different:
-            side = "is missing from" if min(different) not in part else "is only in"
-            found = f"the {len(texts)} rows of {called}, got {len(part)}, row {min(different)} {side} the log"
-            raise UserError(f"{start} {found}: {advice}")
-        for index, (text, digest) in enumerate(zip(texts, tokens, strict=True)):
-            held = part[index]
-            if "question" in held and _squeeze(text["question"]) not in _squeeze(held["question"]):
-                found = f"the question {text['question']!r} at row {index} of {called}, got {held['question']!r}"
-                raise UserError(f"{start} {found}: {advice}")
-            if "answer" in held and _squeeze(text["answer"]) != _squeeze(held["answer"]):
-                found = f"the answer {text['answer']!r} at row {index} of {called}, got {held['answer']!r}"
-                raise UserError(f"{start} {found}: {advice}")
-            if held.get("tokens", digest) != digest:
-                raise UserError(
-                    f"{start} the tokens of this evaluation, got others at row {index} of {called}, made with another "
-                    f"prompt template, truncation or tokenizer: {advice}"
-                )
-        return [part[index] for index in range(len(texts))]
+        rows = self.splits[name]
+        problem = next(_differences(rows, texts, tokens, called or name, check_name=called is not None), None)
+        if problem is not None:
+            advice = f"score the retrained model on all of {called or name} with this evaluation's options and pass"
+            raise UserError(f"retrained model's log {self.source}: expected {problem}: {advice} that log")
+        return [rows[index] for index in range(len(texts))]
+
+
+def _differences(
+    rows: Mapping[int, Row], texts: Sequence[Mapping[str, Any]], tokens: Sequence[str], called: str, check_name: bool
+) -> Iterator[str]:
+    for row in rows.values():
+        if check_name and row.get("forget_split", called) != called:
+            yield f"the split {called}, got {row['forget_split']}"
+    different = set(rows) ^ set(range(len(texts)))
+    if different:
+        side = "is missing from" if min(different) not in rows else "is only in"
+        yield f"the {len(texts)} rows of {called}, got {len(rows)}, row {min(different)} {side} the log"
+    for index, (text, digest) in enumerate(zip(texts, tokens, strict=True)):
+        held, place = rows[index], f"row {index} of {called}"
+        if "question" in held and _squeeze(text["question"]) not in _squeeze(held["question"]):
+            yield f"the question {text['question']!r} at {place}, got {held['question']!r}"
+        if "answer" in held and _squeeze(text["answer"]) != _squeeze(held["answer"]):
+            yield f"the answer {text['answer']!r} at {place}, got {held['answer']!r}"
+        if held.get("tokens", digest) != digest:
+            yield (
+                f"the tokens of this evaluation, got others at {place}, made with another prompt template, truncation "
+                "or tokenizer"
+            )
 
 
 def read_retain_log(path: Path) -> RetainLog:
     """Read a retrained model's log of the forget rows.
 
-    Knows, by content: our `rows.jsonl`, open-unlearning's `TOFU_EVAL.json` and `MUSE_EVAL.json`, also under a key
-    "metrics", and TOFU's `eval_log_aggregated.json` or its forget part; each may be gzipped, or lie in the folder that
-    `path` names. R is computed from the losses, whatever the log's own convention; a log without losses has its scores
-    taken for geometric ones. Of a run that unlearned, the rows of the retrained model it was compared with are read.
+    Recognizes by content: our `rows.jsonl`, open-unlearning's `TOFU_EVAL.json` and `MUSE_EVAL.json`, also under a key
+    "metrics", and TOFU's `eval_log_aggregated.json` or its forget part; each may be gzipped. R is computed from the
+    losses, whatever the log's convention; without losses its scores are taken as geometric ratios.
+
+    Args:
+        path: A log, or its folder; for a run that unlearned, the retrained model's rows in it are read.
 
     Raises:
         UserError: No such file, an unknown format, no score to compare with, or a log of a model that unlearned.
@@ -136,11 +145,7 @@ def read_retain_log(path: Path) -> RetainLog:
 
 
 def unlearning_run(folder: Path) -> Path | None:
-    """The run that unlearned among a run and those its model came from; None where there is none.
-
-    Args:
-        folder: Of a run, or any other.
-    """
+    """The run that unlearned, among the run in a folder and those that its model came from; None if there is none."""
     seen: set[Path] = set()
     while (file := folder / "results.json").is_file() and folder not in seen:
         seen.add(folder)
@@ -157,7 +162,7 @@ def unlearning_run(folder: Path) -> Path | None:
 
 
 def _comparator(path: Path) -> Path:
-    """The file to read: of a run that unlearned, the rows of its retrained model."""
+    """The file to read; for a run that unlearned, the rows of its retrained model."""
     folder = path if path.is_dir() else path.parent
     kept = folder / "retrained_rows.jsonl"
     unlearned = unlearning_run(folder) if path != kept else None
@@ -172,27 +177,27 @@ def _comparator(path: Path) -> Path:
     return path
 
 
-def parse_rows(source: str, rows: list[dict[str, Any]], kind: str = "simnpo_pl", auc: float | None = None) -> RetainLog:
+def parse_rows(source: str, rows: list[Row], kind: str = "simnpo_pl", auc: float | None = None) -> RetainLog:
     """The forget and holdout rows among rows in our own format.
 
     Args:
         source: Where they come from, for messages.
         rows: Objects of rows.jsonl, of any splits; without losses their geometric `truth_ratio` is taken.
-        kind: Whose format they had.
+        kind: The project whose format they had.
         auc: Of the Min-K% attack; None computes it from the rows.
     """
-    parts: dict[str, dict[int, dict[str, Any]]] = {"forget": {}, "holdout": {}}
+    splits: dict[str, dict[int, Row]] = {"forget": {}, "holdout": {}}
     for row in rows:
-        if (part := parts.get(row["split"])) is not None:
-            if (index := int(row["index"])) in part:
+        if (found := splits.get(row["split"])) is not None:
+            if (index := int(row["index"])) in found:
                 raise ValueError(f"row {index} of {row['split']} occurs twice")
-            part[index] = {key: row[key] for key in COMPARED if key in row} | _truth_ratio(row)
-    scores = [[row.get("mia_min_k") for row in part.values()] for part in parts.values()]
-    if auc is None and all(scores) and not any(None in part for part in scores):
-        auc = membership_auc(*(_tensor(part) for part in scores))
-    if auc is None and not any("truth_ratio" in row for row in parts["forget"].values()):
+            found[index] = {key: row[key] for key in COMPARED if key in row} | _truth_ratio(row)
+    scores = [[row.get("mia_min_k") for row in found.values()] for found in splits.values()]
+    if auc is None and all(scores) and not any(None in values for values in scores):
+        auc = membership_auc(*(_tensor(values) for values in scores))
+    if auc is None and not any("truth_ratio" in row for row in splits["forget"].values()):
         raise ValueError("no truth ratio of a forget row and no Min-K% scores")
-    return RetainLog(source, kind, parts, auc)
+    return RetainLog(source, kind, splits, auc)
 
 
 def _parse(source: str, text: str) -> RetainLog:
@@ -232,18 +237,18 @@ def _parse_open_unlearning(source: str, metrics: dict[str, Any], split: str | No
     return parse_rows(source, list(rows.values()), "open-unlearning", attack.get("auc"))
 
 
-def _parse_tofu(source: str, part: dict[str, Any]) -> RetainLog:
+def _parse_tofu(source: str, forget: dict[str, Any]) -> RetainLog:
     # Each text is (prompt, generation, true answer).
-    texts, wrong = _by_index(part.get("generated_text", {})), _by_index(part["average_perturb_loss"])
+    texts, wrong = _by_index(forget.get("generated_text", {})), _by_index(forget["average_perturb_loss"])
     rows = []
-    for i, right in _by_index(part["avg_paraphrased_loss"]).items():
+    for i, right in _by_index(forget["avg_paraphrased_loss"]).items():
         held = {"question": texts[i][0], "answer": texts[i][2]} if i in texts else {}
         rows.append({"split": "forget", "index": i, "paraphrase_nll": right, "perturbed_nll": wrong[i], **held})
     return parse_rows(source, rows, "TOFU")
 
 
 def _truth_ratio(row: Mapping[str, Any]) -> dict[str, float]:
-    """The geometric ratio by its name, from the losses where the row holds them."""
+    """The geometric ratio by its name, from the losses if the row holds them."""
     # Without a paraphrase the answer itself takes its place.
     right, wrong = row.get("paraphrase_nll", row.get("answer_nll")), row.get("perturbed_nll")
     if wrong is not None:
@@ -259,7 +264,6 @@ def _by_index(values: Any) -> dict[int, Any]:
 
 
 def _squeeze(text: str) -> str:
-    """A text without its whitespace."""
     return "".join(text.split())
 
 

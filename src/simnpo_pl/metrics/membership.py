@@ -1,23 +1,20 @@
-"""Membership inference: how well a score of each row tells the forget split from a holdout split.
+"""Membership inference: how well a score of each row separates the forget split from a holdout split.
 
-The holdout rows are of the same kind as the forget rows but were never to be forgotten. Every attack gives a row a
-score that is low for text the model was trained on, like a loss.
+Holdout rows are of the same kind as the forget rows but were never to be forgotten. Every attack gives a row a score
+that is low for text the model was trained on, like a loss.
 """
 
 import math
 import zlib
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
-from torch.nn import ModuleList
-from torchmetrics.wrappers.abstract import WrapperMetric
 
 from simnpo_pl.metrics.answers import RowMean  # noqa: F401 (the examples use it)
-from simnpo_pl.metrics.base import RowMetric
-from simnpo_pl.utils.errors import UserError
+from simnpo_pl.metrics.base import CombinedMetric, RowMetric
 
 ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_reference", "mia_gradnorm")
 """Names of the six attacks' results, as open-unlearning has them."""
@@ -26,12 +23,11 @@ ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_refe
 def membership_auc(forget: Tensor, holdout: Tensor) -> float:
     """Probability that a forget row has a lower score than a holdout row; ties count half.
 
-    1 says that the forget rows look far more like training data than the holdout rows, 0.5 that the score cannot tell
-    them apart, 0 the opposite of 1.
+    1: forget rows look far more like training data than holdout rows; 0.5: no difference; 0: the opposite of 1.
 
     Args:
-        forget: (N,) scores of the forget rows, low for text the model was trained on.
-        holdout: (M,) scores of the holdout rows.
+        forget: `(N,)` scores of the forget rows, low for text the model was trained on.
+        holdout: `(M,)` scores of the holdout rows.
 
     Returns:
         Area under the ROC curve, exact; NaN if a score is NaN or a split has no row.
@@ -49,14 +45,14 @@ def membership_auc(forget: Tensor, holdout: Tensor) -> float:
 
 
 def privleak(auc: float, retrained_auc: float) -> float:
-    """Relative distance, in percent, of a model's 1 - AUC from the retrained model's.
+    """Relative distance, in percent, of a model's 1 - AUC from the retrained model's (arXiv 2407.06460).
 
-    0 is what retraining gives; below 0 the forget rows still look more like training data than to the retrained
-    model (under-unlearning), above 0 less (over-unlearning).
+    0 is what retraining gives; below 0 the forget rows look more like training data than to the retrained model
+    (under-unlearning), above 0 less (over-unlearning).
 
     Args:
         auc: `membership_auc` of this model.
-        retrained_auc: The same of the retrained model.
+        retrained_auc: `membership_auc` of the retrained model.
 
     Returns:
         ((1 - auc) - (1 - retrained_auc)) / (1 - retrained_auc) * 100; NaN where retrained_auc is 1.
@@ -75,12 +71,6 @@ class ZlibScore(RowMetric):
 
     Args:
         answers: The texts of the answers, in row order.
-
-    Example:
-        >>> metric = ZlibScore(["a"])
-        >>> metric.update(torch.tensor([0]), torch.tensor([0]), {"nll": torch.tensor([4.5])})
-        >>> metric.compute()
-        {'value': 0.5, 'n': 1.0}
     """
 
     def __init__(self, answers: Sequence[str], **kwargs: Any) -> None:
@@ -88,23 +78,16 @@ class ZlibScore(RowMetric):
         self.bytes = torch.tensor([len(zlib.compress(text.encode())) for text in answers], dtype=torch.float64)
 
     def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
-        """nll / bytes of each answer."""
         return values[:, 0] / self.bytes
 
 
 class ReferenceScore(RowMetric):
     """Loss of each answer above its loss under a reference model, nats per token, to five decimals.
 
-    Smaller differences are rounding errors, by which a model would be told apart from itself.
+    Smaller differences are rounding errors, which would separate a model from itself.
 
     Args:
-        reference: (N,) losses under the reference model, nats per token, in row order.
-
-    Example:
-        >>> metric = ReferenceScore(torch.tensor([2.0]))
-        >>> metric.update(torch.tensor([0]), torch.tensor([0]), {"nll": torch.tensor([1.5])})
-        >>> metric.compute()
-        {'value': -0.5, 'n': 1.0}
+        reference: `(N,)` losses under the reference model, nats per token, in row order.
     """
 
     def __init__(self, reference: Tensor, **kwargs: Any) -> None:
@@ -112,14 +95,11 @@ class ReferenceScore(RowMetric):
         self.reference = reference.detach().double().cpu()
 
     def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
-        """nll - nll under the reference of each answer."""
         return torch.round(values[:, 0] - self.reference, decimals=5)
 
 
-class MembershipAUC(WrapperMetric):
+class MembershipAUC(CombinedMetric):
     """Area under the ROC curve of one attack; see `membership_auc`.
-
-    The two parts may be updated on their own or through `update`; syncing is theirs.
 
     Args:
         forget: Scores of the forget rows, low for text the model was trained on.
@@ -133,80 +113,36 @@ class MembershipAUC(WrapperMetric):
         {'value': 1.0, 'n': 1.0, 'm': 1.0}
     """
 
-    result_keys = ("value", "m")
-    higher_is_better = None
-    is_differentiable = False
-    full_state_update = False
+    result_keys: tuple[str, ...] = ("value", "m")
 
     def __init__(self, forget: RowMetric, holdout: RowMetric, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.parts = ModuleList([forget, holdout])
-
-    def update(self, split: str, index: Tensor, kind: Tensor, scores: dict[str, Tensor]) -> None:
-        """Pass a batch on to one split's part, see `RowMetric.update`.
-
-        Raises:
-            UserError: The split is neither forget nor holdout.
-        """
-        names = ("forget", "holdout")
-        if split not in names:
-            raise UserError(f"MembershipAUC: expected a split out of {', '.join(names)}, got {split!r}: use one")
-        self._parts()[names.index(split)].update(index, kind, scores)
+        super().__init__({"forget": forget, "holdout": holdout}, **kwargs)
 
     def compute(self) -> dict[str, float]:
         """The AUC as "value", the numbers of forget and of holdout rows as "n" and "m"."""
         rows = []
-        for part in self._parts():
+        for part in self.named().values():
             part.compute()
             rows.append(torch.tensor(list(part.rows.values()), dtype=torch.float64))
         return {"value": membership_auc(*rows), "n": float(len(rows[0])), "m": float(len(rows[1]))}
 
-    def reset(self) -> None:
-        """Reset both parts."""
-        super().reset()
-        for part in self._parts():
-            part.reset()
 
-    def _parts(self) -> list[RowMetric]:
-        return cast(list[RowMetric], list(self.parts))
-
-
-class PrivLeak(WrapperMetric):
+class PrivLeak(MembershipAUC):
     """`privleak` of the Min-K% attack against the retrained model's own.
 
     Args:
         attack: The attack on this model.
         retrained_auc: Its AUC on the retrained model, below 1.
-
-    Example:
-        >>> metric = PrivLeak(MembershipAUC(RowMean("min_k", rows=1), RowMean("min_k", rows=1)), 0.5)
-        >>> for split, score in {"forget": 1.0, "holdout": 2.0}.items():
-        ...     metric.attack.update(split, torch.tensor([0]), torch.tensor([0]), {"min_k": torch.tensor([score])})
-        >>> metric.compute()
-        {'value': -100.0, 'n': 1.0, 'm': 1.0, 'retrained_auc': 0.5}
     """
 
     result_keys = ("value", "m", "retrained_auc")
-    higher_is_better = None
-    is_differentiable = False
-    full_state_update = False
 
     def __init__(self, attack: MembershipAUC, retrained_auc: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.attack = attack
+        super().__init__(**attack.named(), **kwargs)
         self.retrained_auc = retrained_auc
-
-    def update(self, split: str, index: Tensor, kind: Tensor, scores: dict[str, Tensor]) -> None:
-        """Pass a batch on to the attack, see `MembershipAUC.update`."""
-        self.attack.update(split, index, kind, scores)
 
     def compute(self) -> dict[str, float]:
         """PrivLeak in percent as "value", rows as "n" and "m", and the retrained model's AUC."""
-        result = self.attack.compute()
+        result = super().compute()
         value = privleak(result["value"], self.retrained_auc)
         return {**result, "value": value, "retrained_auc": self.retrained_auc}
-
-    def reset(self) -> None:
-        """Reset the attack."""
-        super().reset()
-        self.attack.reset()

@@ -30,7 +30,7 @@ class Title:
 def _of_split(split: str, short: str, higher_is_better: bool | None = True) -> list[Title]:
     texts = {
         "probability": ("prob.", "mean probability of the answers"),
-        "rouge": ("ROUGE", "ROUGE-L recall of greedy answers"),
+        "rouge": ("ROUGE", "ROUGE-L recall of generated answers"),
         "truth_ratio": ("truth ratio", "mean truth ratio, as a number from 0 to 1"),
     }
     rows = f"{split.replace('_', ' ')} rows{'' if split == 'forget' else ', part of model utility'}"
@@ -64,6 +64,7 @@ _ALL = [
     Title("verbmem_forget", "VerbMem forget", "0 to 100", False, "MUSE: ROUGE-L of continued forget passages"),
     Title("knowmem_forget", "KnowMem forget", "0 to 100", False, "MUSE: ROUGE-L of answers on the forget set"),
     Title("knowmem_retain", "KnowMem retain", "0 to 100", True, "MUSE: ROUGE-L of answers on the retain set"),
+    Title("balance", "balance", "0 to 100", True, "MUSE: harmonic mean of KnowMem retain and 100 less the others"),
     Title("forget/nll", "forget loss", "nats per token", None, "loss on the forget documents"),
     Title("retain/nll", "retain loss", "nats per token", False, "loss on the retain documents"),
     *_of_split("retain", "retain"),
@@ -75,6 +76,29 @@ _ALL = [
 ]
 TITLES = {title.name: title for title in _ALL}
 """In the order in which tables show them."""
+
+GROUPS = {
+    "forget_quality": "forget/quality",
+    "model_utility": "utility/model_utility",
+    "real_authors/": "utility/real_authors_",
+    "world_facts/": "utility/world_facts_",
+    "mia_": "privacy/mia_",
+    "privleak": "privacy/privleak",
+}
+"""Beginning of a metric's name to its replacement in the logger."""
+
+
+def tag(name: str) -> str:
+    """Name of a metric in the logger, in one of the groups forget, retain, utility and privacy.
+
+    Example:
+        >>> tag("forget_quality/log10_p"), tag("real_authors/rouge"), tag("retain/rouge")
+        ('forget/quality_log10_p', 'utility/real_authors_rouge', 'retain/rouge')
+    """
+    for start, group in GROUPS.items():
+        if name.startswith(start):
+            return group + name.removeprefix(start).replace("/", "_")
+    return name
 
 
 def title_of(name: str, metric: Any = None) -> Title:
@@ -98,14 +122,14 @@ def measured(models: Iterable[Mapping[str, float | None]], names: Iterable[str] 
 
 
 def table(
-    heads: Sequence[str], rows: Iterable[tuple[Sequence[str], Mapping[str, float | None]]], names: Sequence[str]
+    heads: Sequence[str],
+    rows: Iterable[tuple[Sequence[str], Mapping[str, float | None]]],
+    names: Sequence[str],
+    custom: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
-    """Markdown table of metrics.
+    """Markdown table of metrics: labels under `heads`, then a column for each of `names`.
 
-    Args:
-        heads: Titles of the label columns.
-        rows: Labels and metrics of each row.
-        names: Metrics to show, a column each.
+    `custom` are the titles that results.json has for metrics that are not in `TITLES`.
 
     Example:
         >>> print(table(["model"], [(["start"], {"model_utility": 0.51234})], ["model_utility", "privleak"]))
@@ -114,7 +138,8 @@ def table(
         | start | 0.512 | - |
     """
     cells = [[*labels, *(number(metrics.get(name)) for name in names)] for labels, metrics in rows]
-    return markdown.table([*heads, *(title_of(name).short for name in names)], cells)
+    own = {name: title["short"] for name, title in (custom or {}).items()}
+    return markdown.table([*heads, *(own.get(name, title_of(name).short) for name in names)], cells)
 
 
 def number(value: float | None) -> str:

@@ -4,20 +4,18 @@ What is measured comes from the data module; how the model is trained is defined
 """
 
 from collections.abc import Collection
-from importlib.metadata import version
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation, on_host
+from simnpo_pl.evaluation.finished import FinishedBatches, identity
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM, gradient_norms
 from simnpo_pl.evaluation.memory import Halves
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.parts import FinishedParts, identity
-from simnpo_pl.evaluation.plan import plan_digest
-from simnpo_pl.evaluation.tags import tag
-from simnpo_pl.models.generation import greedy
+from simnpo_pl.metrics.titles import tag
+from simnpo_pl.models.generation import generate
 from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.models.sharding import is_sharded, shard
@@ -67,7 +65,7 @@ class PolicyModule(pl.LightningModule):
         policy: The model; None before `configure_model`.
         evaluation_result: Of the newest evaluation.
         logs_metrics: Whether its metrics go to the logger.
-        finished_parts: Keeps finished batches of an evaluation until it is complete; None keeps none.
+        finished_batches: Keeps finished batches of an evaluation until it is complete; None keeps none.
     """
 
     def __init__(
@@ -87,7 +85,7 @@ class PolicyModule(pl.LightningModule):
         self.evaluation: Evaluation | None = None
         self.evaluation_result: EvalResult | None = None
         self.logs_metrics = True
-        self.finished_parts: FinishedParts | None = None
+        self.finished_batches: FinishedBatches | None = None
         self._policy_scorer: Scorer | None = None
         self._in_halves = Halves(self._run)
 
@@ -146,13 +144,12 @@ class PolicyModule(pl.LightningModule):
         self.check_vocabulary(data)
         self.evaluation = data.evaluation().to(self.device)
         self.evaluation.reset()
-        if self.finished_parts is not None:
-            options, plan = data.eval, plan_digest(self.evaluation.sets)
-            batches = (options.tokens_per_batch, options.prompts_per_batch, self.evaluation.min_k, self._end_ids())
+        if self.finished_batches is not None:
+            options = data.eval
+            batches = (options.tokens_per_batch, options.prompts_per_batch, self._end_ids())
             run_in = (self.trainer.precision, self.device.type, self.dtype_name, self.attn_implementation)
-            kind = type(self.evaluation).__qualname__
-            of = identity(self.policy, kind, plan, batches, run_in, version("torch"), version("transformers"))
-            self.finished_parts.open(of, self.global_rank)
+            of = identity(self.policy, self.evaluation, batches, run_in)
+            self.finished_batches.open(of, self.global_rank)
 
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
@@ -164,19 +161,20 @@ class PolicyModule(pl.LightningModule):
 
     def _evaluate(self, batch: dict[str, Any]) -> None:
         assert self.evaluation is not None
-        outcome: Any = None if self.finished_parts is None else self.finished_parts.found(batch)
+        outcome: Any = None if self.finished_batches is None else self.finished_batches.found(batch)
         if outcome is None:
             # Processes of a sharded model wait for each other: none may run more batches than another.
             outcome = (self._run if is_sharded(self.policy) else self._in_halves)(batch)
-            if self.finished_parts is not None:
-                self.finished_parts.keep(batch, outcome)
+            if self.finished_batches is not None:
+                self.finished_batches.keep(batch, outcome)
         (self.evaluation.add_generations if "prompts" in batch else self.evaluation.add_scores)(batch, outcome)
 
     def _run(self, batch: dict[str, Any]) -> Any:
         """Generated tokens of a batch of prompts, or scores by name."""
         assert self.evaluation is not None
         if "prompts" in batch:
-            return greedy(self.policy, batch["prompts"], batch["max_new_tokens"], self._end_ids())
+            choose = self.evaluation.choice(batch)
+            return generate(self.policy, batch["prompts"], batch["max_new_tokens"], self._end_ids(), choose)
         if "gradients" in batch:
             return on_host({GRADIENT_NORM: gradient_norms(self.policy, self._scorer(), batch)})
         return on_host(self.evaluation.score(self._scorer()({"rows": batch})["rows"], batch))
@@ -198,6 +196,8 @@ class PolicyModule(pl.LightningModule):
     def _finish_evaluation(self, prefix: str) -> None:
         assert self.evaluation is not None
         self.evaluation_result = self.evaluation.compute()
+        if self.finished_batches is not None:
+            self.finished_batches.close()
         if self.logs_metrics:
             for name, value in self.evaluation_result.values.items():
                 self.log(f"{prefix}{tag(name)}", value, rank_zero_only=True)

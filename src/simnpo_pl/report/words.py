@@ -9,7 +9,8 @@ from simnpo_pl.runs.record import Run
 
 def measured(runs: Sequence[Run]) -> list[str]:
     """Metrics that a model of one of the runs has a value of."""
-    return titles.measured(metrics for run in runs for metrics in run.models.values())
+    names = [*titles.TITLES, *dict.fromkeys(name for run in runs for name in run.record.get("titles", {}))]
+    return titles.measured((metrics for run in runs for metrics in run.models.values()), names)
 
 
 def model_name(run: Run, model: str) -> str:

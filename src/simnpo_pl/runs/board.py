@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from simnpo_pl.evaluation.evaluation import EvalResult
-from simnpo_pl.evaluation.tags import tag
+from simnpo_pl.metrics.titles import tag
 from simnpo_pl.utils import markdown
 
 SAMPLES = 5

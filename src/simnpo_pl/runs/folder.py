@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from simnpo_pl.evaluation.evaluation import EvalResult
-from simnpo_pl.evaluation.parts import FinishedParts
+from simnpo_pl.evaluation.finished import FinishedBatches
 from simnpo_pl.runs.board import log_evaluation, log_outcome
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines, write_text
@@ -53,7 +53,7 @@ class RunFolder(Callback):
             "epochs": [],
             "seconds": {},
         }
-        self.parts = FinishedParts(folder / ".evaluation")
+        self.finished = FinishedBatches(folder / ".evaluation")
         self._started = time.monotonic()
         self._earlier: dict[str, Any] = {}
 
@@ -75,8 +75,10 @@ class RunFolder(Callback):
         if resume:
             clean(self.folder)
 
-    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
-        pl_module.finished_parts = self.parts
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # The runs of a study evaluate a model that does not change once.
+        shared = trainer.datamodule.eval.cache_dir if self.role in ("start", "retrained", "mia_reference") else None
+        pl_module.finished_batches = FinishedBatches(Path(shared).expanduser()) if shared else self.finished
         # The data has been read by now: a mistyped option leaves no folder behind.
         if trainer.is_global_zero and self.config is not None:
             write_text(self.folder / "config.yaml", self.config)
@@ -107,7 +109,7 @@ class RunFolder(Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             write_json_lines(self.folder / PREDICTIONS, pl_module.evaluation_result.rows)
-            self.parts.drop()
+            self.finished.drop()
 
     def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
         """Record an evaluation under the present role."""
@@ -124,7 +126,7 @@ class RunFolder(Callback):
         if self.role in ("epoch", "final"):
             self.result, self.result_step = result, trainer.global_step
         if self.role != "retrained":
-            self.record |= {"counts": result.counts, "unavailable": result.unavailable}
+            self.record |= {"counts": result.counts, "unavailable": result.unavailable, "titles": result.titles}
             # The exported model's evaluation repeats an epoch's, unless nothing was trained.
             if self.role != "final" or "objective" not in self.record:
                 log_evaluation(trainer, result, trainer.global_step if self.role == "epoch" else 0)
@@ -156,9 +158,9 @@ class RunFolder(Callback):
             for name, content in data.export(result).items():
                 write_json(self.folder / name, content)
         self._write(trainer)
-        self.parts.close()
+        self.finished.close()
         if trainer.is_global_zero:
-            self.parts.drop()
+            self.finished.drop()
 
     def _add_seconds(self, phase: str, started: float) -> None:
         seconds = self.record["seconds"].get(phase, 0.0) + time.monotonic() - started

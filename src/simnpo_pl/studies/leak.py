@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simnpo_pl.evaluation.evaluation import gather_texts
-from simnpo_pl.evaluation.plan import EvalBatches, EvalSet
+from simnpo_pl.evaluation.plan import Split, share_of
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.models.generation import Sampler, draws_of, generate
 from simnpo_pl.module.policy import PolicyModule
@@ -45,7 +45,7 @@ def sample(run: Run, k: int, temperature: float, seed: int) -> dict[str, Any]:
     data, model = opened.datamodule, opened.model
     data.prepare_data()
     data.setup("validate")
-    (part,) = data.evaluation().sets
+    (part,) = data.evaluation().splits
     if part.generation is None:
         raise UserError(f"{run.folder}: its forget split has no answers to generate")
     kind = {"dtype": model.dtype_name, "attn_implementation": model.attn_implementation}
@@ -111,9 +111,7 @@ class SamplingModule(PolicyModule):
         seed: With row and number of the answer it decides every draw.
     """
 
-    def __init__(
-        self, name: str, data: Any, part: EvalSet, k: int, temperature: float, seed: int, **kwargs: Any
-    ) -> None:
+    def __init__(self, name: str, data: Any, part: Split, k: int, temperature: float, seed: int, **kwargs: Any) -> None:
         super().__init__(name, **kwargs)
         assert part.generation is not None
         self.part, self.plan, self.data = part, part.generation, data
@@ -133,7 +131,7 @@ class SamplingModule(PolicyModule):
         cells = [(row, answer) for row in order for answer in range(self.k)]
         size = self.data.eval.prompts_per_batch
         batches = [{"cells": cells[start : start + size]} for start in range(0, len(cells), size)]
-        share = EvalBatches(batches, self.trainer.global_rank, self.trainer.world_size)
+        share: Any = share_of(batches, self.trainer.global_rank, self.trainer.world_size)
         return DataLoader(share, batch_size=None, collate_fn=lambda batch: batch)
 
     def on_test_epoch_start(self) -> None:
