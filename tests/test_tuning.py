@@ -12,8 +12,7 @@ import yaml
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.studies import launch as fit_once
-from simnpo_pl.studies.tune import table
-from simnpo_pl.studies.tune_search import Condition, NotANumber, Search, Tuning, measured, read_tuning
+from simnpo_pl.studies.tune import Condition, NotANumber, Search, Tuning, measured, read_tuning, table
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -105,7 +104,7 @@ def test_conditions_by_hand(tuning: Tuning):
 def test_measured():
     record = {"final": {"metrics": {"a": None, "b": 2}}, "unavailable": {"c": "no retrained model"}}
     assert measured(record, "final", "b") == 2
-    with pytest.raises(NotANumber, match="a of the final model is no number"):
+    with pytest.raises(NotANumber, match="a of the final model is not a number"):
         measured(record, "final", "a")
     with pytest.raises(UserError, match="the rule needs c of the final model, which was not measured: no retrained"):
         measured(record, "final", "c")
@@ -225,7 +224,7 @@ def test_a_broken_model_is_a_failed_trial(program: Callable[..., list[Sequence[s
     search.work()
     for trial in search.trials:
         assert trial.user_attrs.get("error", "") == (
-            "forget_quality of the final model is no number" if trial.params["beta"] < 2 else ""
+            "forget_quality of the final model is not a number" if trial.params["beta"] < 2 else ""
         )
 
 

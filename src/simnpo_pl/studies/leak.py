@@ -1,8 +1,8 @@
 """leak@k of finished runs: sample answers to the forget questions and take the best of k by ROUGE-L recall.
 
-Greedy answers may hide what sampled ones show. Reported for every k up to --k as the mean over rows of the best answer
-expected among k of those drawn. The answers go to leak_K_TEMPERATURE_SEED.jsonl in the run's folder, the best one
-first. What a run's results.json holds already is skipped.
+Greedy answers may hide what sampled ones show. Reported for every k up to --k is the mean over rows of the expected
+best of k among the drawn answers. The answers go to leak_K_TEMPERATURE_SEED.jsonl in the run's folder, the best one
+first. What a run's results.json already holds is skipped.
 """
 
 from argparse import Namespace
@@ -59,8 +59,8 @@ def sample(run: Run, k: int, temperature: float, seed: int) -> dict[str, Any]:
         answers = [{SCORE: scores[answer], "generation": module.texts[index, answer]} for answer in order]
         rows.append({"split": part.name, "index": index, **part.texts[index], "samples": answers})
     rank_zero_only(write_json_lines)(run.folder / f"leak_{k}_{temperature:g}_{seed}.jsonl", rows)
-    metrics, limit = dict(module.metrics), part.generation.max_new_tokens
-    settings = {"k": k, "temperature": temperature, "seed": seed, "max_new_tokens": limit}
+    settings = {"k": k, "temperature": temperature, "seed": seed, "max_new_tokens": part.generation.max_new_tokens}
+    metrics = dict(module.metrics)
     return {"settings": settings, "n": int(metrics.pop("n")), "metrics": metrics}
 
 
@@ -100,16 +100,7 @@ class LeakAtK(RowMetric):
 
 
 class SamplingModule(PolicyModule):
-    """Samples answers of a split; the Trainer's `test` fills `scores`, `texts` and `metrics`.
-
-    Args:
-        name: Model folder.
-        data: Data module that has been set up for evaluation.
-        part: The split.
-        k: Answers a row.
-        temperature: Of the softmax, above 0.
-        seed: With row and number of the answer it decides every draw.
-    """
+    """Samples `k` answers of each row of a split; the Trainer's `test` fills `scores`, `texts` and `metrics`."""
 
     def __init__(
         self, name: str, data: Any, part: EvalSet, k: int, temperature: float, seed: int, **kwargs: Any
