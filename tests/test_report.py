@@ -272,7 +272,7 @@ def test_mistakes(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "results.json").write_text('{"finished": tr')
     assert "holds no results.json; give folders that fit or test wrote" in error("empty")
-    assert "is no results file of a run" in error("broken")
+    assert "results.json is damaged" in error("broken")
     assert "no run to report on" in error()
     assert "the ending must be .html, .md or .tex" in error("one", "-o", "report.pdf")
     (runs[0] / "rows.jsonl").write_text('{"split": "forg')

@@ -84,16 +84,11 @@ def _configs(files: list[Path]) -> Iterator[str]:
 def _named(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Models, data and logs that a config names."""
     model, data, evaluation = (content.get(group) or {} for group in ("model", "data", "eval"))
+    named = {"model": model.get("name"), "reference": model.get("reference")}
     arguments = data.get("init_args", data) if isinstance(data, dict) else {}
-    for what, value in (
-        ("model", model.get("name")),
-        ("reference", model.get("reference")),
-        *((f"data.{name}", arguments.get(name)) for name in ("path", "forget", "retain", "refusals", "holdout")),
-        ("retrained model", evaluation.get("retrained")),
-        ("log", evaluation.get("retain_log")),
-    ):
-        if isinstance(value, str):
-            yield what, value
+    named |= {f"data.{name}": arguments.get(name) for name in ("path", "forget", "retain", "refusals", "holdout")}
+    named |= {"retrained model": evaluation.get("retrained"), "log": evaluation.get("retain_log")}
+    return ((what, name) for what, name in named.items() if isinstance(name, str))
 
 
 def _where(name: str) -> str:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SI
 
 
 class RunFailed(UserError):
-    """A run ended with an error; the message is the run's."""
+    """A run ended with an error."""
 
 
 class Taken(Exception):
@@ -42,14 +42,10 @@ class Taken(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """A run, or a model that runs start from.
+    """A run of `fit` or `test`, or a model of `task-vector`, and the commands over it `after` it is finished.
 
-    Args:
-        folder: Of the run or model.
-        options: Of the command, without `--run_dir`, `--out` and `--ckpt_path`.
-        study: Folder of the runs that share their evaluations of start and retrained models.
-        command: `fit`, `test` or `task-vector`.
-        after: Commands over the finished run.
+    `options` come without `--run_dir`, `--out` and `--ckpt_path`. The runs of a study share, in its folder, their
+    evaluations of start and retrained models.
     """
 
     folder: Path
@@ -84,14 +80,10 @@ class Job:
         return [*own, *(words for words in self.after if words not in done)]
 
     def make(self, log: Path | None = None, wait: bool = True) -> None:
-        """Run what remains.
-
-        Args:
-            log: File for the output; None leaves it to the terminal.
-            wait: Whether to wait while another process makes this run.
+        """Run what remains; output goes to the terminal if there is no log.
 
         Raises:
-            Taken: Another process makes it, and `wait` is false.
+            Taken: Another process makes this run, and `wait` is false.
             RunFailed: A command ended with an error.
             UserError: The folder holds a run with other options.
             SystemExit: A signal stopped the run.
@@ -142,28 +134,20 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def start(command: Sequence[str], log: Path | None = None) -> int:
-    """Run a program and return its exit code; on a signal the program saves its state first.
-
-    Args:
-        command: The program and its arguments.
-        log: File for its output; None leaves it to the terminal.
-    """
+    """Run a program and return its exit code; on a signal the program saves its state first."""
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if log is None else log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=None if log is None else subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT)
         # An interrupt from a terminal reaches the program by itself, a signal to this process alone does not.
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate()) if main else None
-        try:
-            while True:
-                try:
-                    return process.wait()
-                except KeyboardInterrupt:
-                    continue
-        finally:
-            if main:
-                signal.signal(signal.SIGTERM, before)
+        while process.returncode is None:
+            with suppress(KeyboardInterrupt):
+                process.wait()
+        if main:
+            signal.signal(signal.SIGTERM, before)
+    return process.returncode
 
 
 def _call(folder: Path, words: Sequence[str], log: Path | None) -> None:

@@ -4,24 +4,33 @@ Three chains over ten states; a small Llama that knows them forgets two. Every m
 sees the same batches at the same seed. Forgetting is a distance in nats to the true chain, which is known.
 """
 
+import logging
 import statistics
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import lightning.pytorch as pl
 import numpy as np
+import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
+from simnpo_pl import objectives
+from simnpo_pl.benchmarks import MarkovData
+from simnpo_pl.benchmarks.markov import bayes_floors
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.report.drawing import panels
 from simnpo_pl.report.figures import GREY, color
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, write_json, write_text
-
-if TYPE_CHECKING:
-    from simnpo_pl.benchmarks import MarkovData
 
 METHODS: dict[str, tuple[str, dict[str, float]]] = {
     "GA": ("GradAscent", {}),
@@ -82,9 +91,6 @@ def run(options: Namespace) -> None:
 
 def study(folder: Path, setting: Setting, seeds: Sequence[int], processes: int) -> list[dict[str, Any]]:
     """Results of `compare` for each seed and length, in parallel processes."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     tasks = [(folder, setting, length, seed) for seed in seeds for length in LENGTHS]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return list(pool.map(compare, *zip(*tasks, strict=True)))
@@ -92,14 +98,6 @@ def study(folder: Path, setting: Setting, seeds: Sequence[int], processes: int) 
 
 def compare(folder: Path, setting: Setting, length: int, seed: int) -> dict[str, Any]:
     """`length`, `seed`, distances of the `start` and `retrained` models, and the curves of all `methods`."""
-    import logging
-    import warnings
-
-    import torch
-
-    from simnpo_pl.benchmarks import MarkovData
-    from simnpo_pl.evaluation.options import EvalOptions
-
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -124,13 +122,8 @@ def compare(folder: Path, setting: Setting, length: int, seed: int) -> dict[str,
     return {"length": length, "seed": seed, **models, "methods": methods}
 
 
-def unlearn(name: str, data: "MarkovData", setting: Setting, objective: str, settings: dict[str, float]) -> Curve:
+def unlearn(name: str, data: MarkovData, setting: Setting, objective: str, settings: dict[str, float]) -> Curve:
     """Unlearn from a start model with a class of `simnpo_pl.objectives`, evaluating every few steps."""
-    from lightning.pytorch.callbacks import LambdaCallback
-
-    from simnpo_pl import objectives
-    from simnpo_pl.module.unlearning import UnlearningModule
-
     loss = getattr(objectives, objective)(**settings)
     options: dict[str, Any] = {"lr": setting.lr, "weight_decay": 0.0, "warmup_epochs": 0, "schedule": "constant"}
     module = UnlearningModule(name, objective=loss, retain_loss=None, forget_weight=1.0, **options)
@@ -149,19 +142,15 @@ def unlearn(name: str, data: "MarkovData", setting: Setting, objective: str, set
     return curve
 
 
-def measure_once(name: str, data: "MarkovData") -> dict[str, float]:
+def measure_once(name: str, data: MarkovData) -> dict[str, float]:
     """Distances of a model as it is."""
-    from simnpo_pl.module.unlearning import UnlearningModule
-
     module = UnlearningModule(name)
     module.configure_model()
     data.trainer = _trainer()
     return {"step": 0, **_distances(module, data, data.val_dataloader())}
 
 
-def _distances(module: Any, data: "MarkovData", batches: Iterable[Any]) -> dict[str, float]:
-    import torch
-
+def _distances(module: Any, data: MarkovData, batches: Iterable[Any]) -> dict[str, float]:
     evaluation = data.evaluation()
     evaluation.reset()
     module.policy.eval()
@@ -173,15 +162,11 @@ def _distances(module: Any, data: "MarkovData", batches: Iterable[Any]) -> dict[
 
 
 def _trainer(**options: Any) -> Any:
-    import lightning.pytorch as pl
-
     return pl.Trainer(accelerator="cpu", barebones=True, limit_val_batches=0, use_distributed_sampler=False, **options)
 
 
 def floors(length: int) -> dict[str, float]:
     """Smallest distances that a start model of this setting can reach, nats."""
-    from simnpo_pl.benchmarks.markov import bayes_floors
-
     return bayes_floors(np.array([2.0, 1.0, 1.0 if LENGTHS[length] == "seen" else 0.0]), length, count=20000)
 
 

@@ -204,7 +204,10 @@ class Search:
 
     def work(self) -> None:
         """Resume interrupted trials, under their numbers and values, then make new ones within the budget."""
-        for trial in [trial for trial in self.trials if trial.state == TrialState.RUNNING]:
+        # Under the lock, since a trial that another worker is asking for does not have its values yet.
+        with self._lock:
+            running = [trial for trial in self.trials if trial.state == TrialState.RUNNING]
+        for trial in running:
             # Optuna has no public way to a trial that another process asked for.
             self._make(Trial(self.study, trial._trial_id))
         while (new := self._ask()) is not None:
@@ -213,7 +216,7 @@ class Search:
     def _ask(self) -> Trial | None:
         with self._lock:
             count = len(self.trials)
-            if count == self.tuning.trials:
+            if count >= self.tuning.trials:
                 return None
             # The seed depends on the trial's number, so that workers do not draw the same values.
             self.study.sampler = optuna.samplers.TPESampler(seed=self.tuning.seed + count)

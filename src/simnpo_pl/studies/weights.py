@@ -36,23 +36,21 @@ def run(options: Namespace) -> None:
 
 def describe(runs: Sequence[Run], epochs: Sequence[int], folder: Path, prefix: str) -> list[str]:
     """Tables of the runs' gradient weights as paragraphs of Markdown, and figures named `PREFIX_*.png`."""
-    parts = [table(runs, epochs)]
-    drawn = [folder / f"{prefix}_{name}.png" for name in ("length", "epochs", "knowledge")]
-    _draw_length(runs, epochs, drawn[0])
-    _draw_epochs(runs, drawn[1])
-    _draw_knowledge(runs, epochs, drawn[2])
-    evaluated = [run for run in runs if len(run.epochs) > 1]
-    if evaluated:
+    parts, drawn = [table(runs, epochs)], ["length", "epochs", "knowledge"]
+    files = {name: folder / f"{prefix}_{name}.png" for name in (*drawn, "quality", "halves")}
+    _draw_length(runs, epochs, files["length"])
+    _draw_epochs(runs, files["epochs"])
+    _draw_knowledge(runs, epochs, files["knowledge"])
+    if evaluated := [run for run in runs if len(run.epochs) > 1]:
         parts.append(_quality_table(evaluated, epochs))
-        drawn.append(folder / f"{prefix}_quality.png")
-        _draw_quality(evaluated, drawn[-1])
-    compared = [run for run in runs if run.rows and run.retrained_rows]
-    if compared:
+        _draw_quality(evaluated, files["quality"])
+        drawn.append("quality")
+    if compared := [run for run in runs if run.rows and run.retrained_rows]:
         found = {run.name: halves.qualities(run.rows, run.retrained_rows, halves.by_length(run)) for run in compared}
         parts.append(halves.table(found))
-        drawn.append(folder / f"{prefix}_halves.png")
-        halves.draw(found, drawn[-1])
-    return [*parts, *(f"figure: {file}" for file in drawn)]
+        halves.draw(found, files["halves"])
+        drawn.append("halves")
+    return [*parts, *(f"figure: {files[name]}" for name in drawn)]
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
