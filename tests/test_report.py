@@ -167,10 +167,10 @@ def test_summary_in_words(runs: list[Path]):
     assert said[0] == (
         "SimNPO (beta 2.5, gamma 0; weights 0.125 / 1 (NLL)) on 6 rows of forget10. The probability of the answers to "
         "forget went from 0.99 to 0.2; a model that never saw them gives 0.15. Forget quality, the p-value of a test "
-        "against the retrained model, is 0.2: the test does not tell the two apart. Model utility is 0.55, -21 % "
+        "against the retrained model, is 0.2: the test finds no difference. Model utility is 0.55, -21 % "
         "against the start model. Not measured: privleak (no holdout rows)."
     )
-    assert "is 1.0e-06: the test tells the two apart" in said[1]
+    assert "is 1.0e-06: the test finds a difference" in said[1]
 
 
 def test_summary_of_an_unfinished_run_and_of_an_evaluation(tmp_path: Path):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from simnpo_pl.metrics.titles import number
 from simnpo_pl.report.drawing import legend_outside, panels
@@ -13,20 +13,17 @@ from simnpo_pl.runs.record import Row, Run
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from simnpo_pl.metrics.functional import ForgetQualityResult
-
 START = "start"
 """Name of the start model among others."""
 
 
 class ForgetSubset(NamedTuple):
-    """Forget quality on a part of the forget rows: truth ratios of both models, mean answer probability of one."""
+    """A part of the forget rows: truth ratios of both models, `forget_quality` of them, mean answer probability."""
 
     name: str
     unlearned: list[float]
     retrained: list[float]
-    quality: "ForgetQualityResult"
+    quality: Any
     probability: float
 
 

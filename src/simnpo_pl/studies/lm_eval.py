@@ -19,9 +19,6 @@ from simnpo_pl.studies.reopen import add_results, finished_runs
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
-KEY = "lm_eval"
-"""Key of results.json: model (`start`, `final`) to task to its numbers."""
-
 
 def run(options: Namespace) -> None:
     if options.include_path is not None and not options.include_path.is_dir():
@@ -36,14 +33,14 @@ def run(options: Namespace) -> None:
             found = evaluate(model, models["final"], options)
             add_results(one, partial(_add, role, found))
         for role, name in (("start", "start"), ("final", "unlearned")):
-            known = one.record[KEY].get(role)
+            known = one.record["lm_eval"].get(role)
             if known:
                 lines.append([one.name, name, *(number(known.get(task, {}).get("acc")) for task in options.tasks)])
     print(markdown.table(["run", "model", *options.tasks], lines))
 
 
 def _add(role: str, found: dict[str, Any], results: dict[str, Any]) -> None:
-    results.setdefault(KEY, {}).setdefault(role, {}).update(found)
+    results.setdefault("lm_eval", {}).setdefault(role, {}).update(found)
 
 
 def evaluate(model: str, tokenizer: str, options: Namespace) -> dict[str, dict[str, Any]]:
@@ -81,7 +78,7 @@ def _task_manager(options: Namespace) -> Any:
     from lm_eval.tasks import TaskManager
 
     include = options.include_path and str(options.include_path)
-    # To index its own fourteen thousand tasks takes ten seconds, not needed if the folder has all tasks.
+    # The harness takes ten seconds to index its tasks, which are not needed if the folder has all that are asked for.
     for defaults in (False, True) if include else (True,):
         manager = TaskManager(include_path=include, include_defaults=defaults)
         unknown = [task for task in options.tasks if task not in manager.all_tasks]
@@ -106,5 +103,5 @@ def _numbers(task: str, results: Any, limit: int | None) -> dict[str, Any]:
         "limit": limit,
         "version": f"lm_eval {version('lm_eval')}, task {results['versions'].get(task)}",
     }
-    # A group has no questions of its own.
+    # A group has no questions.
     return {**found, **{name: value for name, value in settings.items() if value is not None}}

@@ -168,13 +168,13 @@ def work(folder: Path, runs: Sequence[Job], models: Sequence[Job]) -> list[str]:
         began, remaining = time.monotonic(), job.remaining()
         try:
             job.make(log(job), wait=False)
-            said = f"{time.monotonic() - began:.0f} s" if remaining else "finished before"
+            state = f"{time.monotonic() - began:.0f} s" if remaining else "finished before"
         except Taken:
-            said = "another worker makes it"
+            state = "another worker makes it"
         except RunFailed as error:
             failed.append(str(error))
-            said = f"failed: {error}"
-        print(f"run {count} of {len(runs)}, {job.folder.relative_to(folder)}: {said}", flush=True)
+            state = f"failed: {error}"
+        print(f"run {count} of {len(runs)}, {job.folder.relative_to(folder)}: {state}", flush=True)
     return failed
 
 

@@ -15,7 +15,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock
 
@@ -57,19 +57,23 @@ def measured(record: dict[str, Any], model: str, metric: str) -> float:
     return float(found[metric])
 
 
-class Condition(NamedTuple):
-    """A bound on a metric, such as `model_utility >= 0.95 x start`."""
+def parsed(condition: str) -> tuple[str, str, float, str | None]:
+    """Metric, sign, bound and model of a condition such as `model_utility >= 0.95 x start`."""
+    match = CONDITION.fullmatch(condition.strip())
+    if match is None:
+        raise UserError(
+            f"subject_to {condition!r}: expected METRIC >= NUMBER or METRIC <= NUMBER, with x start or x retrained "
+            "where the bound is a multiple of that model's value"
+        )
+    return match[1], match[2], float(match[3]), match[4]
 
-    metric: str
-    sign: str
-    bound: float
-    of: str | None
 
-    def violation(self, record: dict[str, Any]) -> float:
-        """How far a run is beyond the bound; 0 or less if the condition holds."""
-        bound = self.bound * measured(record, self.of, self.metric) if self.of else self.bound
-        value = measured(record, "final", self.metric)
-        return bound - value if self.sign == ">=" else value - bound
+def violation(condition: str, record: dict[str, Any]) -> float:
+    """How far a run is beyond the bound; 0 or less if the condition holds."""
+    metric, sign, bound, model = parsed(condition)
+    bound *= measured(record, model, metric) if model else 1
+    value = measured(record, "final", metric)
+    return bound - value if sign == ">=" else value - bound
 
 
 @dataclass(frozen=True)
@@ -120,25 +124,12 @@ class Tuning(Plan):
                 raise UserError(f"{name} has no search space: name an option to tune")
             for option, values in method.space.items():
                 distribution(option, values)
-        for metric in (self.maximise, *(condition.metric for condition in self.conditions)):
+        for metric in (self.maximise, *(parsed(condition)[0] for condition in self.subject_to)):
             if MEMBERSHIP.search(metric):
                 raise UserError(
                     f"the rule must not use {metric}: membership inference is what a tuned method is judged by; "
                     "choose by another metric"
                 )
-
-    @property
-    def conditions(self) -> list[Condition]:
-        found = []
-        for text in self.subject_to:
-            match = CONDITION.fullmatch(text.strip())
-            if match is None:
-                raise UserError(
-                    f"subject_to {text!r}: expected METRIC >= NUMBER or METRIC <= NUMBER, with x start or x retrained "
-                    "where the bound is a multiple of that model's value"
-                )
-            found.append(Condition(match[1], match[2], float(match[3]), match[4]))
-        return found
 
     @property
     def rule(self) -> str:
@@ -223,28 +214,28 @@ class Search:
             return self.study.ask(self.space)
 
     def _make(self, trial: Trial) -> None:
-        began, value, violations = time.monotonic(), None, []
+        began, value, violations = time.monotonic(), None, {}
         log = self.tuning.path / "logs" / f"{self.method}-{trial.number:03d}.txt"
         options = self.tuning.options(self.method, trial.params, self.more)
         try:
             record = fit_once(self.folder(trial.number), options, self.tuning.path, log, wait=False)
-            violations = [condition.violation(record) for condition in self.tuning.conditions]
+            violations = {condition: violation(condition, record) for condition in self.tuning.subject_to}
             value = measured(record, "final", self.tuning.maximise)
-            said = f"{self.tuning.maximise} {value:.4g}, {time.monotonic() - began:.0f} s"
+            result = f"{self.tuning.maximise} {value:.4g}, {time.monotonic() - began:.0f} s"
         except Taken:
             return
         except (RunFailed, NotANumber) as error:
-            said = f"failed, {error}"
+            result = f"failed, {error}"
             trial.set_user_attr("error", str(error))
         with self._lock:
             if self.trials[trial.number].state.is_finished():
                 return
-            for condition, violation in zip(self.tuning.subject_to, violations, strict=False):
-                trial.set_constraint(condition, violation)
+            for condition, beyond in violations.items():
+                trial.set_constraint(condition, beyond)
             self.study.tell(trial, value, TrialState.FAIL if value is None else TrialState.COMPLETE)
             self._remove_models()
         name = f"{self.method}, trial {trial.number + 1} of {self.tuning.trials}"
-        print(f"{name} ({show(trial.params)}): {said}", flush=True)
+        print(f"{name} ({show(trial.params)}): {result}", flush=True)
 
     def _remove_models(self) -> None:
         """Keep the model and the training state of the chosen trial only."""
