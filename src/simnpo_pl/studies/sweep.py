@@ -33,15 +33,11 @@ COLUMNS = {
         "1-P": "1 - forget/probability",
         "T": "forget/truth_ratio",
         "FQ": "forget_quality",
-        "authors R": "real_authors/rouge",
-        "authors P": "real_authors/probability",
-        "authors T": "real_authors/truth_ratio",
-        "facts R": "world_facts/rouge",
-        "facts P": "world_facts/probability",
-        "facts T": "world_facts/truth_ratio",
-        "retain R": "retain/rouge",
-        "retain P": "retain/probability",
-        "retain T": "retain/truth_ratio",
+        **{
+            f"{title} {short}": f"{split}/{name}"
+            for split, title in (("real_authors", "authors"), ("world_facts", "facts"), ("retain", "retain"))
+            for name, short in (("rouge", "R"), ("probability", "P"), ("truth_ratio", "T"))
+        },
         "MU": "model_utility",
         "n": "n",
     },

@@ -25,7 +25,6 @@ from simnpo_pl.utils.errors import UserError
 SAME_LOSS = 0.02
 """Largest difference in nats per token between two passes of one model, also in half precision."""
 DOTS: dict[str, Any] = {"s": 9, "alpha": 0.55, "linewidths": 0}
-BY_EPOCH = {"model_utility": "model utility", "forget_quality/log10_p": "log10 forget quality"}
 
 
 def run(options: Namespace) -> None:
@@ -167,11 +166,11 @@ def _draw_epochs(runs: Sequence[Run], file: Path) -> None:
 def _draw_quality(runs: Sequence[Run], file: Path) -> None:
     """Model utility and log10 of forget quality by epoch, 0 for the start model."""
     with panels(file, 1, 2, (2.6, 2.0)) as (_, axes):
-        for axis, (name, title) in zip(axes[0], BY_EPOCH.items(), strict=True):
+        for axis, name in zip(axes[0], ("model_utility", "forget_quality/log10_p"), strict=True):
             for index, run in enumerate(runs):
                 points = metric_by_epoch(run, name)
                 axis.plot(list(points), list(points.values()), ".-", color=color(index), label=run.name, linewidth=1.2)
-            axis.set_title(title)
+            axis.set_title(titles.title_of(name).short)
             epoch_axis(axis)
         axes[0][1].axhline(LOG10_005, color=GREY, linewidth=0.8, linestyle="--")
         axes[0][0].legend(fontsize=6)
