@@ -10,6 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from simnpo_pl.cli.summary import SHOWN
 from simnpo_pl.metrics import titles
 from simnpo_pl.report.drawing import check_installed, panels
 from simnpo_pl.studies.launch import fit_once
@@ -21,10 +22,6 @@ TITLES = {
     "scalability": "Scalability: forget sets of growing size",
     "sustainability": "Sustainability: successive requests to forget",
 }
-METRICS = (
-    *("verbmem_forget", "knowmem_forget", "knowmem_retain", "privleak", "forget/nll", "retain/nll"),
-    *("forget_quality", "model_utility", "forget/probability", "retain/probability"),
-)
 Row = tuple[list[str], dict[str, Any]]
 """Run and forget set, and metrics."""
 
@@ -49,7 +46,7 @@ def run(options: Namespace) -> None:
     ]
     measured += [(["retrained", "-"], records[0].get("retrained"))]
     rows: list[Row] = [(labels, entry["metrics"]) for labels, entry in measured if entry]
-    title, names = TITLES[options.command], titles.measured([metrics for _, metrics in rows], METRICS)
+    title, names = TITLES[options.command], titles.measured([metrics for _, metrics in rows], SHOWN)
     table = titles.table(["run", "forget set"], rows, names)
     write_text(out / "table.md", f"# {title}\n\n{table}\n")
     entries = [{"run": name, "forget_split": split, "metrics": metrics} for (name, split), metrics in rows]
