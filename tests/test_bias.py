@@ -47,12 +47,10 @@ def weight_row(index: int, length: int, weight: float, logp: float = -1.0, epoch
 
 def test_pearson():
     """x 0, 1, 2 and y 0, 1, 0 about their means: covariance 0. x 1, 2, 3 and y 1, 3, 2: 1 / sqrt(2 * 2)."""
-    assert weights.pearson([0, 1, 2], [0, 1, 0]).r == pytest.approx(0, abs=1e-12)
-    found = weights.pearson([1, 2, 3], [1, 3, 2])
-    assert found.r == pytest.approx(0.5)
-    assert found.n == 3
-    assert math.isnan(weights.pearson([7, 7, 7], [1, 2, 3]).r)
-    assert math.isnan(weights.pearson([1, 2], [1, 2]).r)
+    assert weights.pearson([0, 1, 2], [0, 1, 0])[0] == pytest.approx(0, abs=1e-12)
+    assert weights.pearson([1, 2, 3], [1, 3, 2])[0] == pytest.approx(0.5)
+    assert math.isnan(weights.pearson([7, 7, 7], [1, 2, 3])[0])
+    assert math.isnan(weights.pearson([1, 2], [1, 2])[0])
 
 
 def test_summary_of_an_epoch(tmp_path: Path):
@@ -69,7 +67,7 @@ def test_summary_of_an_epoch(tmp_path: Path):
 
 def test_no_weights(tmp_path: Path):
     with pytest.raises(UserError, match="holds no gradient weights; give a run of fit whose objective reads whole"):
-        weights.weights_by_epoch(run_of(tmp_path, []))
+        weights.chosen_epochs(run_of(tmp_path, []), [1])
 
 
 def test_metric_by_epoch(tmp_path: Path):
@@ -265,7 +263,7 @@ def test_weights_and_perturbation(
     assert all(abs(row["weight"] - 1) > 1e-3 for row in first if row["step"] == 1)
     main([*call, "--debug"])
     assert len(runs_made) == 3
-    with pytest.raises(UserError, match="out/NPO holds a run that was begun with other options"):
+    with pytest.raises(UserError, match="out/NPO holds a run that was started with other options"):
         main([*call, "--debug", "--model.lr", "1e-3"])
 
 

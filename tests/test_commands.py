@@ -94,10 +94,10 @@ def test_doctor(
     assert f"{config}: model {model_folder} (here); data.forget rows.jsonl (not here); " in shown
     assert "data.retain someone/Rows-1.0 (on the hub, not downloaded)" in shown
     (tmp_path / "bad.yaml").write_text("a: [")
-    assert "bad.yaml is no YAML" in error(capsys, "doctor", str(tmp_path / "bad.yaml"))
-    assert "does not exist; give a config file" in error(capsys, "doctor", str(tmp_path / "none.yaml"))
+    assert "bad.yaml is not YAML" in error(capsys, "doctor", str(tmp_path / "bad.yaml"))
+    assert "give a file such as configs/demo.yaml" in error(capsys, "doctor", str(tmp_path / "none.yaml"))
     (tmp_path / "list.yaml").write_text("[1]")
-    assert "is no config" in error(capsys, "doctor", str(tmp_path / "list.yaml"))
+    assert "expected a mapping, got list" in error(capsys, "doctor", str(tmp_path / "list.yaml"))
     monkeypatch.setenv("HF_ENDPOINT", "here")
     assert "HF_ENDPOINT must be a web address, got here" in error(capsys, "doctor", str(config))
 

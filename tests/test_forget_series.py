@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.studies import launch as fit_once
-from simnpo_pl.studies import series
 from simnpo_pl.utils.errors import UserError
 
 SPLITS = ["raw/forget[:50%]", "raw/forget[50%:]"]
@@ -65,7 +64,7 @@ def test_successive_requests(
     calls.clear()
     main(["sustainability", "--out", str(out), "--forget", *SPLITS, *quick, "--debug"])
     assert calls == []
-    with pytest.raises(UserError, match="1 holds a run that was begun with other options"):
+    with pytest.raises(UserError, match="1 holds a run that was started with other options"):
         main(["scalability", "--out", str(out), "--forget", "raw/forget", *quick, "--debug"])
 
 
@@ -109,12 +108,9 @@ def test_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_figures_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    record = {"settings": {}, "final": {"metrics": {"verbmem_forget": 1.0}}}
-    with pytest.raises(UserError, match=r"a figure needs matplotlib: pip install 'simnpo_pl\[report\]'"):
-        series.write_series(tmp_path, "title", ["raw/forget"], [record])
+    monkeypatch.setattr("simnpo_pl.report.drawing.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"figures need matplotlib: pip install 'simnpo_pl\[report\]'"):
+        main(["scalability", "--out", str(tmp_path), "--debug"])
 
 
 def test_unknown_options_of_other_commands(tmp_path: Path):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.models.generation import Sampler, draws_of, generate, greedy
-from simnpo_pl.studies.leak import LeakAtK, expected_best
+from simnpo_pl.studies.leak import expected_best
 
 
 def test_expected_best_by_hand():
@@ -28,15 +28,6 @@ def test_expected_best_is_the_mean_over_all_choices(scores: list[float]):
         best = [max(choice) for choice in itertools.combinations(scores, k)]
         expected.append(sum(best) / len(best))
     assert expected_best(torch.tensor([scores], dtype=torch.float64))[0].tolist() == pytest.approx(expected)
-
-
-def test_metric_keeps_samples_apart():
-    """Two rows, two samples each, in any order: means 0.5 and 0.25, maxima 1 and 0.5."""
-    metric = LeakAtK(rows=2, samples=2)
-    metric.update(torch.tensor([1, 0]), torch.tensor([1, 0]), {"rougeL_recall": torch.tensor([0.5, 0.0])})
-    metric.update(torch.tensor([0, 1]), torch.tensor([1, 0]), {"rougeL_recall": torch.tensor([1.0, 0.0])})
-    assert metric.compute() == {"leak@1": 0.375, "leak@2": 0.75, "n": 2.0}
-    assert metric.rows == {0: [0.0, 1.0], 1: [0.0, 0.5]}
 
 
 def test_sampler_by_hand():

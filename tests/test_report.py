@@ -167,10 +167,10 @@ def test_summary_in_words(runs: list[Path]):
     assert said[0] == (
         "SimNPO (beta 2.5, gamma 0; weights 0.125 / 1 (NLL)) on 6 rows of forget10. The probability of the answers to "
         "forget went from 0.99 to 0.2; a model that never saw them gives 0.15. Forget quality, the p-value of a test "
-        "against the retrained model, is 0.2: the test does not tell the two apart. Model utility is 0.55, -21 % "
+        "against the retrained model, is 0.2: the test finds no difference. Model utility is 0.55, -21 % "
         "against the start model. Not measured: privleak (no holdout rows)."
     )
-    assert "is 1.0e-06: the test tells the two apart" in said[1]
+    assert "is 1.0e-06: the test finds a difference" in said[1]
 
 
 def test_summary_of_an_unfinished_run_and_of_an_evaluation(tmp_path: Path):
@@ -272,7 +272,7 @@ def test_mistakes(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "results.json").write_text('{"finished": tr')
     assert "holds no results.json; give folders that fit or test wrote" in error("empty")
-    assert "is no results file of a run" in error("broken")
+    assert "results.json is damaged" in error("broken")
     assert "no run to report on" in error()
     assert "the ending must be .html, .md or .tex" in error("one", "-o", "report.pdf")
     (runs[0] / "rows.jsonl").write_text('{"split": "forg')

@@ -93,7 +93,7 @@ def test_later_files_change_earlier_ones(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"method": {"A": ""}}, "sweep.yaml: .*method.*; configs/sweep/table1.yaml shows what is expected"),
+        ({"method": {"A": ""}}, "sweep.yaml: .*method.*; configs/sweep/table1.yaml is an example"),
         ({"seeds": []}, "the sweep has no seeds: name at least one"),
         ({"table": "chairs"}, "the sweep's table is 'chairs'; known are tofu"),
         ({"methods": {"A": "fot --model.lr 1"}}, "begin with an option, or with fit, test, task-vector"),
@@ -188,7 +188,7 @@ def test_a_run_is_made_once(program: Callable[..., list[Sequence[str]]], tmp_pat
     assert calls == [["fit", *kept, "--model.lr", "1", "--run_dir", str(folder), "--ckpt_path", "last"]]
     assert fit_once.fit_once(folder, ["--model.lr", "1"], tmp_path)["finished"]
     assert len(calls) == 1
-    with pytest.raises(UserError, match=r"holds a run that was begun with other options \(see"):
+    with pytest.raises(UserError, match=r"holds a run that was started with other options \(see"):
         fit_once.fit_once(folder, ["--model.lr", "2"], tmp_path)
 
 
@@ -200,9 +200,9 @@ def test_a_config_that_changed_is_noticed(program: Callable[..., list[Sequence[s
     config.write_text("# the same\nmodel: {lr: 1}\n")
     fit_once.fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
     config.write_text("model: {lr: 2}\n")
-    with pytest.raises(UserError, match="begun with other configs"):
+    with pytest.raises(UserError, match="started with other configs"):
         fit_once.fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
-    with pytest.raises(UserError, match="cannot read the config"):
+    with pytest.raises(UserError, match=r"cannot read .*b.yaml"):
         fit_once.fit_once(tmp_path / "run", ["--config", str(tmp_path / "b.yaml")], tmp_path)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "results.json").write_text("{}")
@@ -288,25 +288,26 @@ def test_halves_by_hand(tmp_path: Path):
     Of two samples of two without overlap the test's p-value is 2 of the 6 arrangements, 1/3; of like ones it is 1.
     """
     from simnpo_pl.runs.record import Run
-    from simnpo_pl.studies.sweep_tables import COLUMNS
+    from simnpo_pl.studies.sweep import COLUMNS, value
 
     ratios = {"rows": [5.0, 6.0, 0.3, 0.4], "retrained_rows": [0.1, 0.2, 0.3, 0.4], "start_rows": [0.1, 0.2, 7.0, 8.0]}
     for name, values in ratios.items():
         rows = [{"split": "forget", "index": i, "truth_ratio": v, "answer_nll": 1.0} for i, v in enumerate(values)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"split": "retain", "index": 0}])))
     run = Run("run", tmp_path, {"final": {"metrics": {"model_utility": 0.5}}})
-    strong, weak, utility, _ = (column.value(run, "final") for column in COLUMNS["halves"])
+    names = list(COLUMNS["halves"].values())
+    strong, weak, utility, _ = (value(run, "final", name) for name in names)
     assert (strong, weak, utility) == (pytest.approx(1 / 3), 1.0, 0.5)
-    assert COLUMNS["halves"][0].value(run, "start") == 1.0
-    assert COLUMNS["halves"][1].value(run, "start") == pytest.approx(1 / 3)
-    assert COLUMNS["halves"][0].value(run, "retrained") is None
-    assert COLUMNS["halves"][0].itself == 1.0
+    assert value(run, "start", names[0]) == 1.0
+    assert value(run, "start", names[1]) == pytest.approx(1 / 3)
+    assert value(run, "retrained", names[0]) == 1.0
 
 
 def test_accuracy_column():
     from simnpo_pl.runs.record import Run
-    from simnpo_pl.studies.sweep_tables import COLUMNS
+    from simnpo_pl.studies.sweep import COLUMNS, value
 
     run = Run("run", Path(), {"lm_eval": {"final": {"wmdp_bio": {"acc": 0.25}, "mmlu": {"acc": 0.5}}}})
-    assert [column.value(run, "final") for column in COLUMNS["wmdp_bio"]] == [0.75, 0.5]
-    assert [column.value(run, "start") for column in COLUMNS["wmdp_bio"]] == [None, None]
+    names = COLUMNS["wmdp_bio"].values()
+    assert [value(run, "final", name) for name in names] == [0.75, 0.5]
+    assert [value(run, "start", name) for name in names] == [None, None]

@@ -12,8 +12,7 @@ import yaml
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.studies import launch as fit_once
-from simnpo_pl.studies.tune import table
-from simnpo_pl.studies.tune_search import Condition, NotANumber, Search, Tuning, measured, read_tuning
+from simnpo_pl.studies.tune import NotANumber, Search, Tuning, measured, parsed, read_tuning, table, violation
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -85,17 +84,17 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Sequence[str]
 
 def test_conditions_by_hand(tuning: Tuning):
     """0.5 x 1.2 = 0.6 is the least utility: 0.1 short of it is a violation of 0.1, 0.2 above one of -0.2."""
-    at_least, at_most = tuning.conditions
-    assert at_least == Condition("model_utility", ">=", 0.5, "start")
-    assert at_most == Condition("forget/rouge", "<=", 0.75, None)
+    at_least, at_most = tuning.subject_to
+    assert parsed(at_least) == ("model_utility", ">=", 0.5, "start")
+    assert parsed(at_most) == ("forget/rouge", "<=", 0.75, None)
 
     def record(utility: float, rouge: float) -> dict[str, Any]:
         final = {"metrics": {"model_utility": utility, "forget/rouge": rouge}}
         return {"final": final, "start": {"metrics": {"model_utility": 1.2}}}
 
-    assert at_least.violation(record(0.5, 0)) == pytest.approx(0.1)
-    assert at_least.violation(record(0.8, 0)) == pytest.approx(-0.2)
-    assert at_most.violation(record(0, 1.0)) == pytest.approx(0.25)
+    assert violation(at_least, record(0.5, 0)) == pytest.approx(0.1)
+    assert violation(at_least, record(0.8, 0)) == pytest.approx(-0.2)
+    assert violation(at_most, record(0, 1.0)) == pytest.approx(0.25)
     assert tuning.rule == (
         "the largest forget_quality of the exported model among trials with model_utility >= 0.5 x start and "
         "forget/rouge <= 0.75"
@@ -105,7 +104,7 @@ def test_conditions_by_hand(tuning: Tuning):
 def test_measured():
     record = {"final": {"metrics": {"a": None, "b": 2}}, "unavailable": {"c": "no retrained model"}}
     assert measured(record, "final", "b") == 2
-    with pytest.raises(NotANumber, match="a of the final model is no number"):
+    with pytest.raises(NotANumber, match="a of the final model is not a number"):
         measured(record, "final", "a")
     with pytest.raises(UserError, match="the rule needs c of the final model, which was not measured: no retrained"):
         measured(record, "final", "c")
@@ -225,7 +224,7 @@ def test_a_broken_model_is_a_failed_trial(program: Callable[..., list[Sequence[s
     search.work()
     for trial in search.trials:
         assert trial.user_attrs.get("error", "") == (
-            "forget_quality of the final model is no number" if trial.params["beta"] < 2 else ""
+            "forget_quality of the final model is not a number" if trial.params["beta"] < 2 else ""
         )
 
 

@@ -20,12 +20,8 @@ def run(options: Namespace) -> None:
         for file in out:
             if file.suffix == ".html":
                 content = page.html(runs)
-            elif file.suffix == ".md":
-                folder = file.with_name(f"{file.stem}_figures")
-                images = [(title, f"{folder.name}/{name}") for title, name in paper.png(runs, folder)]
-                content = paper.markdown(runs, images)
             else:
-                content = paper.latex(runs)
+                content = paper.latex(runs) if file.suffix == ".tex" else paper.markdown(runs, file)
             write_text(file, content)
             print(f"written: {file}")
     except ModuleNotFoundError as error:

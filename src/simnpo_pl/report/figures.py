@@ -1,7 +1,7 @@
 """Figures of a report in plotly's JSON: the page shows them, and `paper` draws the same curves with matplotlib."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ GREY = "#8a8a8a"
 """Color of the start and retrained models."""
 LOG10_005 = math.log10(0.05)
 Trace = dict[str, Any]
-"""A curve, as plotly has it."""
+"""A curve in plotly's JSON."""
 
 
 class Point(NamedTuple):
@@ -34,7 +34,6 @@ class Gap(NamedTuple):
 
 
 def color(number: int) -> str:
-    """Color of the run with this number."""
     return PALETTE[number % len(PALETTE)]
 
 
@@ -102,32 +101,31 @@ def _curve(
     **more: Any,
 ) -> Trace:
     """Curve through `(x, y)` points; `more` are further options of plotly's scatter."""
-    places = {"x": [point[0] for point in points], "y": [point[1] for point in points]}
+    places = {"x": [x for x, _ in points], "y": [y for _, y in points]}
     line = {"color": shade, "dash": dash, "width": width, "shape": shape}
     return {"type": "scatter", "mode": "lines", "name": name, **places, "line": line, "hovertemplate": hover, **more}
 
 
+def _path(name: str, points: Sequence[Point], shade: str, mode: str, marker: dict[str, Any]) -> Trace:
+    hover = "%{text}<br>utility %{x:.3f}<br>log10 p %{y:.2f}"
+    labels, places = [point.label for point in points], [point[1:] for point in points]
+    return _curve(name, places, shade, hover, width=1.5, mode=mode, text=labels, marker=marker)
+
+
 def _trade_off(runs: Sequence[Run]) -> dict[str, Any]:
     traces = []
-    hover = "%{text}<br>utility %{x:.3f}<br>log10 p %{y:.2f}"
-
-    def add(name: str, points: Sequence[Point], shade: str, mode: str, marker: dict[str, Any]) -> None:
-        labels = [point.label for point in points]
-        places = [(point.utility, point.log10_p) for point in points]
-        traces.append(_curve(name, places, shade, hover, width=1.5, mode=mode, text=labels, marker=marker))
-
     for number, run in enumerate(runs):
         if points := path_of(run):
             before = len(points) - 1
             ring = {"size": [7] * before + [14], "line": {"width": [0] * before + [2], "color": GREY}}
-            add(run.name, points, color(number), "lines+markers", ring)
+            traces.append(_path(run.name, points, color(number), "lines+markers", ring))
     for model, symbol in (("start", "circle-open"), ("retrained", "star")) if traces else ():
         # The retrained model against itself has p = 1. Runs of one start model have one start point.
         known = {"forget_quality/log10_p": 0.0} if model == "retrained" else {}
         found = [_point(f"{model} model, {run.name}", {**run.metrics(model), **known}) for run in reversed(runs)]
         points = list({point[1:]: point for point in found if point}.values())
         marker = {"size": 13, "symbol": symbol, "color": GREY, "line": {"width": 2, "color": GREY}}
-        add(f"{model} model", points, GREY, "markers", marker)
+        traces.append(_path(f"{model} model", points, GREY, "markers", marker))
     style = {"dash": "dash", "width": 1, "color": GREY}
     p_005 = {"type": "line", "line": style, "xref": "paper", "x0": 0, "x1": 1, "y0": LOG10_005, "y1": LOG10_005}
     return _figure(traces, "model utility", "log10 forget quality", shapes=[p_005])
@@ -167,10 +165,10 @@ def _weights(runs: Sequence[Run]) -> dict[str, Any]:
     for number, run in enumerate(runs):
         quartiles, shade = weight_quantiles(run.weights), color(number)
         low, median, high = ([(epoch, values[i]) for epoch, values in quartiles.items()] for i in range(3))
-        hover = "epoch %{x}<br>median %{y:.3g}"
         edge: dict[str, Any] = {"width": 0, "showlegend": False, "hoverinfo": "skip", "legendgroup": run.name}
         traces.append(_curve("", low, shade, "", **edge))
         traces.append(_curve("", high, shade, "", fill="tonexty", fillcolor=f"{shade}33", **edge))
+        hover = "epoch %{x}<br>median %{y:.3g}"
         traces.append(_curve(run.name, median, shade, hover, mode="lines+markers", legendgroup=run.name))
     return _figure(traces, "epoch", "gradient weight", None, {"rangemode": "tozero"})
 
@@ -218,25 +216,22 @@ def _leak(runs: Sequence[Run]) -> dict[str, Any]:
     return _figure(traces, "k, sampled answers a row", "ROUGE-L recall of the best")
 
 
-FIGURES: dict[str, tuple[str, Callable[[Sequence[Run]], dict[str, Any]]]] = {
-    "trade-off": ("Forget quality against model utility", _trade_off),
-    "truth-ratios": ("Truth ratios on the forget rows", _truth_ratios),
-    "losses": ("Losses by optimizer step", _losses),
-    "weights": ("Gradient weights by epoch", _weights),
-    "relearn-quality": ("Relearning: forget quality", lambda runs: _relearning(runs, "forget_quality")),
-    "relearn-probability": (
-        "Relearning: probability of the forgotten answers",
-        lambda runs: _relearning(runs, "forget/probability"),
-    ),
-    "quantized": ("After quantizing the weights", _quantized),
-    "leak": ("Best of k sampled answers", _leak),
-}
-"""Id to title and function; captions are in the page's template."""
-
-
 def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """`id`, `title` and `figure` (plotly's `data` and `layout`) of the figures that the runs have data for."""
-    made: list[dict[str, Any]] = [
-        {"id": name, "title": title, "figure": draw(runs)} for name, (title, draw) in FIGURES.items()
-    ]
-    return [entry for entry in made if entry["figure"]["data"]]
+    """`id`, `title` and `figure` (plotly's `data` and `layout`) of the figures that the runs have data for.
+
+    Captions are in the page's template, by id.
+    """
+    made = {
+        "trade-off": ("Forget quality against model utility", _trade_off(runs)),
+        "truth-ratios": ("Truth ratios on the forget rows", _truth_ratios(runs)),
+        "losses": ("Losses by optimizer step", _losses(runs)),
+        "weights": ("Gradient weights by epoch", _weights(runs)),
+        "relearn-quality": ("Relearning: forget quality", _relearning(runs, "forget_quality")),
+        "relearn-probability": (
+            "Relearning: probability of the forgotten answers",
+            _relearning(runs, "forget/probability"),
+        ),
+        "quantized": ("After quantizing the weights", _quantized(runs)),
+        "leak": ("Best of k sampled answers", _leak(runs)),
+    }
+    return [{"id": name, "title": title, "figure": figure} for name, (title, figure) in made.items() if figure["data"]]

@@ -1,5 +1,6 @@
 """The page: one HTML file that needs no network and can be read on a phone."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,21 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def html(runs: Sequence[Run]) -> str:
-    """The page, with the runs in this order."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    # Generated text is text: the engine escapes it, and the script sets it as text.
+    # Generated text stays text: the engine escapes it, and the script sets it as text.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    # Runs stay in the order they were named.
+    # Runs keep their order.
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     return environment.get_template("report.html").render(
         runs=[(run, color(index)) for index, run in enumerate(runs)],
         columns=[title_of(name) for name in words.measured(runs)],
         words=words,
         number=number,
+        shlex=shlex,
         figures=figures(runs),
         data={"table": _table(runs), "rows": {run.name: _rows(run) for run in runs if run.rows}},
         plotly=get_plotlyjs(),
@@ -38,14 +39,8 @@ def _table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Every metric of every model, for the download."""
     return [
         {
-            "run": run.name,
-            "method": run.method,
-            "settings": words.settings(run),
-            "split": run.forget_split,
-            "n": run.forget_rows,
-            "seconds": run.seconds.get("total"),
-            "memory_gib": run.memory,
-            "model": model,
+            **{"run": run.name, "method": run.method, "settings": words.settings(run), "split": run.forget_split},
+            **{"n": run.forget_rows, "seconds": run.seconds.get("total"), "memory_gib": run.memory, "model": model},
             **metrics,
         }
         for run in runs

@@ -14,15 +14,16 @@ LATEX = str.maketrans({c: rf"\{c}" for c in "&%$#_{}"})
 LATEX |= str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
 PNG = {"trade-off": "trade_off", "truth-ratios": "truth_ratios", "relearn-probability": "relearning"}
 """Figure of the page to the name of its PNG file."""
+ATTACKS = {
+    "relearned": robustness.relearning_table,
+    "quantized": robustness.quantized_table,
+    "sampled": robustness.leak_table,
+}
+"""Attribute of a run to the table that shows it."""
 
 
-def markdown(runs: Sequence[Run], images: Sequence[tuple[str, str]]) -> str:
-    """The table, a summary of each run, the figures and the tables of attacks.
-
-    Args:
-        runs: In this order.
-        images: Title of each figure, and its file as seen from the Markdown file.
-    """
+def markdown(runs: Sequence[Run], file: Path) -> str:
+    """Summaries, table, figures, which are drawn into a folder next to the file, and tables of attacks."""
     rows = [
         ([run.name, words.model_name(run, model), titles.number(run.forget_rows)], metrics)
         for run in runs
@@ -31,13 +32,13 @@ def markdown(runs: Sequence[Run], images: Sequence[tuple[str, str]]) -> str:
     lines = ["# Unlearning report", ""]
     lines += [f"* **{run.name}**: {cell(words.summary(run))}" for run in runs]
     lines += ["", titles.table(["run", "model", "n"], rows, words.measured(runs))]
-    for title, file in images:
-        lines += ["", f"![{title}]({file})"]
-    for kind, table in (
-        ("relearned", robustness.relearning_table),
-        ("quantized", robustness.quantized_table),
-        ("sampled", robustness.leak_table),
-    ):
+    for figure in figures(runs):
+        if figure["id"] in PNG:
+            image = f"{file.stem}_figures/{PNG[figure['id']]}.png"
+            with panels(file.parent / image, 1, 1, (5.2, 3.6)) as (_, axes):
+                draw(axes[0][0], **figure["figure"])
+            lines += ["", f"![{figure['title']}]({image})"]
+    for kind, table in ATTACKS.items():
         if any(getattr(run, kind) for run in runs):
             lines += ["", table(runs)]
     versions = {name: version for run in runs for name, version in run.record["versions"].items()}
@@ -54,15 +55,3 @@ def latex(runs: Sequence[Run]) -> str:
             cells = [run.name, words.model_name(run, model), *(titles.number(metrics.get(name)) for name in names)]
             lines.append(" & ".join(text.translate(LATEX) for text in cells) + r" \\")
     return "\n".join(lines) + "\n"
-
-
-def png(runs: Sequence[Run], folder: Path) -> list[tuple[str, str]]:
-    """Draw figures; title and file name of each."""
-    drawn = []
-    for figure in figures(runs):
-        if figure["id"] in PNG:
-            name = f"{PNG[figure['id']]}.png"
-            with panels(folder / name, 1, 1, (5.2, 3.6)) as (_, axes):
-                draw(axes[0][0], **figure["figure"])
-            drawn.append((figure["title"], name))
-    return drawn

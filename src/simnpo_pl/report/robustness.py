@@ -21,8 +21,7 @@ class Spread(NamedTuple):
     n: int
 
     def __str__(self) -> str:
-        shown = number(self.mean)
-        return f"{shown} ± {number(self.deviation)}" if self.n > 1 else shown
+        return f"{number(self.mean)} ± {number(self.deviation)}" if self.n > 1 else number(self.mean)
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
@@ -46,24 +45,21 @@ def relearned(attack: dict[str, Any], metric: str) -> dict[int, Spread | None]:
 
 def relearning_table(runs: Sequence[Run]) -> str:
     """Relearning attacks as Markdown; a table for every number of epochs, learning rate and share of rows."""
-    groups: dict[tuple[int, float, float], list[tuple[Run, dict[str, Any]]]] = {}
+    groups: dict[tuple[int, float, float], list[list[str]]] = {}
     for run in runs:
         for attack in run.relearned:
-            settings = attack["settings"]
-            groups.setdefault((settings["epochs"], settings["lr"], settings["share"]), []).append((run, attack))
-    tables = []
-    for (last, lr, share), group in sorted(groups.items(), key=lambda item: item[0]):
-        heads = ["run", "method", "relearned", "metric", *(f"epoch {epoch}" for epoch in range(last + 1))]
-        rows = []
-        for run, attack in group:
-            draws = len(attack["repeats"])
-            trained = f"{len(attack['repeats'][0]['rows'])} {attack['settings']['subset']} rows"
-            trained += f", {draws} draws" if draws > 1 else ""
+            settings, repeats = attack["settings"], attack["repeats"]
+            trained = f"{len(repeats[0]['rows'])} {settings['subset']} rows"
+            trained += f", {len(repeats)} draws" if len(repeats) > 1 else ""
+            rows = groups.setdefault((settings["epochs"], settings["lr"], settings["share"]), [])
             for name in RELEARNED:
                 cells = ["-" if value is None else str(value) for value in relearned(attack, name).values()]
                 rows.append([run.name, run.method, trained, title_of(name).short, *cells])
-        head = f"Relearning {100 * share:g} % of the forget rows, lr {lr:g}, falling linearly to 0:"
-        tables.append(f"{head}\n\n{markdown.table(heads, rows)}")
+    tables = []
+    for (last, lr, share), rows in sorted(groups.items()):
+        heads = ["run", "method", "relearned", "metric", *(f"epoch {epoch}" for epoch in range(last + 1))]
+        title = f"Relearning {100 * share:g} % of the forget rows, lr {lr:g}, falling linearly to 0:"
+        tables.append(f"{title}\n\n{markdown.table(heads, rows)}")
     return "\n\n".join(tables)
 
 
@@ -74,14 +70,15 @@ def quantized_table(runs: Sequence[Run]) -> str:
 
 
 def leak_table(runs: Sequence[Run]) -> str:
-    """Best of k sampled answers, as Markdown."""
-    found = [(run, sample) for run in runs for sample in run.sampled]
-    drawn = {sample["settings"]["k"] for _, sample in found}
+    """Best of k sampled answers, as Markdown; for every power of two and the number of answers drawn."""
+    drawn, rows = set(), []
+    for run in runs:
+        greedy = number(run.metrics("final").get("forget/rouge"))
+        for sample in run.sampled:
+            settings = sample["settings"]
+            drawn.add(settings["k"])
+            labels = [f"{settings['temperature']:g}", str(settings["seed"]), str(sample["n"]), greedy]
+            rows.append(([run.name, run.method, *labels], sample["metrics"]))
     shown = sorted(drawn | {2**i for i in range(max(drawn).bit_length())})
-    rows = []
-    for run, sample in found:
-        settings, greedy = sample["settings"], number(run.metrics("final").get("forget/rouge"))
-        labels = [run.name, run.method, f"{settings['temperature']:g}", str(settings["seed"]), str(sample["n"]), greedy]
-        rows.append((labels, sample["metrics"]))
     heads = ["run", "method", "temperature", "seed", "rows", "greedy"]
     return titles.table(heads, rows, [f"leak@{k}" for k in shown])

@@ -31,25 +31,26 @@ def settings(run: Run) -> str:
 
 
 def summary(run: Run) -> str:
-    """What happened, in a few sentences."""
     final, start, retrained = (run.metrics(model) for model in ("final", "start", "retrained"))
-    said = ["A model, evaluated."]
+    sentences = ["A model, evaluated."]
     if run.unlearned:
-        said = [f"{run.method} ({settings(run)}) on {run.forget_rows} rows of {run.forget_split}."]
+        sentences = [f"{run.method} ({settings(run)}) on {run.forget_rows} rows of {run.forget_split}."]
     if not run.finished:
-        said.append("The run is not finished.")
+        sentences.append("The run is not finished.")
     now, before, unseen = (metrics.get("forget/probability") for metrics in (final, start, retrained))
     if now is not None:
         change = f"is {number(now)}" if before is None else f"went from {number(before)} to {number(now)}"
         compared = "" if unseen is None else f"; a model that never saw them gives {number(unseen)}"
-        said.append(f"The probability of the answers to forget {change}{compared}.")
+        sentences.append(f"The probability of the answers to forget {change}{compared}.")
     p = final.get("forget_quality")
     if p is not None:
-        verdict = "the test does not tell the two apart" if p > 0.05 else "the test tells the two apart"
-        said.append(f"Forget quality, the p-value of a test against the retrained model, is {number(p)}: {verdict}.")
+        verdict = "the test finds no difference" if p > 0.05 else "the test finds a difference"
+        sentences.append(
+            f"Forget quality, the p-value of a test against the retrained model, is {number(p)}: {verdict}."
+        )
     utility, first = final.get("model_utility"), start.get("model_utility")
     if utility is not None:
         change = f", {100 * (utility / first - 1):+.0f} % against the start model" if first else ""
-        said.append(f"Model utility is {number(utility)}{change}.")
-    said += [f"Not measured: {name} ({reason})." for name, reason in run.record.get("unavailable", {}).items()]
-    return " ".join(said)
+        sentences.append(f"Model utility is {number(utility)}{change}.")
+    sentences += [f"Not measured: {name} ({reason})." for name, reason in run.record.get("unavailable", {}).items()]
+    return " ".join(sentences)

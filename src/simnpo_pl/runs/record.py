@@ -1,7 +1,5 @@
-"""A run folder as `fit` and `test` leave it; whatever reads one does so through `Run`."""
+"""A run folder as `fit` and `test` leave it; all that reads one does so through `Run`."""
 
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from simnpo_pl.utils.errors import UserError
-from simnpo_pl.utils.files import read_json_lines
+from simnpo_pl.utils.files import read_json, read_json_lines
 
 Row = dict[str, Any]
 
 
 def _lines(name: str) -> "cached_property[list[Row]]":
-    """Rows of a file of the folder, without any if it does not exist."""
+    """Rows of a file of the folder; none if it does not exist."""
 
     def read(run: "Run") -> list[Row]:
         file = run.folder / f"{name}.jsonl"
@@ -26,13 +24,7 @@ def _lines(name: str) -> "cached_property[list[Row]]":
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.
-
-    Args:
-        name: What reports call it; unique in a report.
-        folder: Where it is.
-        record: Content of results.json.
-    """
+    """A run folder; `name` is unique in a report, `record` is the content of results.json."""
 
     name: str
     folder: Path
@@ -54,7 +46,7 @@ class Run:
 
     @property
     def models(self) -> dict[str, dict[str, float]]:
-        """Metrics of every model that was evaluated."""
+        """Metrics of every evaluated model."""
         return {model: self.metrics(model) for model in ("final", "start", "retrained") if self.metrics(model)}
 
     @property
@@ -75,10 +67,6 @@ class Run:
     def method(self) -> str:
         """Name of the objective; "evaluation" if the run did not train."""
         return self.record["objective"]["name"] if self.unlearned else "evaluation"
-
-    @property
-    def command(self) -> str:
-        return shlex.join(map(str, self.record.get("command", [])))
 
     @property
     def start_model(self) -> str:
@@ -123,13 +111,12 @@ class Run:
 
     @property
     def config(self) -> str:
-        """The resolved config, YAML."""
         file = self.folder / "config.yaml"
         return file.read_text() if file.is_file() else ""
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Runs in these folders, or the newest in runs/ if there are none.
+    """Runs in these folders, or the newest run in runs/ if there are none.
 
     Raises:
         UserError: A folder holds no results, or no run was found.
@@ -144,13 +131,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     runs = []
     for path in paths:
         file = path / "results.json"
-        try:
-            record = json.loads(file.read_text())
-            assert isinstance(record["versions"], dict)
-        except FileNotFoundError:
-            raise UserError(f"{path} holds no results.json; give folders that fit or test wrote") from None
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise UserError(f"{file} is no results file of a run; give folders that fit or test wrote") from error
+        if not file.is_file():
+            raise UserError(f"{path} holds no results.json; give folders that fit or test wrote")
+        record = read_json(file)
+        if not isinstance(record, dict) or "versions" not in record:
+            raise UserError(f"{file} is not a results file of a run; give folders that fit or test wrote")
         name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
         runs.append(Run(name, path, record))
     return runs

@@ -1,13 +1,12 @@
 """Commands over finished runs, and commands that make many runs: a module each, imported when its command is called.
 
-A module has `run(options)`, and its docstring is what `--help` says; the options are in options.py.
+A module has `run(options)`, and its docstring is the text of `--help`; the options are in options.py.
 """
 
 import ast
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +26,7 @@ COMMANDS = {
     "scalability": "MUSE: forget sets of growing size, a run for each",
     "sustainability": "MUSE: forget sets one after the other, each on the model before",
     "sweep": "a table of the paper: methods x splits x seeds, shared among workers",
-    "task-vector": "unlearn without training: take off what fine-tuning on the forget rows adds to the weights",
+    "task-vector": "unlearn without training: subtract what fine-tuning on the forget rows adds to the weights",
     "tune": "tune methods with Optuna: an equal number of trials for each, chosen by a stated rule",
     "weights": "gradient weights over finished runs, against answer length and difficulty: tables, figures",
 }
@@ -54,18 +53,15 @@ class _Parser(ArgumentParser):
 
 
 def module_of(name: str) -> str:
-    """Dotted name of a command's module."""
     return f"simnpo_pl.{MODULES.get(name, 'studies.' + name.replace('-', '_'))}"
 
 
 def parse(name: str, arguments: Sequence[str]) -> Namespace:
-    """Options of a command, `command` its name, `fit` options of `fit`; `UserError` if they are not the command's."""
-    spec = find_spec(module_of(name))
-    assert spec is not None
-    assert spec.origin is not None
+    """Options of a command; `command` is its name, `fit` are options of `fit`."""
+    file = Path(__file__).parents[2] / f"{module_of(name).replace('.', '/')}.py"
     parser = _Parser(
         prog=f"python -m simnpo_pl {name}",
-        description=ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))),
+        description=ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))),
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
@@ -80,6 +76,5 @@ def parse(name: str, arguments: Sequence[str]) -> Namespace:
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Run a command of `COMMANDS`."""
     found = parse(name, arguments)
     import_module(module_of(name)).run(found)

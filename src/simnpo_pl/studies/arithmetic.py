@@ -1,4 +1,4 @@
-"""Models made of others by arithmetic on their weights, without training: perturbed references and task vectors.
+"""Models made by arithmetic on the weights of others, without training: perturbed references and task vectors.
 
 perturb: (1 - share) * model + share * a model of the same architecture with random weights. The SimNPO paper, figure
 A1, gives NPO such a reference: `fit --model.objective NPO --model.reference FOLDER`. Share 1 is the untrained model.
@@ -43,19 +43,18 @@ def perturb(name: str, share: float, seed: int, out: Path) -> None:
 
 
 def task_vector(start_name: str, overfit_name: str, alpha: float, out: Path) -> None:
-    """Take off what fine-tuning on the forget rows added to the weights."""
     # A start model may lack a tokenizer; a run's model has one.
     tokenizer = load_tokenizer(overfit_name)
     start, overfit = load_causal_lm(start_name), load_causal_lm(overfit_name)
-    weights = dict(overfit.named_parameters())
-    shapes = [{(name, tuple(w.shape)) for name, w in model.named_parameters()} for model in (start, overfit)]
+    ours, weights = dict(start.named_parameters()), dict(overfit.named_parameters())
+    shapes = [{(name, tuple(weight.shape)) for name, weight in side.items()} for side in (ours, weights)]
     if different := sorted(shapes[0] ^ shapes[1]):
         raise UserError(
             f"--start {start_name} and --overfit {overfit_name} differ in {different[0][0]}: the overfit model must be "
             "the start model fine-tuned"
         )
     with torch.no_grad():
-        for name, weight in start.named_parameters():
+        for name, weight in ours.items():
             weight.sub_(weights[name] - weight, alpha=alpha)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_model(start, tokenizer, out)

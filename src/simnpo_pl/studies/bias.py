@@ -11,7 +11,10 @@ import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+
+import numpy as np
 
 from simnpo_pl.metrics import titles
 from simnpo_pl.report.drawing import check_installed, panels
@@ -23,27 +26,32 @@ from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import write_text
 
 EXAMPLE = "configs/analysis/bias_demo.yaml"
+QUALITY = ("forget_quality", "forget_quality/ks_statistic", "model_utility", "forget/probability", "retain/probability")
+GRID = ("forget_quality", "model_utility", "forget/probability", "retain/probability")
 
 
 @dataclass(frozen=True)
 class Perturbation:
-    """A method with a perturbed reference (SimNPO paper, figure A1)."""
+    """A method whose reference is averaged with a random model (SimNPO paper, figure A1).
+
+    `share` is the random model's, `seed` differs from the seed of the start model's first weights.
+    """
 
     method: str
     share: float = 0.5
-    """Of a random model in the average of the weights, 0 to 1."""
     seed: int = 1
-    """Of the random model; not the one of the start model's own first weights."""
 
 
 @dataclass(frozen=True)
 class Memorization:
-    """A start model that saw only the first half of the forget rows (SimNPO paper, table A2)."""
+    """A start model that saw only the first half of the forget rows (SimNPO paper, table A2).
+
+    It is `base`, or a model of the start model's architecture with random weights, fine-tuned with the options `fit`;
+    their `--data.train_split` names that half and the retain rows.
+    """
 
     fit: str
-    """Options of its fine-tuning, after the study's; `--data.train_split` names that half and the retain rows."""
     base: str | None = None
-    """Model that is fine-tuned; null takes one of the start model's architecture with random weights."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +70,20 @@ class Ablation:
 
 @dataclass(frozen=True)
 class Study:
-    """Content of a file such as configs/analysis/bias_demo.yaml; options are written as on a command line."""
+    """Content of a file such as configs/analysis/bias_demo.yaml; options are written as on a command line.
+
+    Args:
+        fit: Options of every run.
+        methods: Name of a method to its options, which come after these.
+        epochs: Of which the gradient weights are shown.
+        perturbation: One part; so are the next two.
+        memorization: See the class.
+        ablation: See the class.
+    """
 
     fit: str
-    """Options of every run."""
     methods: dict[str, str]
-    """Name of a method to its options, which come after these."""
     epochs: list[int] = field(default_factory=lambda: [1, 2, 3, 10])
-    """Epochs of which the gradient weights are shown."""
     perturbation: Perturbation | None = None
     memorization: Memorization | None = None
     ablation: Ablation | None = None
@@ -99,11 +113,19 @@ class Runner:
         fit_once(folder, options, self.out, self.out / "logs" / f"{name}.txt")
         return read_runs([folder])[0]
 
+    def perturbed(self, run: Run, share: float, seed: int, name: str) -> str:
+        """The start model of a run averaged with a random one."""
+        from simnpo_pl.studies.arithmetic import perturb
+
+        folder = self.out / name
+        if not folder.is_dir():
+            perturb(run.start_model, share, seed, folder)
+        return str(folder)
+
 
 def run(options: Namespace) -> None:
     check_installed()
-    study, out = read_plan([options.study], Study, EXAMPLE), options.out
-    prefix = options.study.stem
+    study, out, prefix = read_plan([options.study], Study, EXAMPLE), options.out, options.study.stem
     figures = options.figures or out / "figures"
     runner = Runner(study, out, options.fit)
     runs = {name: runner.run(name, own) for name, own in study.methods.items()}
@@ -125,34 +147,21 @@ def run(options: Namespace) -> None:
 
 def _table(models: Sequence[tuple[str, Run, str]]) -> str:
     """Forget quality and utility of models: the title of each, its run, and which of the run's models it is."""
-    names = ("forget_quality", "forget_quality/ks_statistic", "model_utility", "forget/probability")
     rows = [([title, titles.number(run.forget_rows)], run.metrics(model)) for title, run, model in models]
-    return titles.table(["model", "n"], rows, (*names, "retain/probability"))
-
-
-def _perturbed(runner: Runner, run: Run, share: float, seed: int, name: str) -> str:
-    """The start model of a run averaged with a random one."""
-    from simnpo_pl.studies.arithmetic import perturb
-
-    folder = runner.out / name
-    if not folder.is_dir():
-        perturb(run.start_model, share, seed, folder)
-    return str(folder)
+    return titles.table(["model", "n"], rows, QUALITY)
 
 
 def _perturbation(runner: Runner, wanted: Perturbation, runs: dict[str, Run]) -> list[str]:
-    """A method whose reference is averaged with a random model."""
     method, share, seed = wanted.method, wanted.share, wanted.seed
-    reference = _perturbed(runner, runs[method], share, seed, f"reference-share{share:g}-seed{seed}")
+    reference = runner.perturbed(runs[method], share, seed, f"reference-share{share:g}-seed{seed}")
     name = f"{method}-perturbed"
-    perturbed = runner.run(name, runner.study.methods[method], ["--model.reference", reference])
-    table = _table([(method, runs[method], "final"), (name, perturbed, "final")])
+    run = runner.run(name, runner.study.methods[method], ["--model.reference", reference])
+    table = _table([(method, runs[method], "final"), (name, run, "final")])
     return [f"## Reference with a share of {share:g} of a random model", table]
 
 
 def _memorization(runner: Runner, wanted: Memorization, known: Run, file: Path) -> list[str]:
-    """All rows unlearned from a model that was fine-tuned on only the first half of them."""
-    base = wanted.base or _perturbed(runner, known, 1.0, known.record["seed"], "untrained")
+    base = wanted.base or runner.perturbed(known, 1.0, known.record["seed"], "untrained")
     start = runner.run("half-start", wanted.fit, ["--model.name", base])
     found: dict[str, list[halves.ForgetSubset]] = {}
     models = []
@@ -170,31 +179,25 @@ def _memorization(runner: Runner, wanted: Memorization, known: Run, file: Path) 
 
 
 def _ablation(runner: Runner, wanted: Ablation, file: Path) -> list[str]:
-    """Forget quality and model utility over beta and gamma."""
-    shown = ("forget_quality", "model_utility")
-
-    def metrics(beta: float, gamma: float) -> dict[str, float]:
-        name = f"{wanted.method}-beta{beta:g}-gamma{gamma:g}"
+    cells: dict[tuple[float, float], dict[str, float]] = {}
+    for gamma, beta in product(wanted.gamma, wanted.beta):
+        own = f"{runner.study.methods[wanted.method]} {wanted.fit}"
         values = ["--model.objective.beta", f"{beta:g}", "--model.objective.gamma", f"{gamma:g}"]
-        run = runner.run(name, f"{runner.study.methods[wanted.method]} {wanted.fit}", values)
-        for metric in shown:
-            if metric not in run.metrics("final"):
+        run = runner.run(f"{wanted.method}-beta{beta:g}-gamma{gamma:g}", own, values)
+        cells[gamma, beta] = run.metrics("final")
+        for metric in GRID[:2]:
+            if metric not in cells[gamma, beta]:
                 title = titles.title_of(metric).short
                 raise UserError(f"{run.folder} has no {title}: give the study --eval.retrained and generated answers")
-        return run.metrics("final")
-
-    cells = {(gamma, beta): metrics(beta, gamma) for gamma in wanted.gamma for beta in wanted.beta}
     rows = [([f"{beta:g}", f"{gamma:g}"], found) for (gamma, beta), found in cells.items()]
-    table = titles.table(["beta", "gamma"], rows, (*shown, "forget/probability", "retain/probability"))
     size = 0.62 * len(wanted.beta) + 1.0, 0.42 * len(wanted.gamma) + 0.9
-    with panels(file, 1, len(shown), size) as (figure, axes):
-        for axis, metric in zip(axes[0], shown, strict=True):
-            values = [[cells[gamma, beta][metric] for beta in wanted.beta] for gamma in wanted.gamma]
-            axis.imshow(values, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1)
-            for y, line in enumerate(values):
-                for x, value in enumerate(line):
-                    ink = "white" if value > 0.6 else "black"
-                    axis.text(x, y, titles.number(value), ha="center", va="center", fontsize=6.5, color=ink)
+    with panels(file, 1, 2, size) as (figure, axes):
+        for axis, metric in zip(axes[0], GRID, strict=False):
+            found = [[cells[gamma, beta][metric] for beta in wanted.beta] for gamma in wanted.gamma]
+            axis.imshow(found, origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1)
+            for (y, x), value in np.ndenumerate(found):
+                ink = "white" if value > 0.6 else "black"
+                axis.text(x, y, titles.number(value), ha="center", va="center", fontsize=6.5, color=ink)
             axis.set_xticks(range(len(wanted.beta)), [f"{value:g}" for value in wanted.beta])
             axis.set_yticks(range(len(wanted.gamma)), [f"{value:g}" for value in wanted.gamma])
             axis.grid(False)
@@ -202,4 +205,5 @@ def _ablation(runner: Runner, wanted: Ablation, file: Path) -> list[str]:
             axis.set_xlabel(r"$\beta$")
         axes[0][0].set_ylabel(r"$\gamma$")
         figure.suptitle(wanted.method, fontsize=8)
+    table = titles.table(["beta", "gamma"], rows, GRID)
     return [f"## {wanted.method} over beta and gamma", table, f"figure: {file}"]

@@ -1,57 +1,49 @@
-"""What is installed and reachable: versions, devices, the hub, and what configs need that is not here yet."""
+"""What is installed and reachable: versions, devices, the hub, and what configs need."""
 
 import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, metadata, version
+from importlib.metadata import distributions, metadata, requires, version
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-import yaml
 from huggingface_hub import get_token
 from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
 
 from simnpo_pl.studies.options import path
+from simnpo_pl.studies.plans import read_yaml
 from simnpo_pl.utils.errors import UserError
 
-NEEDED = ("torch", "lightning", "transformers", "torchmetrics", "datasets", "jsonargparse", "tensorboard")
+NEEDED = ("simnpo_pl", "torch", "lightning", "transformers", "torchmetrics", "datasets", "jsonargparse", "tensorboard")
 FILES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 
 
 def run(options: Namespace) -> None:
     for title, lines in (
-        ("versions", list(_versions())),
-        ("devices", list(_devices())),
-        ("hub", [_hub(options.timeout)]),
-        ("configs", list(_configs(options.configs or sorted(Path("configs").glob("*.yaml"))))),
+        ("versions", _versions()),
+        ("devices", _devices()),
+        ("hub", _hub(options.timeout)),
+        ("configs", _configs(options.configs or sorted(Path("configs").glob("*.yaml")))),
     ):
         print(title)
-        for line in lines or ["none found"]:
+        for line in lines:
             print(f"  {line}")
 
 
 def _versions() -> Iterator[str]:
     yield f"python {sys.version.split()[0]}"
-    for name in ("simnpo_pl", *NEEDED):
+    for name in NEEDED:
         yield f"{name} {version(name)}"
-    about = metadata("simnpo_pl")
-    requirements = [Requirement(line) for line in about.get_all("Requires-Dist") or []]
-    for extra in about.get_all("Provides-Extra") or []:
-        ours = [one for one in requirements if one.marker and one.marker.evaluate({"extra": extra})]
-        missing = [one.name for one in ours if not _is_installed(one.name)]
+    needed = [Requirement(line) for line in requires("simnpo_pl") or []]
+    for extra in metadata("simnpo_pl").get_all("Provides-Extra") or []:
+        names = [one.name for one in needed if one.marker and one.marker.evaluate({"extra": extra})]
+        missing = [name for name in names if not list(distributions(name=name))]
         lacks = f"lacks {', '.join(missing)}: pip install 'simnpo_pl[{extra}]'"
         yield f"extra {extra}: {lacks if missing else 'installed'}"
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except PackageNotFoundError:
-        return False
 
 
 def _devices() -> Iterator[str]:
@@ -67,7 +59,7 @@ def _devices() -> Iterator[str]:
         yield "no GPU that torch can use"
 
 
-def _hub(timeout: float) -> str:
+def _hub(timeout: float) -> Iterator[str]:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if not endpoint.startswith(("https://", "http://")):
         raise UserError(f"HF_ENDPOINT must be a web address, got {endpoint}")
@@ -78,36 +70,25 @@ def _hub(timeout: float) -> str:
         state = f"answers with {error.code}"
     except OSError as error:
         state = f"does not answer ({getattr(error, 'reason', error)}): give folders instead of hub ids"
-    return f"{endpoint} {state}; {'a token is set' if get_token() else 'no token, needed for restricted models only'}"
+    yield f"{endpoint} {state}; {'a token is set' if get_token() else 'no token, needed for restricted models only'}"
 
 
 def _configs(files: list[Path]) -> Iterator[str]:
     for file in files:
-        try:
-            content = yaml.safe_load(file.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{file} does not exist; give a config file") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is no YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{file} is no config; expected groups such as model and data")
-        needs = [f"{what} {name} ({_where(name)})" for what, name in _named(content)]
+        needs = [f"{what} {name} ({_where(name)})" for what, name in _named(read_yaml(file))]
         yield f"{file}: {'; '.join(needs) or 'an overlay, or generated data: needs nothing'}"
+    if not files:
+        yield "none found"
 
 
 def _named(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Models, data and logs that a config names."""
     model, data, evaluation = (content.get(group) or {} for group in ("model", "data", "eval"))
+    named = {"model": model.get("name"), "reference": model.get("reference")}
     arguments = data.get("init_args", data) if isinstance(data, dict) else {}
-    for what, value in (
-        ("model", model.get("name")),
-        ("reference", model.get("reference")),
-        *((f"data.{name}", arguments.get(name)) for name in ("path", "forget", "retain", "refusals", "holdout")),
-        ("retrained model", evaluation.get("retrained")),
-        ("log", evaluation.get("retain_log")),
-    ):
-        if isinstance(value, str):
-            yield what, value
+    named |= {f"data.{name}": arguments.get(name) for name in ("path", "forget", "retain", "refusals", "holdout")}
+    named |= {"retrained model": evaluation.get("retrained"), "log": evaluation.get("retain_log")}
+    return ((what, name) for what, name in named.items() if isinstance(name, str))
 
 
 def _where(name: str) -> str:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 from simnpo_pl.metrics.titles import number
 from simnpo_pl.report.drawing import legend_outside, panels
@@ -13,31 +13,24 @@ from simnpo_pl.runs.record import Row, Run
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from simnpo_pl.metrics.functional import ForgetQualityResult
-
 START = "start"
 """Name of the start model among others."""
 
 
 class ForgetSubset(NamedTuple):
-    """Forget quality on a part of the forget rows; truth ratios are by row."""
+    """A part of the forget rows: truth ratios of both models, `forget_quality` of them, mean answer probability."""
 
     name: str
     unlearned: list[float]
     retrained: list[float]
-    quality: "ForgetQualityResult"
+    quality: Any
     probability: float
-    """Mean answer probability of the model."""
 
 
 def by_length(run: Run) -> dict[str, list[int]]:
     """Row indices of the shortest and the longest answers, in scored tokens; equal ones by index.
 
     The evaluated model unlearned all rows; only the evaluation is halved (SimNPO paper, figure 2).
-
-    Raises:
-        UserError: The run logged no lengths.
     """
     lengths = {row["index"]: row["length"] for row in run.weights if row["epoch"] == 1}
     if not lengths:
@@ -49,19 +42,13 @@ def by_length(run: Run) -> dict[str, list[int]]:
 
 def by_order(rows: int) -> dict[str, list[int]]:
     """Row indices of the first half, which a start model has seen, and of the second, which it has not."""
-    half = rows // 2
-    return {"strong": list(range(half)), "weak": list(range(half, rows))}
+    return {"strong": list(range(rows // 2)), "weak": list(range(rows // 2, rows))}
 
 
 def qualities(
     rows: Sequence[Row], retrained: Sequence[Row], subsets: Mapping[str, Sequence[int]]
 ) -> list[ForgetSubset]:
-    """Forget quality on some subsets of the forget rows.
-
-    Args:
-        rows: Evaluated rows of the model, as in `rows.jsonl`.
-        retrained: The same of the retrained model.
-        subsets: Name of a subset to its row indices.
+    """Forget quality on subsets of the forget rows, of a model's rows as in `rows.jsonl` and the retrained model's.
 
     Raises:
         UserError: A row was not evaluated by one of the models.
@@ -81,54 +68,47 @@ def qualities(
                     "rows that were trained on, with --eval.retrained or --eval.retain_log"
                 )
         ratios, others = ([float(side[index]["truth_ratio"]) for index in indices] for side in (ours, theirs))
-        probability = fmean(math.exp(-ours[index]["answer_nll"]) for index in indices)
         quality = forget_quality(torch.tensor(ratios), torch.tensor(others))
+        probability = fmean(math.exp(-ours[index]["answer_nll"]) for index in indices)
         found.append(ForgetSubset(name, ratios, others, quality, probability))
     return found
 
 
 def table(found: dict[str, list[ForgetSubset]]) -> str:
-    """Forget quality and forget probability of each model on each of two halves."""
-    heads = ["model"]
+    heads, rows = ["model"], []
     for half in next(iter(found.values())):
         heads += [f"{half.name} half: n", "forget quality", "KS", "forget prob."]
-    rows = []
     for model, halves in found.items():
-        row = [model]
-        for half in halves:
-            row += [str(half.quality.n), number(half.quality.p_value)]
-            row += [number(half.quality.ks_statistic), number(half.probability)]
-        rows.append(row)
+        quality = [
+            (half.quality.n, half.quality.p_value, half.quality.ks_statistic, half.probability) for half in halves
+        ]
+        rows.append([model, *(number(value) for values in quality for value in values)])
     return markdown.table(heads, rows)
 
 
 def draw(found: dict[str, list[ForgetSubset]], file: Path) -> None:
-    """Distribution of truth ratios on two halves of the forget rows, with the retrained model's (figure 2).
-
-    Dotted lines are the largest gaps to it, the KS statistics.
-    """
+    """Distribution of truth ratios on two halves (figure 2); dotted lines are the KS statistics, the largest gaps."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    methods = [model for model in found if model != START]
-    shades = {START: GREY, **{model: color(index) for index, model in enumerate(methods)}}
-    first = next(iter(found.values()))
-    with panels(file, 1, len(first), (3.3, 2.2), sharex=True, sharey=True) as (_, axes):
-        for column, axis in enumerate(axes[0]):
-            name, retrained = first[column].name, first[column].retrained
+    shades = {model: color(index) for index, model in enumerate(model for model in found if model != START)}
+    halves = list(zip(*found.values(), strict=True))
+    with panels(file, 1, len(halves), (3.3, 2.2), sharex=True, sharey=True) as (_, axes):
+        for axis, subsets in zip(axes[0], halves, strict=True):
+            retrained = subsets[0].retrained
             axis.step(*distribution(retrained), where="post", color=GREY, linewidth=2, label="retrained")
-            for model, halves in found.items():
-                half, shade = halves[column], shades[model]
-                style = {"color": shade, "linestyle": "--" if model == START else "-", "linewidth": 1.2}
-                label = f"{model}: {number(half.quality.p_value)}"
-                axis.step(*distribution(half.unlearned), where="post", label=label, **style)
-                gap = largest_gap(half.unlearned, retrained)
+            for model, subset in zip(found, subsets, strict=True):
+                shade, line = shades.get(model, GREY), "--" if model == START else "-"
+                style = {"color": shade, "linestyle": line, "linewidth": 1.2}
+                label = f"{model}: {number(subset.quality.p_value)}"
+                axis.step(*distribution(subset.unlearned), where="post", label=label, **style)
+                gap = largest_gap(subset.unlearned, retrained)
                 axis.plot([gap.at] * 2, [gap.low, gap.high], color=shade, linewidth=0.8, linestyle=":")
             axis.set_xscale("log")
             # Few labels, which do not overlap if the ratios span less than a decade.
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter(NullFormatter())
-            axis.set_title(f"{name} half, n = {len(retrained)}")
+            axis.set_title(f"{subsets[0].name} half, n = {len(retrained)}")
             axis.set_xlabel("truth ratio R")
             legend_outside(axis, "forget quality")
         axes[0][0].set_ylabel("share of forget rows")

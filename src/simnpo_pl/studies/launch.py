@@ -1,7 +1,7 @@
-"""Runs in processes of their own, each made once: finished ones are skipped, interrupted ones resumed.
+"""Runs in processes of their own: finished runs are skipped, interrupted ones resumed.
 
-All that makes many runs (sweep, tune, series, bias) calls this for each. Callers on several machines that share the
-folders may do so at the same time: a run is locked while it is made.
+Everything that makes many runs (sweep, tune, series, bias) makes each of them here. Workers on several machines may
+share the folders: a run is locked while it is made.
 """
 
 import json
@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
+from simnpo_pl.studies.plans import read_yaml
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, write_json
 
@@ -27,11 +27,13 @@ MADE_OF = "made_of.json"
 EVALUATIONS = ".evaluations"
 """In a study's folder: evaluations that its runs share."""
 AFTER = "after.json"
-"""In a run's folder: the commands that ran over it once it was finished."""
+"""In a run's folder: the commands that ran over the finished run."""
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
+"""Exit codes of a program that a signal stopped."""
 
 
 class RunFailed(UserError):
-    """A run ended with an error; its message is the run's own."""
+    """A run ended with an error."""
 
 
 class Taken(Exception):
@@ -40,14 +42,10 @@ class Taken(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """A run, or a model that runs start from.
+    """A run of `fit` or `test`, or a model of `task-vector`, and the commands over it `after` it is finished.
 
-    Args:
-        folder: Where it goes.
-        options: Of the command, without `--run_dir`, `--out` and `--ckpt_path`.
-        study: Folder of all runs that share their evaluations of start and retrained models.
-        command: `fit`, `test` or `task-vector`.
-        after: Commands over the finished run, such as an evaluation by another program.
+    `options` come without `--run_dir`, `--out` and `--ckpt_path`. The runs of a study share, in its folder, their
+    evaluations of start and retrained models.
     """
 
     folder: Path
@@ -67,32 +65,28 @@ class Job:
         """Whether its own command is done."""
         if self.command == "task-vector":
             return self.folder.is_dir()
-        return bool((read_record(self.folder) or {}).get("finished"))
+        return bool(read_record(self.folder).get("finished"))
 
     def remaining(self) -> list[list[str]]:
         """Command lines that still have to run."""
         command, *words = self.words
         if command != "task-vector":
-            # Before the options, so that a folder they give wins.
+            # Before the options, so that a folder among them wins.
             words = ["--eval.cache_dir", str(self.study / EVALUATIONS), *words]
         if command == "fit":
             words += ["--ckpt_path", "last"]
-        own = [] if self.is_finished else [[command, *words]]
         done = self._done()
+        own = [] if self.is_finished else [[command, *words]]
         return [*own, *(words for words in self.after if words not in done)]
 
     def make(self, log: Path | None = None, wait: bool = True) -> None:
-        """Run what remains.
-
-        Args:
-            log: File for the output; None leaves it to the terminal.
-            wait: Whether to wait while another process makes this run.
+        """Run what remains; output goes to the terminal if there is no log.
 
         Raises:
-            Taken: Another process makes it, and `wait` is false.
+            Taken: Another process makes this run, and `wait` is false.
             RunFailed: A command ended with an error.
             UserError: The folder holds a run with other options.
-            SystemExit: The run was stopped by a signal.
+            SystemExit: A signal stopped the run.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -111,20 +105,17 @@ class Job:
         return read_json(self.folder / AFTER) if (self.folder / AFTER).is_file() else []
 
     def _check_options(self) -> None:
-        """Note what a run is made of, and refuse one that was started with something else."""
+        """Note the options and configs of a run; refuse a run that was started with others."""
         places = [place for place, word in enumerate(self.options[:-1], start=1) if word == "--config"]
-        configs = [_read_config(self.options[place]) for place in places]
-        asked, file = {"options": list(self.options), "configs": configs}, self.folder / MADE_OF
+        asked = {"options": self.options, "configs": [read_yaml(Path(self.options[place])) for place in places]}
+        asked, file = json.loads(json.dumps(asked, default=str)), self.folder / MADE_OF
         if not (self.folder / RESULTS).is_file():
             write_json(file, asked)
-            return
-        if not file.is_file():
+        elif not file.is_file():
             raise UserError(f"{self.folder} holds a run that this command did not start; give another folder")
-        known = read_json(file)
-        different = [name for name in asked if known.get(name) != json.loads(json.dumps(asked[name], default=str))]
-        if different:
+        elif different := [name for name, value in read_json(file).items() if value != asked[name]]:
             raise UserError(
-                f"{self.folder} holds a run that was begun with other {' and '.join(different)} (see {file}); give "
+                f"{self.folder} holds a run that was started with other {' and '.join(different)} (see {file}); give "
                 "another folder, or remove this one to make the run again"
             )
 
@@ -134,45 +125,34 @@ def fit_once(
 ) -> dict[str, Any]:
     """Results of a run of `fit`, which is made or resumed first unless it is finished; see `Job.make`."""
     Job(folder, options, study).make(log, wait)
-    record = read_record(folder)
-    assert record is not None
-    return record
+    return read_record(folder)
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """Content of a run's results; None if it has none yet."""
-    file = folder / RESULTS
-    return read_json(file) if file.is_file() else None
+def read_record(folder: Path) -> dict[str, Any]:
+    """Results of a run; empty if it has none yet."""
+    return read_json(folder / RESULTS) if (folder / RESULTS).is_file() else {}
 
 
 def start(command: Sequence[str], log: Path | None = None) -> int:
-    """Run a program to its end; its exit code. A signal reaches the program, which saves its state and ends.
-
-    Args:
-        command: The program and its arguments.
-        log: File for its output; None leaves it to the terminal.
-    """
+    """Run a program and return its exit code; on a signal the program saves its state first."""
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if log is None else log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=None if log is None else subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT)
         # An interrupt from a terminal reaches the program by itself, a signal to this process alone does not.
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, lambda *_: process.terminate()) if main else None
-        try:
-            while True:
-                try:
-                    return process.wait()
-                except KeyboardInterrupt:
-                    continue
-        finally:
-            if main:
-                signal.signal(signal.SIGTERM, before)
+        while process.returncode is None:
+            with suppress(KeyboardInterrupt):
+                process.wait()
+        if main:
+            signal.signal(signal.SIGTERM, before)
+    return process.returncode
 
 
 def _call(folder: Path, words: Sequence[str], log: Path | None) -> None:
     code = start([sys.executable, "-m", "simnpo_pl", *words], log)
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM):
+    if code in STOPPED:
         print(f"stopped in {folder}; repeat the command to resume", file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
     if code:
@@ -182,10 +162,3 @@ def _call(folder: Path, words: Sequence[str], log: Path | None) -> None:
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             reason = f"{(errors or lines or ['it printed nothing'])[-1]}; its output is in {log}"
         raise RunFailed(f"{words[0]} in {folder} ended with exit code {code}: {reason}")
-
-
-def _read_config(file: str) -> Any:
-    try:
-        return yaml.safe_load(Path(file).expanduser().read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the config {file} ({error.strerror})") from error

@@ -1,14 +1,14 @@
 """leak@k of finished runs: sample answers to the forget questions and take the best of k by ROUGE-L recall.
 
-Greedy answers may hide what sampled ones show. Reported for every k up to --k as the mean over rows of the best answer
-expected among k of those drawn. The answers go to leak_K_TEMPERATURE_SEED.jsonl in the run's folder, the best one
-first. What a run's results.json holds already is skipped.
+Greedy answers may hide what sampled ones show. Reported for every k up to --k is the mean over rows of the expected
+best of k among the drawn answers. The answers go to leak_K_TEMPERATURE_SEED.jsonl in the run's folder, the best one
+first. What a run's results.json already holds is skipped.
 """
 
 from argparse import Namespace
 from functools import partial
 from math import comb
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simnpo_pl.evaluation.evaluation import gather_texts
-from simnpo_pl.evaluation.plan import Split, share_of
-from simnpo_pl.metrics.base import RowMetric
+from simnpo_pl.evaluation.plan import share_of
 from simnpo_pl.models.generation import Sampler, draws_of, generate
 from simnpo_pl.module.policy import PolicyModule
 from simnpo_pl.report.robustness import leak_table
@@ -46,22 +45,27 @@ def sample(run: Run, k: int, temperature: float, seed: int) -> dict[str, Any]:
     data.prepare_data()
     data.setup("validate")
     (part,) = data.evaluation().splits
-    if part.generation is None:
+    plan = part.generation
+    if plan is None:
         raise UserError(f"{run.folder}: its forget split has no answers to generate")
     kind = {"dtype": model.dtype_name, "attn_implementation": model.attn_implementation}
-    module = SamplingModule(model.name, data, part, k, temperature, seed, **kind)
-    rank_zero_only(print)(f"{run.name}: drawing {k} answers for each of {len(part.texts)} rows", flush=True)
+    module = SamplingModule(model.name, data, plan, k, temperature, seed, **kind)
+    count = len(part.texts)
+    rank_zero_only(print)(f"{run.name}: drawing {k} answers for each of {count} rows", flush=True)
     trainer.test(module, verbose=False)
+    drawn = [[module.texts[row, answer] for answer in range(k)] for row in range(count)]
+    scores = torch.tensor(
+        [[plan.score(text, part.texts[row]["answer"])[SCORE] for text in drawn[row]] for row in range(count)]
+    )
     rows = []
-    for index, drawn in module.scores.rows.items():
-        scores = cast(list[float], drawn)
-        order = sorted(range(k), key=lambda answer: -scores[answer])
-        answers = [{SCORE: scores[answer], "generation": module.texts[index, answer]} for answer in order]
-        rows.append({"split": part.name, "index": index, **part.texts[index], "samples": answers})
+    for row, values in enumerate(scores.tolist()):
+        order = sorted(range(k), key=lambda answer: -values[answer])
+        answers = [{SCORE: values[answer], "generation": drawn[row][answer]} for answer in order]
+        rows.append({"split": part.name, "index": row, **part.texts[row], "samples": answers})
     rank_zero_only(write_json_lines)(run.folder / f"leak_{k}_{temperature:g}_{seed}.jsonl", rows)
-    metrics, limit = dict(module.metrics), part.generation.max_new_tokens
-    settings = {"k": k, "temperature": temperature, "seed": seed, "max_new_tokens": limit}
-    return {"settings": settings, "n": int(metrics.pop("n")), "metrics": metrics}
+    metrics = {f"leak@{i}": value for i, value in enumerate(expected_best(scores).mean(dim=0).tolist(), start=1)}
+    settings = {"k": k, "temperature": temperature, "seed": seed, "max_new_tokens": plan.max_new_tokens}
+    return {"settings": settings, "n": count, "metrics": metrics}
 
 
 def expected_best(scores: Tensor) -> Tensor:
@@ -82,44 +86,14 @@ def expected_best(scores: Tensor) -> Tensor:
     return scores.double().sort(dim=1).values @ torch.tensor(weights, dtype=torch.float64)
 
 
-class LeakAtK(RowMetric):
-    """Best of k sampled answers, for every k up to the number of samples; the kind of a score is its sample."""
-
-    feature = SCORE
-    higher_is_better = False
-
-    def __init__(self, rows: int, samples: int) -> None:
-        super().__init__(rows, samples)
-        self.result_keys = tuple(f"leak@{k}" for k in range(1, samples + 1))
-
-    def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
-        return values
-
-    def aggregate(self, row_values: Tensor) -> dict[str, float]:
-        return dict(zip(self.result_keys, expected_best(row_values).mean(dim=0).tolist(), strict=True))
-
-
 class SamplingModule(PolicyModule):
-    """Samples answers of a split; the Trainer's `test` fills `scores`, `texts` and `metrics`.
+    """Samples `k` answers to each prompt of a plan; the Trainer's `test` fills `texts`, by row and answer."""
 
-    Args:
-        name: Model folder.
-        data: Data module that has been set up for evaluation.
-        part: The split.
-        k: Answers a row.
-        temperature: Of the softmax, above 0.
-        seed: With row and number of the answer it decides every draw.
-    """
-
-    def __init__(self, name: str, data: Any, part: Split, k: int, temperature: float, seed: int, **kwargs: Any) -> None:
+    def __init__(self, name: str, data: Any, plan: Any, k: int, temperature: float, seed: int, **kwargs: Any) -> None:
         super().__init__(name, **kwargs)
-        assert part.generation is not None
-        self.part, self.plan, self.data = part, part.generation, data
-        self.k, self.temperature, self.seed = k, temperature, seed
+        self.data, self.plan, self.k, self.temperature, self.seed = data, plan, k, temperature, seed
         self.decode = partial(data.tokenizer.decode, skip_special_tokens=True)
-        self.scores = LeakAtK(len(part.texts), k)
         self.texts: dict[tuple[int, int], str] = {}
-        self.metrics: dict[str, float] = {}
 
     @property
     def _data(self) -> Any:
@@ -142,13 +116,8 @@ class SamplingModule(PolicyModule):
         draws = torch.stack([draws_of(self.seed, row, answer, limit) for row, answer in cells])
         sampler = Sampler(draws.to(self.device), self.temperature)
         answers = generate(self.policy, [self.plan.prompts[row] for row, _ in cells], limit, self._end_ids(), sampler)
-        found = []
-        for (row, answer), ids in zip(cells, answers, strict=True):
-            text = self.texts[row, answer] = self.plan.finish(self.decode(ids))
-            found.append(self.plan.score(text, self.part.texts[row]["answer"])[SCORE])
-        rows, columns = torch.tensor(cells).unbind(1)
-        self.scores.update(rows, columns, {SCORE: torch.tensor(found, dtype=torch.float32)})
+        for cell, ids in zip(cells, answers, strict=True):
+            self.texts[cell] = self.plan.finish(self.decode(ids))
 
     def on_test_epoch_end(self) -> None:
-        self.metrics = self.scores.compute()
         self.texts = gather_texts(self.texts)

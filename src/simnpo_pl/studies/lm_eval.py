@@ -1,7 +1,7 @@
 """Accuracy of finished runs' models on tasks of lm-evaluation-harness, such as wmdp_bio, wmdp_cyber and mmlu.
 
-The harness measures; results are added to the run's results.json under lm_eval, by model and task. Tasks that are there
-already are measured again.
+The harness measures; results are added to the run's results.json under lm_eval, by model and task. Tasks that are
+already there are measured again.
 """
 
 from argparse import Namespace
@@ -12,39 +12,35 @@ from typing import Any
 
 import torch
 
-from simnpo_pl.metrics.titles import number as shown
+from simnpo_pl.metrics.titles import number
 from simnpo_pl.models.loading import find_model
 from simnpo_pl.models.lora import ADAPTER_CONFIG, base_of
 from simnpo_pl.studies.reopen import add_results, finished_runs
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
-KEY = "lm_eval"
-"""Key of results.json: model (`start`, `final`) to task to its numbers."""
-
 
 def run(options: Namespace) -> None:
     if options.include_path is not None and not options.include_path.is_dir():
         raise UserError(f"--include_path: {options.include_path} is not a folder")
-    runs = finished_runs(options.runs)
     lines = []
-    for one in runs:
+    for one in finished_runs(options.runs):
         models = {"final": str(one.folder / "model")}
         if options.start:
-            models["start"] = one.record["settings"]["model"]["name"]
+            models["start"] = one.start_model
         for role, model in models.items():
             # A start model may lack a tokenizer; the run's has one.
             found = evaluate(model, models["final"], options)
             add_results(one, partial(_add, role, found))
         for role, name in (("start", "start"), ("final", "unlearned")):
-            held = one.record.get(KEY, {}).get(role)
-            if held:
-                lines.append([one.name, name, *(shown(held.get(task, {}).get("acc")) for task in options.tasks)])
+            known = one.record["lm_eval"].get(role)
+            if known:
+                lines.append([one.name, name, *(number(known.get(task, {}).get("acc")) for task in options.tasks)])
     print(markdown.table(["run", "model", *options.tasks], lines))
 
 
 def _add(role: str, found: dict[str, Any], results: dict[str, Any]) -> None:
-    results.setdefault(KEY, {}).setdefault(role, {}).update(found)
+    results.setdefault("lm_eval", {}).setdefault(role, {}).update(found)
 
 
 def evaluate(model: str, tokenizer: str, options: Namespace) -> dict[str, dict[str, Any]]:
@@ -79,11 +75,10 @@ def evaluate(model: str, tokenizer: str, options: Namespace) -> dict[str, dict[s
 
 
 def _task_manager(options: Namespace) -> Any:
-    """The harness's index of tasks."""
     from lm_eval.tasks import TaskManager
 
     include = options.include_path and str(options.include_path)
-    # Its own fourteen thousand tasks take ten seconds to index, so they are left out if the folder has all tasks.
+    # The harness takes ten seconds to index its tasks, which are not needed if the folder has all that are asked for.
     for defaults in (False, True) if include else (True,):
         manager = TaskManager(include_path=include, include_defaults=defaults)
         unknown = [task for task in options.tasks if task not in manager.all_tasks]
@@ -108,5 +103,5 @@ def _numbers(task: str, results: Any, limit: int | None) -> dict[str, Any]:
         "limit": limit,
         "version": f"lm_eval {version('lm_eval')}, task {results['versions'].get(task)}",
     }
-    # A group has no questions of its own.
+    # A group has no questions.
     return {**found, **{name: value for name, value in settings.items() if value is not None}}

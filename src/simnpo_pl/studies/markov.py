@@ -4,26 +4,33 @@ Three chains over ten states; a small Llama that knows them forgets two. Every m
 sees the same batches at the same seed. Forgetting is a distance in nats to the true chain, which is known.
 """
 
+import logging
 import statistics
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import lightning.pytorch as pl
 import numpy as np
+import torch
+from lightning.pytorch.callbacks import LambdaCallback
 
+from simnpo_pl import objectives
+from simnpo_pl.benchmarks import MarkovData
+from simnpo_pl.benchmarks.markov import bayes_floors
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.report.drawing import panels
 from simnpo_pl.report.figures import GREY, color
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, write_json, write_text
-
-if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-    from simnpo_pl.benchmarks import MarkovData
 
 METHODS: dict[str, tuple[str, dict[str, float]]] = {
     "GA": ("GradAscent", {}),
@@ -47,15 +54,16 @@ Curve = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What the runs of a study have in common; a run ends at the retain distance `stop`, nats."""
+    """What the runs of a study have in common: `batch` forget sequences a step, evaluated at `every` nth step.
+
+    A run ends at the retain distance `stop`, nats.
+    """
 
     size: Literal["small", "paper"] = "small"
     lr: float = 2e-3
     steps: int = 60
     every: int = 2
-    """Steps between evaluations."""
     batch: int = 4
-    """Forget sequences a step."""
     stop: float = 0.5
 
 
@@ -63,52 +71,33 @@ SETTINGS = {"small": Setting(), "paper": Setting("paper", lr=5e-4, steps=50, eve
 
 
 def run(options: Namespace) -> None:
-    """Make the study, or read its results; write `study.json`, `table.md` and `trade_off.png`."""
     if len(set(options.seeds)) < len(options.seeds):
         raise UserError(f"--seeds: must be different numbers, got {options.seeds}")
-    out = options.out
-    setting = SETTINGS[options.setting]
+    out, setting = options.out, SETTINGS[options.setting]
     asked = {"setting": asdict(setting), "seeds": options.seeds, "methods": list(METHODS)}
     file = out / "study.json"
-    if file.is_file():
-        kept = read_json(file)
-        if kept["asked"] != asked:
-            raise UserError(f"--out {out} holds a study of other settings or seeds; give another folder")
-        results = kept["results"]
-    else:
+    if not file.is_file():
         results = study(out / "models", setting, options.seeds, options.processes)
         write_json(file, {"asked": asked, "results": results})
-    text = table(results)
+    kept = read_json(file)
+    if kept["asked"] != asked:
+        raise UserError(f"--out {out} holds a study of other settings or seeds; give another folder")
+    text = table(kept["results"])
     write_text(out / "table.md", text + "\n")
-    figure(results, out / "trade_off.png")
+    figure(kept["results"], out / "trade_off.png")
     print(text)
     print(f"written: {file}, {out / 'table.md'}, {out / 'trade_off.png'}")
 
 
 def study(folder: Path, setting: Setting, seeds: Sequence[int], processes: int) -> list[dict[str, Any]]:
-    """`length`, `seed`, distances of `start` and `retrained`, and the curves of `methods`, for each seed and length."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
+    """Results of `compare` for each seed and length, in parallel processes."""
     tasks = [(folder, setting, length, seed) for seed in seeds for length in LENGTHS]
-    found = []
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for result in pool.map(compare, *zip(*tasks, strict=True)):
-            found.append(result)
-            print(f"forget2 of length {result['length']}, seed {result['seed']}: {len(result['methods'])} methods")
-    return found
+        return list(pool.map(compare, *zip(*tasks, strict=True)))
 
 
 def compare(folder: Path, setting: Setting, length: int, seed: int) -> dict[str, Any]:
-    """All methods at one length and seed; an entry of what `study` returns."""
-    import logging
-    import warnings
-
-    import torch
-
-    from simnpo_pl.benchmarks import MarkovData
-    from simnpo_pl.evaluation.options import EvalOptions
-
+    """`length`, `seed`, distances of the `start` and `retrained` models, and the curves of all `methods`."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -129,26 +118,15 @@ def compare(folder: Path, setting: Setting, length: int, seed: int) -> dict[str,
     data().prepare_data()
     methods = {name: unlearn(str(path / "start"), data(), setting, *method) for name, method in METHODS.items()}
     models = {model: measure_once(str(path / model), data()) for model in ("start", "retrained")}
+    print(f"forget2 of length {length}, seed {seed}: {len(methods)} methods", flush=True)
     return {"length": length, "seed": seed, **models, "methods": methods}
 
 
-def unlearn(name: str, data: "MarkovData", setting: Setting, objective: str, settings: dict[str, float]) -> Curve:
+def unlearn(name: str, data: MarkovData, setting: Setting, objective: str, settings: dict[str, float]) -> Curve:
     """Unlearn from a start model with a class of `simnpo_pl.objectives`, evaluating every few steps."""
-    from lightning.pytorch.callbacks import LambdaCallback
-
-    from simnpo_pl import objectives
-    from simnpo_pl.module.unlearning import UnlearningModule
-
-    module = UnlearningModule(
-        name,
-        objective=getattr(objectives, objective)(**settings),
-        retain_loss=None,
-        forget_weight=1.0,
-        lr=setting.lr,
-        weight_decay=0.0,
-        warmup_epochs=0,
-        schedule="constant",
-    )
+    loss = getattr(objectives, objective)(**settings)
+    options: dict[str, Any] = {"lr": setting.lr, "weight_decay": 0.0, "warmup_epochs": 0, "schedule": "constant"}
+    module = UnlearningModule(name, objective=loss, retain_loss=None, forget_weight=1.0, **options)
     curve: Curve = []
     batches: list[Any] = []
 
@@ -164,19 +142,15 @@ def unlearn(name: str, data: "MarkovData", setting: Setting, objective: str, set
     return curve
 
 
-def measure_once(name: str, data: "MarkovData") -> dict[str, float]:
+def measure_once(name: str, data: MarkovData) -> dict[str, float]:
     """Distances of a model as it is."""
-    from simnpo_pl.module.unlearning import UnlearningModule
-
     module = UnlearningModule(name)
     module.configure_model()
     data.trainer = _trainer()
     return {"step": 0, **_distances(module, data, data.val_dataloader())}
 
 
-def _distances(module: Any, data: "MarkovData", batches: Iterable[Any]) -> dict[str, float]:
-    import torch
-
+def _distances(module: Any, data: MarkovData, batches: Iterable[Any]) -> dict[str, float]:
     evaluation = data.evaluation()
     evaluation.reset()
     module.policy.eval()
@@ -187,18 +161,13 @@ def _distances(module: Any, data: "MarkovData", batches: Iterable[Any]) -> dict[
     return {name.removesuffix("/distance"): value for name, value in evaluation.compute().values.items()}
 
 
-def _trainer(**options: Any) -> "pl.Trainer":
-    import lightning.pytorch as pl
-
+def _trainer(**options: Any) -> Any:
     return pl.Trainer(accelerator="cpu", barebones=True, limit_val_batches=0, use_distributed_sampler=False, **options)
 
 
 def floors(length: int) -> dict[str, float]:
     """Smallest distances that a start model of this setting can reach, nats."""
-    from simnpo_pl.benchmarks.markov import bayes_floors
-
-    shares = np.array([2.0, 1.0, 1.0 if LENGTHS[length] == "seen" else 0.0])
-    return bayes_floors(shares, length, count=20000)
+    return bayes_floors(np.array([2.0, 1.0, 1.0 if LENGTHS[length] == "seen" else 0.0]), length, count=20000)
 
 
 def at_level(curve: Curve, level: float) -> dict[str, float] | None:
@@ -213,17 +182,16 @@ def at_level(curve: Curve, level: float) -> dict[str, float] | None:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Forget distances at two retain distances as mean and deviation over seeds, and seeds won by SimNPO."""
-    seeds = {result["seed"] for result in results}
-    low, high = LEVELS
+    seeds, (low, high) = {result["seed"] for result in results}, LEVELS
     parts = [f"KL(true chain || model) in nats where the retain distance is {low} and {high}; {len(seeds)} seeds."]
     columns = [(name, level) for name in FORGET for level in LEVELS]
     for length, seen in LENGTHS.items():
         group = [result for result in results if result["length"] == length]
         rows = []
         for method in METHODS:
-            levels = {level: [at_level(result["methods"][method], level) for result in group] for level in LEVELS}
-            cells = [_spread([found[name] for found in levels[level] if found]) for name, level in columns]
-            rows.append([method, *cells])
+            curves = [result["methods"][method] for result in group]
+            levels = {level: [found for curve in curves if (found := at_level(curve, level))] for level in LEVELS}
+            rows.append([method, *(_spread([found[name] for found in levels[level]]) for name, level in columns)])
         parts += [f"forget2 of length {length}, {seen} by the start model:"]
         parts += [markdown.table(["method", *(f"{name} @{level:.2f}" for name, level in columns)], rows)]
         for model in ("start", "retrained"):
@@ -238,15 +206,14 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def won(group: Sequence[dict[str, Any]], name: str) -> str:
     """On how many seeds SimNPO beats the best other method, at the larger retain distance."""
-    count = compared = 0
+    wins = []
     for result in group:
         found = {method: at_level(curve, LEVELS[1]) for method, curve in result["methods"].items()}
         ours = found["SimNPO, beta 4"]
         others = [point[name] for method in ("GA", "NPO, beta 0.2", "NPO, beta 1") if (point := found[method])]
         if ours and others:
-            compared += 1
-            count += ours[name] > max(others)
-    return f"on {count} of {compared} seeds."
+            wins.append(ours[name] > max(others))
+    return f"on {sum(wins)} of {len(wins)} seeds."
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -274,9 +241,7 @@ def figure(results: Sequence[dict[str, Any]], file: Path) -> None:
                 axis.plot(floor["retain"], floor[name], "x", color="black", label=label, zorder=5)
                 which = f"forget2, {seen} by the start model" if name == "forget2" else "forget1"
                 axis.set_title(f"{which} (forget2 of length {length})")
-                axis.set_xlim(0, RANGE)
-                axis.set_ylim(0, 1.5)
-                axis.set_ylabel("forget distance, nats")
+                axis.set(xlim=(0, RANGE), ylim=(0, 1.5), ylabel="forget distance, nats")
         for axis in axes[-1]:
             axis.set_xlabel("retain distance, nats")
         sheet.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

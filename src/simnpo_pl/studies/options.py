@@ -5,8 +5,8 @@ from collections.abc import Callable
 from math import inf, isfinite
 from pathlib import Path
 
-SHARES = ("raw/forget[:25%]", "raw/forget[:50%]", "raw/forget[:75%]", "raw/forget")
-PARTS = ("raw/forget[:25%]", "raw/forget[25%:50%]", "raw/forget[50%:75%]", "raw/forget[75%:]")
+Add = Callable[..., object]
+"""`ArgumentParser.add_argument`."""
 
 
 def number(
@@ -26,8 +26,6 @@ def number(
     return read
 
 
-Add = Callable[..., object]
-"""`ArgumentParser.add_argument`."""
 at_least_1 = number(int, least=1)
 at_least_0 = number(int, least=0)
 above_0 = number(float, above=0)
@@ -123,15 +121,17 @@ def report(add: Add) -> None:
 
 
 def scalability(add: Add) -> None:
+    shares = ("raw/forget[:25%]", "raw/forget[:50%]", "raw/forget[:75%]", "raw/forget")
     what = "forget sets of growing size; MUSE-News has scal/forget_1 to scal/forget_4"
     add("--out", required=True, type=path, metavar="FOLDER", help="where the runs and the table go")
-    add("--forget", nargs="+", default=SHARES, metavar="SPLIT", help=what)
+    add("--forget", nargs="+", default=shares, metavar="SPLIT", help=what)
 
 
 def sustainability(add: Add) -> None:
+    quarters = ("raw/forget[:25%]", "raw/forget[25%:50%]", "raw/forget[50%:75%]", "raw/forget[75%:]")
     what = "what each request asks to forget; MUSE-News has sust/forget_1 to sust/forget_4"
     add("--out", required=True, type=path, metavar="FOLDER", help="where the runs and the table go")
-    add("--forget", nargs="+", default=PARTS, metavar="SPLIT", help=what)
+    add("--forget", nargs="+", default=quarters, metavar="SPLIT", help=what)
 
 
 def sweep(add: Add) -> None:

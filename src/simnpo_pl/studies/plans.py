@@ -1,47 +1,89 @@
-"""Files that say which runs a command makes: of a sweep, a tuning, a study."""
+"""Plan files, which say what runs a sweep, a tuning or a study makes."""
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
 
 from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.files import write_text
 
 Words = str | list[str]
 """Options as on a command line, in one text or several."""
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a sweep and a tuning have in common.
+
+    Args:
+        title: Of the table.
+        folder: Of the runs; options may name it as `{folder}`.
+        fit: Options of every run, before those of its method.
+    """
+
+    title: str
+    folder: str
+    fit: Words = ""
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder).expanduser()
+
+    def filled(self, words: Sequence[str], **values: str) -> list[str]:
+        """Words with `{folder}` and the names of `values` replaced; not by str.format, as prompts contain braces."""
+        for name, value in {"folder": str(self.path), **values}.items():
+            words = [word.replace("{" + name + "}", value) for word in words]
+        return list(words)
+
+    def in_folder(self, folder: str | None) -> Self:
+        """This plan with its runs in another folder, if one is given."""
+        return self if folder is None else replace(self, folder=folder)
+
+
+def write_tables(text: str, *files: Path | None) -> None:
+    """Print a table and write it to the files that are given."""
+    print(text)
+    for file in files:
+        if file is not None:
+            write_text(file, text)
+            print(f"written: {file}")
+
+
 def words_of(text: Words) -> list[str]:
-    """The words of options, as a shell splits them."""
     return [word for line in ([text] if isinstance(text, str) else text) for word in shlex.split(line)]
 
 
+def read_yaml(file: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
+    """Content of a YAML file that holds a mapping; `example` is a correct file, for messages."""
+    try:
+        content = yaml.safe_load(file.expanduser().read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {file} ({error.strerror}): give a file such as {example}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not YAML ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a mapping, got {type(content).__name__}; {example} is an example")
+    return content
+
+
 def read_plan(files: Sequence[Path], kind: type[T], example: str, by_name: Sequence[str] = ()) -> T:
-    """What YAML files say together, as a dataclass.
+    """A plan, read from YAML files.
 
     Args:
         files: The first, and those that change it.
-        kind: The dataclass.
-        example: A file of this kind that is right, for messages.
-        by_name: Mappings whose entries a later file changes one by one, or removes by null; all else it replaces.
-
-    Raises:
-        UserError: A file is missing or holds something else.
+        kind: The plan's dataclass.
+        example: A correct file, for messages.
+        by_name: Mappings whose entries a later file changes one by one, or removes by null; it replaces all else.
     """
     content: dict[str, Any] = {}
     for file in files:
-        try:
-            read = yaml.safe_load(file.expanduser().read_text())
-        except OSError as error:
-            raise UserError(f"cannot read {file} ({error.strerror}): give a file such as {example}") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"{file} is no YAML ({' '.join(str(error).split())[:200]})") from error
-        if not isinstance(read, dict):
-            raise UserError(f"{file} is no mapping; {example} shows what is expected")
+        read = read_yaml(file, example)
         for name in by_name:
             if isinstance(read.get(name), dict):
                 known = content.get(name)
@@ -53,7 +95,7 @@ def read_plan(files: Sequence[Path], kind: type[T], example: str, by_name: Seque
     try:
         return parser.instantiate(parser.parse_object({"plan": content})).plan
     except Exception as error:
-        # What a class says of its own settings is the cause of what the parser says.
+        # jsonargparse wraps what the plan's own __post_init__ raises.
         own = next((one for one in (error, error.__cause__) if isinstance(one, UserError)), None)
         reason = " ".join(str(own or error).split())[:300]
-        raise UserError(f"{files[-1]}: {reason}; {example} shows what is expected") from error
+        raise UserError(f"{files[-1]}: {reason}; {example} is an example") from error

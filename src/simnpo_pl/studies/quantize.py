@@ -1,9 +1,9 @@
 """Evaluate finished runs again after their weights were rounded to 8 or 4 bits, by torchao.
 
-Rounding may bring back what was forgotten, as unlearning moves weights little (Zhang et al. 2024, "Catastrophic Failure
-of LLM Unlearning via Quantization"). Rounded are all linear layers of the run's model/ except its output head,
-symmetrically: 8 bits with one scale an output row, 4 bits with one a group. What a run's results.json holds already is
-skipped.
+Rounding may bring back what was forgotten, because unlearning changes weights little (Zhang et al. 2024, "Catastrophic
+Failure of LLM Unlearning via Quantization"). All linear layers of the run's model/ except its output head are rounded,
+symmetrically: 8 bits with one scale per output row, 4 bits with one per group. What a run's results.json already holds
+is skipped.
 """
 
 import math
@@ -48,23 +48,17 @@ def evaluate_rounded(run: Run, bits: int, group_size: int | None) -> dict[str, A
 
 
 def quantize(model: Any, bits: int, group_size: int | None = None) -> int:
-    """Round the weights of all linear layers in place to the nearest step, except output head and embeddings.
+    """Round the weights of all linear layers in place, except output head and embeddings; how many were rounded.
 
     Args:
         model: Causal language model from transformers.
         bits: 8 or 4.
-        group_size: Neighbouring weights of an output row that share a scale; None gives each row one scale.
-
-    Returns:
-        How many weights were rounded.
-
-    Raises:
-        UserError: torchao is not installed, there is no linear layer, or the groups do not divide a row.
+        group_size: Weights of an output row that share a scale; None gives each row one scale.
     """
     try:
         from torchao.quantization import IntxWeightOnlyConfig, PerAxis, PerGroup, quantize_
     except ModuleNotFoundError as error:
-        raise UserError(f"quantisation needs {error.name}: pip install 'simnpo_pl[quantize]'") from error
+        raise UserError(f"quantization needs {error.name}: pip install 'simnpo_pl[quantize]'") from error
     require_merged(model, "RUN/model")
     head = model.get_output_embeddings()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
@@ -78,8 +72,7 @@ def quantize(model: Any, bits: int, group_size: int | None = None) -> int:
                 f"--group_size {group_size} does not divide the {layer.in_features} inputs of {name}; give a divisor "
                 f"of {common}, such as {fitting}"
             )
-    rounded = sum(layer.weight.numel() for layer in layers.values())
     granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
     config = IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), granularity)
     quantize_(model, config, filter_fn=lambda module, name: name in layers)
-    return rounded
+    return sum(layer.weight.numel() for layer in layers.values())

@@ -1,13 +1,14 @@
 """Relearning attack (SimNPO paper, section 6): fine-tune the unlearned model on part of what it forgot.
 
 Plain cross-entropy on a share of the forget rows, from the run's model/, all weights trained, at a learning rate that
-falls linearly to 0; forget quality and probability before and after every epoch. What a run's results.json holds
-already is skipped.
+falls linearly to 0; forget quality and probability before and after every epoch. What a run's results.json already
+holds is skipped.
 """
 
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,8 +32,18 @@ class Attack:
 
     @property
     def key(self) -> str:
-        """The settings in one line; results keep the attack under it."""
         return f"{self.subset} share={self.share:g} epochs={self.epochs} lr={self.lr:g}"
+
+
+class _Curve(Callback):
+    """Metrics of every evaluation, by epoch; 0 is the unlearned model."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, Any]] = []
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else 0
+        self.epochs.append({"epoch": epoch, "metrics": pl_module.evaluation_result.values})
 
 
 def run(options: Namespace) -> None:
@@ -42,17 +53,6 @@ def run(options: Namespace) -> None:
             seeds = range(options.seed, options.seed + options.repeats) if subset == "random" else [0]
             relearn(one, Attack(subset, options.share, options.epochs, options.lr), seeds)
     rank_zero_only(print)(relearning_table(runs))
-
-
-class _Curve(Callback):
-    """Metrics of every evaluation, by epoch; 0 is the unlearned model."""
-
-    def __init__(self, before: Sequence[dict[str, Any]]) -> None:
-        self.epochs = list(before)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else 0
-        self.epochs.append({"epoch": epoch, "metrics": pl_module.evaluation_result.values})
 
 
 def relearn(run: Run, attack: Attack, seeds: Sequence[int]) -> None:
@@ -68,36 +68,27 @@ def relearn(run: Run, attack: Attack, seeds: Sequence[int]) -> None:
             *("--trainer.max_epochs", str(attack.epochs)),
             *("--eval.splits", "[forget]", "--eval.generate_rows", "0"),
         )
-        module, data = opened.model, opened.datamodule
+        module, data, curve = opened.model, opened.datamodule, _Curve()
         trainer: Any = opened.trainer
-        data.forget_rows = choose_rows(data.forget_lengths(), attack, seed)
-        rank_zero_only(print)(f"{run.name}: relearning {len(data.forget_rows)} {attack.subset} rows, draw {seed}")
-        curve = _Curve(before)
         trainer.callbacks.append(curve)
+        rows = data.forget_rows = choose_rows(data.forget_lengths(), attack, seed)
+        rank_zero_only(print)(f"{run.name}: relearning {len(rows)} {attack.subset} rows, draw {seed}")
         if not before:
             trainer.validate(module, datamodule=data, verbose=False)
-            before = list(curve.epochs)
+            before, curve.epochs = curve.epochs, []
         trainer.fit(module, datamodule=data)
-        _keep(run, attack, {"seed": seed, "rows": data.forget_rows, "epochs": curve.epochs})
+        repeat = {"seed": seed, "rows": rows, "epochs": [*before, *curve.epochs]}
+        add_results(run, partial(_add, attack, repeat))
 
 
-def _keep(run: Run, attack: Attack, repeat: dict[str, Any]) -> None:
-    def change(content: dict[str, Any]) -> None:
-        entry = content.setdefault("relearn", {}).setdefault(attack.key, {"settings": asdict(attack), "repeats": []})
-        others = [known for known in entry["repeats"] if known["seed"] != repeat["seed"]]
-        entry["repeats"] = sorted([*others, repeat], key=lambda one: one["seed"])
-
-    add_results(run, change)
+def _add(attack: Attack, repeat: dict[str, Any], results: dict[str, Any]) -> None:
+    entry = results.setdefault("relearn", {}).setdefault(attack.key, {"settings": asdict(attack), "repeats": []})
+    others = [known for known in entry["repeats"] if known["seed"] != repeat["seed"]]
+    entry["repeats"] = sorted([*others, repeat], key=lambda one: one["seed"])
 
 
 def choose_rows(lengths: Sequence[int], attack: Attack, seed: int) -> list[int]:
-    """Rows to relearn, at least one, in ascending order.
-
-    Args:
-        lengths: Scored tokens of every forget row.
-        attack: Which rows, and what part of all; rounded to the nearest number of rows.
-        seed: Of the random draw.
-    """
+    """Rows to relearn, at least one, in ascending order; `lengths` are the scored tokens of every forget row."""
     count = max(1, round(attack.share * len(lengths)))
     if attack.subset == "shortest":
         return sorted(sorted(range(len(lengths)), key=lambda row: (lengths[row], row))[:count])

@@ -1,4 +1,4 @@
-"""A finished run, loaded again: its model and settings for what is measured afterwards, its results to add to."""
+"""A finished run, loaded again: its model and settings for measurements, its results to add to."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,10 @@ from simnpo_pl.studies.launch import RESULTS
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, write_json
 
-HARDWARE = ("accelerator", "strategy", "devices", "num_nodes", "plugins", "gradient_clip_val", "deterministic")
+KEPT = (
+    *("accelerator", "strategy", "devices", "num_nodes", "plugins", "gradient_clip_val", "deterministic"),
+    *("max_epochs", "enable_progress_bar"),
+)
 """Settings of the run's Trainer that a Trainer over the finished run has, too."""
 
 
@@ -26,10 +29,8 @@ class LoadedRun(UnlearningCLI):
         """A Trainer on the run's devices that writes no files."""
         given = self._get(self.config_init, "trainer")
         return pl.Trainer(
-            **{name: given[name] for name in HARDWARE},
+            **{name: given[name] for name in KEPT},
             precision=precision(given),
-            max_epochs=given["max_epochs"],
-            enable_progress_bar=given["enable_progress_bar"],
             callbacks=kwargs.get("callbacks"),
             logger=False,
             enable_checkpointing=False,
@@ -46,7 +47,7 @@ def finished_runs(folders: list[Path]) -> list[Run]:
     """Runs with an exported model; `UserError` if a folder holds no finished run of `fit`."""
     runs = read_runs(folders)
     for run in runs:
-        if not run.record.get("finished"):
+        if not run.finished:
             raise UserError(f"{run.folder} holds an unfinished run; resume it: --run_dir {run.folder} --ckpt_path last")
         if not (run.folder / "model").is_dir():
             raise UserError(f"{run.folder} holds no model/; give the folder of a finished fit")
@@ -54,7 +55,7 @@ def finished_runs(folders: list[Path]) -> list[Run]:
 
 
 def reopen(run: Run, *options: str) -> LoadedRun:
-    """Settings of a run, with its exported model as the start model and the retrained model's rows that it kept.
+    """A run whose start model is its exported model, with the retrained model's rows that it kept.
 
     Further options of `fit` win over the run's.
     """
@@ -75,7 +76,7 @@ def measure_once(run: Run, group: str, key: str, measure: Callable[..., Any], *s
 
 @rank_zero_only
 def add_results(run: Run, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a run's record and its `results.json` in place, atomically, also while other processes do so."""
+    """Change a run's record and its `results.json`, atomically, also while other processes do so."""
     file = run.folder / RESULTS
     with FileLock(run.folder / ".results.lock"):
         content = read_json(file)

@@ -1,56 +1,86 @@
-"""A table of the paper: the runs of a sweep file, methods x splits x seeds, and the table of what they found.
+"""A table of the paper: the runs of a sweep file, methods x splits x seeds, and the table of their results.
 
     python -m simnpo_pl sweep configs/sweep/table1.yaml -o results/table1.md
     python -m simnpo_pl sweep configs/sweep/table1.yaml --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
 
-Files after the first change it. Finished runs are skipped and interrupted ones resume; workers that share the folder
-never take the same run. All other options are options of every run, after those of the file.
+Files after the first change it. Finished runs are skipped and interrupted ones resumed; workers that share the folder
+never make the same run. All other options are options of every run, after those of the file.
 """
 
 import shlex
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
+from simnpo_pl.metrics.titles import number
+from simnpo_pl.report.robustness import spread
+from simnpo_pl.runs.record import Row, Run, read_runs
+from simnpo_pl.studies.halves import by_order, qualities
 from simnpo_pl.studies.launch import Job, RunFailed, Taken
-from simnpo_pl.studies.options import path
-from simnpo_pl.studies.plans import Words, read_plan, words_of
-from simnpo_pl.studies.sweep_tables import COLUMNS, table
+from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tables
+from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
-from simnpo_pl.utils.files import write_text
 
 STARTED_BY = ("fit", "test", "task-vector")
+Key = tuple[str, str, int]
+"""Split, method and seed of a run."""
+COLUMNS = {
+    "tofu": {
+        "forget 1-R": "1 - forget/rouge",
+        "1-P": "1 - forget/probability",
+        "T": "forget/truth_ratio",
+        "FQ": "forget_quality",
+        **{
+            f"{title} {short}": f"{split}/{name}"
+            for split, title in (("real_authors", "authors"), ("world_facts", "facts"), ("retain", "retain"))
+            for name, short in (("rouge", "R"), ("probability", "P"), ("truth_ratio", "T"))
+        },
+        "MU": "model_utility",
+        "n": "n",
+    },
+    "halves": {
+        "FQ strongly memorized": "forget_quality strong",
+        "FQ weakly memorized": "forget_quality weak",
+        "MU": "model_utility",
+        "n": "n",
+    },
+    "muse": {
+        "VerbMem forget": "verbmem_forget",
+        "KnowMem forget": "knowmem_forget",
+        "PrivLeak": "privleak",
+        "KnowMem retain": "knowmem_retain",
+    },
+    "wmdp_bio": {"1 - Bio acc.": "1 - lm_eval wmdp_bio", "MMLU acc.": "lm_eval mmlu"},
+}
+"""Kind of table to its columns: title to a name that `value` knows."""
+BY_DEFINITION = {"forget_quality": 1.0, "forget_quality strong": 1.0, "forget_quality weak": 1.0, "privleak": 0.0}
+"""Values of the retrained model compared with itself."""
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Plan):
     """Content of a sweep file, such as `configs/sweep/table1.yaml`.
 
-    In options `{folder}`, `{split}` and `{seed}` stand for the sweep's folder, the run's split and its seed, and in
-    `after` `{run}` for the run's own folder. Options may begin with `test` or `task-vector`; the default is `fit`.
+    `{split}` and `{seed}` in options are those of the run, `{run}` in `after` is the run's folder. Options may begin
+    with `test` or `task-vector`; the default is `fit`.
 
     Args:
-        title: Of the table.
-        folder: Holds the runs.
-        table: Which columns, see `sweep_tables.COLUMNS`.
+        table: Which columns, a key of `COLUMNS`.
         methods: Row of the table to the options of its runs.
         splits: Part of the table to the options of its runs.
         seeds: A run each.
-        fit: Options of every run, before those of split and method.
         models: Models made before the runs: name to options; the folder is `{folder}/models/NAME`.
         after: Commands over each finished run.
         note: Text below the table.
     """
 
-    title: str
-    folder: str
     table: str
     methods: dict[str, Words]
     splits: dict[str, Words] = field(default_factory=lambda: {"all": ""})
     seeds: list[int] = field(default_factory=lambda: [0])
-    fit: Words = ""
     models: dict[str, Words] = field(default_factory=dict)
     after: list[str] = field(default_factory=list)
     note: str = ""
@@ -62,22 +92,16 @@ class Sweep:
         if self.table not in COLUMNS:
             raise UserError(f"the sweep's table is {self.table!r}; known are {', '.join(COLUMNS)}")
 
-    @property
-    def path(self) -> Path:
-        return path(self.folder)
-
-    def runs(self, more: Sequence[str] = ()) -> dict[tuple[str, str, int], Job]:
-        """Runs by split, method and seed, in the order in which they are made; `more` are options of each."""
+    def runs(self, more: Sequence[str] = ()) -> dict[Key, Job]:
+        """Runs in the order in which they are made; `more` are options of each."""
         jobs = {}
-        for split, of_split in self.splits.items():
-            for method, of_method in self.methods.items():
-                command, own = _command(of_method)
-                for seed in self.seeds:
-                    folder = self.path / split / method / f"seed-{seed}"
-                    values = {"split": split, "seed": str(seed), "run": str(folder)}
-                    words = [*words_of(self.fit), *words_of(of_split), *own, "--seed_everything", str(seed), *more]
-                    after = [self._filled(words_of(line), **values) for line in self.after]
-                    jobs[split, method, seed] = Job(folder, self._filled(words, **values), self.path, command, after)
+        for split, method, seed in product(self.splits, self.methods, self.seeds):
+            command, own = _command(self.methods[method])
+            folder = self.path / split / method / f"seed-{seed}"
+            values = {"split": split, "seed": str(seed), "run": str(folder)}
+            words = [*words_of(self.fit), *words_of(self.splits[split]), *own, "--seed_everything", str(seed), *more]
+            after = [self.filled(words_of(line), **values) for line in self.after]
+            jobs[split, method, seed] = Job(folder, self.filled(words, **values), self.path, command, after)
         return jobs
 
     def made_models(self, more: Sequence[str] = ()) -> list[Job]:
@@ -86,39 +110,36 @@ class Sweep:
         for name, words in self.models.items():
             command, own = _command(words)
             options = own if command == "task-vector" else [*own, *more]
-            jobs.append(Job(self.path / "models" / name, self._filled(options), self.path, command))
+            jobs.append(Job(self.path / "models" / name, self.filled(options), self.path, command))
         return jobs
 
-    def _filled(self, words: Sequence[str], **values: str) -> list[str]:
-        # Not str.format: prompt templates contain braces.
-        filled = list(words)
-        for name, value in {"folder": str(self.path), **values}.items():
-            filled = [word.replace("{" + name + "}", value) for word in filled]
-        return filled
+
+def _command(words: Words) -> tuple[str, list[str]]:
+    """Command and options; the default command is `fit`."""
+    split = words_of(words)
+    if not split or split[0].startswith("-"):
+        return "fit", split
+    if split[0] not in STARTED_BY:
+        raise UserError(f"options {' '.join(split)[:80]!r}: begin with an option, or with {', '.join(STARTED_BY)}")
+    return split[0], split[1:]
 
 
 def read_sweep(files: Sequence[Path]) -> Sweep:
-    """The sweep in a file; later files change it: methods and models by name, all else as a whole."""
+    """The sweep in a file; later files change methods and models by name, and replace all else."""
     return read_plan(files, Sweep, "configs/sweep/table1.yaml", by_name=("methods", "models"))
 
 
 def run(options: Namespace) -> None:
-    sweep = read_sweep(options.files)
-    if options.folder is not None:
-        sweep = replace(sweep, folder=options.folder)
+    sweep = read_sweep(options.files).in_folder(options.folder)
     runs, models = sweep.runs(options.fit), sweep.made_models(options.fit)
     share = list(runs.values())[options.shard]
     if options.list:
-        for words in [words for job in (*models, *share) for words in (job.words, *job.after)]:
-            print(shlex.join(["python", "-m", "simnpo_pl", *words]))
+        for job in (*models, *share):
+            for words in (job.words, *job.after):
+                print(shlex.join(["python", "-m", "simnpo_pl", *words]))
         return
     failed = [] if options.table else work(sweep.path, share, models)
-    finished = {key: job.folder for key, job in runs.items() if job.is_finished}
-    text = table(sweep.title, sweep.table, list(runs), finished, sweep.note)
-    print(text)
-    if options.out is not None:
-        write_text(options.out, text)
-        print(f"written: {options.out}")
+    write_tables(table(sweep, runs), options.out)
     if failed:
         raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}")
 
@@ -127,7 +148,7 @@ def work(folder: Path, runs: Sequence[Job], models: Sequence[Job]) -> list[str]:
     """Make the models, or wait until another worker has made them, then the runs that nobody else makes.
 
     Returns:
-        What failed, a line each; a model that fails ends the sweep.
+        Messages of the runs that failed; a model that fails ends the sweep.
     """
 
     def log(job: Job) -> Path:
@@ -143,21 +164,74 @@ def work(folder: Path, runs: Sequence[Job], models: Sequence[Job]) -> list[str]:
         began, remaining = time.monotonic(), job.remaining()
         try:
             job.make(log(job), wait=False)
-            said = f"{time.monotonic() - began:.0f} s" if remaining else "finished before"
+            state = f"{time.monotonic() - began:.0f} s" if remaining else "finished before"
         except Taken:
-            said = "another worker makes it"
+            state = "another worker makes it"
         except RunFailed as error:
             failed.append(str(error))
-            said = f"failed: {error}"
-        print(f"run {count} of {len(runs)}, {job.folder.relative_to(folder)}: {said}", flush=True)
+            state = f"failed: {error}"
+        print(f"run {count} of {len(runs)}, {job.folder.relative_to(folder)}: {state}", flush=True)
     return failed
 
 
-def _command(words: Words) -> tuple[str, list[str]]:
-    """Command and options; without a command they are those of `fit`."""
-    split = words_of(words)
-    if not split or split[0].startswith("-"):
-        return "fit", split
-    if split[0] not in STARTED_BY:
-        raise UserError(f"options {' '.join(split)[:80]!r}: begin with an option, or with {', '.join(STARTED_BY)}")
-    return split[0], split[1:]
+def table(sweep: Sweep, jobs: Mapping[Key, Job]) -> str:
+    """The table as Markdown: a row a method, mean and spread over the seeds of finished runs."""
+    columns = COLUMNS[sweep.table]
+    lines = [f"# {sweep.title}", ""]
+    for split in sweep.splits:
+        planned = {key: job for key, job in jobs.items() if key[0] == split}
+        runs: dict[str, list[Run]] = {}
+        for (_, method, _), job in planned.items():
+            if job.is_finished:
+                runs.setdefault(method, []).extend(read_runs([job.folder]))
+        every = [run for found in runs.values() for run in found]
+        compared = {"Original": "start", "Retrain": "retrained"}
+        parts = [(title, model, [run for run in every if run.metrics(model)]) for title, model in compared.items()]
+        parts += [(method, "final", found) for method, found in runs.items()]
+        rows = [_row(title, model, found, list(columns.values())) for title, model, found in parts if found]
+        if len(sweep.splits) > 1:
+            lines += [f"## {split}", ""]
+        lines += [markdown.table(["method", *columns, "seeds"], rows), ""]
+        if len(every) < len(planned):
+            lines += [f"{len(planned) - len(every)} of {len(planned)} runs are not finished.", ""]
+    legend = "Mean ± sample standard deviation over seeds; one number if they do not differ."
+    if not BY_DEFINITION.keys().isdisjoint(columns.values()):
+        legend += " Values that compare the retrained model with itself hold by definition."
+    return "\n".join([*lines, f"{legend} {sweep.note}".strip(), ""])
+
+
+def _row(title: str, model: str, runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+    cells = []
+    for name in names:
+        found = spread([value(run, model, name) for run in runs])
+        cells.append("-" if found is None else number(found.mean) if found.deviation == 0 else str(found))
+    return [title, *cells, str(len({run.record["seed"] for run in runs}))]
+
+
+def value(run: Run, model: str, name: str) -> float | None:
+    """What a column shows of a run's `start`, `retrained` or `final` model.
+
+    Args:
+        run: A finished run.
+        model: Which of its models.
+        name: A metric, `n` for the rows behind it, `lm_eval TASK` for an accuracy, `forget_quality strong` or `weak`
+            for the half of the forget rows that the start model saw or did not see, or `1 - ` before one of these.
+    """
+    if name.startswith("1 - "):
+        found = value(run, model, name.removeprefix("1 - "))
+        return None if found is None else 1 - found
+    if model == "retrained" and name in BY_DEFINITION:
+        return BY_DEFINITION[name]
+    kind, _, which = name.partition(" ")
+    if kind == "lm_eval":
+        return run.record.get("lm_eval", {}).get(model, {}).get(which, {}).get("acc")
+    if which:
+        return _quality_of_half(run.rows if model == "final" else run.start_rows, run, which)
+    return run.forget_rows if name == "n" else run.metrics(model).get(name)
+
+
+def _quality_of_half(rows: Sequence[Row], run: Run, half: str) -> float | None:
+    count = sum(row["split"] == "forget" for row in rows)
+    if not count or not run.retrained_rows:
+        return None
+    return qualities(rows, run.retrained_rows, {half: by_order(count)[half]})[0].quality.p_value

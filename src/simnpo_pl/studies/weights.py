@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,19 +23,8 @@ from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
 SAME_LOSS = 0.02
-"""Nats per token by which two passes of one model differ at most, also in half precision."""
+"""Largest difference in nats per token between two passes of one model, also in half precision."""
 DOTS: dict[str, Any] = {"s": 9, "alpha": 0.55, "linewidths": 0}
-
-
-class Correlation(NamedTuple):
-    """Pearson's r over n rows, with the p-value of no correlation; NaN if one side does not vary."""
-
-    r: float
-    p: float
-    n: int
-
-    def __str__(self) -> str:
-        return "-" if math.isnan(self.r) else f"{self.r:.2f} (p {number(self.p)})"
 
 
 def run(options: Namespace) -> None:
@@ -46,69 +35,58 @@ def run(options: Namespace) -> None:
 
 def describe(runs: Sequence[Run], epochs: Sequence[int], folder: Path, prefix: str) -> list[str]:
     """Tables of the runs' gradient weights as paragraphs of Markdown, and figures named `PREFIX_*.png`."""
-    parts = [table(runs, epochs)]
-    drawn = [folder / f"{prefix}_{name}.png" for name in ("length", "epochs", "knowledge")]
-    _draw_length(runs, epochs, drawn[0])
-    _draw_epochs(runs, drawn[1])
-    _draw_knowledge(runs, epochs, drawn[2])
-    evaluated = [run for run in runs if len(run.epochs) > 1]
-    if evaluated:
+    parts, drawn = [table(runs, epochs)], ["length", "epochs", "knowledge"]
+    files = {name: folder / f"{prefix}_{name}.png" for name in (*drawn, "quality", "halves")}
+    _draw_length(runs, epochs, files["length"])
+    _draw_epochs(runs, files["epochs"])
+    _draw_knowledge(runs, epochs, files["knowledge"])
+    if evaluated := [run for run in runs if len(run.epochs) > 1]:
         parts.append(_quality_table(evaluated, epochs))
-        drawn.append(folder / f"{prefix}_quality.png")
-        _draw_quality(evaluated, drawn[-1])
-    compared = [run for run in runs if run.rows and run.retrained_rows]
-    if compared:
+        _draw_quality(evaluated, files["quality"])
+        drawn.append("quality")
+    if compared := [run for run in runs if run.rows and run.retrained_rows]:
         found = {run.name: halves.qualities(run.rows, run.retrained_rows, halves.by_length(run)) for run in compared}
         parts.append(halves.table(found))
-        drawn.append(folder / f"{prefix}_halves.png")
-        halves.draw(found, drawn[-1])
-    return [*parts, *(f"figure: {file}" for file in drawn)]
+        halves.draw(found, files["halves"])
+        drawn.append("halves")
+    return [*parts, *(f"figure: {files[name]}" for name in drawn)]
 
 
-def pearson(x: Sequence[float], y: Sequence[float]) -> Correlation:
+def pearson(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Pearson's r and the p-value of no correlation; NaN if one side does not vary."""
     if len(x) < 3 or len(set(x)) == 1 or len(set(y)) == 1:
-        return Correlation(math.nan, math.nan, len(x))
+        return math.nan, math.nan
     from scipy.stats import pearsonr
 
     result = pearsonr(x, y)
-    return Correlation(float(result.statistic), float(result.pvalue), len(x))
+    return float(result.statistic), float(result.pvalue)
 
 
-def weights_by_epoch(run: Run) -> dict[int, list[Row]]:
-    """Rows of `weights.jsonl` by epoch, in row order.
-
-    Raises:
-        UserError: The run logged none.
-    """
+def chosen_epochs(run: Run, epochs: Sequence[int]) -> dict[int, list[Row]]:
+    """Rows of `weights.jsonl` in those of `epochs` that the run has, or in its last epoch if it has none of them."""
     if not run.weights:
         raise UserError(
             f"{run.folder} holds no gradient weights; give a run of fit whose objective reads whole forget answers, "
             "such as SimNPO, NPO, DPO or GradDiff"
         )
-    found: dict[int, list[Row]] = {}
-    for row in sorted(run.weights, key=lambda row: (row["epoch"], row["index"])):
-        found.setdefault(row["epoch"], []).append(row)
-    return found
-
-
-def chosen_epochs(run: Run, epochs: Sequence[int]) -> dict[int, list[Row]]:
-    """Weights of those of `epochs` that the run has; of its last epoch if it has none of them."""
-    by_epoch = weights_by_epoch(run)
-    return {epoch: by_epoch[epoch] for epoch in epochs if epoch in by_epoch} or dict([by_epoch.popitem()])
+    rows = sorted(run.weights, key=lambda row: row["index"])
+    known = {row["epoch"] for row in rows}
+    chosen = [epoch for epoch in epochs if epoch in known] or [max(known)]
+    return {epoch: [row for row in rows if row["epoch"] == epoch] for epoch in chosen}
 
 
 def metric_by_epoch(run: Run, name: str) -> dict[int, float]:
-    """A metric of the start model, as epoch 0, and after every evaluated epoch, if it was measured there."""
+    """A metric after every evaluated epoch, and of the start model as epoch 0."""
     found = {0: run.metrics("start"), **dict(run.epochs)}
     return {epoch: metrics[name] for epoch, metrics in found.items() if metrics.get(name) is not None}
 
 
 def difficulty(run: Run) -> dict[int, float] | None:
-    """The start model's loss on every forget row, nats per token: low for what it knows by heart.
+    """The start model's loss on every forget row, nats per token; low if it knows the row by heart.
 
     Returns:
-        Row index to loss; None if the start model was not evaluated, or if the losses of the first optimizer step say
-        that it was evaluated on other rows than the run trained on.
+        Row index to loss; None if the start model was not evaluated on the rows that the run trained on, which the
+        losses of the first optimizer step show.
     """
     known = {row["index"]: row["answer_nll"] for row in run.start_rows if row["split"] == "forget"}
     rows = [row for row in run.weights if row["epoch"] == 1]
@@ -121,21 +99,26 @@ def difficulty(run: Run) -> dict[int, float] | None:
 
 def table(runs: Sequence[Run], epochs: Sequence[int]) -> str:
     """Gradient weights of each run in some epochs, with their correlations."""
-    correlations = ["r, answer length", "r, forget prob.", "r, difficulty"]
     lines = []
     for run in runs:
-        hard = difficulty(run)
         for epoch, rows in chosen_epochs(run, epochs).items():
-            weights = _column(rows, "weight")
+            weights, lengths, *known = _columns(run, rows)
             spread = f"{number(fmean(weights))} ({number(min(weights))} to {number(max(weights))})"
-            found = [pearson(_column(rows, name), weights) for name in ("length", "probability")]
-            with_difficulty = "-" if hard is None else pearson([hard[row["index"]] for row in rows], weights)
-            lines.append([run.name, str(epoch), str(len(rows)), spread, *map(str, (*found, with_difficulty))])
-    return markdown.table(["run", "epoch", "n", "weight: mean (least to most)", *correlations], lines)
+            found = [pearson(values, weights) if values else (math.nan, math.nan) for values in (lengths, *known)]
+            shown = ["-" if math.isnan(r) else f"{r:.2f} (p {number(p)})" for r, p in found]
+            lines.append([run.name, str(epoch), str(len(rows)), spread, *shown])
+    heads = ["run", "epoch", "n", "weight: mean (least to most)"]
+    return markdown.table([*heads, "r, answer length", "r, forget prob.", "r, difficulty"], lines)
+
+
+def _columns(run: Run, rows: Sequence[Row]) -> tuple[list[float], ...]:
+    """Weight, answer length, forget probability and difficulty of rows; the last is empty if it is not known."""
+    hard = difficulty(run) or {}
+    columns = [[row[name] for row in rows] for name in ("weight", "length", "probability")]
+    return (*columns, [hard[row["index"]] for row in rows] if hard else [])
 
 
 def _quality_table(runs: Sequence[Run], epochs: Sequence[int]) -> str:
-    """Model utility and forget quality of each run by epoch, 0 for the start model."""
     names = ("model_utility", "forget_quality")
     rows = [
         ([run.name, str(epoch)], metrics)
@@ -146,26 +129,22 @@ def _quality_table(runs: Sequence[Run], epochs: Sequence[int]) -> str:
     return titles.table(["run", "epoch"], rows, names)
 
 
-def _column(rows: Sequence[Row], name: str) -> list[float]:
-    return [row[name] for row in rows]
-
-
 def _label_row(axis: Any, run: Run) -> None:
-    axis.set_ylim(0, 1.06 * max(_column(run.weights, "weight")))
+    axis.set_ylim(0, 1.06 * max(row["weight"] for row in run.weights))
     axis.set_ylabel(f"{run.name}\ngradient weight")
 
 
 def _draw_length(runs: Sequence[Run], epochs: Sequence[int], file: Path) -> None:
-    """Weight of every forget row against its answer's length, a row of panels a run (figure 3)."""
+    """Weight of every forget row against its answer's length, a row of panels per run (figure 3)."""
     chosen = [chosen_epochs(run, epochs) for run in runs]
     with panels(file, len(runs), max(map(len, chosen)), (1.9, 1.8), sharex=True, sharey="row") as (figure, axes):
         for index, run in enumerate(runs):
             for axis in axes[index][len(chosen[index]) :]:
                 axis.set_axis_off()
             for axis, (epoch, rows) in zip(axes[index], chosen[index].items(), strict=False):
-                lengths, weights = _column(rows, "length"), _column(rows, "weight")
+                weights, lengths, *_ = _columns(run, rows)
                 axis.scatter(lengths, weights, color=color(index), **DOTS)
-                axis.set_title(f"epoch {epoch}: r = {pearson(lengths, weights).r:.2f}")
+                axis.set_title(f"epoch {epoch}: r = {pearson(lengths, weights)[0]:.2f}")
             _label_row(axes[index][0], run)
         figure.supxlabel("answer length n, tokens", fontsize=8)
 
@@ -186,13 +165,12 @@ def _draw_epochs(runs: Sequence[Run], file: Path) -> None:
 
 def _draw_quality(runs: Sequence[Run], file: Path) -> None:
     """Model utility and log10 of forget quality by epoch, 0 for the start model."""
-    metrics = {"model_utility": "model utility", "forget_quality/log10_p": "log10 forget quality"}
     with panels(file, 1, 2, (2.6, 2.0)) as (_, axes):
-        for axis, (name, title) in zip(axes[0], metrics.items(), strict=True):
+        for axis, name in zip(axes[0], ("model_utility", "forget_quality/log10_p"), strict=True):
             for index, run in enumerate(runs):
                 points = metric_by_epoch(run, name)
                 axis.plot(list(points), list(points.values()), ".-", color=color(index), label=run.name, linewidth=1.2)
-            axis.set_title(title)
+            axis.set_title(titles.title_of(name).short)
             epoch_axis(axis)
         axes[0][1].axhline(LOG10_005, color=GREY, linewidth=0.8, linestyle="--")
         axes[0][0].legend(fontsize=6)
@@ -203,20 +181,19 @@ def _draw_knowledge(runs: Sequence[Run], epochs: Sequence[int], file: Path) -> N
     from matplotlib import colormaps
 
     with panels(file, len(runs), 2, (3.1, 2.0), sharex="col", sharey="row") as (_, axes):
-        for run, (left, right) in zip(runs, axes, strict=True):
-            hard, chosen = difficulty(run), chosen_epochs(run, epochs)
+        for run, row in zip(runs, axes, strict=True):
+            chosen = chosen_epochs(run, epochs)
             for (epoch, rows), shade in zip(chosen.items(), np.linspace(0, 0.9, len(chosen)), strict=True):
-                weights, sides = _column(rows, "weight"), {left: _column(rows, "probability")}
-                if hard is not None:
-                    sides[right] = [hard[row["index"]] for row in rows]
-                for axis, side in sides.items():
-                    label = f"{epoch}: r = {pearson(side, weights).r:.2f}"
-                    axis.scatter(side, weights, label=label, color=colormaps["viridis"](shade), **DOTS)
-            _label_row(left, run)
-            legend_outside(left, "epoch")
-            if hard is None:
-                right.text(0.5, 0.5, "start model not measured", ha="center", transform=right.transAxes)
-            else:
-                legend_outside(right, "epoch")
+                weights, _, *known = _columns(run, rows)
+                for axis, values in zip(row, known, strict=True):
+                    if values:
+                        label = f"{epoch}: r = {pearson(values, weights)[0]:.2f}"
+                        axis.scatter(values, weights, label=label, color=colormaps["viridis"](shade), **DOTS)
+            _label_row(row[0], run)
+            for axis in row:
+                if axis.collections:
+                    legend_outside(axis, "epoch")
+                else:
+                    axis.text(0.5, 0.5, "start model not measured", ha="center", transform=axis.transAxes)
         axes[-1][0].set_xlabel("forget probability at that epoch")
         axes[-1][1].set_xlabel("start model's loss, nats per token")
