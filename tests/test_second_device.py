@@ -102,3 +102,38 @@ def differences(make_model: Callable[..., Path]) -> dict[str, str]:
 @pytest.mark.parametrize("objective", NAMES)
 def test_losses_agree_with_the_cpu(differences: dict[str, str], objective: str):
     assert not differences[objective]
+
+
+def run_in_tf32(folder: Path) -> None:
+    """Score rows with every product of matrices in TF32, which keeps ten bits of a number's fraction."""
+    from torch.nn import functional as F
+
+    import second_device
+    from simnpo_pl.models.loading import load_causal_lm
+    from simnpo_pl.models.logprobs import Scorer
+
+    linear = F.linear
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return ((x.cpu().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).to(x.device)
+
+    F.linear = lambda x, weight, bias=None: linear(rounded(x), rounded(weight), bias)
+    model = load_causal_lm(str(folder)).to(second_device.DEVICE)
+    ids = torch.randint(3, 100, (4, 60), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(60) < 20, -100)
+    rows = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    scorer = Scorer(model)
+    with torch.no_grad():
+        logps = scorer({"rows": {key: value.to(second_device.DEVICE) for key, value in rows.items()}})["rows"].logps()
+    F.linear = linear
+    with torch.no_grad():
+        exact = Scorer(model.to("cpu"))({"rows": rows})["rows"].logps()
+    difference = (logps.mean.cpu() - exact.mean).abs().max()
+    assert 1e-5 < difference < 1e-2, difference
+    assert scorer.packs
+
+
+def test_rows_stay_packed_in_tf32(make_model: Callable[..., Path]):
+    """The check of packed rows allows for what TF32 rounds, which is more than float32 does."""
+    code, text = on_second_device(run_in_tf32, make_model(0, hidden_size=128, num_hidden_layers=4))
+    assert code == 0, text
