@@ -182,19 +182,12 @@ def _check_divisible(effective_batch: int, per_device_batch: int, world_size: in
 
 
 def draw_alternate(refusals: int, seed: int, row: int) -> int:
-    """Index, from 0, of the refusal that a forget row is answered with; the same for the whole run."""
+    """Index of the refusal that a forget row is answered with; the same for the whole run."""
     return int(_generator(_ALTERNATE, seed, row).integers(refusals))
 
 
 def draw_step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
-    """Seed of a forward pass (dropout), so that a resumed run draws the same and no two processes do.
-
-    Args:
-        seed: Non-negative seed of the run.
-        epoch: Epoch, from 0.
-        batch: Micro-batch of the epoch, from 0.
-        rank: Process, from 0.
-    """
+    """Seed of a forward pass (dropout), so that a resumed run draws the same and no two processes do."""
     return int(np.random.SeedSequence([_STEP, seed, epoch, batch, rank]).generate_state(1)[0])
 
 

@@ -19,10 +19,7 @@ REFERENCE_KEY = "reference_logps"
 class FrozenModel:
     """A model that is only read; no submodule of the LightningModule, so in no optimizer and no checkpoint.
 
-    Args:
-        name: Hub id or folder.
-        option: Setting that names it, for messages.
-        load: Loads the model from its name and `option`.
+    `option` is the setting that names it, for messages; `load` loads it from its name and `option`.
     """
 
     def __init__(self, name: str, option: str, load: Callable[..., Any]) -> None:
@@ -31,20 +28,16 @@ class FrozenModel:
         self._resident: Scorer | None = None
 
     def free(self) -> None:
-        """Drop the resident model."""
         self._resident = None
 
     def scorer(self, policy: Scorer, device: torch.device, keep: bool = True, same: bool = False) -> Scorer:
         """Scorer of the model on a device.
 
         Args:
-            policy: Scorer of the policy.
+            policy: Scorer of the policy, which must have the same vocabulary.
             device: Where the model runs.
             keep: Whether the model stays in memory.
             same: Whether the policy has the model's weights now, so that it is copied instead of loaded.
-
-        Raises:
-            UserError: The model cannot be loaded, or has another vocabulary than the policy.
         """
         scorer = self._resident
         if scorer is None:

@@ -95,18 +95,13 @@ class LengthNormalisedNPO(Objective):
         return -2 / self.beta * logsigmoid(-self.beta * log_ratio)
 
 
-class ReferenceFreeNPO(Objective):
+class ReferenceFreeNPO(NPO):
     """NPO without its reference, log-probs summed over tokens: `-(2 / beta) * log sigmoid(-beta L)`.
 
-    The other half of the step from NPO to SimNPO.
-
-    Args:
-        beta: Inverse temperature, above 0, per nat of the summed log-prob.
+    The other half of the step from NPO to SimNPO. `beta` is as in NPO, per nat of the summed log-prob.
     """
 
-    def __init__(self, beta: float = 0.1) -> None:
-        super().__init__()
-        self.beta = positive("beta", beta)
+    needs = frozenset({"forget"})
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         return -2 / self.beta * logsigmoid(-self.beta * inputs.forget.total)
