@@ -22,7 +22,7 @@ class EvalOptions:
             `--seed_everything`, split and row.
         splits: Splits to measure, such as `forget`; null for all of the benchmark's.
         generate_rows: Rows of each split that are generated for ROUGE, from the first; 0 for none, null for all.
-        metrics: Further metrics; null for none, else a list of entries with `class_path` (a subclass of `RowMetric`) and
+        metrics: Further metrics; null for none, else a list of entries with `class_path` (a class of `RowMetric`) and
             `split`; optionally with `name`, for the result SPLIT/NAME, and `init_args`.
         truth_ratio: Convention of the truth ratio; `geometric` is the one behind published tables.
         tokens_per_batch: Tokens scored in one forward pass at most; rows are sorted by length.
