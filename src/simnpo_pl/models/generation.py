@@ -251,7 +251,7 @@ def _way_of(model: Any) -> Way:
     if changed:
         rank_zero_warn(
             f"generation_config of {name} sets {', '.join(changed)}: ignored; answers come from the model's "
-            "unchanged logits, greedy or at the --temperature of `leak`"
+            "unchanged logits, greedy or at the temperature that the command was given"
         )
     trial = _Trial(model)
     for way, words in _WAYS:
