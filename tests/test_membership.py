@@ -132,7 +132,6 @@ def states_of(rows: list[list[tuple[list[float], int]]]) -> AnswerStates:
         labels=torch.tensor([label for _, _, label in flat]),
         rows=torch.tensor([row for row, _, _ in flat]),
         size=len(rows),
-        width=8,
         head=Head(nn.Identity(), 4),
     )
 

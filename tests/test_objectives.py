@@ -91,7 +91,6 @@ def states(logits: list[list[float]], labels: list[int], rows: list[int]) -> Ans
         labels=torch.tensor(labels),
         rows=torch.tensor(rows),
         size=max(rows) + 1,
-        width=8,
         head=Head(torch.nn.Identity(), len(logits[0])),
     )
 

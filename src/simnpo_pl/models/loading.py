@@ -4,6 +4,8 @@ import copy
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,8 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with _one_line(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(find_model(name), trust_remote_code=_trusted)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unavailable(name, "tokenizer", error) from error
 
 
 def context_length(name: str) -> int | None:
@@ -62,27 +60,20 @@ def model_shapes(name: str, dtype: str = "float32") -> Any:
     from transformers import AutoModelForCausalLM
 
     config = _config(name)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=_trusted)
-    except Exception as error:
-        raise _unavailable(name, "config", error) from error
+    with _one_line(name, "config"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=_trusted)
 
 
 def _config(name: str) -> Any:
     """Config of a model, or of an adapter's base."""
     from transformers import AutoConfig
 
-    try:
+    with _one_line(name, "config"):
         found = find_model(name)
         if (Path(found) / ADAPTER_CONFIG).is_file():
             with base_of(Path(found)) as base:
                 return _config(base)
         return AutoConfig.from_pretrained(found, trust_remote_code=_trusted)
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unavailable(name, "config", error) from error
 
 
 def load_causal_lm(
@@ -115,7 +106,7 @@ def load_causal_lm(
     options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     on_meta = sharded and torch.distributed.get_rank() > 0
     quiet_loading()
-    try:
+    with _one_line(name, "model", option):
         resolved = find_model(name, option)
         if (Path(resolved) / ADAPTER_CONFIG).is_file():
             settings = (dtype, attn_implementation, option)
@@ -126,20 +117,14 @@ def load_causal_lm(
             return model
         if on_meta:
             options["device_map"] = "meta"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             resolved,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
-            low_cpu_mem_usage=True,
             trust_remote_code=_trusted,
             output_loading_info=True,
             **options,
         )
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unavailable(name, "model", error, option) from error
-    model, found = loaded
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing:
         # They would be drawn at random.
@@ -249,17 +234,26 @@ def find_model(name: str, option: str = "--model.name") -> str:
     return name
 
 
-def _unavailable(name: str, what: str, error: Exception, option: str = "--model.name") -> UserError:
-    reason = " ".join(str(error).split())
-    if "trust_remote_code" in reason:
-        return UserError(
-            f"{option}: {name} comes with its own code, which is not run; read it, and give --trust_remote_code true "
-            "if it may run with all your rights"
-        )
-    if Path(name).expanduser().is_dir():
-        return UserError(f"{option}: the {what} in {name} cannot be loaded ({reason[:300]})")
-    return UserError(
-        f"{option}: {what} {name} is no folder here and cannot be loaded from the hub "
-        f"({type(error).__name__}: {reason[:160]}); give {option} FOLDER and --data.path FOLDER to work "
-        "without network, or run --config configs/demo.yaml, which needs none"
-    )
+@contextmanager
+def _one_line(name: str, what: str, option: str = "--model.name") -> Iterator[None]:
+    """Turns whatever goes wrong inside into a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            message = (
+                f"{name} comes with its own code, which is not run; read it, and give --trust_remote_code true if it "
+                "may run with all your rights"
+            )
+        elif Path(name).expanduser().is_dir():
+            message = f"the {what} in {name} cannot be loaded ({reason[:300]})"
+        else:
+            message = (
+                f"{what} {name} is no folder here and cannot be loaded from the hub ({type(error).__name__}: "
+                f"{reason[:160]}); give {option} FOLDER and --data.path FOLDER to work without network, or run "
+                "--config configs/demo.yaml, which needs none"
+            )
+        raise UserError(f"{option}: {message}") from error

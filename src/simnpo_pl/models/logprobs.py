@@ -69,11 +69,6 @@ class LayerStates:
         shares = 1 / torch.bincount(self.rows, minlength=self.size).clamp(min=1).to(values.dtype)
         return sums * (shares.mean() if crossed else shares)
 
-    def between(self, start: int, end: int) -> "LayerStates":
-        """States of rows `start` to `end`."""
-        inside = (self.rows >= start) & (self.rows < end)
-        return LayerStates(self.hidden[inside], self.rows[inside] - start, end - start)
-
 
 @dataclass(frozen=True)
 class AnswerStates:
@@ -89,8 +84,6 @@ class AnswerStates:
     """`(S,)` row of each position."""
     size: int
     """B."""
-    width: int
-    """T, the padded length of the rows."""
     head: Head
     """Maps hidden states to logits of V tokens."""
     layers: Mapping[int, LayerStates] = field(default_factory=dict)
@@ -262,7 +255,7 @@ class Scorer:
         by_layer = {n: torch.cat(passes) for n, passes in outputs.items()}
         result, start = {}, 0
         for name, rows in parts.items():
-            size, width = rows["input_ids"].shape
+            size = len(rows["input_ids"])
             own = slice(start, start + size)
             used, predictors = places[own][scored[own]].unique(return_inverse=True)
             tokens, token_rows = places[own][answers[own]], answers[own].nonzero()[:, 0]
@@ -272,7 +265,6 @@ class Scorer:
                 labels=targets[own][scored[own]],
                 rows=scored[own].nonzero()[:, 0],
                 size=size,
-                width=width,
                 head=self.head,
                 layers={n: LayerStates(by_layer[n][tokens].float(), token_rows, size) for n in layers},
             )
