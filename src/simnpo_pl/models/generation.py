@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from simnpo_pl.models.sharding import any_process, is_sharded
@@ -148,7 +149,9 @@ def _batched(model: Any, request: Request) -> list[list[int]]:
     prompts, limits, eos_ids, choose, pad_id = request
     device = next(model.parameters()).device
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    ids, mask = _left_pad(prompts, pad_id, device)
+    pad = partial(pad_sequence, batch_first=True, padding_side="left")
+    ids = pad([torch.tensor(prompt) for prompt in prompts], padding_value=pad_id).to(device)
+    mask = pad([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]).to(device)
     done: list[list[int]] = [[] for _ in prompts]
     running, rows = list(range(len(prompts))), torch.arange(len(prompts), device=device)
     stop, sharded = frozenset(eos_ids), is_sharded(model)
@@ -317,10 +320,3 @@ class _Trial:
         # Above the rounding of TF32 and bfloat16, below the effect of attention to padding or of a lost state.
         tolerance = 0.01 if expected.dtype == torch.float32 else 0.2
         return bool((ours - theirs).norm() <= tolerance * (theirs - theirs.mean()).norm())
-
-
-def _left_pad(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
