@@ -117,7 +117,7 @@ def load_causal_lm(
             return model
         if on_meta:
             options["device_map"] = "meta"
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolved,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
@@ -125,6 +125,7 @@ def load_causal_lm(
             output_loading_info=True,
             **options,
         )
+    model, found = loaded
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if missing:
         # They would be drawn at random.
