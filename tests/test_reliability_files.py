@@ -199,7 +199,7 @@ def test_an_evaluation_is_taken_up_for_the_same_code_model_and_rows_only(
         module.policy = policy
         module.finished_batches = FinishedBatches(tmp_path / "kept")
         module._trainer = SimpleNamespace(datamodule=data, precision="32", global_rank=0)  # type: ignore[assignment]
-        module._start_evaluation()
+        module.on_validation_epoch_start()
         return module.finished_batches._path.parent.name
 
     keys = [key()]
