@@ -294,6 +294,14 @@ def test_packed_rows_are_checked_again(monkeypatch: pytest.MonkeyPatch, caplog: 
         caplog.clear()
 
 
+def test_a_model_that_never_repeats_its_scores_runs_row_by_row(monkeypatch: pytest.MonkeyPatch):
+    """The comparison ends with the last way, also where even that does not repeat."""
+    monkeypatch.setattr(forward.Forward, "_logps", lambda self, way, few: (torch.randn(9), torch.float32))
+    scorer = Scorer(build("llama"))
+    logps_of(scorer, rows((21, 5)))
+    assert scorer.forward.way == "alone"
+
+
 # Of the others, what of their configs is not in SMALL.
 OTHERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "deepseek_v2", "glm4_moe_lite", "minicpm3", "sarvam_mla", "youtu"), LATENT),
