@@ -13,7 +13,8 @@ import yaml
 from simnpo_pl import objectives
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if f.parent.name not in ("sweep", "tune", "analysis"))
+OTHERS = ("sweep", "tune", "analysis", "verify", "study")
+CONFIGS = sorted(f for f in (ROOT / "configs").rglob("*.yaml") if not {*f.relative_to(ROOT).parts} & {*OTHERS})
 """What `fit` takes; files of other commands are parsed by those commands' tests."""
 OVERLAID = {"markov_paper.yaml": "configs/markov.yaml"}
 """What an overlay goes over, unless it is TOFU's config."""

@@ -39,6 +39,7 @@ def every_metric() -> list[RowMetric]:
     retrained = torch.linspace(0.3, 2.0, ROWS)
     return [
         AnswerProbability(ROWS),
+        AnswerProbability(ROWS, kind=1),
         ChoiceProbability(ROWS, KINDS),
         RowMean("nll", ROWS),
         TruthRatio(ROWS, KINDS),
@@ -59,6 +60,7 @@ def test_values_are_those_of_the_functions():
     quality = F.forget_quality(ratio, torch.linspace(0.3, 2.0, ROWS))
     expected = [
         F.answer_probability(wide[:, 0]).mean(),
+        F.answer_probability(wide[:, 1]).mean(),
         F.choice_probability(wide[:, 0], wide[:, 1:]).mean(),
         wide[:, 0].mean(),
         F.forget_truth_ratio(ratio),

@@ -15,6 +15,11 @@ from simnpo_pl.utils.errors import UserError
 class AnswerProbability(RowMetric):
     """Mean of exp(-nll) of the answers (forget and retain splits).
 
+    Args:
+        rows: Number of rows of the split.
+        kinds: Number of kinds.
+        kind: Which answer of a row: 0 the true one, 1 its paraphrase where the split has one.
+
     Example:
         >>> metric = AnswerProbability(rows=2)
         >>> metric.update(torch.tensor([0, 1]), torch.tensor([0, 0]), {"nll": torch.tensor([0.0, math.inf])})
@@ -22,8 +27,15 @@ class AnswerProbability(RowMetric):
         {'value': 0.5, 'n': 2.0}
     """
 
+    def __init__(self, rows: int, kinds: int = 1, kind: int = 0, **kwargs: Any) -> None:
+        super().__init__(rows, max(kinds, kind + 1), **kwargs)
+        self.kind = kind
+
+    def complete(self, seen: Tensor) -> Tensor:
+        return seen[:, self.kind]
+
     def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
-        return F.answer_probability(values[:, 0])
+        return F.answer_probability(values[:, self.kind])
 
 
 class ChoiceProbability(RowMetric):

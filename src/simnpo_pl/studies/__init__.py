@@ -28,6 +28,7 @@ COMMANDS = {
     "sweep": "a table of the paper: methods x splits x seeds, shared among workers",
     "task-vector": "unlearn without training: subtract what fine-tuning on the forget rows adds to the weights",
     "tune": "tune methods with Optuna: an equal number of trials for each, chosen by a stated rule",
+    "verify": "score published checkpoints, and compare every metric with its published value",
     "weights": "gradient weights over finished runs, against answer length and difficulty: tables, figures",
 }
 """Name of a command to what it does, in one line."""
@@ -39,8 +40,8 @@ MODULES = {
     "task-vector": "studies.arithmetic",
 }
 """Module of a command whose module does not have its name."""
-TAKE_FIT_OPTIONS = ("bias", "scalability", "sustainability", "sweep", "tune")
-"""Commands whose unknown arguments are options of `fit`."""
+TAKE_FIT_OPTIONS = ("bias", "scalability", "sustainability", "sweep", "tune", "verify")
+"""Commands whose unknown arguments are options of `fit` or `test`."""
 
 
 class _Formatter(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):

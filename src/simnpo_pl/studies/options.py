@@ -158,6 +158,14 @@ def tune(add: Add) -> None:
     add("--table", action="store_true", help="only the table of the trials so far")
 
 
+def verify(add: Add) -> None:
+    add("file", type=path, metavar="FILE", help="checkpoints and their published values, see configs/verify")
+    add("-o", "--out", type=path, metavar="FILE", help="Markdown file for the table")
+    add("--folder", help="where the evaluations go, instead of the file's")
+    add("--checkpoints", nargs="+", metavar="NAME", help="only these checkpoints")
+    add("--table", action="store_true", help="only the table of the finished evaluations")
+
+
 def weights(add: Add) -> None:
     add("runs", nargs="+", type=path, metavar="RUN", help="folders of runs of fit, one a method")
     add("--epochs", nargs="+", type=int, default=[1, 2, 3, 10], help="epochs to show, if a run has them")

@@ -1,0 +1,109 @@
+"""Score published checkpoints, and compare every metric with its published value.
+
+    python -m simnpo_pl verify configs/verify/tofu_1b_forget10.yaml
+    python -m simnpo_pl verify configs/verify/tofu_1b_forget10.yaml --checkpoints retrained SimNPO_lr5e-05_b3.5_g0.125
+
+Each checkpoint is evaluated by `test`; finished evaluations are skipped. All other options are options of each `test`,
+after those of the file. The exit code is 1 if a value is missing or differs by more than its tolerance.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from simnpo_pl.metrics.titles import number
+from simnpo_pl.studies.launch import Job, read_record
+from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tables
+from simnpo_pl.utils import markdown
+from simnpo_pl.utils.errors import UserError
+
+EXAMPLE = "configs/verify/tofu_1b_forget10.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model whose scores are published.
+
+    Args:
+        model: Hub id or folder; a relative folder starts at the current one.
+        values: Published value of each metric, by its name in results.json.
+        test: Options of its evaluation, after those of all.
+    """
+
+    model: str
+    values: dict[str, float]
+    test: Words = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification(Plan):
+    """Content of a file of `verify`.
+
+    Args:
+        source: Where the values were published, and when they were read.
+        needs: What the evaluations need: network, memory, time.
+        checkpoints: Name to model and published values.
+        tolerance: Largest difference between a value here and its published value.
+        tolerances: Metric to its own tolerance.
+    """
+
+    source: str
+    needs: str
+    checkpoints: dict[str, Checkpoint]
+    tolerance: float
+    tolerances: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not any(checkpoint.values for checkpoint in self.checkpoints.values()):
+            raise UserError("the file has no published values: name at least one checkpoint with values")
+        if unused := self.tolerances.keys() - {n for one in self.checkpoints.values() for n in one.values}:
+            raise UserError(f"tolerances of {', '.join(sorted(unused))}, of which no checkpoint has a published value")
+
+    def job(self, name: str, more: list[str]) -> Job:
+        """The evaluation of a checkpoint."""
+        one = self.checkpoints[name]
+        words = [*words_of(self.fit), *words_of(one.test), "--model.name", one.model, *more]
+        return Job(self.path / name, self.filled(words), self.path, "test")
+
+
+def run(options: Namespace) -> None:
+    plan = read_plan([options.file], Verification, EXAMPLE).in_folder(options.folder)
+    names = options.checkpoints or list(plan.checkpoints)
+    if unknown := [name for name in names if name not in plan.checkpoints]:
+        raise UserError(f"--checkpoints {unknown[0]}: {options.file} has {', '.join(plan.checkpoints)}")
+    print(f"{plan.title}\nvalues: {plan.source}\nneeds: {plan.needs}", flush=True)
+    rows, within, count = [], 0, 0
+    for name in names:
+        job = plan.job(name, options.fit)
+        if not options.table:
+            print(f"{name}: {'evaluated before' if job.is_finished else 'evaluating'}", flush=True)
+            job.make(plan.path / "logs" / f"{name}.txt")
+        found = (read_record(job.folder).get("final") or {}).get("metrics", {})
+        for line, good in compare(plan, name, found):
+            rows.append(line)
+            within, count = within + good, count + 1
+    heads = ["checkpoint", "metric", "here", "published", "difference", "tolerance", "within"]
+    summary = f"{within} of {count} values are within their tolerance."
+    table = markdown.table(heads, rows)
+    write_tables(f"# {plan.title}\n\nPublished values: {plan.source}\n\n{table}\n\n{summary}\n", options.out)
+    if within < count:
+        sys.exit(1)
+
+
+def compare(plan: Verification, name: str, found: Mapping[str, float | None]) -> list[tuple[list[str], bool]]:
+    """A line of the table for every published value of a checkpoint, and whether it is within its tolerance."""
+    lines = []
+    for metric, published in plan.checkpoints[name].values.items():
+        here, tolerance = found.get(metric), plan.tolerances.get(metric, plan.tolerance)
+        if here is None or here != here:
+            lines.append(([name, metric, "not measured", number(published), "-", number(tolerance), "no"], False))
+            continue
+        difference = here - published
+        # Published values are rounded: a difference of exactly the tolerance is within it.
+        good = abs(difference) <= tolerance * (1 + 1e-9)
+        shown = f"{difference:+.4f}"
+        lines.append(
+            ([name, metric, number(here), number(published), shown, number(tolerance), "yes" if good else "no"], good)
+        )
+    return lines
