@@ -37,7 +37,7 @@ def sections(text: str) -> dict[str, tuple[list[str], list[str]]]:
 def targets(words: list[str]) -> list[Path]:
     """Files and folders that a command leaves."""
     named = [Path(words[i + 1]) for i, word in enumerate(words) if word in ("-o", "--out", "--run_dir", "--folder")]
-    return named or [Path(words[4 if words[2] == "simnpo_pl" else 3])]
+    return named or [Path(words[4])]
 
 
 def run(command: str, log: Path) -> None:

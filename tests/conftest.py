@@ -125,11 +125,13 @@ def run_options(data_folder: Path, model_folder: Path, tmp_path_factory: pytest.
 
 @pytest.fixture(scope="session")
 def muse_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generated corpus of two authors a part."""
-    from simnpo_pl.benchmarks.demo.muse import write_corpus
-
-    folder = tmp_path_factory.mktemp("muse")
-    write_corpus(folder, authors=2)
+    """The shipped corpus with the text and the questions of two authors a part."""
+    source, folder = Path(__file__).parents[1] / "examples" / "muse", tmp_path_factory.mktemp("muse")
+    for file in source.rglob("*.json"):
+        rows = json.loads(file.read_text())
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(json.dumps(rows[: 18 if file.parent.name == "knowmem" else 4]))
     return folder
 
 

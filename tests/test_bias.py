@@ -1,4 +1,4 @@
-"""The analysis of reference-model bias: numbers by hand, a study's runs on the tiny model."""
+"""The analysis of reference-model bias: numbers by hand, runs on the tiny model."""
 
 import json
 import math
@@ -14,17 +14,9 @@ import yaml
 from simnpo_pl.__main__ import main
 from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.runs.record import Run
-from simnpo_pl.studies import bias, weights
-from simnpo_pl.studies import launch as fit_once
+from simnpo_pl.studies import launch, weights
 from simnpo_pl.studies.halves import by_length, by_order, qualities
-from simnpo_pl.studies.plans import read_plan
 from simnpo_pl.utils.errors import UserError
-
-ROOT = Path(__file__).parents[1]
-
-
-def read_study(file: Path) -> bias.Study:
-    return read_plan([file], bias.Study, bias.EXAMPLE)
 
 
 def run_of(folder: Path, weights: list[dict[str, Any]], **rows: list[dict[str, Any]]) -> Run:
@@ -68,14 +60,6 @@ def test_summary_of_an_epoch(tmp_path: Path):
 def test_no_weights(tmp_path: Path):
     with pytest.raises(UserError, match="holds no gradient weights; give a run of fit whose objective reads whole"):
         weights.chosen_epochs(run_of(tmp_path, []), [1])
-
-
-def test_metric_by_epoch(tmp_path: Path):
-    """The start model is epoch 0; an epoch that could not be measured is left out."""
-    epochs = [{"epoch": 1, "metrics": {"model_utility": 0.5}}, {"epoch": 2, "metrics": {"model_utility": None}}]
-    run = Run("run", tmp_path, {"start": {"metrics": {"model_utility": 0.9}}, "epochs": epochs})
-    assert weights.metric_by_epoch(run, "model_utility") == {0: 0.9, 1: 0.5}
-    assert weights.metric_by_epoch(run, "forget_quality") == {}
 
 
 def start_row(index: int, nll: float | None, split: str = "forget") -> dict[str, Any]:
@@ -166,137 +150,59 @@ def test_perturb_refuses(options: list[str], message: str, model_folder: Path, c
     assert message in capsys.readouterr().err
 
 
-# -- studies -----------------------------------------------------------------------------------------------------
+# -- runs of the analysis ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "analysis").glob("bias_*.yaml")), ids=lambda f: f.stem)
-def test_shipped_studies(file: Path, monkeypatch: pytest.MonkeyPatch):
-    """They parse, and so do the options of every run they make."""
-
-    study = read_study(file)
-    assert {"SimNPO", "NPO"} <= set(study.methods)
-    monkeypatch.chdir(ROOT)
-    parts = [study.memorization.fit] if study.memorization else []
-    for own in [*study.methods.values(), *parts]:
-        os.environ.pop("SIMNPO_PL_RUN_DIR", None)
-        with pytest.raises(SystemExit) as stop:
-            main(["fit", *shlex.split(study.fit), *shlex.split(own), "--print_config"])
-        assert stop.value.code == 0
-
-
-STUDY = "fit: --model.lr 1\nmethods: {A: ''}\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (STUDY + "ablation: {method: B, beta: [1], gamma: [0]}", "B is no method of the study; it has A"),
-        (STUDY + "ablation: {method: A, beta: [], gamma: [0]}", "an ablation needs values of beta and of gamma"),
-        (STUDY + "ablation: {method: A, beta: [x], gamma: [0]}", "study.yaml: .*beta"),
-        (STUDY + "betas: [1]", "study.yaml: .*betas"),
-        ("fit: ''\nmethods: {}", "a study needs methods, and epochs to show"),
-        ("methods: [A]", "study.yaml"),
-        ("[1, 2]", "study.yaml"),
-        ("a: [", "study.yaml"),
-    ],
-)
-def test_bad_studies(content: str, message: str, tmp_path: Path):
-    (tmp_path / "study.yaml").write_text(content)
-    with pytest.raises(UserError, match=message):
-        read_study(tmp_path / "study.yaml")
-    with pytest.raises(UserError, match=r"cannot read .*none.yaml .*: give a file such as configs/analysis"):
-        read_study(tmp_path / "none.yaml")
-
-
-@pytest.fixture
-def runs_made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Runs are made in this process, since starting one takes longer than they do; names of those made."""
-    made: list[str] = []
+def test_perturbed_reference_and_halves(
+    run_options: list[str],
+    model_folder: Path,
+    other_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """A sweep makes a perturbed reference, which a run uses; `weights` reads the runs."""
 
     def start(command: list[str], log: Path) -> int:
-        made.append(Path(command[command.index("--run_dir") + 1]).name)
         os.environ.pop("SIMNPO_PL_RUN_DIR", None)
         main([*command[3:], "--debug"])
         return 0
 
-    monkeypatch.setattr(fit_once, "start", start)
-    return made
-
-
-@pytest.fixture
-def study_file(run_options: list[str], other_folder: Path, tmp_path: Path) -> Path:
-    """A study on the tiny model: one epoch, short answers."""
-    quick = ["--trainer.max_epochs", "1", "--eval.max_new_tokens", "2", "--eval.retrained", str(other_folder)]
-    study = {
+    # Runs are made in this process, since starting one takes longer than they do.
+    monkeypatch.setattr(launch, "start", start)
+    quick = ["--trainer.max_epochs", "2", "--eval.max_new_tokens", "2", "--eval.retrained", str(other_folder)]
+    npo = "--model.objective NPO"
+    sweep = {
+        **{"title": "Halves", "folder": str(tmp_path / "runs"), "table": "halves"},
+        "models": {"perturbed": f"perturb {model_folder} --share 0.25 --seed 1"},
         "fit": shlex.join([*run_options, *quick]),
-        "methods": {"NPO": "--model.objective NPO --trainer.max_epochs 2", "SimNPO": "--model.objective SimNPO"},
-        "perturbation": {"method": "NPO", "share": 0.25},
-        "memorization": {
-            "fit": "--model.objective FineTune --model.retain_loss null --data.train_split forget10[:5]+retain90 "
-            "--eval.start false --eval.final false --eval.retrained null --trainer.check_val_every_n_epoch 9"
-        },
-        "ablation": {"method": "SimNPO", "beta": [1.0, 2.0], "gamma": [0.0]},
+        "methods": {"NPO": npo, "perturbed": f"{npo} --model.reference {{folder}}/models/perturbed"},
     }
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(study))
-    return file
-
-
-def test_weights_and_perturbation(
-    runs_made: list[str], study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    """Tables and figures of a study; a second call makes no run again; other settings in one folder are refused."""
-    out = tmp_path / "out"
-    call = ["bias", str(study_file), "--out", str(out), "--parts", "weights", "perturbation"]
-    main([*call, "--debug"])
-    assert runs_made == ["NPO", "SimNPO", "NPO-perturbed"]
-    text = (out / "bias.md").read_text()
-    assert text in capsys.readouterr().out
-    assert "| NPO | 1 | 10 | " in text
-    assert "| NPO-perturbed | 10 | " in text
-    figures = {file.name for file in (out / "figures").iterdir()}
-    assert figures == {f"tiny_{name}.png" for name in ("length", "epochs", "knowledge", "quality", "halves")}
-    record = json.loads((out / "NPO-perturbed" / "results.json").read_text())
-    assert record["settings"]["model"]["reference"] == str(out / "reference-share0.25-seed1")
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    main(["sweep", str(tmp_path / "sweep.yaml"), "--debug"])
+    assert "| method | FQ strongly memorized | FQ weakly memorized | MU | n | seeds |" in capsys.readouterr().out
+    own, perturbed = (tmp_path / "runs" / "all" / name / "seed-0" for name in ("NPO", "perturbed"))
+    record = json.loads((perturbed / "results.json").read_text())
+    assert record["settings"]["model"]["reference"] == str(tmp_path / "runs" / "models" / "perturbed")
     # The policy is the start model and not the reference, so the very first weights are not 1.
-    first = [json.loads(line) for line in (out / "NPO-perturbed" / "weights.jsonl").read_text().splitlines()]
-    assert all(abs(row["weight"] - 1) > 1e-3 for row in first if row["step"] == 1)
-    main([*call, "--debug"])
-    assert len(runs_made) == 3
-    with pytest.raises(UserError, match="out/NPO holds a run that was started with other options"):
-        main([*call, "--debug", "--model.lr", "1e-3"])
+    for run, is_one in ((own, True), (perturbed, False)):
+        first = [json.loads(line) for line in (run / "weights.jsonl").read_text().splitlines()]
+        assert all((abs(row["weight"] - 1) < 1e-4) == is_one for row in first if row["step"] == 1)
+    main(["weights", str(own), str(perturbed), "--out", str(tmp_path / "figures"), "--debug"])
+    shown = capsys.readouterr().out
+    assert "| NPO/seed-0 | 1 | 10 | " in shown
+    assert "| model | shortest half: n | forget quality" in shown
+    figures = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert figures == {f"weights_{name}.png" for name in ("length", "knowledge", "halves")}
 
 
-@pytest.mark.slow
-def test_memorization_and_ablation(
-    runs_made: list[str], study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    out = tmp_path / "out"
-    call = ["bias", str(study_file), "--out", str(out), "--parts", "memorization", "ablation", "--debug"]
-    main(call)
-    assert runs_made == [
-        *("NPO", "SimNPO", "half-start", "half-NPO", "half-SimNPO", "SimNPO-beta1-gamma0", "SimNPO-beta2-gamma0")
-    ]
-    text = (out / "bias.md").read_text()
-    assert "| model | strong half: n | forget quality" in text
-    assert "| start | 5 | " in text
-    assert "| 2 | 0 | " in text
-    # The fine-tuned start model saw the first five forget rows, 40 retain rows, and is unlearned on all ten.
-    seen = json.loads((out / "half-start" / "results.json").read_text())["settings"]["data"]["init_args"]
-    assert seen["train_split"] == "forget10[:5]+retain90"
-    weights = [json.loads(line) for line in (out / "half-NPO" / "weights.jsonl").read_text().splitlines()]
-    assert len(weights) == 20
-    assert {file.name for file in (out / "figures").iterdir()} == {"tiny_memorization.png", "tiny_ablation.png"}
-
-
-@pytest.mark.parametrize("words", [["weights", "run"], ["bias", "study.yaml"]], ids=["weights", "bias"])
-def test_no_figures_without_libraries(words: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_no_figures_without_libraries(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("simnpo_pl.report.drawing.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"figures need matplotlib: pip install 'simnpo_pl\[report\]'"):
-        main([*words, "--out", "x", "--debug"])
+        main(["weights", "run", "--out", "x", "--debug"])
 
 
-def test_weights_of_any_runs(study_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_weights_of_any_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Without a retrained model there are no halves to tell apart."""
     folder = tmp_path / "one"
     folder.mkdir()
@@ -305,5 +211,5 @@ def test_weights_of_any_runs(study_file: Path, tmp_path: Path, capsys: pytest.Ca
     main(["weights", str(folder), "--out", str(tmp_path / "figures"), "--debug"])
     assert "| one | 1 | 4 | 0.85 (0.7 to 1) | -1.00 (p " in capsys.readouterr().out
     assert {f.name for f in (tmp_path / "figures").iterdir()} == {
-        f"weights_{name}.png" for name in ("length", "epochs", "knowledge")
+        f"weights_{name}.png" for name in ("length", "knowledge")
     }

@@ -1,10 +1,12 @@
-"""Scalability and sustainability: a run a forget set, what is skipped, what is written."""
+"""Scalability and sustainability of MUSE: sweeps over forget sets, and over runs that start from earlier ones."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
 from simnpo_pl.__main__ import main
@@ -39,78 +41,78 @@ def quick(muse_options: list[str]) -> list[str]:
     return [*muse_options, "--trainer.max_epochs", "1", "--export.best", "null"]
 
 
+def write(folder: Path, fit: list[str], *methods: str) -> str:
+    sweep = {"title": "Series", "folder": str(folder / "runs"), "table": "muse", "fit": shlex.join(fit)}
+    file = folder / "series.yaml"
+    file.write_text(yaml.safe_dump({**sweep, "methods": {str(n): m for n, m in enumerate(methods, start=1)}}))
+    return str(file)
+
+
 def test_successive_requests(
     calls: list[list[str]], quick: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """Each run starts from the model before it; a second call finds everything done."""
-    out = tmp_path / "sust"
-    main(["sustainability", "--out", str(out), "--forget", *SPLITS, *quick, "--debug"])
-    first, second = results(out / "1"), results(out / "2")
-    assert [r["settings"]["data"]["init_args"]["forget_split"] for r in (first, second)] == SPLITS
-    assert second["settings"]["model"]["name"] == str(out / "1" / "model")
-    assert "start" in first
-    assert "start" not in second
-    table = json.loads((out / "table.json").read_text())
-    assert [(r["run"], r["forget_split"]) for r in table["runs"]] == [("0", "-"), ("1", SPLITS[0]), ("2", SPLITS[1])]
-    assert [r["metrics"] for r in table["runs"]] == [
-        r["metrics"] for r in (first["start"], first["final"], second["final"])
-    ]
-    assert "| 2 | raw/forget[50%:] |" in (out / "table.md").read_text()
-    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
-    assert "| VerbMem forget | KnowMem forget | KnowMem retain |" in capsys.readouterr().out
-    weights = [AutoModelForCausalLM.from_pretrained(out / n / "model").lm_head.weight for n in ("1", "2")]
+    first, second = (f"--data.forget_split {split}" for split in SPLITS)
+    second += " --model.name {folder}/all/1/seed-{seed}/model --eval.start false"
+    sweep = ["sweep", write(tmp_path, quick, first, second), "--debug"]
+    figure = tmp_path / "figures" / "series.png"
+    main([*sweep, "--figure", str(figure)])
+    runs = [tmp_path / "runs" / "all" / name / "seed-0" for name in ("1", "2")]
+    one, two = map(results, runs)
+    assert [r["settings"]["data"]["init_args"]["forget_split"] for r in (one, two)] == SPLITS
+    assert two["settings"]["model"]["name"] == str(runs[0] / "model")
+    assert "start" in one
+    assert "start" not in two
+    shown = capsys.readouterr().out.partition("# Series")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["method", "Original", "1", "2"]
+    assert rows[0][1:3] == ["VerbMem forget", "KnowMem forget"]
+    for row, metrics in zip(rows[1:], (one["start"], one["final"], two["final"]), strict=True):
+        assert float(row[1]) == pytest.approx(metrics["metrics"]["verbmem_forget"], rel=1e-2)
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert f"figure: {figure}" in shown
+    weights = [AutoModelForCausalLM.from_pretrained(run / "model").lm_head.weight for run in runs]
     assert not weights[0].equal(weights[1])
 
     calls.clear()
-    main(["sustainability", "--out", str(out), "--forget", *SPLITS, *quick, "--debug"])
+    main(sweep)
     assert calls == []
-    with pytest.raises(UserError, match="1 holds a run that was started with other options"):
-        main(["scalability", "--out", str(out), "--forget", "raw/forget", *quick, "--debug"])
+    with pytest.raises(UserError, match="seed-0 holds a run that was started with other options"):
+        main(["sweep", write(tmp_path, quick, second.replace("/1/", "/2/")), "--debug"])
 
 
 def test_growing_sets(calls: list[list[str]], quick: list[str], tmp_path: Path):
-    """All runs start from the same model; four shares of the forget text are the default."""
-    out = tmp_path / "scal"
-    main(["scalability", "--out", str(out), *quick, *UNMEASURED, "--debug"])
-    splits = [results(out / str(n))["settings"]["data"]["init_args"]["forget_split"] for n in (1, 2, 3, 4)]
-    assert splits == ["raw/forget[:25%]", "raw/forget[:50%]", "raw/forget[:75%]", "raw/forget"]
-    assert len({results(out / str(n))["settings"]["model"]["name"] for n in (1, 2, 3, 4)}) == 1
-    rows = [len((out / str(n) / "weights.jsonl").read_text().splitlines()) for n in (1, 2, 3, 4)]
+    """All runs start from the same model; larger shares of the forget text have more rows."""
+    shares = ["raw/forget[:25%]", "raw/forget[:50%]", "raw/forget"]
+    methods = [f"--data.forget_split {share}" for share in shares]
+    main(["sweep", write(tmp_path, [*quick, *UNMEASURED], *methods), "--debug"])
+    runs = [tmp_path / "runs" / "all" / name / "seed-0" for name in ("1", "2", "3")]
+    assert [results(run)["settings"]["data"]["init_args"]["forget_split"] for run in runs] == shares
+    assert len({results(run)["settings"]["model"]["name"] for run in runs}) == 1
+    rows = [len((run / "weights.jsonl").read_text().splitlines()) for run in runs]
     assert rows == sorted(rows)
-    assert rows[0] < rows[3]
+    assert rows[0] < rows[2]
 
 
-def test_unfinished_runs_go_on(calls: list[list[str]], quick: list[str], tmp_path: Path):
+def test_unfinished_runs_are_resumed(calls: list[list[str]], quick: list[str], tmp_path: Path):
     """With a checkpoint from there, without one from the beginning."""
-    out = tmp_path / "scal"
-    forget = ["--forget", *SPLITS]
-    main(["scalability", "--out", str(out), *forget, *quick, *UNMEASURED, "--debug"])
-    for name in ("1", "2"):
-        file = out / name / "results.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "finished": False}))
-    (out / "2" / "last.ckpt").unlink()
+    methods = [f"--data.forget_split {split}" for split in SPLITS]
+    sweep = ["sweep", write(tmp_path, [*quick, *UNMEASURED], *methods), "--debug"]
+    main(sweep)
+    runs = [tmp_path / "runs" / "all" / name / "seed-0" for name in ("1", "2")]
+    for run in runs:
+        (run / "results.json").write_text(json.dumps({**results(run), "finished": False}))
+    (runs[1] / "last.ckpt").unlink()
     calls.clear()
-    main(["scalability", "--out", str(out), *forget, *quick, *UNMEASURED, "--debug"])
+    main(sweep)
     assert len(calls) == 2
-    assert all(results(out / name)["finished"] for name in ("1", "2"))
-
-
-@pytest.mark.parametrize("option", ["--run_dir=x", "--data.forget_split", "--ckpt_path"])
-def test_options_of_its_own(option: str, tmp_path: Path):
-    with pytest.raises(UserError, match=f"{option.split('=')[0]} is given by this command to each of its runs"):
-        main(["scalability", "--out", str(tmp_path), "--config", "x", option, "y", "--debug"])
-
-
-def test_run_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fit_once, "start", lambda command, log: 2)
-    with pytest.raises(UserError, match=r"fit in .*1 ended with exit code 2: see above"):
-        main(["sustainability", "--out", str(tmp_path), "--model.name", "x", "--debug"])
+    assert all(results(run)["finished"] for run in runs)
 
 
 def test_figures_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("simnpo_pl.report.drawing.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"figures need matplotlib: pip install 'simnpo_pl\[report\]'"):
-        main(["scalability", "--out", str(tmp_path), "--debug"])
+        main(["sweep", write(tmp_path, [], ""), "--figure", "x.png", "--debug"])
 
 
 def test_unknown_options_of_other_commands(tmp_path: Path):

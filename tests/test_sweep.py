@@ -19,8 +19,17 @@ from simnpo_pl.studies.sweep import read_sweep
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted((ROOT / "configs" / "sweep").glob("table*.yaml"))
-TINY = {"table1": "tofu", "tableA3": "tofu", "tableA2": "halves", "table2": "muse", "tableA4": "wmdp"}
+OVERLAYS = {
+    "table1": ["tiny_tofu"],
+    "tableA3": ["tiny_tofu"],
+    "tableA2": ["tiny_halves", "demo_halves", "smollm2_halves"],
+    "table2": ["tiny_muse"],
+    "tableA4": ["tiny_wmdp"],
+    "figureA1": ["demo_figureA1", "smollm2_figureA1"],
+    "figureA2": ["demo_figureA2"],
+    "scalability": ["demo_scalability"],
+    "sustainability": ["demo_sustainability"],
+}
 SWEEP = {
     "title": "A table",
     "folder": "somewhere",
@@ -96,7 +105,7 @@ def test_later_files_change_earlier_ones(tmp_path: Path):
         ({"method": {"A": ""}}, "sweep.yaml: .*method.*; configs/sweep/table1.yaml is an example"),
         ({"seeds": []}, "the sweep has no seeds: name at least one"),
         ({"table": "chairs"}, "the sweep's table is 'chairs'; known are tofu"),
-        ({"methods": {"A": "fot --model.lr 1"}}, "begin with an option, or with fit, test, task-vector"),
+        ({"methods": {"A": "fot --model.lr 1"}}, "begin with an option, or with fit, test, perturb, task-vector"),
     ],
 )
 def test_mistakes_in_a_file(tmp_path: Path, changed: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]):
@@ -124,14 +133,20 @@ def words_seen() -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize("tiny", [False, True])
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_shipped_sweeps_parse(file: Path, tiny: bool, words_seen: set[str], capsys: pytest.CaptureFixture[str]):
-    """Every option of every sweep, as it stands and in its tiny form, is understood by the command it is given to."""
+def test_shipped_sweeps_are_known():
+    known = {*OVERLAYS, *(name for overlays in OVERLAYS.values() for name in overlays)}
+    assert {file.stem for file in (ROOT / "configs" / "sweep").iterdir()} == known
+
+
+@pytest.mark.parametrize(
+    "names", [[f, *o] for f, found in OVERLAYS.items() for o in ([], *([n] for n in found))], ids="+".join
+)
+def test_shipped_sweeps_parse(names: list[str], words_seen: set[str], capsys: pytest.CaptureFixture[str]):
+    """Every option of every sweep, as it stands and with its overlays, is understood by the command it is given to."""
     from simnpo_pl.studies import parse
 
-    changes = [str(file.with_name(f"tiny_{TINY[file.stem]}.yaml"))] if tiny else []
-    commands = listed(capsys, str(file), *changes, "--folder", "somewhere")
+    files = [str(ROOT / "configs" / "sweep" / f"{name}.yaml") for name in names]
+    commands = listed(capsys, *files, "--folder", "somewhere")
     assert commands
     for command in commands:
         new = {word for word in command if not re.search(r"seed-\d|^\d+$", word)} - words_seen

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.benchmarks import WmdpData
-from simnpo_pl.benchmarks.demo.muse import write_corpus
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import load_causal_lm, load_tokenizer, save_model
 from simnpo_pl.models.lora import LoraOptions, add_adapter
@@ -24,12 +23,15 @@ ROOT = Path(__file__).parents[1]
 CHOICES = ("A", "B", "C", "D")
 
 
+def documents(split: str) -> list[str]:
+    return json.loads((ROOT / "examples" / "muse" / "raw" / f"{split}.json").read_text())[:6]
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents to forget as JSON lines, documents to retain as a text file, headings among both."""
     folder = tmp_path_factory.mktemp("wmdp")
-    write_corpus(folder, authors=3)
-    texts = {name: json.loads((folder / "raw" / f"{name}.json").read_text()) for name in ("forget", "retain1")}
+    texts = {name: documents(name) for name in ("forget", "retain1")}
     lines = [{"title": "Paper", "text": text} for text in ["= Heading =", *texts["forget"]]]
     (folder / "forget.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "retain.txt").write_text("\n\n".join(["= Heading =", *texts["retain1"]]))
@@ -64,7 +66,7 @@ def document_loss(model: Any, tokenizer: Any, text: str, length: int) -> float:
         return model(input_ids=ids, labels=ids).loss.item()
 
 
-def test_fit(wmdp_run: Path, corpus: Path, model_folder: Path):
+def test_fit(wmdp_run: Path, model_folder: Path):
     """Losses are those of the documents alone, headings left out, padding never scored."""
     content = results(wmdp_run)
     assert content["finished"]
@@ -74,7 +76,7 @@ def test_fit(wmdp_run: Path, corpus: Path, model_folder: Path):
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         for side, name in (("forget", "forget"), ("retain", "retain1")):
-            texts = json.loads((corpus / "raw" / f"{name}.json").read_text())[:4]
+            texts = documents(name)[:4]
             expected = [document_loss(model, tokenizer, text, 100) for text in texts]
             assert len({len(tokenizer(text)["input_ids"]) for text in texts}) > 1
             assert content[role]["metrics"][f"{side}/nll"] == pytest.approx(sum(expected) / 4, rel=1e-5)
@@ -226,22 +228,26 @@ def test_harness_is_missing(wmdp_run: Path, monkeypatch: pytest.MonkeyPatch):
         main(["lm-eval", str(wmdp_run), "--tasks", "x", "--debug"])
 
 
-def test_demo(tmp_path: Path):
-    """The forget authors' text and questions on one side, others on the other; every right answer is at its place."""
+def test_shipped_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The demo's forget authors on one side, others on the other; every right answer is at its place."""
     from simnpo_pl.benchmarks.demo.authors import write_dataset
-    from simnpo_pl.benchmarks.demo.wmdp import write_demo
 
-    write_demo(tmp_path / "wmdp")
+    examples = ROOT / "examples"
     write_dataset(tmp_path, 0)
     forget = [json.loads(line) for line in (tmp_path / "forget10.json").read_text().splitlines()]
-    texts = [json.loads(line)["text"] for line in (tmp_path / "wmdp" / "forget.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (examples / "wmdp" / "forget.jsonl").read_text().splitlines()]
+    assert texts == json.loads((examples / "muse" / "raw" / "forget.json").read_text())
     assert all(any(row["answer"] in text for text in texts) for row in forget)
-    assert not any(text in (tmp_path / "wmdp" / "retain.txt").read_text() for text in texts)
+    assert not any(text in (examples / "wmdp" / "retain.txt").read_text() for text in texts)
+    monkeypatch.chdir(ROOT)
     asked = {}
     for name in ("wmdp_bio", "mmlu"):
-        lines = (tmp_path / "wmdp" / "tasks" / f"{name}.jsonl").read_text().splitlines()
-        asked[name] = {row["question"]: row["choices"][row["answer"]] for row in map(json.loads, lines)}
-        assert all(len(set(json.loads(line)["choices"])) == 4 for line in lines)
-        assert yaml.safe_load((tmp_path / "wmdp" / "tasks" / f"{name}.yaml").read_text())["task"] == name
+        task = yaml.safe_load((examples / "wmdp" / "tasks" / f"{name}.yaml").read_text())
+        assert task["task"] == name
+        rows = [
+            json.loads(line) for line in Path(task["dataset_kwargs"]["data_files"]["test"]).read_text().splitlines()
+        ]
+        asked[name] = {row["question"]: row["choices"][row["answer"]] for row in rows}
+        assert all(len(set(row["choices"])) == 4 for row in rows)
     assert asked["wmdp_bio"] == {row["question"]: row["answer"] for row in forget}
     assert not asked["wmdp_bio"].keys() & asked["mmlu"].keys()

@@ -76,7 +76,7 @@ SIZES = {
 class MarkovData(PairedData):
     """Sequences of the three chains, and models that know them, made in `path` if they are missing.
 
-    The start model is `path`/start, the retrained one, which saw the retain chain alone, `path`/retrained. The metric
+    The start model is `path`/start, the retrained one, which saw only the retain chain, `path`/retrained. The metric
     of each chain is the mean KL(true transition row || model), in nats: small is known, large is forgotten.
 
     Args:
@@ -142,7 +142,7 @@ class MarkovEvaluation(Evaluation):
         current = batch["input_ids"][:, :-1][scored]
         logits = states.logits()
         laws = torch.as_tensor(TRANSITIONS, dtype=torch.float32, device=logits.device)
-        chains = torch.tensor([CHAINS.index(part.name) for part in self.splits], device=logits.device)
+        chains = torch.tensor([CHAINS.index(split.name) for split in self.splits], device=logits.device)
         true = laws[chains[batch["split"]][states.rows], current]
         return {DISTANCE: states.sum_rows(divergence(true.log(), logits)) / states.lengths()}
 

@@ -65,8 +65,3 @@ def draw(axis: Any, data: list[dict[str, Any]], layout: dict[str, Any]) -> None:
 
 def legend_outside(axis: Any, title: str) -> None:
     axis.legend(title=title, loc="upper left", bbox_to_anchor=(1, 1), fontsize=6, title_fontsize=6)
-
-
-def epoch_axis(axis: Any) -> None:
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("epoch")

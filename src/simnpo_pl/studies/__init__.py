@@ -14,7 +14,6 @@ from simnpo_pl.studies import options
 from simnpo_pl.utils.errors import UserError
 
 COMMANDS = {
-    "bias": "run the paper's analysis of reference-model bias: runs, tables, figures",
     "doctor": "show versions, devices, whether the hub answers, and what configs need",
     "leak": "sample answers of finished runs on the forget rows, and take the best of k",
     "lm-eval": "accuracy of finished runs on lm-evaluation-harness's tasks, such as wmdp_bio and mmlu",
@@ -23,8 +22,6 @@ COMMANDS = {
     "quantize": "evaluate finished runs again after their weights were rounded to 8 and 4 bits",
     "relearn": "relearning attack on finished runs: fine-tune the unlearned model on part of what it forgot",
     "report": "write a page, Markdown or LaTeX rows over finished runs",
-    "scalability": "MUSE: forget sets of growing size, a run for each",
-    "sustainability": "MUSE: forget sets one after the other, each on the model before",
     "sweep": "a table of the paper: methods x splits x seeds, shared among workers",
     "task-vector": "unlearn without training: subtract what fine-tuning on the forget rows adds to the weights",
     "tune": "tune methods with Optuna: an equal number of trials for each, chosen by a stated rule",
@@ -35,12 +32,10 @@ COMMANDS = {
 MODULES = {
     "perturb": "studies.arithmetic",
     "report": "report.command",
-    "scalability": "studies.series",
-    "sustainability": "studies.series",
     "task-vector": "studies.arithmetic",
 }
 """Module of a command whose module does not have its name."""
-TAKE_FIT_OPTIONS = ("bias", "scalability", "sustainability", "sweep", "tune", "verify")
+TAKE_FIT_OPTIONS = ("sweep", "tune", "verify")
 """Commands whose unknown arguments are options of `fit` or `test`."""
 
 

@@ -13,9 +13,6 @@ from simnpo_pl.runs.record import Row, Run
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
-START = "start"
-"""Name of the start model among others."""
-
 
 class ForgetSubset(NamedTuple):
     """A part of the forget rows: truth ratios of both models, `forget_quality` of them, mean answer probability."""
@@ -90,17 +87,14 @@ def draw(found: dict[str, list[ForgetSubset]], file: Path) -> None:
     """Distribution of truth ratios on two halves (figure 2); dotted lines are the KS statistics, the largest gaps."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    shades = {model: color(index) for index, model in enumerate(model for model in found if model != START)}
     halves = list(zip(*found.values(), strict=True))
     with panels(file, 1, len(halves), (3.3, 2.2), sharex=True, sharey=True) as (_, axes):
         for axis, subsets in zip(axes[0], halves, strict=True):
             retrained = subsets[0].retrained
             axis.step(*distribution(retrained), where="post", color=GREY, linewidth=2, label="retrained")
-            for model, subset in zip(found, subsets, strict=True):
-                shade, line = shades.get(model, GREY), "--" if model == START else "-"
-                style = {"color": shade, "linestyle": line, "linewidth": 1.2}
-                label = f"{model}: {number(subset.quality.p_value)}"
-                axis.step(*distribution(subset.unlearned), where="post", label=label, **style)
+            for index, (model, subset) in enumerate(zip(found, subsets, strict=True)):
+                shade, label = color(index), f"{model}: {number(subset.quality.p_value)}"
+                axis.step(*distribution(subset.unlearned), where="post", label=label, color=shade, linewidth=1.2)
                 gap = largest_gap(subset.unlearned, retrained)
                 axis.plot([gap.at] * 2, [gap.low, gap.high], color=shade, linewidth=0.8, linestyle=":")
             axis.set_xscale("log")

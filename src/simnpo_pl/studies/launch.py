@@ -1,7 +1,7 @@
 """Runs in processes of their own: finished runs are skipped, interrupted ones resumed.
 
-Everything that makes many runs (sweep, tune, series, bias) makes each of them here. Workers on several machines may
-share the folders: a run is locked while it is made.
+Everything that makes many runs (sweep, tune) makes each of them here. Workers on several machines may share the
+folders: a run is locked while it is made.
 """
 
 import json
@@ -26,6 +26,8 @@ MADE_OF = "made_of.json"
 """In a run's folder: the options and configs it was started with."""
 EVALUATIONS = ".evaluations"
 """In a study's folder: evaluations that its runs share."""
+MODEL_COMMANDS = ("perturb", "task-vector")
+"""Commands that make a model without training."""
 AFTER = "after.json"
 """In a run's folder: the commands that ran over the finished run."""
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
@@ -42,7 +44,7 @@ class Taken(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """A run of `fit` or `test`, or a model of `task-vector`, and the commands over it `after` it is finished.
+    """A run of `fit` or `test`, or a model of `MODEL_COMMANDS`, and the commands over it `after` it is finished.
 
     `options` come without `--run_dir`, `--out` and `--ckpt_path`. The runs of a study share, in its folder, their
     evaluations of start and retrained models.
@@ -57,20 +59,20 @@ class Job:
     @property
     def words(self) -> list[str]:
         """The command line, without `python -m simnpo_pl`."""
-        target = "--out" if self.command == "task-vector" else "--run_dir"
+        target = "--out" if self.command in MODEL_COMMANDS else "--run_dir"
         return [self.command, *self.options, target, str(self.folder)]
 
     @property
     def is_finished(self) -> bool:
         """Whether its own command is done."""
-        if self.command == "task-vector":
+        if self.command in MODEL_COMMANDS:
             return self.folder.is_dir()
         return bool(read_record(self.folder).get("finished"))
 
     def remaining(self) -> list[list[str]]:
         """Command lines that still have to run."""
         command, *words = self.words
-        if command != "task-vector":
+        if command not in MODEL_COMMANDS:
             # Before the options, so that a folder among them wins.
             words = ["--eval.cache_dir", str(self.study / EVALUATIONS), *words]
         if command == "fit":
@@ -91,7 +93,7 @@ class Job:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder.parent / f".{self.folder.name}.lock", timeout=-1 if wait else 0):
-                if self.command != "task-vector":
+                if self.command not in MODEL_COMMANDS:
                     self._check_options()
                 for words in self.remaining():
                     after = words in self.after

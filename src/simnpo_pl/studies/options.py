@@ -49,14 +49,6 @@ def shard(text: str) -> slice:
     return slice(int(first), None, int(workers))
 
 
-def bias(add: Add) -> None:
-    parts = ("weights", "perturbation", "memorization", "ablation")
-    add("study", type=path, metavar="STUDY", help="file of the study, such as configs/analysis/bias_demo.yaml")
-    add("--out", required=True, type=path, metavar="FOLDER", help="folder of the runs and tables")
-    add("--figures", type=path, metavar="FOLDER", help="folder of the figures, instead of OUT/figures")
-    add("--parts", nargs="+", choices=parts, default=parts, help="parts to do, if the study has them")
-
-
 def doctor(add: Add) -> None:
     add("configs", nargs="*", type=path, metavar="CONFIG", help="instead of configs/*.yaml")
     add("--timeout", type=above_0, default=3.0, help="wait for the hub, seconds")
@@ -120,23 +112,10 @@ def report(add: Add) -> None:
     add("-o", "--out", nargs="+", type=path, metavar="FILE", help=what)
 
 
-def scalability(add: Add) -> None:
-    shares = ("raw/forget[:25%]", "raw/forget[:50%]", "raw/forget[:75%]", "raw/forget")
-    what = "forget sets of growing size; MUSE-News has scal/forget_1 to scal/forget_4"
-    add("--out", required=True, type=path, metavar="FOLDER", help="where the runs and the table go")
-    add("--forget", nargs="+", default=shares, metavar="SPLIT", help=what)
-
-
-def sustainability(add: Add) -> None:
-    quarters = ("raw/forget[:25%]", "raw/forget[25%:50%]", "raw/forget[50%:75%]", "raw/forget[75%:]")
-    what = "what each request asks to forget; MUSE-News has sust/forget_1 to sust/forget_4"
-    add("--out", required=True, type=path, metavar="FOLDER", help="where the runs and the table go")
-    add("--forget", nargs="+", default=quarters, metavar="SPLIT", help=what)
-
-
 def sweep(add: Add) -> None:
     add("files", nargs="+", type=path, metavar="FILE", help="sweep file, and files that change it")
     add("-o", "--out", type=path, metavar="FILE", help="Markdown file for the table")
+    add("--figure", type=path, metavar="FILE", help="PNG file for a figure: a panel a column, over the methods")
     add("--folder", help="where the runs go, instead of the sweep's")
     add("--shard", type=shard, default="0/1", metavar="I/N", help="only every Nth run, from the Ith, counted from 0")
     add("--table", action="store_true", help="only the table of the finished runs")

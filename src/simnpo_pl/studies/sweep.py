@@ -14,17 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from simnpo_pl.metrics.titles import number
-from simnpo_pl.report.robustness import spread
+from simnpo_pl.report.drawing import check_installed, panels
+from simnpo_pl.report.figures import GREY, color
+from simnpo_pl.report.robustness import Spread, spread
 from simnpo_pl.runs.record import Row, Run, read_runs
 from simnpo_pl.studies.halves import by_order, qualities
-from simnpo_pl.studies.launch import Job, RunFailed, Taken
+from simnpo_pl.studies.launch import MODEL_COMMANDS, Job, RunFailed, Taken
 from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tables
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
-STARTED_BY = ("fit", "test", "task-vector")
+STARTED_BY = ("fit", "test", *MODEL_COMMANDS)
 Key = tuple[str, str, int]
 """Split, method and seed of a run."""
 COLUMNS = {
@@ -47,6 +50,14 @@ COLUMNS = {
         "MU": "model_utility",
         "n": "n",
     },
+    "quality": {
+        "FQ": "forget_quality",
+        "KS": "forget_quality/ks_statistic",
+        "MU": "model_utility",
+        "forget P": "forget/probability",
+        "retain P": "retain/probability",
+        "n": "n",
+    },
     "muse": {
         "VerbMem forget": "verbmem_forget",
         "KnowMem forget": "knowmem_forget",
@@ -58,6 +69,8 @@ COLUMNS = {
 """Kind of table to its columns: title to a name that `value` knows."""
 BY_DEFINITION = {"forget_quality": 1.0, "forget_quality strong": 1.0, "forget_quality weak": 1.0, "privleak": 0.0}
 """Values of the retrained model compared with itself."""
+STYLES = {"start": "--", "retrained": ":"}
+"""Lines of a figure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +78,12 @@ class Sweep(Plan):
     """Content of a sweep file, such as `configs/sweep/table1.yaml`.
 
     `{split}` and `{seed}` in options are those of the run, `{run}` in `after` is the run's folder. Options may begin
-    with `test` or `task-vector`; the default is `fit`.
+    with `test`, `perturb` or `task-vector`; the default is `fit`.
 
     Args:
         table: Which columns, a key of `COLUMNS`.
         methods: Row of the table to the options of its runs.
-        splits: Part of the table to the options of its runs.
+        splits: Section of the table to the options of its runs.
         seeds: A run each.
         models: Models made before the runs: name to options; the folder is `{folder}/models/NAME`.
         after: Commands over each finished run.
@@ -109,7 +122,7 @@ class Sweep(Plan):
         jobs = []
         for name, words in self.models.items():
             command, own = _command(words)
-            options = own if command == "task-vector" else [*own, *more]
+            options = own if command in MODEL_COMMANDS else [*own, *more]
             jobs.append(Job(self.path / "models" / name, self.filled(options), self.path, command))
         return jobs
 
@@ -138,8 +151,13 @@ def run(options: Namespace) -> None:
             for words in (job.words, *job.after):
                 print(shlex.join(["python", "-m", "simnpo_pl", *words]))
         return
+    if options.figure:
+        check_installed()
     failed = [] if options.table else work(sweep.path, share, models)
     write_tables(table(sweep, runs), options.out)
+    if options.figure:
+        draw(sweep, runs, options.figure)
+        print(f"figure: {options.figure}")
     if failed:
         raise UserError(f"{len(failed)} runs failed, the first: {failed[0]}")
 
@@ -179,33 +197,69 @@ def table(sweep: Sweep, jobs: Mapping[Key, Job]) -> str:
     columns = COLUMNS[sweep.table]
     lines = [f"# {sweep.title}", ""]
     for split in sweep.splits:
-        planned = {key: job for key, job in jobs.items() if key[0] == split}
-        runs: dict[str, list[Run]] = {}
-        for (_, method, _), job in planned.items():
-            if job.is_finished:
-                runs.setdefault(method, []).extend(read_runs([job.folder]))
-        every = [run for found in runs.values() for run in found]
-        compared = {"Original": "start", "Retrain": "retrained"}
-        parts = [(title, model, [run for run in every if run.metrics(model)]) for title, model in compared.items()]
-        parts += [(method, "final", found) for method, found in runs.items()]
-        rows = [_row(title, model, found, list(columns.values())) for title, model, found in parts if found]
+        rows = [_cells(line, list(columns.values())) for line in _lines(jobs, split)]
         if len(sweep.splits) > 1:
             lines += [f"## {split}", ""]
         lines += [markdown.table(["method", *columns, "seeds"], rows), ""]
-        if len(every) < len(planned):
-            lines += [f"{len(planned) - len(every)} of {len(planned)} runs are not finished.", ""]
+        planned = [job for key, job in jobs.items() if key[0] == split]
+        if unfinished := sum(not job.is_finished for job in planned):
+            lines += [f"{unfinished} of {len(planned)} runs are not finished.", ""]
     legend = "Mean ± sample standard deviation over seeds; one number if they do not differ."
     if not BY_DEFINITION.keys().isdisjoint(columns.values()):
         legend += " Values that compare the retrained model with itself hold by definition."
     return "\n".join([*lines, f"{legend} {sweep.note}".strip(), ""])
 
 
-def _row(title: str, model: str, runs: Sequence[Run], names: Sequence[str]) -> list[str]:
+def draw(sweep: Sweep, jobs: Mapping[Key, Job], file: Path) -> None:
+    """A panel for each column: methods on the x axis, a line for each split with the spread over seeds as bars.
+
+    The start model is a dashed line, the retrained model a dotted one.
+    """
+    lines, columns = {split: _lines(jobs, split) for split in sweep.splits}, COLUMNS[sweep.table]
+    with panels(file, 1, len(columns), (2.6, 2.2)) as (figure, axes):
+        for axis, (title, name) in zip(axes[0], columns.items(), strict=True):
+            for index, (split, found) in enumerate(lines.items()):
+                known = [(line, spread) for line in found if (spread := line.spread(name))]
+                methods = {line.title: spread for line, spread in known if line.model == "final"}
+                means, deviations = ([getattr(s, key) for s in methods.values()] for key in ("mean", "deviation"))
+                axis.errorbar(list(methods), means, deviations, fmt=".-", color=color(index), capsize=2, label=split)
+                for line, spread in known:
+                    if line.model in STYLES:
+                        axis.axhline(spread.mean, color=GREY, linewidth=0.8, linestyle=STYLES[line.model])
+            axis.set_title(title)
+        if len(lines) > 1:
+            figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
+
+
+class _Line(NamedTuple):
+    """A row of the table: runs of one method, or all runs for the start and the retrained model."""
+
+    title: str
+    model: str
+    runs: list[Run]
+
+    def spread(self, name: str) -> Spread | None:
+        return spread([value(run, self.model, name) for run in self.runs])
+
+
+def _lines(jobs: Mapping[Key, Job], split: str) -> list[_Line]:
+    """Rows of a split, from its finished runs."""
+    methods: dict[str, list[Run]] = {}
+    for (part, method, _), job in jobs.items():
+        if part == split and job.is_finished:
+            methods.setdefault(method, []).extend(read_runs([job.folder]))
+    every = [run for found in methods.values() for run in found]
+    compared = {"Original": "start", "Retrain": "retrained"}
+    lines = [_Line(title, model, [run for run in every if run.metrics(model)]) for title, model in compared.items()]
+    return [line for line in (*lines, *(_Line(name, "final", found) for name, found in methods.items())) if line.runs]
+
+
+def _cells(line: _Line, names: Sequence[str]) -> list[str]:
     cells = []
     for name in names:
-        found = spread([value(run, model, name) for run in runs])
+        found = line.spread(name)
         cells.append("-" if found is None else number(found.mean) if found.deviation == 0 else str(found))
-    return [title, *cells, str(len({run.record["seed"] for run in runs}))]
+    return [line.title, *cells, str(len({run.record["seed"] for run in line.runs}))]
 
 
 def value(run: Run, model: str, name: str) -> float | None:

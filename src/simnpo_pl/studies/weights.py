@@ -1,7 +1,7 @@
 """Gradient weights over finished runs: against answer length, forget probability and difficulty, by epoch.
 
 After figures 2 and 3 of the SimNPO paper; with forget quality on the shortest and the longest half of the forget rows
-if the runs were compared with a retrained model.
+if the runs were compared with a retrained model. `report` draws the weights by epoch.
 """
 
 import math
@@ -15,8 +15,8 @@ import numpy as np
 
 from simnpo_pl.metrics import titles
 from simnpo_pl.metrics.titles import number
-from simnpo_pl.report.drawing import check_installed, epoch_axis, legend_outside, panels
-from simnpo_pl.report.figures import GREY, LOG10_005, color, weight_quantiles
+from simnpo_pl.report.drawing import check_installed, legend_outside, panels
+from simnpo_pl.report.figures import color
 from simnpo_pl.runs.record import Row, Run, read_runs
 from simnpo_pl.studies import halves
 from simnpo_pl.utils import markdown
@@ -29,27 +29,19 @@ DOTS: dict[str, Any] = {"s": 9, "alpha": 0.55, "linewidths": 0}
 
 def run(options: Namespace) -> None:
     check_installed()
-    for part in describe(read_runs(options.runs), options.epochs, options.out, "weights"):
-        print(part)
-
-
-def describe(runs: Sequence[Run], epochs: Sequence[int], folder: Path, prefix: str) -> list[str]:
-    """Tables of the runs' gradient weights as paragraphs of Markdown, and figures named `PREFIX_*.png`."""
-    parts, drawn = [table(runs, epochs)], ["length", "epochs", "knowledge"]
-    files = {name: folder / f"{prefix}_{name}.png" for name in (*drawn, "quality", "halves")}
+    runs, epochs = read_runs(options.runs), options.epochs
+    parts, drawn = [table(runs, epochs)], ["length", "knowledge"]
+    files = {name: options.out / f"weights_{name}.png" for name in (*drawn, "halves")}
     _draw_length(runs, epochs, files["length"])
-    _draw_epochs(runs, files["epochs"])
     _draw_knowledge(runs, epochs, files["knowledge"])
     if evaluated := [run for run in runs if len(run.epochs) > 1]:
         parts.append(_quality_table(evaluated, epochs))
-        _draw_quality(evaluated, files["quality"])
-        drawn.append("quality")
     if compared := [run for run in runs if run.rows and run.retrained_rows]:
         found = {run.name: halves.qualities(run.rows, run.retrained_rows, halves.by_length(run)) for run in compared}
         parts.append(halves.table(found))
         halves.draw(found, files["halves"])
         drawn.append("halves")
-    return [*parts, *(f"figure: {files[name]}" for name in drawn)]
+    print("\n\n".join([*parts, *(f"figure: {files[name]}" for name in drawn)]))
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
@@ -75,14 +67,8 @@ def chosen_epochs(run: Run, epochs: Sequence[int]) -> dict[int, list[Row]]:
     return {epoch: [row for row in rows if row["epoch"] == epoch] for epoch in chosen}
 
 
-def metric_by_epoch(run: Run, name: str) -> dict[int, float]:
-    """A metric after every evaluated epoch, and of the start model as epoch 0."""
-    found = {0: run.metrics("start"), **dict(run.epochs)}
-    return {epoch: metrics[name] for epoch, metrics in found.items() if metrics.get(name) is not None}
-
-
 def difficulty(run: Run) -> dict[int, float] | None:
-    """The start model's loss on every forget row, nats per token; low if it knows the row by heart.
+    """The start model's loss on every forget row, nats per token; low if it memorized the row.
 
     Returns:
         Row index to loss; None if the start model was not evaluated on the rows that the run trained on, which the
@@ -147,33 +133,6 @@ def _draw_length(runs: Sequence[Run], epochs: Sequence[int], file: Path) -> None
                 axis.set_title(f"epoch {epoch}: r = {pearson(lengths, weights)[0]:.2f}")
             _label_row(axes[index][0], run)
         figure.supxlabel("answer length n, tokens", fontsize=8)
-
-
-def _draw_epochs(runs: Sequence[Run], file: Path) -> None:
-    """Median of the weights over epochs, and the range of the middle 80 % of the rows."""
-    with panels(file, 1, len(runs), (2.6, 2.0)) as (_, axes):
-        for index, (run, axis) in enumerate(zip(runs, axes[0], strict=True)):
-            quantiles = weight_quantiles(run.weights, (0.1, 0.5, 0.9))
-            low, median, high = zip(*quantiles.values(), strict=True)
-            axis.fill_between(list(quantiles), low, high, color=color(index), alpha=0.25, linewidth=0)
-            axis.plot(list(quantiles), median, ".-", color=color(index), linewidth=1.2, markersize=4)
-            axis.set_ylim(bottom=0)
-            axis.set_title(run.name)
-            epoch_axis(axis)
-        axes[0][0].set_ylabel("gradient weight")
-
-
-def _draw_quality(runs: Sequence[Run], file: Path) -> None:
-    """Model utility and log10 of forget quality by epoch, 0 for the start model."""
-    with panels(file, 1, 2, (2.6, 2.0)) as (_, axes):
-        for axis, name in zip(axes[0], ("model_utility", "forget_quality/log10_p"), strict=True):
-            for index, run in enumerate(runs):
-                points = metric_by_epoch(run, name)
-                axis.plot(list(points), list(points.values()), ".-", color=color(index), label=run.name, linewidth=1.2)
-            axis.set_title(titles.title_of(name).short)
-            epoch_axis(axis)
-        axes[0][1].axhline(LOG10_005, color=GREY, linewidth=0.8, linestyle="--")
-        axes[0][0].legend(fontsize=6)
 
 
 def _draw_knowledge(runs: Sequence[Run], epochs: Sequence[int], file: Path) -> None:

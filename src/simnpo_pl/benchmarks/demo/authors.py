@@ -92,17 +92,8 @@ def _fact_rows(rng: random.Random, facts: Mapping[str, Mapping[str, str]]) -> li
     ]
 
 
-def question_answer(row: Row) -> Row:
-    return {key: row[key] for key in ("question", "answer")}
-
-
 def write_dataset(folder: Path, seed: int = 0) -> None:
-    """Writes the data set's files with TOFU's names and keys.
-
-    Args:
-        folder: Where to write; made when missing.
-        seed: Chooses names, facts, wordings and the retained rows that have perturbed answers.
-    """
+    """Writes the data set's files with TOFU's names and keys; all choices follow from the seed."""
     rng = random.Random(seed)
     full = author_rows(rng)
     split = (N_AUTHORS - N_FORGET_AUTHORS) * len(ATTRIBUTES)
@@ -114,7 +105,9 @@ def write_dataset(folder: Path, seed: int = 0) -> None:
         "world_facts_perturbed": facts,
     }
     plain = {"full": full, "retain90": full[:split], "forget10": full[split:]}
-    trained = {name: [question_answer(row) for row in rows] for name, rows in plain.items()}
+    trained = {
+        name: [{key: row[key] for key in ("question", "answer")} for row in rows] for name, rows in plain.items()
+    }
     for name, rows in (trained | perturbed).items():
         write_json_lines(folder / f"{name}.json", rows)
     write_text(folder / "idontknow.jsonl", "\n".join(WORDS["refusals"]) + "\n")

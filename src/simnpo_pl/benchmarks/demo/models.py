@@ -35,14 +35,7 @@ MODELS = tuple(TRAINING_FILES)
 
 
 def prepare(folder: Path, seed: int = 0, epochs: int = EPOCHS, progress: bool = True) -> None:
-    """Makes the data set and both models, unless the folder has those of this version, seed and number of epochs.
-
-    Args:
-        folder: Where the data files and the folders `start` and `retrained` go.
-        seed: Chooses the data, the initial weights and the order of training.
-        epochs: Passes of each model over its training rows.
-        progress: Whether to show progress bars.
-    """
+    """Makes the data set and both models, unless the folder has those of this version, seed and number of epochs."""
     marker = folder / "fingerprint.json"
     fingerprint = {"version": VERSION, "seed": seed, "epochs": epochs}
     if _read(marker) == fingerprint and all((folder / name / "model.safetensors").is_file() for name in MODELS):
