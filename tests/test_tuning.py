@@ -22,7 +22,7 @@ PLAN: dict[str, Any] = {
     "title": "A tuning",
     "folder": "somewhere",
     "trials": 4,
-    "maximise": "forget_quality",
+    "maximize": "forget_quality",
     "subject_to": ["model_utility >= 0.5 x start", "forget/rouge <= 0.75"],
     "methods": {
         "A": {"options": "--model.objective SimNPO", "space": {"beta": {"low": 1.0, "high": 3.0}}},
@@ -50,7 +50,9 @@ def value_of(command: Sequence[str], option: str, default: str) -> str:
 def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Sequence[str]]]:
     """Stands in for `fit`: forget quality 1 / (1 + (beta - 2)^2), utility that falls with beta."""
 
-    def install(code: int = 0, quality: Callable[[float], float | None] | None = None) -> list[Sequence[str]]:
+    def install(
+        code: int = 0, quality: Callable[[float], float | None] | None = None, probability: float = 0.5
+    ) -> list[Sequence[str]]:
         calls: list[Sequence[str]] = []
 
         def start(command: Sequence[str], log: Path | None = None) -> int:
@@ -61,14 +63,16 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Sequence[str]
             beta = float(value_of(command, "--beta", "1"))
             found = 1 / (1 + (beta - 2) ** 2) if quality is None else quality(beta)
             metrics = {"forget_quality": found, "model_utility": 1.4 - 0.3 * beta, "forget/rouge": 0.5}
+            metrics |= {"forget/probability": probability}
             folder = Path(value_of(command, "--run_dir", ""))
             threading.Event().wait(0.01)
             (folder / "model").mkdir(parents=True, exist_ok=True)
             (folder / "last.ckpt").write_text("")
+            (folder / "config.yaml").write_text(f"model: {{beta: {beta}}}\n")
             record = {
                 "finished": code == 0,
                 "final": {"metrics": metrics},
-                "start": {"metrics": {"model_utility": 1.2}},
+                "start": {"metrics": {"model_utility": 1.2, "forget/probability": 1.0}},
             }
             (folder / "results.json").write_text(json.dumps({**record, "seconds": {"total": 3.0}}))
             return code
@@ -115,8 +119,8 @@ def test_measured():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"maximise": "privleak"}, "the rule must not use privleak: membership inference is what"),
-        ({"maximise": "forget/mia_min_k"}, "the rule must not use forget/mia_min_k"),
+        ({"maximize": "privleak"}, "the rule must not use privleak: membership inference is what"),
+        ({"maximize": "forget/mia_min_k"}, "the rule must not use forget/mia_min_k"),
         ({"subject_to": ["mia_loss <= 0.6"]}, "the rule must not use mia_loss"),
         ({"subject_to": ["utility > 1"]}, r"subject_to 'utility > 1': expected METRIC >= NUMBER"),
         ({"subject_to": ["utility >= much"]}, r"subject_to 'utility >= much': expected METRIC >= NUMBER"),
@@ -169,7 +173,16 @@ def test_every_method_has_the_same_budget(
     assert "* Budget: 4 trials of every method; failed ones count. Seed 0." in shown
     assert "* Search space of B: `steps` low 1, high 9; `kind` choices ['x', 'y']." in shown
     assert shown.count("**chosen**") == 2
-    assert shown in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert shown in said
+    assert "forgot anything" not in shown
+    for name in ("A", "B"):
+        number = found["methods"][name]["chosen"]
+        model, settings = folder / name / f"trial-{number:03d}" / "model", folder / f"chosen_{name}.yaml"
+        assert f"{name}: trial {number} chosen; model: {model}, settings: {settings}\n" in said
+    assert yaml.safe_load((folder / "chosen_A.yaml").read_text()) == {
+        "model": {"beta": betas[found["methods"]["A"]["chosen"]]}
+    }
     models = [f.parent.name for f in (folder / "A").glob("*/model")]
     assert models == [f"trial-{found['methods']['A']['chosen']:03d}"]
     assert [f.parent.name for f in (folder / "A").glob("*/last.ckpt")] == models
@@ -192,7 +205,7 @@ def test_workers_share_the_budget(program: Callable[..., list[Sequence[str]]], t
     assert all(trial.state.is_finished() for trial in searches[0].trials)
 
 
-def test_an_interrupted_trial_goes_on(program: Callable[..., list[Sequence[str]]], tuning: Tuning):
+def test_an_interrupted_trial_is_resumed(program: Callable[..., list[Sequence[str]]], tuning: Tuning):
     """It keeps its number and its values; the budget stays what it is."""
     first = program(code=143)
     with pytest.raises(SystemExit):
@@ -204,6 +217,18 @@ def test_an_interrupted_trial_goes_on(program: Callable[..., list[Sequence[str]]
     assert second[0] == first[0]
     assert len(second) == 4
     assert len(search.study.get_trials()) == 4
+
+
+@pytest.mark.parametrize(("probability", "nothing"), [(0.91, True), (0.9, False)])
+def test_nothing_forgotten(
+    program: Callable[..., list[Sequence[str]]], tmp_path: Path, tuning: Tuning, probability: float, nothing: bool
+):
+    """The start model's forget probability is 1: above 0.9 nothing was forgotten."""
+    program(probability=probability)
+    search = Search(tuning, "A")
+    search.work()
+    said = "No trial of A forgot anything: search higher learning rates or forget weights."
+    assert (said in table(tuning, {"A": search.results()})) == nothing
 
 
 def test_failed_trials_count(program: Callable[..., list[Sequence[str]]], tuning: Tuning):

@@ -3,7 +3,8 @@
     python -m simnpo_pl tune configs/tune/tofu_forget05.yaml -o results/tune_forget05.md
 
 Files after the first change it. Several workers may share the folder; after an interrupt the same command resumes. All
-other options are options of every run, after those of the file.
+other options are options of every run, after those of the file. The folder keeps the model of the chosen trial, and its
+settings as chosen_METHOD.yaml, a config for `fit`.
 """
 
 # Not `Study.optimize`: it cannot resume an interrupted trial, and several workers may exceed the number of trials.
@@ -24,7 +25,7 @@ from simnpo_pl.studies.launch import RunFailed, Taken, fit_once, read_record
 from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tables
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
-from simnpo_pl.utils.files import write_json
+from simnpo_pl.utils.files import write_json, write_text
 
 try:
     import optuna
@@ -40,6 +41,8 @@ CONDITION = re.compile(r"(\S+) (>=|<=) ([\d.e+-]+)(?: x (start|retrained))?")
 MEMBERSHIP = re.compile(r"(^|[/_])(mia|privleak|membership)")
 SHOWN = ("forget/probability", "model_utility", "retain/probability")
 """Metrics in the table of trials, next to the one that is maximized."""
+FORGOTTEN = 0.9
+"""Nothing was forgotten where forget probability is above this share of the start model's."""
 
 
 class NotANumber(Exception):
@@ -76,6 +79,14 @@ def violation(condition: str, record: dict[str, Any]) -> float:
     return bound - value if sign == ">=" else value - bound
 
 
+def forgot(record: dict[str, Any]) -> bool | None:
+    """Whether a run lowered forget probability; None if it was not measured."""
+    before, after = (
+        (record.get(model) or {}).get("metrics", {}).get("forget/probability") for model in ("start", "final")
+    )
+    return None if before is None or after is None else after <= FORGOTTEN * before
+
+
 @dataclass(frozen=True)
 class Method:
     """A method to tune.
@@ -99,7 +110,7 @@ class Tuning(Plan):
     Args:
         methods: What is tuned.
         trials: Of every method, the same for all.
-        maximise: Metric of the exported model that the rule maximizes.
+        maximize: Metric of the exported model that the rule maximizes.
         subject_to: Conditions that a trial must meet to be chosen: `METRIC >= NUMBER`, `METRIC <= NUMBER`, or with
             `x start` or `x retrained` that multiple of this model's value.
         seed: Of the search, and of every run.
@@ -109,7 +120,7 @@ class Tuning(Plan):
 
     methods: dict[str, Method]
     trials: int
-    maximise: str
+    maximize: str
     subject_to: list[str] = field(default_factory=list)
     seed: int = 0
     storage: str | None = None
@@ -124,7 +135,7 @@ class Tuning(Plan):
                 raise UserError(f"{name} has no search space: name an option to tune")
             for option, values in method.space.items():
                 distribution(option, values)
-        for metric in (self.maximise, *(parsed(condition)[0] for condition in self.subject_to)):
+        for metric in (self.maximize, *(parsed(condition)[0] for condition in self.subject_to)):
             if MEMBERSHIP.search(metric):
                 raise UserError(
                     f"the rule must not use {metric}: membership inference is what a tuned method is judged by; "
@@ -134,7 +145,7 @@ class Tuning(Plan):
     @property
     def rule(self) -> str:
         conditions = f" among trials with {' and '.join(self.subject_to)}" if self.subject_to else ""
-        return f"the largest {self.maximise} of the exported model{conditions}"
+        return f"the largest {self.maximize} of the exported model{conditions}"
 
     def options(self, method: str, values: dict[str, Any], more: Sequence[str]) -> list[str]:
         """Options of a trial's `fit`: those of the file, the values that the search drew, and `more`."""
@@ -220,8 +231,8 @@ class Search:
         try:
             record = fit_once(self.folder(trial.number), options, self.tuning.path, log, wait=False)
             violations = {condition: violation(condition, record) for condition in self.tuning.subject_to}
-            value = measured(record, "final", self.tuning.maximise)
-            result = f"{self.tuning.maximise} {value:.4g}, {time.monotonic() - began:.0f} s"
+            value = measured(record, "final", self.tuning.maximize)
+            result = f"{self.tuning.maximize} {value:.4g}, {time.monotonic() - began:.0f} s"
         except Taken:
             return
         except (RunFailed, NotANumber) as error:
@@ -259,6 +270,7 @@ class Search:
                 "meets": meets(trial),
                 "violations": trial.constraints,
                 "metrics": record.get("final", {}).get("metrics", {}),
+                "forgot": forgot(record),
                 "seconds": record.get("seconds", {}).get("total"),
                 "error": trial.user_attrs.get("error", ""),
             }
@@ -285,15 +297,20 @@ def run(options: Namespace) -> None:
     about = {"title": tuning.title, "rule": tuning.rule, "trials": tuning.trials, "seed": tuning.seed}
     write_json(tuning.path / "trials.json", {**about, "methods": found})
     write_tables(table(tuning, found), tuning.path / "trials.md", options.out)
+    for method, search in searches.items():
+        if (chosen := search.chosen) is not None:
+            folder, file = search.folder(chosen), tuning.path / f"chosen_{method}.yaml"
+            write_text(file, (folder / "config.yaml").read_text())
+            print(f"{method}: trial {chosen} chosen; model: {folder / 'model'}, settings: {file}")
 
 
 def table(tuning: Tuning, found: dict[str, dict[str, Any]]) -> str:
     """Rule, budget, search spaces, chosen trials and all trials; `found` has the `Search.results` of each method."""
-    names = [tuning.maximise, *(name for name in SHOWN if name != tuning.maximise)]
-    heads = ["trial", "state", "settings", tuning.maximise, *(title_of(name).short for name in names[1:]), "seconds"]
+    names = [tuning.maximize, *(name for name in SHOWN if name != tuning.maximize)]
+    heads = ["trial", "state", "settings", tuning.maximize, *(title_of(name).short for name in names[1:]), "seconds"]
     lines = [f"# {tuning.title}", "", f"* Rule: {tuning.rule}."]
     lines.append(f"* Budget: {tuning.trials} trials of every method; failed ones count. Seed {tuning.seed}.")
-    chosen, parts = [], []
+    chosen, parts, notes = [], [], []
     for method, results in found.items():
         space = "; ".join(f"`{option}` {show(values)}" for option, values in results["space"].items())
         lines.append(f"* Search space of {method}: {space}.")
@@ -302,8 +319,11 @@ def table(tuning: Tuning, found: dict[str, dict[str, Any]]) -> str:
         nothing = ["none meets the conditions" if done else "none is finished", *["-"] * (len(names) + 1)]
         best = nothing if results["chosen"] is None else rows[results["chosen"]][2:]
         chosen.append([method, f"{done} of {tuning.trials}", *best])
+        known = [trial["forgot"] for trial in results["trials"] if trial["forgot"] is not None]
+        if known and not any(known):
+            notes += ["", f"No trial of {method} forgot anything: search higher learning rates or forget weights."]
         parts += ["", f"## {method}", "", markdown.table(heads, rows)]
-    lines += ["", "## Chosen", "", markdown.table(["method", "trials", *heads[2:]], chosen), *parts]
+    lines += ["", "## Chosen", "", markdown.table(["method", "trials", *heads[2:]], chosen), *notes, *parts]
     return "\n".join(lines) + "\n"
 
 
