@@ -135,7 +135,7 @@ def test_a_copy_on_each_of_several_processes(one_process: Any, tmp_path: Path, m
 
 
 @SLOW
-def test_sharded_run_goes_on_after_a_kill(one_process: Any, tmp_path: Path):
+def test_sharded_run_resumes_after_a_kill(one_process: Any, tmp_path: Path):
     """Bit for bit on as many processes; and from the end of an epoch on one alone."""
     options, one = one_process("all weights, cached reference")
     shared = ["--config", "configs/hardware/fsdp.yaml", "--trainer.accelerator", "cpu"]

@@ -1,4 +1,4 @@
-"""An evaluation whose batches do not fit into memory goes on with smaller ones."""
+"""An evaluation whose batches do not fit into memory continues with smaller ones."""
 
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Evaluation:
 
 @pytest.mark.parametrize("error", ERRORS, ids=["accelerator", "processor", "python"])
 @pytest.mark.parametrize("kind", ["prompts", "answers"])
-def test_goes_on_with_half(kind: str, error: BaseException, model_folder: Path):
+def test_continues_with_half(kind: str, error: BaseException, model_folder: Path):
     """The outcome is that of whole batches, row by row; what did not fit once is not tried again."""
     plan = batches(kind)
     whole, short = Module(model_folder, 99, error), Module(model_folder, 2, error)

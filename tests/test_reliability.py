@@ -106,7 +106,7 @@ def test_kill_within_an_epoch_goes_back_to_the_last_save(cli: CLI, whole: Path, 
 
 
 @pytest.mark.parametrize("which", [pytest.param("start", marks=SLOW), "epoch", pytest.param("test", marks=SLOW)])
-def test_killed_evaluation_goes_on_with_its_unfinished_batches(
+def test_killed_evaluation_resumes_with_its_unfinished_batches(
     cli: CLI, whole: Path, tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
 ):
     """No batch is scored twice, also not those of an evaluation that was whole before the kill."""

@@ -22,7 +22,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of a full or read-only disk; libraries raise other errors after them."""
 HELP = """usage: python -m simnpo_pl COMMAND --config FILE [--config OVERLAY ...] [--OPTION VALUE ...]
 
-Makes a causal language model forget question-answer pairs, and measures what it forgot and what it kept.
+Trains a causal language model to forget chosen data, and measures what it forgot and what it kept.
 
 commands:
 {commands}

@@ -21,7 +21,7 @@ AnswerEnd = Literal["turn", "eos"]
 
 
 class Conversation(str):
-    """The messages before an answer, for chat templates alone; as a string one line per message, for logs."""
+    """The messages before an answer; only chat templates take it. As a string it has one line per message, for logs."""
 
     messages: tuple[Message, ...]
 

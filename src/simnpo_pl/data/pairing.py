@@ -160,7 +160,7 @@ class PairedSampler(Sampler[MicroBatch]):
                 yield MicroBatch(forget, _partners(forget, partners), real, step, step_retain)
 
     def _micro_batches(self, rows: int) -> int:
-        """Micro-batches of each process for an optimizer step of so many rows."""
+        """Micro-batches of each process in an optimizer step with this number of rows."""
         return math.ceil(rows / (self.world_size * self.per_device_batch))
 
 

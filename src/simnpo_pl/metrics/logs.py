@@ -113,7 +113,7 @@ def read_retain_log(path: Path) -> RetainLog:
 
     Recognizes by content: our `rows.jsonl`, open-unlearning's `TOFU_EVAL.json` and `MUSE_EVAL.json`, also under a key
     "metrics", and TOFU's `eval_log_aggregated.json` or its forget part; each may be gzipped. R is computed from the
-    losses, whatever the log's convention; without losses its scores are taken as geometric ratios.
+    losses, the log's convention does not matter; without losses its scores are taken as geometric ratios.
 
     Args:
         path: A log, or its folder; for a run that unlearned, the retrained model's rows in it are read.

@@ -52,7 +52,7 @@ def context_length(name: str) -> int | None:
 
 
 def model_shapes(name: str, dtype: str = "float32") -> Any:
-    """A model, or an adapter's base, on the meta device, from its config alone.
+    """A model, or an adapter's base, on the meta device, from its config only.
 
     Raises:
         UserError: The config cannot be loaded.
@@ -94,7 +94,7 @@ def load_causal_lm(
         dtype: Type of the weights, `float32` or `bfloat16`.
         attn_implementation: Attention of transformers; None lets it choose.
         option: Setting that names the model, for messages.
-        sharded: Whether the model will be sharded: the first process alone reads the weights then, on all others the
+        sharded: Whether the model will be sharded: then only the first process reads the weights, on all others the
             model is on the meta device, see `simnpo_pl.models.sharding.shard`.
         merge: Whether an adapter is merged in bfloat16, too.
 
@@ -163,8 +163,8 @@ def save_model(
         model: Model from transformers.
         tokenizer: Saved with it; None where the model reads no text.
         folder: Where to write.
-        state: Weights to save in place of the model's own (gathered from several devices).
-        merge: Whether an adapter is merged into its base, which is read again for it, or saved alone.
+        state: Weights to save instead of the model's own (gathered from several devices).
+        merge: Whether an adapter is merged into its base, which is loaded again for this, or only the adapter is saved.
     """
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -237,7 +237,7 @@ def find_model(name: str, option: str = "--model.name") -> str:
 
 @contextmanager
 def _one_line(name: str, what: str, option: str = "--model.name") -> Iterator[None]:
-    """Turns whatever goes wrong inside into a UserError of one line."""
+    """Turns any error inside into a UserError of one line."""
     try:
         yield
     except UserError:

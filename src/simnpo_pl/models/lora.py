@@ -1,4 +1,4 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) by peft, and the base alone as the reference."""
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) by peft, and the base without its adapter as the reference."""
 
 import hashlib
 import os
@@ -81,7 +81,7 @@ def inject_adapter(model: Any, options: LoraOptions) -> Any:
         lora_dropout=options.dropout,
         target_modules=options.target_modules or "all-linear",
     )
-    # The adapter's weights follow from the run's seed alone: the same on every process.
+    # The adapter's weights follow only from the run's seed, so they are the same on every process.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # Tied weights are refused below.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
@@ -112,7 +112,7 @@ def require_merged(model: Any, option: str) -> None:
 
 
 def save_adapter(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write the adapter alone, in peft's format; `state` replaces the model's own weights."""
+    """Write only the adapter, in peft's format; `state` replaces the model's own weights."""
     weights = _peft().get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config[ADAPTER].save_pretrained(folder)
@@ -217,7 +217,7 @@ def check_adapter(saved: dict[str, Any] | None, ours: dict[str, Any] | None) -> 
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """The base alone, in eval mode and without gradient."""
+    """Turn the adapter off, in eval mode and without gradient."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     training, layers = model.training, [m for m in model.modules() if isinstance(m, BaseTunerLayer)]

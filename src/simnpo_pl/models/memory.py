@@ -29,7 +29,7 @@ class Step:
         eight_bit: Whether AdamW's moments have 8 bits.
         frozen: Frozen models that stay in memory.
         reads_logits: Whether a loss reads whole distributions, not only the labels' log-probs.
-        chunk: Logits at work at once, see `simnpo_pl.models.head`.
+        chunk: Logits computed at once, see `simnpo_pl.models.head`.
         shards: Devices over which everything but activations and logits is sharded.
         buckets: Whether DDP's buckets hold the gradients a second time.
     """
@@ -47,7 +47,7 @@ class Step:
 
 
 def training_bytes(model: Any, step: Step) -> dict[str, float]:
-    """Bytes on one device by use; without `activations` where the model does not run on shapes alone.
+    """Bytes on one device by use; without `activations` where the model does not run on shapes only.
 
     Args:
         model: On the meta device, in the types of its weights; what is trained requires a gradient. It is modified.
@@ -92,8 +92,8 @@ def _logits(vocabulary: int, step: Step) -> float:
 def _activations(model: Any, layers: nn.ModuleList, step: Step) -> float:
     """Bytes, without weights, that a forward pass keeps for the backward pass; runs the model on fake tensors.
 
-    With checkpointing a layer's input alone is kept, except for the layer at work. Autocast keeps 16-bit copies of all
-    trained weights until the forward pass ends.
+    With checkpointing only the input of each layer is kept, except for the layer that is computed. Autocast keeps
+    16-bit copies of all trained weights until the forward pass ends.
     """
     copies = 2 * step.autocast * sum(p.numel() for p in layers.parameters() if p.requires_grad and p.ndim >= 2)
     # The first layers represent all. Bytes kept by each of them and, last, outside.

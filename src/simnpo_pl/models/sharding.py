@@ -2,7 +2,7 @@
 
 `--trainer.strategy fsdp2`. A checkpoint is a folder with a file of every process; the exported model is gathered.
 Lightning's own way of reading such a checkpoint unpickles its index, which can run code, and needs every weight in it,
-which the checkpoint of an adapter does not have: hence `SafeReader` and `ShardedStrategy.load_checkpoint`.
+which the checkpoint of an adapter does not have. `SafeReader` and `ShardedStrategy.load_checkpoint` replace it.
 """
 
 import pickle

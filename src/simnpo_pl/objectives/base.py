@@ -113,7 +113,7 @@ class ForgetInputs(Inputs):
 
     @cached_property
     def alternate(self) -> AnswerLogps:
-        """Policy, refusals in place of the forget answers."""
+        """Policy, refusals instead of the forget answers."""
         return self._scored["alternate"].logps()
 
     @cached_property
@@ -176,7 +176,7 @@ class Loss(nn.Module):
 
     @property
     def reads_logits(self) -> bool:
-        """Whether it reads whole distributions and not the labels' log-probs or hidden states alone."""
+        """Whether it reads whole distributions and not only the labels' log-probs or hidden states."""
         return "positions" in self.needs or ("states" in self.needs and self.layer is None)
 
     def effective_mean(self, per_row: Tensor, batch: Batch) -> Tensor:
@@ -259,7 +259,7 @@ class Objective(Loss):
 
         Returns:
             `(B,)`, per nat of the summed log-prob, below 0 where the answer becomes more likely, 0 where the loss has
-            no gradient with respect to it; None for an objective that reads refusals alone or single tokens.
+            no gradient with respect to it; None for an objective that reads only refusals or single tokens.
         """
         if not {"forget"} <= self.needs <= {"forget", "alternate", "reference"}:
             return None
@@ -271,7 +271,7 @@ class Objective(Loss):
 
 
 class StepLosses(NamedTuple):
-    """Losses of a batch, scalars, before their weights; the retain loss is 0 where there is none."""
+    """Losses of a batch, scalars, not yet multiplied by their weights; the retain loss is 0 where there is none."""
 
     forget: Tensor
     retain: Tensor

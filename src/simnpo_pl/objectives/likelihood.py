@@ -19,7 +19,7 @@ class GradDiff(Objective):
 
 
 class GradAscent(GradDiff):
-    """Gradient ascent on forget answers alone; no retain term (SimNPO paper, section 3)."""
+    """Gradient ascent on forget answers; no retain term (SimNPO paper, section 3)."""
 
     default_retain_weight = 0.0
 
@@ -38,7 +38,7 @@ class FineTune(Objective):
 
 
 class IDK(Objective):
-    """Cross-entropy on a refusal in place of the forget answer, nats per token (TOFU, section 4)."""
+    """Cross-entropy on a refusal instead of the forget answer, nats per token (TOFU, section 4)."""
 
     needs = frozenset({"alternate"})
     mean_over = "tokens"

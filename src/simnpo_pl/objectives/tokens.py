@@ -11,7 +11,7 @@ from simnpo_pl.objectives.checks import not_negative
 class WGA(Objective):
     """Weighted gradient ascent (Wang et al. 2025, "Rethinking LLM Unlearning Objectives", section 5).
 
-    `p^beta * log p` of each token, the weight `p^beta` without gradient: tokens already forgotten are left alone.
+    `p^beta * log p` of each token, the weight `p^beta` without gradient: tokens already forgotten hardly change.
 
     Args:
         beta: Exponent of the token's probability, at least 0; 0 is gradient ascent.

@@ -90,7 +90,7 @@ class StopSignals:
 
     def defer(self, deferred: bool = True) -> None:
         self._deferred = deferred
-        # Every entry point of the Trainer installs handlers of its own in place of these.
+        # Every entry point of the Trainer replaces these with its own handlers.
         for signum in self._before:
             signal.signal(signum, self._handle)
 

@@ -4,7 +4,7 @@ perturb: (1 - share) * model + share * a model of the same architecture with ran
 A1, gives NPO such a reference: `fit --model.objective NPO --model.reference FOLDER`. Share 1 is the untrained model.
 
 task-vector (Ilharco et al. 2023, "Editing Models with Task Arithmetic"): start - alpha * (overfit - start). The overfit
-model is the start model fine-tuned on the forget rows alone, for example by
+model is the start model fine-tuned on only the forget rows, for example by
 `fit --config configs/finetune.yaml --data.train_split forget10`.
 """
 
