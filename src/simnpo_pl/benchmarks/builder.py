@@ -28,10 +28,6 @@ NO_RETRAINED = "no retrained model to compare with; give --eval.retain_log FILE 
 class EvaluationBuilder:
     """Collects the splits and metrics of an evaluation.
 
-    Args:
-        encode: Tokenizes questions and answers.
-        options: What is measured.
-
     Attributes:
         splits: Split name to split, in the order of the results.
         summary: Metric name to a metric over several splits.
@@ -107,13 +103,9 @@ class EvaluationBuilder:
     def text(
         self, name: str, rows: Sequence[TokenRow], texts: Sequence[str], scores: Sequence[str] = ("nll",)
     ) -> Split:
-        """Adds a split of plain text, every token of which but the first is scored.
+        """Adds a split of plain text, `rows` in tokens, every token of which but the first is scored.
 
-        Args:
-            name: First part of the metrics' names.
-            rows: `texts` in tokens.
-            texts: Texts of the rows.
-            scores: Scores whose means are measured, see `evaluation.scoring.score_rows`.
+        Measured are the means of the scores, see `evaluation.scoring.score_rows`.
         """
         metrics: dict[str, RowMetric] = {f"{name}/{score}": RowMean(score, len(rows)) for score in scores}
         # The beginning of a text is its question: two evaluations recognize the same row by question and answer.
@@ -123,12 +115,8 @@ class EvaluationBuilder:
     def forget_quality(self, log: RetainLog | None, source: str = "forget") -> None:
         """Compares the truth ratios of the split `forget` with a retrained model's.
 
-        Args:
-            log: Rows of the retrained model.
-            source: Name of the forget rows, which the log must share.
-
         Raises:
-            UserError: The log is of other rows, or has a truth ratio of some rows only.
+            UserError: The log is of rows other than those of `source`, or has a truth ratio of some rows only.
         """
         if log is None:
             self.unavailable["forget_quality"] = NO_RETRAINED

@@ -210,13 +210,8 @@ def prepare(folder: Path, size: Size, forget2_length: int, knows_forget2: bool, 
 def bayes_floors(weights: Array, length: int, count: int = 4000, seed: int = 0) -> dict[str, float]:
     """Mean KL(true row || best prediction) of each chain, nats: what no model trained on a mixture can go below.
 
-    The best prediction weighs the chains' rows by their posterior probability given the sequence so far.
-
-    Args:
-        weights: `(chains,)` shares of the chains in the mixture; 0 leaves one out.
-        length: States of a forget2 sequence.
-        count: Sequences of each chain that are drawn for the estimate.
-        seed: Of the draw.
+    The best prediction weighs the chains' rows by their posterior probability given the sequence so far. `weights`
+    `(chains,)` are the chains' shares in the mixture, `length` is that of forget2, `count` sequences of each are drawn.
     """
     with np.errstate(divide="ignore"):
         prior = np.log(weights / weights.sum())

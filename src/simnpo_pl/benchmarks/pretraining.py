@@ -12,12 +12,9 @@ from simnpo_pl.models.logprobs import Scorer
 
 
 def new_llama(seed: int, tokenizer: Any = None, **config: Any) -> LlamaForCausalLM:
-    """An untrained float32 model; the global random state is left as it was.
+    """An untrained float32 model, with these settings of `LlamaConfig`; the global random state is left as it was.
 
-    Args:
-        seed: Of the weights.
-        tokenizer: Gives the ids of the special tokens; None for a model without them.
-        config: Settings of `LlamaConfig`. Its `initializer_range` of 0.02 is meant for wide models.
+    Without a tokenizer it has no special tokens. The default `initializer_range` of 0.02 is meant for wide models.
     """
     special: Any = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.random.fork_rng(devices=[]):
@@ -44,13 +41,8 @@ def train(
 ) -> None:
     """Minimizes the cross-entropy of the rows' scored tokens, a step per batch; leaves the model in eval mode.
 
-    Args:
-        model: Trained in place.
-        batches: Rows of each step.
-        lr: Learning rate of AdamW without weight decay.
-        betas: Of AdamW.
-        schedule: Factor of the learning rate at each step, from 0.
-        clip: Largest norm of the gradient.
+    By AdamW without weight decay; `schedule` gives the factor of the learning rate at each step, from 0, and `clip` is
+    the largest norm of the gradient.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=0.0, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

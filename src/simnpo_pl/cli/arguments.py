@@ -82,9 +82,7 @@ _NO_CLASS = "Expected a dot import path string: "
 def explain(error: Exception, bases: Mapping[str, type[Any]]) -> str:
     """One line for an error of the parser: the option, then the innermost of the errors that led to it.
 
-    Args:
-        error: Of jsonargparse.
-        bases: Options that name a class, with the base class.
+    `bases` has the options that name a class, with the base class.
     """
     messages = [" ".join(str(cause).split()) for cause in causes(error)]
     names = dict.fromkeys(found[1] for message in messages if (found := _OPTION.match(message)))

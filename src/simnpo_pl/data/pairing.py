@@ -59,9 +59,6 @@ class PairedSampler(Sampler[MicroBatch]):
         rank: This process, from 0.
         seed: Non-negative seed of the run.
 
-    Attributes:
-        yielded: Micro-batches of the current epoch that have been yielded.
-
     Raises:
         UserError: A number is out of range, or `effective_batch` is not a multiple of
             `world_size * per_device_batch`.

@@ -178,13 +178,10 @@ def _comparator(path: Path) -> Path:
 
 
 def parse_rows(source: str, rows: list[Row], kind: str = "simnpo_pl", auc: float | None = None) -> RetainLog:
-    """The forget and holdout rows among rows in our own format.
+    """The forget and holdout rows among objects of rows.jsonl, of any splits.
 
-    Args:
-        source: Where they come from, for messages.
-        rows: Objects of rows.jsonl, of any splits; without losses their geometric `truth_ratio` is taken.
-        kind: The project whose format they had.
-        auc: Of the Min-K% attack; None computes it from the rows.
+    Rows without losses have a geometric `truth_ratio`. `kind` is the project whose format they had; `auc`, of the
+    Min-K% attack, is computed from the rows if None.
     """
     splits: dict[str, dict[int, Row]] = {"forget": {}, "holdout": {}}
     for row in rows:

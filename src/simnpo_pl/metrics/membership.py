@@ -67,11 +67,7 @@ def privleak(auc: float, retrained_auc: float) -> float:
 
 
 class ZlibScore(RowMetric):
-    """Loss of each answer over its length in bytes once compressed by zlib: nats per token and byte.
-
-    Args:
-        answers: The texts of the answers, in row order.
-    """
+    """Loss of each answer over its length in bytes once compressed by zlib: nats per token and byte."""
 
     def __init__(self, answers: Sequence[str], **kwargs: Any) -> None:
         super().__init__(len(answers), **kwargs)
@@ -82,12 +78,9 @@ class ZlibScore(RowMetric):
 
 
 class ReferenceScore(RowMetric):
-    """Loss of each answer above its loss under a reference model, nats per token, to five decimals.
+    """Loss of each answer above its loss under a reference model, `(N,)` nats per token, to five decimals.
 
     Smaller differences are rounding errors, which would separate a model from itself.
-
-    Args:
-        reference: `(N,)` losses under the reference model, nats per token, in row order.
     """
 
     def __init__(self, reference: Tensor, **kwargs: Any) -> None:
@@ -100,10 +93,6 @@ class ReferenceScore(RowMetric):
 
 class MembershipAUC(CombinedMetric):
     """Area under the ROC curve of one attack; see `membership_auc`.
-
-    Args:
-        forget: Scores of the forget rows, low for text the model was trained on.
-        holdout: Scores of the holdout rows.
 
     Example:
         >>> metric = MembershipAUC(RowMean("nll", rows=1), RowMean("nll", rows=1))
@@ -128,12 +117,7 @@ class MembershipAUC(CombinedMetric):
 
 
 class PrivLeak(MembershipAUC):
-    """`privleak` of the Min-K% attack against the retrained model's own.
-
-    Args:
-        attack: The attack on this model.
-        retrained_auc: Its AUC on the retrained model, below 1.
-    """
+    """`privleak` of the Min-K% attack against the retrained model's own AUC, which must be below 1."""
 
     result_keys = ("value", "m", "retrained_auc")
 

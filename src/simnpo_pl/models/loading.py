@@ -159,12 +159,8 @@ def save_model(
 ) -> None:
     """Write a Hugging Face folder; one of the same name is replaced once the new one is complete.
 
-    Args:
-        model: Model from transformers.
-        tokenizer: Saved with it; None where the model reads no text.
-        folder: Where to write.
-        state: Weights to save instead of the model's own (gathered from several devices).
-        merge: Whether an adapter is merged into its base, which is loaded again for this, or only the adapter is saved.
+    `state` replaces the model's own weights (gathered from several devices). An adapter is merged into its base, which
+    is loaded again for this; without `merge` only the adapter is saved.
     """
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)

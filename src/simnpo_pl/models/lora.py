@@ -121,13 +121,7 @@ def save_adapter(model: Any, folder: Path, state: Mapping[str, Tensor] | None = 
 
 
 def load_with_adapter(folder: Path, load_base: Callable[[str], Any], merge: bool, option: str) -> Any:
-    """Model of an adapter's folder.
-
-    Args:
-        folder: Contains adapter_config.json and adapter_model.safetensors.
-        load_base: Loads the model of a name.
-        merge: Whether the adapter is merged into its base, or kept next to it in float32.
-        option: Setting that names the folder, for messages.
+    """Model of an adapter's folder; without `merge` the adapter stays next to its base in float32.
 
     Raises:
         UserError: peft is not installed, the weights are not safetensors or incomplete, the base cannot be loaded, or
@@ -195,9 +189,7 @@ def without_base(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def check_adapter(saved: dict[str, Any] | None, ours: dict[str, Any] | None) -> None:
     """Raise UserError where a checkpoint was made with another adapter than the policy's.
 
-    Args:
-        saved: What `add_adapter` returned when the checkpoint was made; None where all weights were trained.
-        ours: What it returns now.
+    Both are what `add_adapter` returned, or None where all weights are trained.
     """
     if saved is None or ours is None:
         if saved is ours:

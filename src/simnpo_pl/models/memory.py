@@ -49,9 +49,7 @@ class Step:
 def training_bytes(model: Any, step: Step) -> dict[str, float]:
     """Bytes on one device by use; without `activations` where the model does not run on shapes only.
 
-    Args:
-        model: On the meta device, in the types of its weights; what is trained requires a gradient. It is modified.
-        step: How it is trained.
+    The model is on the meta device, in the types of its weights; what is trained requires a gradient. It is modified.
     """
     layers, trained = nn.ModuleList(), [p for p in model.parameters() if p.requires_grad]
     with suppress(UserError):

@@ -31,13 +31,9 @@ class FrozenModel:
         self._resident = None
 
     def scorer(self, policy: Scorer, device: torch.device, keep: bool = True, same: bool = False) -> Scorer:
-        """Scorer of the model on a device.
+        """Scorer of the model, which must have the policy's vocabulary, on a device.
 
-        Args:
-            policy: Scorer of the policy, which must have the same vocabulary.
-            device: Where the model runs.
-            keep: Whether the model stays in memory.
-            same: Whether the policy has the model's weights now, so that it is copied instead of loaded.
+        With `keep` the model stays in memory. With `same` the policy has its weights now and is copied instead.
         """
         scorer = self._resident
         if scorer is None:
@@ -87,13 +83,9 @@ class Reference(FrozenModel):
 
     @torch.no_grad()
     def fill(self, batches: Sequence[Mapping[str, Rows]], scorer: Scorer, device: Any, strategy: Any) -> None:
-        """Score all training rows, each on one process.
+        """Score all training rows, each on one process, with the reference in eval mode.
 
-        Args:
-            batches: Parts of the training rows with their `index` `(B,)`; the same on every process.
-            scorer: Of the reference, in eval mode.
-            device: Where it runs.
-            strategy: Of the Trainer; its processes share the batches.
+        `batches` have parts with their `index` `(B,)` and are the same on every process of the Trainer's `strategy`.
         """
         rank, world = strategy.global_rank, strategy.world_size
         rows = 1 + max(int(part["index"].max()) for batch in batches for part in batch.values())

@@ -281,14 +281,7 @@ class StepLosses(NamedTuple):
 
 
 def batch_losses(objective: Objective, retain_loss: RetainLoss | None, batch: Batch, models: Models) -> StepLosses:
-    """Forget and retain loss of a batch; all that the policy scores goes through one forward pass.
-
-    Args:
-        objective: Forget objective.
-        retain_loss: None where nothing is retained.
-        batch: See `UnlearningModule.losses`.
-        models: The policy, and the frozen models that the two losses read.
-    """
+    """Losses of a batch, see `UnlearningModule.losses`; the policy scores all its rows in one forward pass."""
     losses: list[Loss] = [objective, *([] if retain_loss is None else [retain_loss])]
     rows = {part: batch[part] for loss in losses for part in loss.scored_parts}
     needs = frozenset[str]().union(*(loss.needs for loss in losses))

@@ -76,10 +76,7 @@ class StopSignals:
     """Context manager that handles SIGTERM, SIGINT and SLURM's warning before the end of a job's time.
 
     In the Trainer's loops, between `defer()` and `defer(False)`, the first signal is stored in `requested`. Any other
-    signal raises `Stopped`.
-
-    Args:
-        plugins: Of the Trainer; a `SLURMEnvironment` among them may name another signal than SIGUSR1 for SLURM.
+    signal raises `Stopped`. A `SLURMEnvironment` among the Trainer's plugins may name another signal than SIGUSR1.
     """
 
     def __init__(self, plugins: Iterable[Any] = ()) -> None:
@@ -117,11 +114,6 @@ class SaveState(Checkpoint):
     """Saves `last.ckpt` at the end of every epoch, every few steps, and before a signal stops the run.
 
     Saves only between optimizer steps, where no gradient is accumulated. All processes agree on a stop.
-
-    Args:
-        folder: Where to save.
-        options: When to save.
-        signals: Hold the signal that was received.
     """
 
     def __init__(self, folder: Path, options: CheckpointOptions, signals: StopSignals) -> None:

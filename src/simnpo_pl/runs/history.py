@@ -18,8 +18,7 @@ HISTORY = "history.jsonl"
 class History(Callback):
     """Writes a line a step: `step`, `epoch`, `lr` and what the module logs as `train/...`.
 
-    Args:
-        folder: Where to write, at the end of every epoch and with every checkpoint.
+    The file is written at the end of every epoch and with every checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:

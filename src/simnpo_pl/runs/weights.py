@@ -24,9 +24,6 @@ class GradientWeights(Callback):
     A line of `weights.jsonl` has `index` (of the forget row), `epoch` and `step` (epoch and optimizer step of the pass,
     from 1), `weight` (see `Objective.gradient_weights`), `length` (n, scored tokens), `logp` (their sum, nats) and
     `probability` (exp(logp / n)).
-
-    Args:
-        folder: Where the file goes.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -263,13 +263,10 @@ def _cells(line: _Line, names: Sequence[str]) -> list[str]:
 
 
 def value(run: Run, model: str, name: str) -> float | None:
-    """What a column shows of a run's `start`, `retrained` or `final` model.
+    """What a column shows of a finished run's `start`, `retrained` or `final` model.
 
-    Args:
-        run: A finished run.
-        model: Which of its models.
-        name: A metric, `n` for the rows behind it, `lm_eval TASK` for an accuracy, `forget_quality strong` or `weak`
-            for the half of the forget rows that the start model saw or did not see, or `1 - ` before one of these.
+    `name` is a metric, `n` for the rows behind it, `lm_eval TASK` for an accuracy, `forget_quality strong` or `weak`
+    for the half of the forget rows that the start model saw or did not see, or `1 - ` before one of these.
     """
     if name.startswith("1 - "):
         found = value(run, model, name.removeprefix("1 - "))
