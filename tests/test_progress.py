@@ -1,41 +1,21 @@
-"""The progress bar: rows per second in an evaluation, steps per second in training."""
+"""The progress bar: names of the losses, and one bar in a run."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.cli import LightningCLI
-from rich.progress import Progress
 
 from simnpo_pl.cli.main import UnlearningCLI
-from simnpo_pl.runs.progress import ProgressBar, Speed
+from simnpo_pl.runs.progress import ProgressBar
 
 
-def test_speed_is_in_rows_where_rows_are_counted():
-    with Progress(disable=True) as progress:
-        ids = [progress.add_task(name, total=4) for name in ("evaluation", "training")]
-        column = Speed(Counter({ids[0]: 120}), "dim")
-        evaluation, training = progress.tasks
-        evaluation.start_time, progress.get_time = 0.0, lambda: 8.0
-        evaluation.stop_time = 8.0
-        assert str(column.render(evaluation)) == "15.0 rows/s"
-        assert str(column.render(training)) == "0.00it/s"
-
-
-def test_rows_of_batches_are_counted_by_bar(monkeypatch: pytest.MonkeyPatch):
-    bar = ProgressBar()
-    bar.disable()
-    for kind, rows in (("val", 3), ("val", 4), ("test", 5), ("predict", 6)):
-        setattr(bar, f"{kind}_progress_bar_id", kind)
-        hook = getattr(bar, f"on_{'validation' if kind == 'val' else kind}_batch_end")
-        hook(FakeTrainer, None, None, {"index": range(rows)}, 0)
-    assert bar.rows == {"val": 7, "test": 5, "predict": 6}
-
-
-class FakeTrainer:
-    sanity_checking = False
+def test_losses_have_short_names(monkeypatch: pytest.MonkeyPatch):
+    metrics = {"v_num": "", "train/loss": 1.5, "train/forget_loss": 0.5, "train/retain_loss": 1.0}
+    monkeypatch.setattr(RichProgressBar, "get_metrics", lambda *_: metrics)
+    shown = ProgressBar().get_metrics(None, None)
+    assert shown == {"v_num": "", "loss": 1.5, "forget": 0.5, "retain": 1.0}
 
 
 class Mine(Callback):
