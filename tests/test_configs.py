@@ -74,7 +74,7 @@ SHOWN = {
     "configs/finetune.yaml --model.name MODEL": FINETUNE,
     "configs/finetune.yaml --model.name MODEL --data.train_split retain90": FINETUNE,
     "configs/finetune.yaml --model.name START --data.train_split forget10": FINETUNE,
-    "configs/tofu.yaml --model.objective RKLD --model.memorising FOLDER": (5e-5, "RKLD", None, 1.0, 1.0),
+    "configs/tofu.yaml --model.objective RKLD --model.memorizing FOLDER": (5e-5, "RKLD", None, 1.0, 1.0),
     "configs/own.yaml --data.forget forget.jsonl --data.retain retain.jsonl --model.name MODEL": SMOLLM2,
 }
 """What README's commands of `fit` give."""

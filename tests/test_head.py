@@ -86,7 +86,7 @@ def test_function_of_a_tokens_logits(kind: str, plain: bool, monkeypatch: pytest
 
 
 def test_module_that_is_no_matrix():
-    """Log-probs of a head that is adapted, quantised or sharded come from calling it."""
+    """Log-probs of a head that is adapted, quantized or sharded come from calling it."""
     module, hidden, predictors, labels = setup(bias=False)
     plain, called = Head(module, V), Head(nn.Sequential(module), V)
     expected = gradients(lambda h: plain.logps(h, predictors, labels), module, hidden)

@@ -13,7 +13,7 @@ from simnpo_pl.benchmarks import MarkovData
 from simnpo_pl.benchmarks import markov as chains
 from simnpo_pl.benchmarks.markov import CHAINS, INITIAL, TRANSITIONS, bayes_floors, sample
 from simnpo_pl.models.logprobs import AnswerLogps, divergence
-from simnpo_pl.objectives import ForgetInputs, LengthNormalisedNPO, ReferenceFreeNPO
+from simnpo_pl.objectives import ForgetInputs, LengthNormalizedNPO, ReferenceFreeNPO
 from simnpo_pl.studies import markov
 
 TINY = chains.Size(sequences=80, width=8, epochs=1, test_rows=4)
@@ -92,7 +92,7 @@ def test_ablations_by_hand():
     """L = -2 over 2 tokens, reference -4: per token 1 nat above, so 2 log(1 + e) at beta 1; without it -L = 2 nats."""
     logps = AnswerLogps(torch.tensor([-2.0]), torch.tensor([2.0]))
     inputs = ForgetInputs(forget=logps, reference_forget=torch.tensor([-4.0]))
-    assert LengthNormalisedNPO(1.0)(inputs).item() == pytest.approx(2 * math.log(1 + math.e), rel=1e-6)
+    assert LengthNormalizedNPO(1.0)(inputs).item() == pytest.approx(2 * math.log(1 + math.e), rel=1e-6)
     assert ReferenceFreeNPO(0.5)(inputs).item() == pytest.approx(4 * math.log(1 + math.exp(-1)), rel=1e-6)
 
 

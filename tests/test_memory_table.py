@@ -72,7 +72,7 @@ def test_what_methods_differ_in(model_folder: Path):
     assert kl["frozen models"] == weights
     assert kl["logits"] > plain["logits"]
     assert "frozen models" not in training_bytes(*shapes(model_folder, retain_loss=KL(), lora=LoraOptions()))
-    rkld = training_bytes(*shapes(model_folder, objective=RKLD(), memorising=str(model_folder)))
+    rkld = training_bytes(*shapes(model_folder, objective=RKLD(), memorizing=str(model_folder)))
     assert rkld["frozen models"] == 2 * weights
     some = training_bytes(*shapes(model_folder, trainable=[r"model\.layers\.1\..*"]))
     assert some["weights"] == weights

@@ -200,7 +200,7 @@ def test_rouge_of_any_script(target, half, recall):
         ([], NAN, NAN),
     ],
 )
-def test_memorisation(correct, strength, exact):
+def test_memorization(correct, strength, exact):
     correct = torch.tensor(correct, dtype=torch.bool)
     assert F.extraction_strength(correct) == pytest.approx(strength, nan_ok=True)
     assert F.exact_memorization(correct) == pytest.approx(exact, nan_ok=True)

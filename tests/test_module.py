@@ -46,7 +46,7 @@ class Losses(pl.Callback):
             self.steps.append({name: trainer.callback_metrics[name].item() for name in names})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        frozen = (pl_module._reference, pl_module._memorising)
+        frozen = (pl_module._reference, pl_module._memorizing)
         pl_module.residents = [model and model._resident for model in frozen]
 
 
@@ -133,8 +133,8 @@ def test_rkld_with_cut_batches(
     start_is_reference: bool,
 ):
     """The teacher's logits come from the two frozen models, which stay as they are and in no checkpoint."""
-    memorising = make_model(2)
-    settings = {"memorising": str(memorising), "reference": None if start_is_reference else str(other_folder)}
+    memorizing = make_model(2)
+    settings = {"memorizing": str(memorizing), "reference": None if start_is_reference else str(other_folder)}
     settings |= {"retain_weight": 0.0, "epochs": 4}
     _, steps, _ = fit(RKLD(alpha=5.0), per_device=4, **settings)
     module, cut_steps, _ = fit(RKLD(alpha=5.0), per_device=1, **settings)
@@ -145,21 +145,21 @@ def test_rkld_with_cut_batches(
     from simnpo_pl.models.loading import load_causal_lm
 
     for held, name in zip(
-        module.residents, (model_folder if start_is_reference else other_folder, memorising), strict=True
+        module.residents, (model_folder if start_is_reference else other_folder, memorizing), strict=True
     ):
         fresh = load_causal_lm(str(name))
         assert all(map(torch.equal, held.model.parameters(), fresh.parameters()))
-    assert module._reference._resident is module._memorising._resident is None
+    assert module._reference._resident is module._memorizing._resident is None
     assert all(name.startswith("policy.") for name in module.state_dict())
 
 
 def test_rkld_asks_for_its_model(make_model: Callable[..., Path], model_folder: Path):
-    with pytest.raises(UserError, match=r"--model.objective RKLD reads .* --model.memorising FOLDER; fit --config"):
+    with pytest.raises(UserError, match=r"--model.objective RKLD reads .* --model.memorizing FOLDER; fit --config"):
         UnlearningModule("x", objective=RKLD())
-    module = UnlearningModule(str(model_folder), objective=RKLD(), memorising=str(make_model(0, vocab_size=99)))
+    module = UnlearningModule(str(model_folder), objective=RKLD(), memorizing=str(make_model(0, vocab_size=99)))
     module.configure_model()
-    with pytest.raises(UserError, match=r"--model.memorising: .* has 99 tokens in its vocabulary, the policy \d+"):
-        module._memorising_scorer()
+    with pytest.raises(UserError, match=r"--model.memorizing: .* has 99 tokens in its vocabulary, the policy \d+"):
+        module._memorizing_scorer()
 
 
 def test_dual_variable_follows_the_effective_batch(fit: Callable[..., Any]):

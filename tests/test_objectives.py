@@ -199,17 +199,17 @@ def test_pdu():
 
 
 def test_rkld():
-    """alpha 2; reference logits (0, 0), memorising logits (log 3 / 2, -1) at every token.
+    """alpha 2; reference logits (0, 0), memorizing logits (log 3 / 2, -1) at every token.
 
-    Only what the memorising model makes likelier is taken off: teacher logits (-log 3, 0), probabilities 1/4 and 3/4.
+    Only what the memorizing model makes more probable is subtracted: teacher logits (-log 3, 0), probabilities 1/4 and 3/4.
     KL(policy || teacher) with the policy at 3/4 and 1/4 is 3/4 log 3 + 1/4 log 1/3 = 1/2 log 3 = 0.5493061, at both
     tokens of row 1; with 1/2 and 1/2 it is 1/2 log 2 + 1/2 log 2/3 = 0.1438410.
     """
-    memorising = replace(STATES, hidden=torch.tensor([[LOG3 / 2, -1.0]]).repeat(3, 1))
+    memorizing = replace(STATES, hidden=torch.tensor([[LOG3 / 2, -1.0]]).repeat(3, 1))
     reference = replace(STATES, hidden=torch.zeros(3, 2))
-    inputs = ForgetInputs(states=STATES, reference_states=reference, memorising_states=memorising)
+    inputs = ForgetInputs(states=STATES, reference_states=reference, memorizing_states=memorizing)
     assert RKLD(alpha=2.0)(inputs).tolist() == pytest.approx([0.5493061, 0.1438410], rel=1e-6)
-    same = RKLD(alpha=0.0)(ForgetInputs(states=STATES, reference_states=STATES, memorising_states=memorising))
+    same = RKLD(alpha=0.0)(ForgetInputs(states=STATES, reference_states=STATES, memorizing_states=memorizing))
     assert same.tolist() == pytest.approx([0, 0], abs=1e-7)
 
 

@@ -162,9 +162,9 @@ def small(make_model: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def others(make_model: Callable[..., Path]) -> dict[str, str]:
-    """A reference and a memorising model."""
+    """A reference and a memorizing model."""
     settings = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16}
-    return {name: str(make_model(seed, **settings)) for seed, name in enumerate(("reference", "memorising"), start=1)}
+    return {name: str(make_model(seed, **settings)) for seed, name in enumerate(("reference", "memorizing"), start=1)}
 
 
 def trainer(**settings: Any) -> pl.Trainer:
@@ -271,7 +271,7 @@ def rows(data_folder: Path, small: Path) -> Batch:
 
 @pytest.fixture(scope="module")
 def frozen(small: Path, others: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Policy, reference and memorising model by type of weights, loaded once for all cases."""
+    """Policy, reference and memorizing model by type of weights, loaded once for all cases."""
     names = {"policy": str(small), **others}
     return {d: {n: load_causal_lm(m, d) for n, m in names.items()} for d in ("float32", "bfloat16")}
 
@@ -280,11 +280,11 @@ def step(models: dict[str, Any], precision: Any, batch: Batch, *parts: Any) -> t
     """Losses and gradient of one step with the models that were loaded before."""
     from simnpo_pl.models.logprobs import Scorer
 
-    module = UnlearningModule("policy", *parts, reference="reference", memorising="memorising")
+    module = UnlearningModule("policy", *parts, reference="reference", memorizing="memorizing")
     module.policy = models["policy"].train()
     module._reference._resident = Scorer(models["reference"])
-    assert module._memorising is not None
-    module._memorising._resident = Scorer(models["memorising"])
+    assert module._memorizing is not None
+    module._memorizing._resident = Scorer(models["memorizing"])
     module.policy.zero_grad()
     with precision.train_step_context():
         losses = module.losses(batch)

@@ -1,4 +1,4 @@
-"""Quantised evaluation: that weights really are rounded, to within a step, and what is kept of it."""
+"""Quantized evaluation: that weights really are rounded, to within a step, and what is kept of it."""
 
 import json
 from collections.abc import Callable

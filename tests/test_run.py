@@ -440,7 +440,7 @@ def test_best_epoch_is_exported_by_the_named_metric(cli: CLI, tmp_path: Path):
 
 
 def test_objectives_train(cli: CLI, tmp_path: Path, other_folder: Path):
-    memorising = ["--model.memorising", str(other_folder)]
+    memorizing = ["--model.memorizing", str(other_folder)]
     rmu = ["--model.objective.layer", "1", "--model.retain_loss", "EmbedDiff", "--model.retain_loss.layer", "0"]
     short = [
         "--trainer.max_epochs",
@@ -452,7 +452,7 @@ def test_objectives_train(cli: CLI, tmp_path: Path, other_folder: Path):
     ]
     plain = ["NPO", "DPO", "IDK", "GradDiff", "GradAscent", "WGA", "SatImp", "CEU", "UNDIAL", "PDU"]
     plain += ["SimNPORawLogits", "NPORawLogits"]
-    for objective, *options in (*([name] for name in plain), ["RMU", *rmu], ["RKLD", *memorising]):
+    for objective, *options in (*([name] for name in plain), ["RMU", *rmu], ["RKLD", *memorizing]):
         named = ["--model.objective", objective, *options, *short, "--eval.final", "false"]
         cli("fit", *named, "--run_dir", str(tmp_path / objective))
         assert results(tmp_path / objective)["finished"]

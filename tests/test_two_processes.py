@@ -24,7 +24,7 @@ def test_losses_and_dual_variable(
 ):
     """Nine rows in steps of four: in the last one a process has a filler row, which must not count."""
     options = ["--model.objective", objective, *CASES[objective], "--data.train_split", "forget10[:9]"]
-    options += ["--model.reference", str(other_folder), "--model.memorising", str(other_folder)]
+    options += ["--model.reference", str(other_folder), "--model.memorizing", str(other_folder)]
     options += ["--eval.start", "false", "--eval.final", "false", "--trainer.check_val_every_n_epoch", "9"]
     one, two = tmp_path / "one", tmp_path / "two"
     cli("fit", *options, "--run_dir", str(one))

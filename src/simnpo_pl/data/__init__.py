@@ -1,1 +1,1 @@
-"""Reading, tokenising and pairing rows; knows no model and no metric."""
+"""Reading, tokenizing and pairing rows; knows no model and no metric."""

@@ -46,7 +46,7 @@ def score_rows(
         "exact_memorization": by_row(exact_memorization, tokens.correct),
         "extraction_strength": by_row(extraction_strength, tokens.correct),
     }
-    for name, values in ((MIN_K, tokens.logps), (MIN_K_PLUS_PLUS, tokens.standardised)):
+    for name, values in ((MIN_K, tokens.logps), (MIN_K_PLUS_PLUS, tokens.standardized)):
         if name in wanted:
             scores[name] = by_row(lambda part: lowest_share(part, min_k), values, wanted[name])
     return scores

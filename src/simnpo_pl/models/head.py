@@ -97,7 +97,7 @@ class Head:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the map is a matrix of floats in memory: not sharded, quantised, adapted or with hooks."""
+        """Whether the map is a matrix of floats in memory: not sharded, quantized, adapted or with hooks."""
         module = self.module
         if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
             return False

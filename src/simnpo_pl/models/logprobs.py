@@ -42,7 +42,7 @@ class TokenScores(NamedTuple):
     """`(S,)` log-prob of the label, nats."""
     correct: Tensor
     """`(S,)` whether the label is the most probable token, bool."""
-    standardised: Tensor
+    standardized: Tensor
     """`(S,)` (log-prob of the label - mean) / standard deviation of the log-prob of a token drawn from the model; NaN
     where not requested."""
 
@@ -123,19 +123,19 @@ class AnswerStates:
         return AnswerLogps(self.sum_rows(self.token_logps()), self.lengths())
 
     @torch.no_grad()
-    def token_scores(self, standardise: Tensor | None = None) -> TokenScores:
+    def token_scores(self, standardize: Tensor | None = None) -> TokenScores:
         """Log-prob and correctness of every scored token, without gradient.
 
         Args:
-            standardise: `(B,)` bool, the rows whose log-probs are also standardised over the vocabulary.
+            standardize: `(B,)` bool, the rows whose log-probs are also standardized over the vocabulary.
         """
         logps, correct = self.head.scores(self.hidden, self.predictors, self.labels)
-        standardised = torch.full_like(logps, torch.nan)
-        if standardise is not None:
-            chosen = standardise[self.rows]
+        standardized = torch.full_like(logps, torch.nan)
+        if standardize is not None:
+            chosen = standardize[self.rows]
             hidden = self.hidden[self.predictors[chosen]]
-            standardised[chosen] = self.head.per_token(_standardised, hidden, self.labels[chosen])
-        return TokenScores(logps, correct, standardised)
+            standardized[chosen] = self.head.per_token(_standardized, hidden, self.labels[chosen])
+        return TokenScores(logps, correct, standardized)
 
     def lengths(self) -> Tensor:
         """`(B,)` number of scored tokens, float."""
@@ -179,7 +179,7 @@ def divergence(one: Tensor, other: Tensor) -> Tensor:
     return (logps.exp() * (logps - other.log_softmax(dim=-1))).sum(dim=-1)
 
 
-def _standardised(logits: Tensor, labels: Tensor) -> Tensor:
+def _standardized(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probs of labels `(S,)` against mean and deviation of the log-prob under logits `(S, V)`."""
     logps = logits.log_softmax(dim=-1)
     # A token without probability adds 0 to both moments, not 0 times infinity.

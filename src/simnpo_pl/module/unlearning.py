@@ -60,7 +60,7 @@ class UnlearningModule(PolicyModule):
         retain_weight: Coefficient of the retain loss; null takes the objective's own default.
         reference: Frozen reference: hub id or folder; null means the start model. Loaded only where the objective
             or the retain loss needs one.
-        memorising: For objectives that read one: the start model fine-tuned further on the forget rows, hub id or
+        memorizing: For objectives that read one: the start model fine-tuned further on the forget rows, hub id or
             folder; `configs/finetune.yaml` with `--data.train_split forget10` makes one.
         trainable: Regular expressions; a parameter is trained if one of them matches its whole name, all others are
             frozen. Null takes the objective's own default, which is all of them for most.
@@ -87,7 +87,7 @@ class UnlearningModule(PolicyModule):
         forget_weight: float | None = None,
         retain_weight: float | None = None,
         reference: str | None = None,
-        memorising: str | None = None,
+        memorizing: str | None = None,
         trainable: list[str] | None = None,
         lora: LoraOptions | None = None,
         optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
@@ -117,7 +117,7 @@ class UnlearningModule(PolicyModule):
         load = partial(load_causal_lm, dtype=dtype, attn_implementation=attn_implementation)
         reference_option = "--model.name" if reference in (None, name) else "--model.reference"
         self._reference = Reference(reference or name, reference_option, load)
-        self._memorising = FrozenModel(memorising, "--model.memorising", load) if memorising else None
+        self._memorizing = FrozenModel(memorizing, "--model.memorizing", load) if memorizing else None
         self._step_losses = torch.zeros(2)
         if lora is not None and trainable is not None:
             raise UserError("--model.trainable and --model.lora both say what is trained: give one of them")
@@ -129,10 +129,10 @@ class UnlearningModule(PolicyModule):
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
         name = type(self.objective).__name__
-        if self.objective.runs_memorising and self._memorising is None:
+        if self.objective.runs_memorizing and self._memorizing is None:
             raise UserError(
                 f"--model.objective {name} reads a model that was fine-tuned further on the forget rows: name it by "
-                "--model.memorising FOLDER; fit --config configs/finetune.yaml --model.name START --data.train_split "
+                "--model.memorizing FOLDER; fit --config configs/finetune.yaml --model.name START --data.train_split "
                 "FORGET makes one"
             )
         if self.objective.needs_retain and self.retain_loss is None:
@@ -160,7 +160,7 @@ class UnlearningModule(PolicyModule):
     def configure_model(self) -> None:
         """Load the policy, and freeze what is not to be trained unless it is only evaluated."""
         reads_reference = self._runs_reference or self.objective.caches_reference
-        for model in (self._reference if reads_reference else None, self._memorising):
+        for model in (self._reference if reads_reference else None, self._memorizing):
             if model is not None:
                 find_model(model.name, model.option)
         super().configure_model()
@@ -207,7 +207,7 @@ class UnlearningModule(PolicyModule):
         return model, {
             "checkpointing": self.gradient_checkpointing,
             "eight_bit": self.eight_bit,
-            "frozen": (self._runs_reference and not self._base_is_reference) + self.objective.runs_memorising,
+            "frozen": (self._runs_reference and not self._base_is_reference) + self.objective.runs_memorizing,
             "reads_logits": any(loss.reads_logits for loss in self._losses),
         }
 
@@ -223,9 +223,9 @@ class UnlearningModule(PolicyModule):
             return self._scorer()
         return self._reference.scorer(self._scorer(), self.device, keep=keep, same=same)
 
-    def _memorising_scorer(self) -> Scorer:
-        assert self._memorising is not None
-        return self._memorising.scorer(self._scorer(), self.device)
+    def _memorizing_scorer(self) -> Scorer:
+        assert self._memorizing is not None
+        return self._memorizing.scorer(self._scorer(), self.device)
 
     def _models(self, batch: Batch) -> Models:
         """Models that the losses of a batch read; the reference only where the batch lacks its log-probs."""
@@ -234,7 +234,7 @@ class UnlearningModule(PolicyModule):
         return Models(
             self._scorer(),
             self._reference_scorer() if reads_reference else None,
-            self._memorising_scorer() if self.objective.runs_memorising else None,
+            self._memorizing_scorer() if self.objective.runs_memorizing else None,
         )
 
     @property
@@ -259,8 +259,8 @@ class UnlearningModule(PolicyModule):
                         self._reference.fill(batches, scorer, self.device, strategy)
         if self._runs_reference:
             self._reference_scorer()
-        if self.objective.runs_memorising:
-            self._memorising_scorer()
+        if self.objective.runs_memorizing:
+            self._memorizing_scorer()
         self._step_losses = torch.zeros(2, device=self.device)
         self.policy.train()
 
@@ -327,7 +327,7 @@ class UnlearningModule(PolicyModule):
 
     def on_fit_end(self) -> None:
         """Free the memory of frozen models; unfreeze parameters, since gradient norms are those of all."""
-        for model in (self._reference, self._memorising):
+        for model in (self._reference, self._memorizing):
             if model is not None:
                 model.free()
         if self.lora is None:

@@ -4,7 +4,7 @@ from simnpo_pl.objectives.base import ForgetInputs, Models, Objective, Positions
 from simnpo_pl.objectives.constrained import PDU
 from simnpo_pl.objectives.distillation import RKLD, UNDIAL
 from simnpo_pl.objectives.likelihood import IDK, FineTune, GradAscent, GradDiff
-from simnpo_pl.objectives.preference import DPO, NPO, LengthNormalisedNPO, ReferenceFreeNPO, SimNPO
+from simnpo_pl.objectives.preference import DPO, NPO, LengthNormalizedNPO, ReferenceFreeNPO, SimNPO
 from simnpo_pl.objectives.raw_logits import NPORawLogits, SimNPORawLogits
 from simnpo_pl.objectives.representation import RMU
 from simnpo_pl.objectives.tokens import CEU, WGA, SatImp
@@ -23,7 +23,7 @@ __all__ = [
     "ForgetInputs",
     "GradAscent",
     "GradDiff",
-    "LengthNormalisedNPO",
+    "LengthNormalizedNPO",
     "Models",
     "NPORawLogits",
     "Objective",

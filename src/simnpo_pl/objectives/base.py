@@ -20,7 +20,7 @@ class Models(NamedTuple):
 
     policy: Scorer
     reference: Scorer | None = None
-    memorising: Scorer | None = None
+    memorizing: Scorer | None = None
 
 
 class Positions(NamedTuple):
@@ -67,9 +67,9 @@ class Inputs:
         return self._frozen("reference", self.part)
 
     @cached_property
-    def memorising_states(self) -> AnswerStates:
-        """Memorising model, the same tokens, without gradient."""
-        return self._frozen("memorising", self.part)
+    def memorizing_states(self) -> AnswerStates:
+        """Memorizing model, the same tokens, without gradient."""
+        return self._frozen("memorizing", self.part)
 
     @cached_property
     def positions(self) -> Positions:
@@ -170,9 +170,9 @@ class Loss(nn.Module):
         return any(name.startswith("reference_") for name in self.needs)
 
     @property
-    def runs_memorising(self) -> bool:
-        """Whether every step runs the memorising model."""
-        return any(name.startswith("memorising_") for name in self.needs)
+    def runs_memorizing(self) -> bool:
+        """Whether every step runs the memorizing model."""
+        return any(name.startswith("memorizing_") for name in self.needs)
 
     @property
     def reads_logits(self) -> bool:

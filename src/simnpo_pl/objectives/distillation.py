@@ -40,13 +40,13 @@ class RKLD(Objective):
 
     KL(policy || teacher) at every token of a forget answer, nats, with
     `teacher = softmax(z_ref - alpha * relu(z_mem - z_ref))`: z_ref are the reference's logits, z_mem those of a
-    memorising model, the start model fine-tuned further on the forget rows. What that makes more likely is removed.
+    memorizing model, the start model fine-tuned further on the forget rows. What that makes more likely is removed.
 
     Args:
         alpha: How much is subtracted, at least 0; 0 leaves the reference itself.
     """
 
-    needs = frozenset({"states", "reference_states", "memorising_states"})
+    needs = frozenset({"states", "reference_states", "memorizing_states"})
     mean_over = "tokens"
 
     def __init__(self, alpha: float = 1.0) -> None:
@@ -54,8 +54,8 @@ class RKLD(Objective):
         self.alpha = not_negative("alpha", alpha)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
-        def to_teacher(logits: Tensor, labels: Tensor, reference: Tensor, memorising: Tensor) -> Tensor:
-            return divergence(logits, reference - self.alpha * (memorising - reference).relu())
+        def to_teacher(logits: Tensor, labels: Tensor, reference: Tensor, memorizing: Tensor) -> Tensor:
+            return divergence(logits, reference - self.alpha * (memorizing - reference).relu())
 
-        frozen = inputs.reference_states, inputs.memorising_states
+        frozen = inputs.reference_states, inputs.memorizing_states
         return row_means(inputs.states, inputs.states.per_token(to_teacher, *frozen))

@@ -74,7 +74,7 @@ class SimNPO(Objective):
         return -2 / self.beta * logsigmoid(-self.beta * inputs.forget.mean - self.gamma)
 
 
-class LengthNormalisedNPO(Objective):
+class LengthNormalizedNPO(Objective):
     """NPO with log-probs per token, the reference kept: `-(2 / beta) * log sigmoid(-(beta / n) (L - L_ref))`.
 
     Half of the step from NPO to SimNPO. L and L_ref are the answer's summed log-probs under policy and reference,

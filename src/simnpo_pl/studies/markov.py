@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, dict[str, float]]] = {
     "NPO, beta 0.2": ("NPO", {"beta": 0.2}),
     "NPO, beta 1": ("NPO", {"beta": 1.0}),
     "SimNPO, beta 4": ("SimNPO", {"beta": 4.0}),
-    "NPO per token, beta 4": ("LengthNormalisedNPO", {"beta": 4.0}),
+    "NPO per token, beta 4": ("LengthNormalizedNPO", {"beta": 4.0}),
     "NPO without reference, beta 0.2": ("ReferenceFreeNPO", {"beta": 0.2}),
 }
 """Name to objective and its settings; the last two are halves of the step from NPO to SimNPO."""
