@@ -219,13 +219,13 @@ def draw(sweep: Sweep, jobs: Mapping[Key, Job], file: Path) -> None:
     with panels(file, 1, len(columns), (2.6, 2.2)) as (figure, axes):
         for axis, (title, name) in zip(axes[0], columns.items(), strict=True):
             for index, (split, found) in enumerate(lines.items()):
-                known = [(line, spread) for line in found if (spread := line.spread(name))]
-                methods = {line.title: spread for line, spread in known if line.model == "final"}
+                known = [(line, measured) for line in found if (measured := line.spread(name))]
+                methods = {line.title: measured for line, measured in known if line.model == "final"}
                 means, deviations = ([getattr(s, key) for s in methods.values()] for key in ("mean", "deviation"))
                 axis.errorbar(list(methods), means, deviations, fmt=".-", color=color(index), capsize=2, label=split)
-                for line, spread in known:
+                for line, measured in known:
                     if line.model in STYLES:
-                        axis.axhline(spread.mean, color=GREY, linewidth=0.8, linestyle=STYLES[line.model])
+                        axis.axhline(measured.mean, color=GREY, linewidth=0.8, linestyle=STYLES[line.model])
             axis.set_title(title)
         if len(lines) > 1:
             figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper")
