@@ -22,7 +22,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from simnpo_pl.utils.errors import UserError
-from simnpo_pl.utils.files import writing, replace
+from simnpo_pl.utils.files import replace, writing
 
 LAST = "last.ckpt"
 

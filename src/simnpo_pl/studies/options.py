@@ -115,7 +115,7 @@ def report(add: Add) -> None:
 def sweep(add: Add) -> None:
     add("files", nargs="+", type=path, metavar="FILE", help="sweep file, and files that change it")
     add("-o", "--out", type=path, metavar="FILE", help="Markdown file for the table")
-    add("--figure", type=path, metavar="FILE", help="PNG file for a figure: a panel a column, over the methods")
+    add("--figure", type=path, metavar="FILE", help="PNG file for a figure: a panel for each metric, over the methods")
     add("--folder", help="where the runs go, instead of the sweep's")
     add("--shard", type=shard, default="0/1", metavar="I/N", help="only every Nth run, from the Ith, counted from 0")
     add("--table", action="store_true", help="only the table of the finished runs")

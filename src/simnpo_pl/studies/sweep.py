@@ -67,7 +67,10 @@ COLUMNS = {
     "wmdp_bio": {"1 - Bio acc.": "1 - lm_eval wmdp_bio", "MMLU acc.": "lm_eval mmlu"},
 }
 """Kind of table to its columns: title to a name that `value` knows."""
-BY_DEFINITION = {"forget_quality": 1.0, "forget_quality strong": 1.0, "forget_quality weak": 1.0, "privleak": 0.0}
+BY_DEFINITION = {
+    **{"forget_quality": 1.0, "forget_quality strong": 1.0, "forget_quality weak": 1.0},
+    **{"forget_quality/ks_statistic": 0.0, "privleak": 0.0},
+}
 """Values of the retrained model compared with itself."""
 STYLES = {"start": "--", "retrained": ":"}
 """Lines of a figure."""
@@ -211,11 +214,12 @@ def table(sweep: Sweep, jobs: Mapping[Key, Job]) -> str:
 
 
 def draw(sweep: Sweep, jobs: Mapping[Key, Job], file: Path) -> None:
-    """A panel for each column: methods on the x axis, a line for each split with the spread over seeds as bars.
+    """A panel for each metric: methods on the x axis, a line for each split with the spread over seeds as bars.
 
     The start model is a dashed line, the retrained model a dotted one.
     """
-    lines, columns = {split: _lines(jobs, split) for split in sweep.splits}, COLUMNS[sweep.table]
+    lines = {split: _lines(jobs, split) for split in sweep.splits}
+    columns = {title: name for title, name in COLUMNS[sweep.table].items() if name != "n"}
     with panels(file, 1, len(columns), (2.6, 2.2)) as (figure, axes):
         for axis, (title, name) in zip(axes[0], columns.items(), strict=True):
             for index, (split, found) in enumerate(lines.items()):
