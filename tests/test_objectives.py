@@ -201,7 +201,7 @@ def test_pdu():
 def test_rkld():
     """alpha 2; reference logits (0, 0), memorizing logits (log 3 / 2, -1) at every token.
 
-    Only what the memorizing model makes more probable is subtracted: teacher logits (-log 3, 0), probabilities 1/4 and 3/4.
+    Only what the memorizing model makes more probable is subtracted: teacher logits (-log 3, 0), so 1/4 and 3/4.
     KL(policy || teacher) with the policy at 3/4 and 1/4 is 3/4 log 3 + 1/4 log 1/3 = 1/2 log 3 = 0.5493061, at both
     tokens of row 1; with 1/2 and 1/2 it is 1/2 log 2 + 1/2 log 2/3 = 0.1438410.
     """
