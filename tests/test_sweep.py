@@ -26,7 +26,8 @@ OVERLAYS = {
     "table2": ["tiny_muse"],
     "tableA4": ["tiny_wmdp"],
     "figureA1": ["demo_figureA1", "smollm2_figureA1"],
-    "figureA2": ["demo_figureA2"],
+    "figureA2": [],
+    "demo_figureA2": [],
     "scalability": ["demo_scalability"],
     "sustainability": ["demo_sustainability"],
 }
