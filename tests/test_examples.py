@@ -99,7 +99,7 @@ def test_metric_by_config(cli: Callable[..., None], tmp_path: Path, capsys: pyte
     assert content["titles"]["forget/worst_probability"]["short"] == "worst prob."
     found = [row["rouge1_recall"] for row in rows if row["split"] == "retain" and "generation" in row]
     assert content["final"]["metrics"]["retain/found"] == pytest.approx(sum(found) / 2)
-    assert "| worst prob. |" in capsys.readouterr().out
+    assert "\n  worst prob. " in capsys.readouterr().out
     logged = EventAccumulator(str(folder)).Reload()
     assert logged.Scalars("test/forget/worst_probability")[0].value == pytest.approx(worst)
     cli("test", "--config", str(config), "--eval.generate_rows", "0", "--run_dir", str(tmp_path / "silent"))

@@ -235,6 +235,13 @@ def test_export_round_trip(tmp_path):
     (tmp_path / "TOFU_EVAL.json").write_text(json.dumps(log))
     read = read_retain_log(tmp_path / "TOFU_EVAL.json")
     check(read)
+    assert read.metrics == pytest.approx(
+        {
+            "forget/probability": (1 + math.exp(-0.1) + math.exp(-0.2)) / 3,
+            "forget/rouge": 0.5,
+            "forget/truth_ratio": (math.exp(-1) + 1 + math.exp(-0.25)) / 3,
+        }
+    )
     assert held(read, "answer") == dict(enumerate(ANSWERS))
     assert held(read, "question") == dict(enumerate(QUESTIONS))
 

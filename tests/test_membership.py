@@ -428,7 +428,7 @@ def test_without_holdout_rows_the_reason_is_given(cli: Callable[..., None], tmp_
     cli("test", "--run_dir", str(tmp_path / "run"))
     unavailable = results(tmp_path / "run")["unavailable"]
     assert {unavailable[name] for name in (*ATTACKS, "privleak")} == {"no holdout rows; give --data.holdout"}
-    assert f"{', '.join(ATTACKS)}, privleak: not measured, no holdout rows" in capsys.readouterr().out
+    assert "  membership inference, PrivLeak: no holdout rows; give --data.holdout\n" in capsys.readouterr().out
 
 
 def test_without_the_holdout_split_nothing_is_attacked(cli: Callable[..., None], tmp_path: Path, monkeypatch: Any):

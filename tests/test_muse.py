@@ -154,7 +154,8 @@ def test_fit(muse_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert content["exported_epoch"] == 1 + values.index(max(values))
     out = capsys.readouterr().out
     assert "text, blocks of at most 64 tokens" in out
-    assert "| VerbMem forget | KnowMem forget | KnowMem retain |" in out
+    for title in ("VerbMem forget", "KnowMem forget", "KnowMem retain"):
+        assert f"\n  {title} (0 to 100) " in out
 
 
 @pytest.mark.parametrize("objective", ["NPO", "SimNPORawLogits"])

@@ -277,11 +277,12 @@ def test_what_is_measured_follows_from_the_rows(model_folder: Path, tmp_path: Pa
     holdout = lines(tmp_path / "c.jsonl", *qa(5))
     (tmp_path / "t.txt").write_text("One sentence is here.\n\nAnother one is there.\n")
     base = {"forget/probability", "forget/rouge", "forget/extraction_strength", "forget/exact_memorization"}
-    keep = {"retain/probability", "retain/rouge"}
+    base |= {"forget/verbatim", "forget/degenerate"}
+    keep = {"retain/probability", "retain/rouge", "retain/degenerate"}
     attacks = {"mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus"}
 
     alone = evaluation(model_folder, forget=plain)
-    assert set(alone.names()) == base
+    assert set(alone.names()) == base | {"probe/nll"}
     assert alone.unavailable["retain/rouge"] == "no retain rows; give --data.retain"
     assert "have no wrong answers" in alone.unavailable["forget_quality"]
     assert alone.unavailable["mia_loss"] == "no holdout rows; give --data.holdout"
@@ -307,7 +308,7 @@ def test_probability_and_ratio_without_a_paraphrase(cli_own: Callable[..., Path]
     forget = lines(tmp_path / "b.jsonl", *qa(3, 4, 5, **WRONG))
     first = cli_own("test", "first", "--data.forget", forget, "--data.retain", "null")
     rows = [json.loads(line) for line in (first / "rows.jsonl").read_text().splitlines()]
-    for row in rows:
+    for row in (row for row in rows if row["split"] == "forget"):
         assert row["probability"] == pytest.approx(2.718281828 ** -row["answer_nll"], rel=1e-5)
         mean = sum(row["perturbed_nll"]) / 2
         assert row["truth_ratio"] == pytest.approx(2.718281828 ** (row["answer_nll"] - mean), rel=1e-5)
@@ -335,7 +336,7 @@ def test_text_against_holdout_and_a_retrained_model(cli_own: Callable[..., Path]
     assert found["privleak/retrained_auc"] == content["retrained"]["metrics"]["mia_min_k"]
     # Every token but the first is scored, the last one too: text has no end.
     rows = [json.loads(line) for line in (tmp_path / "text" / "rows.jsonl").read_text().splitlines()]
-    assert [row["split"] for row in rows] == ["forget"] * 6 + ["holdout"] * 5
+    assert [row["split"] for row in rows] == ["forget"] * 6 + ["holdout"] * 5 + ["probe"] * 40
     assert "generation" not in rows[0]
 
 

@@ -41,8 +41,8 @@ def test_texts_are_cut_and_scored_as_the_split_says():
     one = torch.tensor([0])
     evaluation.add_scores({"split": one, "index": one, "kind": one}, {"nll": torch.zeros(1)})
     result = evaluation.compute()
-    assert result.values == {"scored/probability": 1.0, "cut/score": 0.5}
-    assert result.counts == {"scored/probability": 1, "cut/score": 2}
+    assert result.values == {"scored/probability": 1.0, "cut/score": 0.5, "cut/degenerate": 0.0}
+    assert result.counts == {"scored/probability": 1, "cut/score": 2, "cut/degenerate": 2}
     assert [(r["split"], r["index"], r.get("generation"), r.get("same")) for r in result.rows] == [
         ("scored", 0, None, None),
         ("cut", 0, "dogs", 0.0),

@@ -271,11 +271,15 @@ def test_model_of_nan_is_told(cli: CLI, model_folder: Path, tmp_path: Path):
     }
 
 
-def test_validate_and_predict(cli: CLI, finished: Path, tmp_path: Path):
+def test_validate_and_predict(cli: CLI, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     cli("validate", "--model.name", str(finished / "model"), "--run_dir", str(tmp_path / "v"))
     final = results(tmp_path / "v")["final"]["metrics"]
     assert final["model_utility"] == pytest.approx(results(finished)["final"]["metrics"]["model_utility"], rel=1e-4)
+    capsys.readouterr()
     cli("predict", "--model.name", str(finished / "model"), "--run_dir", str(tmp_path / "p"))
+    shown = capsys.readouterr().out
+    assert "answers are generated for 10 forget rows, 7 retain rows, 5 real_authors rows, 3 world_facts" in shown
+    assert "measured" not in shown
     predicted = [json.loads(line) for line in (tmp_path / "p" / "predictions.jsonl").read_text().splitlines()]
     rows = [json.loads(line) for line in (finished / "rows.jsonl").read_text().splitlines()]
     assert [p["generation"] for p in predicted] == [r["generation"] for r in rows]
@@ -360,8 +364,9 @@ def test_plan_of_a_run(
     assert re.search(
         r"memory: training takes about [\d.]+ MB; cpu has [\d.]+ GB\n  weights .*, activations [\d.]+\n", shown
     )
-    assert re.search(r"measured on 10 forget rows, 7 retain rows.*forget/probability", shown)
-    assert "forget_quality: not measured, no retrained model to compare with" in shown
+    assert re.search(r"measured on 10 forget rows, 7 retain rows.*: .*forget prob\., forget truth ratio, ES, EM", shown)
+    assert "\nnot measured:\n  " in shown
+    assert "\n  forget quality: no retrained model to compare with; give " in shown
 
 
 def test_chosen_forget_rows(cli: CLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

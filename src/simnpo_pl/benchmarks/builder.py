@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from simnpo_pl.data.sources import check_rows
+from simnpo_pl.data.sources import check_rows, load_lines
+from simnpo_pl.data.text import text_ids, text_rows
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
@@ -22,6 +24,7 @@ from simnpo_pl.metrics.logs import RetainLog
 from simnpo_pl.metrics.membership import ATTACKS, MembershipAUC, PrivLeak, ReferenceScore, ZlibScore
 from simnpo_pl.utils.errors import UserError
 
+PROBE = Path(__file__).with_name("probe.txt")
 NO_RETRAINED = "no retrained model to compare with; give --eval.retain_log FILE or --eval.retrained MODEL"
 
 
@@ -43,6 +46,8 @@ class EvaluationBuilder:
 
     def evaluation(self) -> Evaluation:
         tokenizer: Any = self.encode.tokenizer
+        if not any("retain" in name for name in self.splits):
+            self._add_probe()
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         return Evaluation(list(self.splits.values()), self.summary, self.unavailable, decode)
 
@@ -184,6 +189,14 @@ class EvaluationBuilder:
                 self.unavailable["privleak"] = (
                     f"the retrained model's AUC of Min-K% is {log.auc:g}, and PrivLeak divides by 1 - AUC"
                 )
+
+    def _add_probe(self) -> None:
+        """Adds plain statements of common knowledge: damage shows in their loss where no retain rows are measured."""
+        tokenizer, known = self.encode.tokenizer, load_lines(str(PROBE))
+        # A tokenizer made of other text may know hardly a word of them.
+        texts = [text for text, ids in zip(known, text_ids(tokenizer, known), strict=True) if len(ids) > 1]
+        if texts:
+            self.text("probe", text_rows(tokenizer, texts, self.encode.max_length, truncate=True), texts)
 
     def _attack_scores(self, split: Split, reference: Mapping[str, Tensor] | None) -> dict[str, RowMetric]:
         answers, count = [text["answer"] for text in split.texts], len(split.texts)

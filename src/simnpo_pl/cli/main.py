@@ -23,7 +23,7 @@ import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short
 from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.cli import RUNS
 from simnpo_pl.cli.arguments import HelpFormatter, clear_changed_classes, explain
-from simnpo_pl.cli.summary import measures, memory, plan, table, written
+from simnpo_pl.cli.summary import generates, measures, memory, plan, show, written
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.losses import AnswerLosses
 from simnpo_pl.evaluation.options import EvalOptions
@@ -227,7 +227,8 @@ class UnlearningCLI(LightningCLI):
         data.setup("validate")
         self._evaluate_references()
         if first:
-            print(*([data.describe()] if fit else []), measures(data.evaluation()), sep="\n")
+            measured = (generates if self.subcommand == "predict" else measures)(data.evaluation())
+            print(*([data.describe()] if fit else []), measured, sep="\n")
 
     def _evaluate_references(self) -> None:
         data, options = self.datamodule, self.datamodule.eval
@@ -275,7 +276,7 @@ class UnlearningCLI(LightningCLI):
         """Write the results, show table and files."""
         self.run_folder.finish(self.trainer, self.datamodule, result, epoch)
         if self.trainer.is_global_zero:
-            print(table(self.run_folder.record))
+            show(self.run_folder.record)
             board = any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers)
             print(written(self.run_folder.folder, board))
 

@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
 
 from simnpo_pl.metrics import titles
 from simnpo_pl.models.head import CPU_CHUNK, GPU_CHUNK
@@ -19,8 +23,9 @@ from simnpo_pl.runs.weights import WEIGHTS
 
 SHOWN = (
     *("forget_quality", "model_utility", "forget/probability", "forget/rouge", "forget/truth_ratio"),
-    *("retain/probability", "verbmem_forget", "knowmem_forget", "knowmem_retain", "privleak"),
-    *("forget/nll", "retain/nll"),
+    *("forget/verbatim", "forget/degenerate", "retain/probability", "retain/degenerate"),
+    *("verbmem_forget", "knowmem_forget", "knowmem_retain", "privleak"),
+    *("forget/nll", "retain/nll", "probe/nll"),
 )
 """Metrics of the table, if they were measured."""
 FILES = {
@@ -35,17 +40,48 @@ FILES = {
 }
 
 
-def table(record: dict[str, Any]) -> str:
-    """Start, retrained and unlearned model of a results.json, as Markdown."""
+COLORS = {"forgotten": "green", "not forgotten": "red", "model damaged": "red"}
+"""Of a verdict's category; yellow for the others."""
+
+
+def show(record: dict[str, Any], console: Console | None = None) -> None:
+    """Print the table of start, retrained and unlearned model of a results.json, and the verdict."""
+    console = console or Console(highlight=False, markup=False)
     last = "unlearned" if record["epochs"] or "start" in record else "model"
     rows = {"start": record.get("start"), "retrained": record.get("retrained"), last: record.get("final")}
     found = {model: entry["metrics"] for model, entry in rows.items() if entry}
-    custom = record.get("titles", {})
+    custom = {name: titles.Title(**title) for name, title in record.get("titles", {}).items()}
     names = titles.measured(found.values(), (*SHOWN, *custom))
     if not names:
-        return "nothing was evaluated"
-    shown = titles.table(["model"], [([model], metrics) for model, metrics in found.items()], names, custom)
-    return "\n".join([shown, *_not_measured(record.get("unavailable", {}))])
+        console.print("nothing was evaluated")
+        return
+    table = Table(box=SIMPLE_HEAD)
+    table.add_column("metric")
+    for model in found:
+        table.add_column(model, justify="right")
+    for name in names:
+        title = custom.get(name) or titles.title_of(name)
+        unit = f" ({title.unit})" if title.unit else ""
+        table.add_row(title.short + unit, *(titles.number(metrics.get(name)) for metrics in found.values()))
+    console.print(table)
+    if "verdict" in record:
+        _show_verdict(record["verdict"], console)
+
+
+def _show_verdict(verdict: dict[str, Any], console: Console) -> None:
+    category = verdict["category"]
+    console.print(f"verdict: {category}", style=f"bold {COLORS.get(category, 'yellow')}")
+    parts = {
+        "": verdict["reasons"],
+        "not tested:": ["; ".join(verdict["untested"])],
+        "next, one of:": verdict["advice"],
+    }
+    for head, lines in parts.items():
+        if any(lines):
+            if head:
+                console.print(head)
+            for line in lines:
+                console.print(Padding(line, (0, 0, 0, 2)))
 
 
 def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
@@ -122,15 +158,29 @@ def _memory_of(device: torch.device, processes: int) -> float | None:
 def measures(evaluation: Any) -> str:
     """What an `Evaluation` measures, and what it cannot measure and why."""
     rows = ", ".join(f"{len(split.texts)} {split.name} rows" for split in evaluation.splits)
-    return "\n".join([f"measured on {rows}: {', '.join(evaluation.names())}", *_not_measured(evaluation.unavailable)])
-
-
-def _not_measured(unavailable: dict[str, str]) -> list[str]:
-    """A line for every reason, with all metrics it holds for."""
+    names = ", ".join(dict.fromkeys(_short(name) for name in sorted(evaluation.names(), key=_place)))
     reasons: dict[str, list[str]] = {}
-    for name, reason in unavailable.items():
-        reasons.setdefault(reason, []).append(name)
-    return [f"{', '.join(names)}: not measured, {reason}" for reason, names in reasons.items()]
+    for name, reason in evaluation.unavailable.items():
+        reasons.setdefault(reason, []).append(_short(name))
+    lost = [f"  {', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
+    return "\n".join([f"measured on {rows}: {names}", *(["not measured:", *lost] if lost else [])])
+
+
+def generates(evaluation: Any) -> str:
+    """Rows of an `Evaluation` that answers are generated for."""
+    rows = ", ".join(f"{split.generate} {split.name} rows" for split in evaluation.splits if split.generate)
+    return f"answers are generated for {rows}"
+
+
+def _short(name: str) -> str:
+    """A metric's title; the attacks by membership inference have one together."""
+    return "membership inference" if name.startswith("mia_") else titles.title_of(name).short
+
+
+def _place(name: str) -> int:
+    """Where tables have a metric."""
+    order = list(titles.TITLES)
+    return order.index(name) if name in order else len(order)
 
 
 def written(folder: Path, board: bool = True) -> str:

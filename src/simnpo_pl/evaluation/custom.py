@@ -6,14 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simnpo_pl.evaluation.fluency import FLUENCY
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM
-from simnpo_pl.evaluation.plan import Split
+from simnpo_pl.evaluation.plan import OF_GENERATED, Split
 from simnpo_pl.metrics.base import RowMetric
-from simnpo_pl.metrics.functional import ROUGE
 from simnpo_pl.utils.errors import UserError
 
-ONE_A_ROW = (*ROUGE, FLUENCY, GRADIENT_NORM)
+ONE_A_ROW = (*OF_GENERATED, GRADIENT_NORM)
 """Scores that the first answer of a row has alone."""
 
 

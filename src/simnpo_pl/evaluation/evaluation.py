@@ -16,11 +16,11 @@ from simnpo_pl.evaluation.custom import add_metrics
 from simnpo_pl.evaluation.finished import gather
 from simnpo_pl.evaluation.fluency import FLUENCY
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import Split
+from simnpo_pl.evaluation.plan import OF_GENERATED, Split
 from simnpo_pl.evaluation.scoring import ON_DEMAND, score_rows
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.metrics.base import RowMetric
-from simnpo_pl.metrics.functional import ROUGE
+from simnpo_pl.metrics.generated import DEGENERATE, VERBATIM, text_scores
 from simnpo_pl.metrics.titles import TITLES, title_of
 from simnpo_pl.models.generation import Choose, Sampler, draws_of, most_probable
 from simnpo_pl.models.logprobs import AnswerStates
@@ -81,6 +81,8 @@ class Evaluation:
         unavailable: Mapping[str, str],
         decode: Callable[[list[int]], str],
     ) -> None:
+        for split in splits:
+            _add_text_scores(split)
         self.splits = splits
         self.summary = dict(summary)
         self.unavailable = dict(unavailable)
@@ -105,7 +107,7 @@ class Evaluation:
     def _prepare(self) -> None:
         self._raw = [_RawScores(len(split.texts), split.kinds) for split in self.splits]
         silent = [metric for split in self.splits if not split.generate for metric in split.metrics.values()]
-        lost = [metric for metric in silent if metric.feature in (*ROUGE, FLUENCY)]
+        lost = [metric for metric in silent if metric.feature in OF_GENERATED]
         self._withhold(lost, "no answers are generated, see --eval.generate_rows")
 
     def _keep(self, names: Collection[str]) -> None:
@@ -211,7 +213,8 @@ class Evaluation:
             assert made is not None
             texts = {index: made.finish(self._decode(ids)) for n, index, ids in rows if n == number}
             self._texts |= {(number, index): text for index, text in texts.items()}
-            found = [made.score(text, split.texts[index]["answer"]) for index, text in texts.items()]
+            right = [(text, split.texts[index]["answer"]) for index, text in texts.items()]
+            found = [made.score(*pair) | text_scores(*pair) for pair in right]
             scores = {name: torch.tensor([one[name] for one in found]) for name in found[0]}
             if made.fluency is not None:
                 scores[FLUENCY] = torch.tensor(made.fluency(list(texts.values())))
@@ -282,6 +285,14 @@ class Evaluation:
                     row["generation"] = texts[number, index]
                 rows.append(row)
         return rows
+
+
+def _add_text_scores(split: Split) -> None:
+    """Measure of generated answers whether they are degenerate and, of rows to forget, word for word."""
+    if split.generate:
+        forget = (VERBATIM,) if "forget" in split.name else ()
+        for score in (*forget, DEGENERATE):
+            split.metrics.setdefault(f"{split.name}/{score}", RowMean(score, len(split.texts)))
 
 
 def _column(name: str, metric: RowMetric) -> str:

@@ -10,13 +10,17 @@ from torch.utils.data import DataLoader
 
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.data.training import collate
-from simnpo_pl.evaluation.fluency import FluencyClassifier
+from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM
 from simnpo_pl.metrics.base import RowMetric
-from simnpo_pl.metrics.functional import rouge_l
+from simnpo_pl.metrics.functional import ROUGE, rouge_l
+from simnpo_pl.metrics.generated import TEXT_SCORES
 from simnpo_pl.utils.errors import UserError
 
 Batch = dict[str, Any]
+
+OF_GENERATED = (*ROUGE, *TEXT_SCORES, FLUENCY)
+"""Scores of generated answers."""
 
 
 @dataclass

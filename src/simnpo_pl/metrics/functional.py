@@ -198,6 +198,11 @@ def rouge_l(prediction: str, target: str, stem: bool = True) -> dict[str, float]
     return dict(zip(ROUGE, map(float, found), strict=True))
 
 
+def words(text: str) -> list[str]:
+    """The words of a text as ROUGE compares them: in lower case, without punctuation."""
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower())
+
+
 def extraction_strength(correct: Tensor) -> float:
     """1 - k/T, k the length of the shortest prefix after which all remaining tokens are predicted right.
 
@@ -257,8 +262,7 @@ class _Words:
         self._ascii = DefaultTokenizer(stem)
 
     def tokenize(self, text: str) -> list[str]:
-        words = _WORD.findall(unicodedata.normalize("NFC", text).lower())
-        return [part for word in words for part in (self._ascii.tokenize(word) if word.isascii() else [word])]
+        return [part for word in words(text) for part in (self._ascii.tokenize(word) if word.isascii() else [word])]
 
 
 def _check_shapes(one: Tensor, many: Tensor) -> None:

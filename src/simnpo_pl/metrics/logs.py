@@ -8,8 +8,9 @@ import gzip
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ from simnpo_pl.utils.files import read_json
 LOG_NAMES = ("rows.jsonl", "TOFU_EVAL.json", "MUSE_EVAL.json", "eval_log_aggregated.json")
 COMPARED = ("question", "answer", "forget_split", "tokens", "min_k_share", "mia_min_k", "truth_ratio")
 """What is kept of a row."""
+AVERAGED = {
+    "probability": "forget/probability",
+    "rougeL_recall": "forget/rouge",
+    **{name: f"forget/{name}" for name in ("extraction_strength", "exact_memorization", "verbatim", "degenerate")},
+}
+"""Scores of forget rows to the metric that is their mean."""
 
 Row = dict[str, Any]
 
@@ -37,12 +44,14 @@ class RetainLog:
         kind: The project whose format the log has.
         splits: `forget` and `holdout`: row index to the log's values of `COMPARED`; truth ratios are geometric.
         auc: Area under the ROC curve of the Min-K% attack; None if the log has neither it nor the scores.
+        metrics: Of the retrained model, as far as the log has them of every forget row.
     """
 
     source: str
     kind: str
     splits: dict[str, dict[int, Row]]
     auc: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         """The rows in our own format."""
@@ -194,7 +203,16 @@ def parse_rows(source: str, rows: list[Row], kind: str = "simnpo_pl", auc: float
         auc = membership_auc(*(_tensor(values) for values in scores))
     if auc is None and not any("truth_ratio" in row for row in splits["forget"].values()):
         raise ValueError("no truth ratio of a forget row and no Min-K% scores")
-    return RetainLog(source, kind, splits, auc)
+    return RetainLog(source, kind, splits, auc, _metrics([row for row in rows if row["split"] == "forget"]))
+
+
+def _metrics(forget: list[Row]) -> dict[str, float]:
+    found = {name: [row.get(score) for row in forget] for score, name in AVERAGED.items()}
+    metrics = {name: fmean(values) for name, values in found.items() if values and None not in values}
+    ratios = [_truth_ratio(row).get("truth_ratio") for row in forget]
+    if ratios and None not in ratios:
+        metrics["forget/truth_ratio"] = F.forget_truth_ratio(_tensor(ratios))
+    return metrics
 
 
 def _parse(source: str, text: str) -> RetainLog:
@@ -225,7 +243,8 @@ def _parse_open_unlearning(source: str, metrics: dict[str, Any], split: str | No
         ("forget_Truth_Ratio", {"score": "truth_ratio"}),
         ("forget_Q_A_PARA_Prob", {"avg_loss": "paraphrase_nll"}),
         ("forget_Q_A_PERT_Prob", {"avg_loss": "perturbed_nll"}),
-        ("forget_Q_A_ROUGE", {"input": "question", "ground_truth": "answer"}),
+        ("forget_Q_A_ROUGE", {"input": "question", "ground_truth": "answer", "rougeL_recall": "rougeL_recall"}),
+        ("forget_Q_A_Prob", {"prob": "probability"}),
     ):
         take(metrics.get(metric, {}), "forget", keys)
     attack = metrics.get("mia_min_k") or {}

@@ -40,6 +40,11 @@ def _of_split(split: str, short: str, higher_is_better: bool | None = True) -> l
     ]
 
 
+def _degenerate(split: str, short: str) -> Title:
+    text = "share of generated answers that are empty, repetitive or endless"
+    return Title(f"{split}/degenerate", f"{short} degenerate", "", False, text)
+
+
 def _attack(name: str, short: str, score: str) -> Title:
     text = f"membership inference by {score}: area under the ROC curve, to compare with the retrained model's"
     return Title(f"mia_{name}", f"MIA {short}", text=text)
@@ -53,6 +58,8 @@ _ALL = [
     *_of_split("forget", "forget", None),
     Title("forget/extraction_strength", "ES", "", False, "extraction strength of the forget answers"),
     Title("forget/exact_memorization", "EM", "", False, "exact memorization of the forget answers"),
+    Title("forget/verbatim", "forget verbatim", "", False, "share of answers that are given word for word"),
+    _degenerate("forget", "forget"),
     Title("forget/fluency", "fluency", "", True, "a classifier's probability that a forget answer is fluent"),
     Title("privleak", "PrivLeak", "%", None, "membership inference by Min-K% against the retrained model; 0 is best"),
     _attack("loss", "loss", "the loss"),
@@ -64,12 +71,21 @@ _ALL = [
     Title("verbmem_forget", "VerbMem forget", "0 to 100", False, "MUSE: ROUGE-L of continued forget passages"),
     Title("knowmem_forget", "KnowMem forget", "0 to 100", False, "MUSE: ROUGE-L of answers on the forget set"),
     Title("knowmem_retain", "KnowMem retain", "0 to 100", True, "MUSE: ROUGE-L of answers on the retain set"),
+    Title("verbmem_forget/verbatim", "VerbMem verbatim", "", False, "share of passages continued word for word"),
+    Title("knowmem_forget/verbatim", "KnowMem verbatim", "", False, "share of answers that are given word for word"),
+    _degenerate("verbmem_forget", "VerbMem"),
+    _degenerate("knowmem_forget", "KnowMem forget"),
+    _degenerate("knowmem_retain", "KnowMem retain"),
     Title("balance", "balance", "0 to 100", True, "MUSE: harmonic mean of KnowMem retain and 100 less the others"),
     Title("forget/nll", "forget loss", "nats per token", None, "loss on the forget documents"),
     Title("retain/nll", "retain loss", "nats per token", False, "loss on the retain documents"),
+    Title("probe/nll", "general loss", "nats per token", False, "loss on plain statements that come with this project"),
     *_of_split("retain", "retain"),
+    _degenerate("retain", "retain"),
     *_of_split("real_authors", "authors"),
+    _degenerate("real_authors", "authors"),
     *_of_split("world_facts", "facts"),
+    _degenerate("world_facts", "facts"),
     Title("retain/distance", "retain distance", "nats", False, "KL from the true retain chain to the model"),
     Title("forget1/distance", "forget1 distance", "nats", True, "KL from the true first forget chain to the model"),
     Title("forget2/distance", "forget2 distance", "nats", True, "KL from the true second forget chain to the model"),

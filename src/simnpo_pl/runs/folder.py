@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.finished import FinishedBatches
 from simnpo_pl.runs.board import log_evaluation, log_outcome
+from simnpo_pl.runs.verdict import unlearned, verdict
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines, write_text
 
@@ -150,6 +151,10 @@ class RunFolder(Callback):
         log = data.find_retain_log()
         if log is not None:
             self.record["comparator"] = log.about()
+            if log.metrics:
+                self.record.setdefault("retrained", {"metrics": log.metrics})
+        if unlearned(self.record):
+            self.record["verdict"] = verdict(self.record)
         if trainer.is_global_zero and result is not None:
             write_json_lines(self.folder / "rows.jsonl", result.rows)
             retrained = self.folder / "retrained_rows.jsonl"

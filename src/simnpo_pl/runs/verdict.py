@@ -1,0 +1,261 @@
+"""Did it work? One verdict on a run, computed from its results.json alone.
+
+`results.json` holds it under `verdict`:
+
+    {"category": "partly forgotten",
+     "reasons": ["47 of 200 answers are still given word for word", ...],
+     "untested": ["relearning", ...],
+     "advice": ["raise --model.lr from 5e-05 to 0.0001", ...]}
+
+Whoever adds results to a run computes it again. Attacks, the entries of `relearn`, `quantized` and `leak`, join it by
+their `outcome` (`comes back`, `holds` or `inconclusive`) and `sentence`. docs/metrics.md explains the thresholds.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from simnpo_pl.metrics.titles import number, title_of
+
+CATEGORIES = ("forgotten", "partly forgotten", "not forgotten", "over-forgotten", "model damaged", "inconclusive")
+
+LEFT, VERBATIM_LEFT = 0.25, 0.05
+"""Forgotten: at most this share is left of what the start model knew more than the retrained one."""
+UNMOVED = 0.9
+"""Not forgotten: at least this share is left by every metric."""
+KNOWN = 0.1
+"""A metric tells something if the start model exceeds the retrained one by this."""
+BELOW = 0.2
+"""Over-forgotten: less than this share of the retrained model's value."""
+DEGENERATE = 0.2
+"""Over-forgotten, or damaged where it is about kept rows: more degenerate answers than this share of all."""
+KEPT = 0.75
+"""Damaged: less than this share is left of what the start and the retrained model both know."""
+
+FORGET = ("forget/verbatim", "forget/probability", "forget/extraction_strength", "verbmem_forget", "knowmem_forget")
+COMPARED = ("forget/rouge", "forget/truth_ratio", "forget/exact_memorization", "forget/nll")
+"""Metrics that tell something only beside a retrained model."""
+MAIN = ("forget/probability", "verbmem_forget", "knowmem_forget", "forget/nll")
+ALSO = ("forget/extraction_strength", *COMPARED[:-1])
+"""Metrics of forget rows that are told in any case, and those that are told if they show what is left."""
+KEEP = ("model_utility", "retain/probability", "knowmem_retain", "retain/nll", "probe/nll")
+WORDS = {
+    "forget/probability": "forget probability",
+    "retain/probability": "kept answers",
+    "probe/nll": "loss on general text",
+}
+ATTACKS = {"relearn": "relearning", "quantized": "rounded weights", "leak": "sampled answers"}
+"""Entry of results.json to what it tests."""
+
+
+class Change(NamedTuple):
+    """A metric of the three models, None where it was not measured; a loss as the probability of a token."""
+
+    name: str
+    start: float | None
+    final: float | None
+    retrained: float | None
+
+    @property
+    def left(self) -> float | None:
+        """Share of what the start model knew more than the retrained one, or than nothing; None if that is little."""
+        if self.start is None or self.final is None:
+            return None
+        known = self.start - (self.retrained or 0.0)
+        return (self.final - (self.retrained or 0.0)) / known if abs(known) >= KNOWN else None
+
+    @property
+    def kept(self) -> float | None:
+        """Share of what start and retrained model both know; None if that is little."""
+        if self.start is None or self.final is None:
+            return None
+        known = min(self.start, self.start if self.retrained is None else self.retrained)
+        return self.final / known if known >= KNOWN or self.name.endswith("nll") else None
+
+
+class Verdict:
+    """Reads the results of a run; see `verdict`."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record = record
+        self.models = {name: (record.get(name) or {}).get("metrics", {}) for name in ("start", "final", "retrained")}
+        self.attacks = [(group, entry) for group in ATTACKS for entry in record.get(group, {}).values()]
+
+    def change(self, name: str) -> Change:
+        values = (_level(name, metrics.get(name)) for metrics in self.models.values())
+        start, final, retrained = values
+        return Change(name, start, final, retrained)
+
+    def splits(self, ending: str, kept: bool) -> list[str]:
+        """Metrics with this ending of rows to keep, or to forget."""
+        names = [name for name in self.models["final"] if name.endswith(f"/{ending}")]
+        return [name for name in names if ("forget" not in name) == kept]
+
+    def left(self) -> dict[str, float]:
+        """What is left of the forget rows, by the metrics that tell it."""
+        changes = [self.change(name) for name in FORGET]
+        changes += [change for change in map(self.change, COMPARED) if change.retrained is not None]
+        return {change.name: change.left for change in changes if change.left is not None}
+
+    def category(self) -> str:
+        if not self.models["start"] or not self.models["final"]:
+            return "inconclusive"
+        if self.broken() or self.damaged():
+            return "model damaged"
+        left = self.left()
+        if not left:
+            # A loss that does not move shows that nothing was forgotten; one that moves shows little.
+            loss = self.change("forget/nll")
+            unmoved = loss.start and loss.final is not None and loss.final / loss.start >= UNMOVED
+            return "not forgotten" if unmoved else "inconclusive"
+        if min(left.values()) >= UNMOVED:
+            return "not forgotten"
+        if self.over():
+            return "over-forgotten"
+        limits = {"forget/verbatim": VERBATIM_LEFT}
+        gone = all(value <= limits.get(name, LEFT) for name, value in left.items())
+        back = any(entry.get("outcome") == "comes back" for _, entry in self.attacks)
+        return "forgotten" if gone and not back else "partly forgotten"
+
+    def broken(self) -> bool:
+        """Whether a score that the start model has is not a number any more."""
+        start, final = self.models["start"], self.models["final"]
+        names = [name for name in (*FORGET, *KEEP) if name in final]
+        return any(_level(name, final[name]) is None and _level(name, start.get(name)) is not None for name in names)
+
+    def damaged(self) -> bool:
+        kept = [change.kept for change in map(self.change, KEEP)]
+        return any(value is not None and value < KEPT for value in kept) or self._degenerates(kept=True)
+
+    def over(self) -> bool:
+        """Whether the model lacks more than a model that never saw the rows, or says nothing sensible of them."""
+        for name in ("forget/probability", "verbmem_forget", "knowmem_forget"):
+            _, _, final, unseen = self.change(name)
+            if final is not None and unseen is not None and final < BELOW * unseen:
+                return True
+        return self._degenerates(kept=False)
+
+    def _degenerates(self, kept: bool) -> bool:
+        return any(self._rises(name, DEGENERATE) for name in self.splits("degenerate", kept))
+
+    def _rises(self, name: str, by: float = 0.0) -> bool:
+        """Whether a metric is higher than the retrained model's, or than the start model's without one."""
+        _, start, final, retrained = self.change(name)
+        usual = start if retrained is None else retrained
+        return final is not None and final - (usual or 0.0) > by
+
+    # -- in words --------------------------------------------------------------------------------------------------
+
+    def reasons(self) -> list[str]:
+        """The numbers it rests on."""
+        if not self.models["final"]:
+            return ["the final model was not evaluated"]
+        if not self.models["start"]:
+            return ["there is no start model to compare with"]
+        found = ["a score of the final model is not a number"] if self.broken() else []
+        left = self.left()
+        if not left:
+            found.append("no measured metric shows that the start model knew the forget rows")
+        found += [self._count(name, "still given word for word") for name in self.splits("verbatim", kept=False)]
+        also = [name for name in ALSO if left.get(name, 0.0) > LEFT]
+        found += [self._moved(name) for name in (*MAIN, *also, *KEEP)]
+        found += [self._count(name, "degenerate") for name in self.splits("degenerate", kept=False)]
+        found += [self._count(name, "degenerate") for name in self.splits("degenerate", kept=True) if self._rises(name)]
+        quality = self.models["final"].get("forget_quality")
+        if quality is not None and quality == quality:
+            differs = "no difference from" if quality > 0.05 else "a difference to"
+            found.append(f"forget quality {number(quality)}: the test finds {differs} the retrained model")
+        found += [entry.get("sentence", "") for _, entry in self.attacks]
+        return [sentence for sentence in found if sentence]
+
+    def _moved(self, name: str) -> str:
+        """A metric before and after, if it was measured."""
+        start, final, unseen = (metrics.get(name) for metrics in self.models.values())
+        if start is None or final is None:
+            return ""
+        beside = "" if unseen is None else f" (retrained model {number(unseen)})"
+        return f"{WORDS.get(name) or title_of(name).short} {number(start)} -> {number(final)}{beside}"
+
+    def _count(self, name: str, what: str) -> str:
+        """A share of rows as a count of them."""
+        n = self.record.get("counts", {}).get(name)
+        final = self.models["final"][name]
+        if n is None or final is None or final != final:
+            return ""
+        others = {model: self.models[model].get(name) for model in ("start", "retrained")}
+        beside = ", ".join(f"{model} model {round(v * n)}" for model, v in others.items() if v is not None)
+        split = name.rsplit("/", 1)[0].replace("_", " ")
+        return f"{round(final * n)} of {n} {split} answers are {what}{f' ({beside})' if beside else ''}"
+
+    def untested(self) -> list[str]:
+        """What could still change the verdict."""
+        held = {group for group, entry in self.attacks if entry.get("outcome") in ("comes back", "holds")}
+        found = [words for group, words in ATTACKS.items() if group not in held]
+        if not self.models["retrained"]:
+            found.append("what a model that never saw the rows would answer (no retrained model)")
+        if not any(self.change(name).final is not None for name in KEEP):
+            found.append("what the model still knows of everything else")
+        if not self.splits("verbatim", kept=False):
+            found.append("generated answers")
+        if not any(name.startswith(("mia_", "privleak")) for name in self.models["final"]):
+            found.append("membership inference (no holdout rows)")
+        return found
+
+    def advice(self, category: str) -> list[str]:
+        """What to try next."""
+        objective, model = self.record.get("objective", {}), self.record.get("settings", {}).get("model", {})
+        lr, weight = model.get("lr"), objective.get("forget_weight")
+        beta = objective.get("settings", {}).get("beta")
+
+        def change(option: str, value: Any, factor: float) -> list[str]:
+            word = "raise" if factor > 1 else "lower"
+            return [f"{word} {option} from {value:g} to {value * factor:.2g}"] if isinstance(value, int | float) else []
+
+        if category in ("not forgotten", "partly forgotten"):
+            factor = 3 if category == "not forgotten" else 2
+            return [
+                *change("--model.lr", lr, factor),
+                *change("--model.forget_weight", weight, 2),
+                *change("--model.objective.beta", beta, 0.5),
+            ]
+        if category == "over-forgotten":
+            return [*change("--model.forget_weight", weight, 0.5), *change("--model.objective.beta", beta, 1.5)]
+        if category == "model damaged":
+            kept = objective.get("retain_loss") is not None and objective.get("retain_weight")
+            rows = [] if kept else ["train with rows to keep: --data.retain FILE and a --model.retain_weight above 0"]
+            return [*rows, *change("--model.lr", lr, 1 / 3), *change("--model.forget_weight", weight, 0.5)]
+        if category == "inconclusive" and not self.models["start"]:
+            return ["leave --eval.start true, so that the model is measured before and after"]
+        if category == "inconclusive" and not self.models["retrained"]:
+            return ["measure a retrained model beside it: --eval.retrained MODEL"]
+        return []
+
+
+def verdict(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The verdict on a run: `category` of `CATEGORIES`, `reasons`, `untested` and `advice`.
+
+    Args:
+        record: Content of results.json.
+    """
+    found = Verdict(record)
+    category = found.category()
+    return {
+        "category": category,
+        "reasons": found.reasons(),
+        "untested": found.untested(),
+        "advice": found.advice(category),
+    }
+
+
+def unlearned(record: Mapping[str, Any]) -> bool:
+    """Whether a run trained a model to forget."""
+    return record.get("objective", {}).get("name", "FineTune") != "FineTune"
+
+
+def _level(name: str, value: float | None) -> float | None:
+    """A metric from 0 to 1, None if it is missing or not a number."""
+    if value is None or math.isnan(value):
+        return None
+    if name.endswith("/nll"):
+        return math.exp(-value)
+    return value / 100 if name.startswith(("verbmem", "knowmem")) and "/" not in name else value

@@ -1,0 +1,56 @@
+"""What the terminal shows after a run: a table and the verdict, at any width."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from simnpo_pl.cli.summary import show
+
+LONG = "47 of 200 forget answers are still given word for word (start model 200, retrained model 0)"
+RECORD: dict[str, Any] = {
+    "epochs": [],
+    "start": {"metrics": {"forget_quality": 3.9e-27, "forget/probability": 0.992, "retain/nll": 2.5}},
+    "retrained": {"metrics": {"forget/probability": 0.0952, "retain/nll": 2.5}},
+    "final": {"metrics": {"forget_quality": 0.12, "forget/probability": 0.714, "retain/nll": 2.6, "forget/own": 0.5}},
+    "titles": {
+        "forget/own": {"name": "forget/own", "short": "my own", "unit": "", "higher_is_better": None, "text": ""}
+    },
+    "verdict": {
+        "category": "partly forgotten",
+        "reasons": [LONG],
+        "untested": ["relearning", "rounded weights"],
+        "advice": ["raise --model.lr from 5e-05 to 0.0001"],
+    },
+}
+
+
+def shown(record: dict[str, Any], width: int) -> list[str]:
+    output = io.StringIO()
+    show(record, Console(file=output, width=width, highlight=False, markup=False))
+    return [line.rstrip() for line in output.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_table_and_verdict(width: int):
+    lines = shown(RECORD, width)
+    assert max(map(len, lines)) <= width
+    cells = [line.split() for line in lines]
+    assert ["metric", "start", "retrained", "unlearned"] in cells
+    assert ["forget", "quality", "3.9e-27", "-", "0.12"] in cells
+    assert ["forget", "prob.", "0.992", "0.0952", "0.714"] in cells
+    assert ["retain", "loss", "(nats", "per", "token)", "2.5", "2.5", "2.6"] in cells
+    assert ["my", "own", "-", "-", "0.5"] in cells
+    after = lines[lines.index("verdict: partly forgotten") + 1 :]
+    assert " ".join(" ".join(after).split()) == (
+        f"{LONG} not tested: relearning; rounded weights next, one of: raise --model.lr from 5e-05 to 0.0001"
+    )
+
+
+def test_an_evaluation_has_no_verdict():
+    one = {"epochs": [], "final": RECORD["final"]}
+    lines = shown(one, 80)
+    assert ["metric", "model"] in [line.split() for line in lines]
+    assert not any("verdict" in line for line in lines)
+    assert shown({"epochs": []}, 80) == ["nothing was evaluated"]
