@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +27,34 @@ def main() -> None:
     from bench.parts import PARTS
     from bench.report import write
 
-    started, found = time.monotonic(), {}
+    started, found, failed = time.monotonic(), {}, {}
     for name in options.only or PARTS:
         say(f"{name} ...")
-        found[name] = PARTS[name](options)
+        try:
+            found[name] = PARTS[name](options)
+        except Exception as error:
+            # The other parts are worth having.
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         say(f"{name}: {time.monotonic() - started:.0f} s in all")
     record: dict[str, Any] = {
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "minutes": round((time.monotonic() - started) / 60, 1),
         "machine": machine(),
         "texts": "TOFU's" if options.data else "random tokens of TOFU's lengths",
+        "failed": failed,
         **found,
     }
     earlier = Path(options.out) / "results.json"
     if options.only and earlier.is_file():
         # Parts that are measured again take the place of those of the whole run.
         whole, again = json.loads(earlier.read_text()), [record["command"], record["machine"]["load_average"]]
-        record = {**whole, **found, "again": {**whole.get("again", {}), **dict.fromkeys(found, again)}}
+        failed = {name: why for name, why in {**whole.get("failed", {}), **failed}.items() if name not in found}
+        again_all = {**whole.get("again", {}), **dict.fromkeys(found, again)}
+        record = {**whole, **found, "failed": failed, "again": again_all}
     write(record, Path(options.out), options.write and Path(options.write))
+    if failed:
+        sys.exit(1)
 
 
 def say(line: str) -> None:
