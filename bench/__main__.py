@@ -24,11 +24,11 @@ def main() -> None:
         return
     options = _options()
     from bench.measure import machine
-    from bench.parts import PARTS
+    from bench.parts import PARTS, SLOW
     from bench.report import write
 
     started, found, failed = time.monotonic(), {}, {}
-    for name in options.only or PARTS:
+    for name in options.only or [name for name in PARTS if not (options.quick and name in SLOW)]:
         say(f"{name} ...")
         try:
             found[name] = PARTS[name](options)
@@ -66,7 +66,9 @@ def _options() -> argparse.Namespace:
     from bench.parts import PARTS
 
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller cases: a rough look")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds, smaller cases and models, fewer parts: a rough look"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=list(PARTS), help="parts to measure, in addition to those in --out; default: all"
     )

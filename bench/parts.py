@@ -18,8 +18,9 @@ from bench.measure import Times, has_bf16, in_a_process, interleave, median, rat
 from bench.sides import SIDES, Side
 from bench.step import Variant, steps
 
+REAL_LAYERS, QUICK_LAYERS = 30, 8
 GROWTH_LAYERS = 4
-SIZES = ((64, 512, 2048), (32, 128, 256), (1, 4, 16))
+SIZES = ((64, 256, 1024), (32, 128, 256), (1, 4, 16))
 """Answer tokens, thousands of tokens in the vocabulary, rows of a batch."""
 
 Options = argparse.Namespace
@@ -29,7 +30,8 @@ Found = dict[str, Any]
 def training_step(options: Options) -> Found:
     """Every method by the public recipe and by the package; NPO in all ways; the bare body."""
     quick = options.quick
-    case = Case(data=options.data, tokenizer=options.tokenizer, layers=options.layers)
+    layers = min(options.layers, 4) if quick else options.layers
+    case = Case(data=options.data, tokenizer=options.tokenizer, layers=layers)
     forget, retain = case.rows()
     methods = ("NPO", "SimNPO") if quick else ("NPO", "NPO+KL", "SimNPO")
     ways = ("chunked", "body") if quick else ("lean", "chunked", "padded", "whole", "checkpointed", "lora", "body")
@@ -80,20 +82,26 @@ def check_losses(losses: dict[str, float]) -> None:
 
 def real(options: Options) -> Found:
     """On a real model's shape: whole optimizer steps, their memory, and a profile of the package's."""
-    found: Found = {"methods": {}}
+    layers = _layers(options)
+    found: Found = {"layers": layers, "methods": {}}
     for method in ("SimNPO", "NPO"):
-        times, results, peaks = _sides("training", 1 if options.quick else 3, method=method)
+        times, results, peaks = _sides("training", 1 if options.quick else 3, method=method, layers=layers)
         check_losses({f"{method} {side}": result["step"] for side, result in results.items()})
         found["methods"][method] = {**_compared(times["step"]), "mib": peaks}
     threads = torch.get_num_threads()
-    found["profile"] = json.loads(in_a_process("child", "profile", "{}", threads=threads))
+    found["profile"] = json.loads(in_a_process("child", "profile", json.dumps({"layers": layers}), threads=threads))
     return found
+
+
+def _layers(options: Options) -> int:
+    """Of the model of a real shape."""
+    return QUICK_LAYERS if options.quick else REAL_LAYERS
 
 
 def evaluation(options: Options) -> Found:
     """TOFU's evaluation on a real model's shape."""
-    counts = (4, 8, 8, 8) if options.quick else (10, 25, 25, 29)
-    times, results, peaks = _sides("evaluating", 1, warm=False, counts=counts)
+    counts = (4, 8, 8, 8) if options.quick else (8, 20, 20, 24)
+    times, results, peaks = _sides("evaluating", 1, warm=False, counts=counts, layers=_layers(options))
     check_scores(results)
     found = {name: _compared(of) for name, of in times.items()}
     whole = {side: _sum([of[side] for of in times.values()]) for side in SIDES}
@@ -143,15 +151,15 @@ def whole_job(options: Options) -> Found:
     """From a folder to the unlearned model: evaluation, epochs, evaluation."""
     epochs, rows = (1, 8) if options.quick else (3, 16)
     counts = dict.fromkeys(job.SPLITS, 4 if options.quick else 8)
-    found = job.compare(rows, counts, epochs)
+    found = job.compare(rows, counts, epochs, _layers(options))
     time = {clock: found["own"][clock] / found["public"][clock] for clock in ("wall", "cpu")}
     return {"epochs": epochs, "rows": rows, "counts": counts, "sides": found, "time": time}
 
 
 def growth(options: Options) -> Found:
     """Time and memory of an NPO step against one size at a time, by the public recipe and by the package."""
-    quick, shape = options.quick, {"layers": min(options.layers, GROWTH_LAYERS)}
-    answers, vocabularies, batches = ((64, 256), (32, 64), (1, 4)) if quick else SIZES
+    shape = {"layers": min(options.layers, GROWTH_LAYERS)}
+    answers, vocabularies, batches = SIZES
     series = {
         "answer": [Case(batch=1, answer=n, prompt=1, **shape) for n in answers],
         "vocabulary": [Case(batch=4, vocabulary=1024 * k, **shape) for k in vocabularies],
@@ -199,10 +207,8 @@ def rows(options: Options) -> Found:
 
 def processes(options: Options) -> Found:
     """A step of NPO and an evaluation on one process with all cores, and on two with half of them each."""
-    rounds = 1 if options.quick else 2
-    step = {n: children.distributed("step_time", n, rounds=rounds, method="NPO") for n in (1, 2)}
-    count = 60 if options.quick else 150
-    scoring = {n: children.distributed("scoring_time", n, rounds=rounds, questions=count) for n in (1, 2)}
+    step = {n: children.distributed("step_time", n, rounds=2, method="NPO") for n in (1, 2)}
+    scoring = {n: children.distributed("scoring_time", n, rounds=2, questions=150) for n in (1, 2)}
     return {"step_seconds": step, "scoring_seconds": scoring}
 
 
@@ -227,3 +233,5 @@ PARTS: dict[str, Callable[[Options], Found]] = {
     "lightning": lightning,
     "start-up": start_up,
 }
+SLOW = ("growth", "processes")
+"""Parts that a quick look leaves out."""

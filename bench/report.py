@@ -152,7 +152,8 @@ def _real(found: dict[str, Any]) -> list[str]:
     ]
     head = ["method", "side", *CLOCKS, "peak MiB of the process", "memory"]
     title = (
-        "Optimizer step on SmolLM2-135M's shape (576 wide, 30 layers), 8 + 8 rows, forward, backward, clipping, AdamW."
+        f"Optimizer step on SmolLM2-135M's shape (576 wide, {found['layers']} layers), 8 + 8 rows: forward and "
+        "backward pass, clipping, AdamW."
     )
     return [title, "", *_table(head, rows), "", *_profile(found["profile"])]
 
@@ -223,7 +224,7 @@ def _part(values: dict[str, float], side: str) -> float:
 
 def _growth(found: dict[str, Any]) -> list[str]:
     names = {
-        "answer": "answer tokens, 1 + 1 rows; 2,048 are a block of MUSE",
+        "answer": "answer tokens, 1 + 1 rows",
         "vocabulary": "vocabulary, 4 + 4 rows",
         "batch": "batch, forget + as many retain rows",
     }

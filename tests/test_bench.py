@@ -12,10 +12,11 @@ import torch
 from bench import baseline, job, parts, report
 from bench.__main__ import main
 from bench.cases import Case
-from bench.data import Rows
+from bench.data import Rows, scored
 from bench.evaluation import Losses
 from bench.measure import Times, interleave, ratio
 from bench.parts import check_losses, check_scores
+from bench.profile import KINDS, step_profile
 from bench.sides import Side
 from bench.step import METHODS, Variant, steps
 
@@ -78,6 +79,20 @@ def test_a_side_that_fails_says_so():
         pass
 
 
+def test_profile_of_a_step():
+    found = step_profile(layers=1, rows=2, rounds=1)
+    seconds = {kind: sum(o["seconds"] for o in found["operators"] if o["kind"] == kind) for kind in KINDS}
+    assert all(value > 0 for value in seconds.values())
+    assert seconds["multiplications"] == max(seconds.values())
+    assert 0 < found["body_seconds"] < found["head_seconds"]
+    # Forward and backward pass have 6 operations for each weight and token.
+    forget, retain = Case(batch=2).rows()
+    tokens = sum(int(part["attention_mask"].sum()) for part in (forget, retain))
+    body, head = 576 * (2 * 576 + 2 * 192 + 3 * 1536), 576 * 49152
+    operations = 6 * (body * tokens + head * scored(forget, retain))
+    assert found["gflops"] == pytest.approx(operations / (found["body_seconds"] + found["head_seconds"]) / 1e9)
+
+
 def test_a_job_by_both_sides():
     found = job.compare(rows=2, counts=dict.fromkeys(job.SPLITS, 1), epochs=1, layers=1)
     assert set(found) == {"public", "own"}
@@ -132,7 +147,7 @@ def record() -> dict[str, Any]:
                     "load_average": [0.1], "versions": {"torch": "2.13.0"}},
         "step": {"tokens": 900, "cells": 1200, "scored_tokens": 500, "bf16": False, "variants": variants,
                  "multiplications": {"NPO": 0.51, "SimNPO": 0.6}},
-        "real": {"methods": {m: {**compared, "mib": mib} for m in ("SimNPO", "NPO")}, "profile": profile},
+        "real": {"layers": 30, "methods": {m: {**compared, "mib": mib} for m in ("SimNPO", "NPO")}, "profile": profile},
         "evaluation": {"rows": [1, 2, 3, 4], "tokens": 99, "mib": mib, "phases": {"whole": compared}},
         "job": {"epochs": 3, "rows": 16, "counts": {"forget": 4, "retain": 5}, "time": compared["time"],
                 "sides": {side: {**seconds[side], "mib": mib[side]} for side in mib}},
