@@ -57,11 +57,6 @@ def kl(model: Any, reference: Any, batch: Batch) -> Tensor:
     return divergence[batch["labels"][:, 1:] != -100].mean()
 
 
-def ga(model: Any, reference: Any, forget: Batch, retain: Batch) -> Tensor:
-    """Gradient ascent on the forget rows, descent on the retain rows."""
-    return -mean_loss(model, forget) + mean_loss(model, retain)
-
-
 def npo(
     model: Any, reference: Any, forget: Batch, retain: Batch, beta: float = 0.1, of: RowLosses = row_losses
 ) -> Tensor:

@@ -1,6 +1,6 @@
 """Evaluation: truth ratios and greedy answers, by the public recipe and by the package."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -39,31 +39,6 @@ class Losses:
                 scores = score_rows(self.scorer({"rows": batch})["rows"], batch["end"])
             losses[batch["index"], batch["kind"]] = scores["nll"]
         return losses.tolist()
-
-
-class Answers:
-    """Greedy answers by the package's plan, in the order of the prompts.
-
-    Args:
-        model: Generates.
-        prompts: Token ids.
-        lengths: Tokens of each answer: an untrained model has learnt no end.
-        eos: Id that ends an answer.
-    """
-
-    def __init__(self, model: Any, prompts: list[list[int]], lengths: Sequence[int], eos: int) -> None:
-        self.model, self.eos, self.lengths = model.eval(), eos, torch.tensor(lengths)
-        self.splits = [Split("forget", [{} for _ in prompts], [], {}, Generation(prompts, max(lengths) + 1))]
-
-    def __call__(self, at_once: int = PROMPTS) -> list[list[int]]:
-        """Plan and generate."""
-        answers: list[list[int]] = [[] for _ in self.lengths]
-        for batch in generation_batches(self.splits, at_once):
-            ends = partial(ending, self.eos, self.lengths[batch["index"]])
-            found = generate(self.model, batch["prompts"], batch["max_new_tokens"], [self.eos], ends)
-            for index, answer in zip(batch["index"].tolist(), found, strict=True):
-                answers[index] = answer
-        return answers
 
 
 class Whole:
