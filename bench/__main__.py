@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,27 +24,37 @@ def main() -> None:
         return
     options = _options()
     from bench.measure import machine
-    from bench.parts import PARTS
+    from bench.parts import PARTS, SLOW
     from bench.report import write
 
-    started, found = time.monotonic(), {}
-    for name in options.only or PARTS:
+    started, found, failed = time.monotonic(), {}, {}
+    for name in options.only or [name for name in PARTS if not (options.quick and name in SLOW)]:
         say(f"{name} ...")
-        found[name] = PARTS[name](options)
+        try:
+            found[name] = PARTS[name](options)
+        except Exception as error:
+            # The other parts are worth having.
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
         say(f"{name}: {time.monotonic() - started:.0f} s in all")
     record: dict[str, Any] = {
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "minutes": round((time.monotonic() - started) / 60, 1),
         "machine": machine(),
         "texts": "TOFU's" if options.data else "random tokens of TOFU's lengths",
+        "failed": failed,
         **found,
     }
     earlier = Path(options.out) / "results.json"
     if options.only and earlier.is_file():
         # Parts that are measured again take the place of those of the whole run.
         whole, again = json.loads(earlier.read_text()), [record["command"], record["machine"]["load_average"]]
-        record = {**whole, **found, "again": {**whole.get("again", {}), **dict.fromkeys(found, again)}}
+        failed = {name: why for name, why in {**whole.get("failed", {}), **failed}.items() if name not in found}
+        again_all = {**whole.get("again", {}), **dict.fromkeys(found, again)}
+        record = {**whole, **found, "failed": failed, "again": again_all}
     write(record, Path(options.out), options.write and Path(options.write))
+    if failed:
+        sys.exit(1)
 
 
 def say(line: str) -> None:
@@ -55,7 +66,9 @@ def _options() -> argparse.Namespace:
     from bench.parts import PARTS
 
     parser = argparse.ArgumentParser("python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and smaller cases: a rough look")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds, smaller cases and models, fewer parts: a rough look"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=list(PARTS), help="parts to measure, in addition to those in --out; default: all"
     )

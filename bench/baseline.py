@@ -4,7 +4,7 @@ Every set of rows goes through the model by itself, with its labels, padded to i
 every position. The reference stays in memory and scores its rows in every step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.data.training import collate
+from simnpo_pl.metrics.functional import exact_memorization, extraction_strength
 
 Batch = dict[str, Tensor]
 
@@ -56,11 +57,6 @@ def kl(model: Any, reference: Any, batch: Batch) -> Tensor:
     return divergence[batch["labels"][:, 1:] != -100].mean()
 
 
-def ga(model: Any, reference: Any, forget: Batch, retain: Batch) -> Tensor:
-    """Gradient ascent on the forget rows, descent on the retain rows."""
-    return -mean_loss(model, forget) + mean_loss(model, retain)
-
-
 def npo(
     model: Any, reference: Any, forget: Batch, retain: Batch, beta: float = 0.1, of: RowLosses = row_losses
 ) -> Tensor:
@@ -99,6 +95,29 @@ def truth_ratio_losses(model: Any, questions: Sequence[Sequence[TokenRow]], size
             column += (losses / lengths).tolist()
         columns.append(column)
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+@torch.no_grad()
+def scores(model: Any, splits: Mapping[str, Sequence[Sequence[TokenRow]]], size: int = 32) -> dict[str, Any]:
+    """Mean losses of every split's answers; of the forget rows also extraction strength and exact memorization.
+
+    As public code does it, each metric makes its own passes.
+    """
+    losses: dict[str, Any] = {name: truth_ratio_losses(model, questions, size) for name, questions in splits.items()}
+    first = [answers[0] for answers in splits["forget"]]
+    starts = range(0, len(first), size)
+    for name, of in (("exact_memorization", exact_memorization), ("extraction_strength", extraction_strength)):
+        chunks = [_hits(model, collate(first[start : start + size], 0)) for start in starts]
+        losses[name] = [of(hits) for chunk in chunks for hits in chunk]
+    return losses
+
+
+def _hits(model: Any, batch: Batch) -> list[Tensor]:
+    """Whether each token of an answer, its end left out, is the most probable one."""
+    logps = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(dim=-1)
+    labels = batch["labels"][:, 1:]
+    best = logps[:, :-1].argmax(dim=-1)
+    return [(b == own)[own != -100][:-1] for b, own in zip(best, labels, strict=True)]
 
 
 class _Ends(LogitsProcessor):

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bench import job, profile, sides
 from bench.cases import Case
 from bench.data import Rows, model_of
 from bench.evaluation import Losses
@@ -139,4 +140,7 @@ def small_model() -> Any:
 CHILDREN: dict[str, Callable[..., Any]] = {
     "step_time": _step_time,
     "scoring_time": _scoring_time,
+    "serve": sides.serve,
+    "job": job.public_job,
+    "profile": profile.step_profile,
 }

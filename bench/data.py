@@ -28,22 +28,27 @@ Batch = dict[str, Tensor]
 
 
 def model_of(
-    vocabulary: int = 49152, width: int = 512, layers: int = 8, seed: int = 0, positions: int = 4096
+    vocabulary: int = 49152, width: int = 512, layers: int = 8, seed: int = 0, positions: int = 4096, **shape: int
 ) -> LlamaForCausalLM:
     """An untrained Llama with tied embeddings; 58.7 million parameters by default."""
     torch.manual_seed(seed)
+    sizes = {
+        "intermediate_size": 4 * width,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 64,
+        "max_position_embeddings": positions,
+        **shape,
+    }
     config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=positions,
-        tie_word_embeddings=True,
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, tie_word_embeddings=True, **sizes
     )
     config._attn_implementation = "sdpa"
     return LlamaForCausalLM(config)
+
+
+def real_model(layers: int = 30) -> LlamaForCausalLM:
+    """An untrained model of SmolLM2-135M's shape: 134.5 million parameters."""
+    return model_of(width=576, layers=layers, intermediate_size=1536, num_key_value_heads=3)
 
 
 class Rows:
@@ -75,28 +80,34 @@ class Rows:
         chosen = self.random.choice(len(rows), count, replace=False)
         return self.encoder.encode_rows([(rows[i]["question"], rows[i]["answer"]) for i in chosen], "full")
 
-    def questions(self, count: int) -> list[list[TokenRow]]:
-        """Questions with one paraphrased and five perturbed answers each."""
+    def questions(self, count: int, answers: int = 6) -> list[list[TokenRow]]:
+        """Questions with one paraphrased and five perturbed answers each; with 7, the answer itself comes first."""
         if self.data is None:
-            return [self._question() for _ in range(count)]
-        columns = ["question", "paraphrased_answer", "perturbed_answer"]
+            return [self._question(answers) for _ in range(count)]
+        columns = ["question", "answer", "paraphrased_answer", "perturbed_answer"]
         rows = self.load("forget10_perturbed", columns)[:count]
-        return [
-            self.encoder.encode_rows(
-                [(row["question"], text) for text in (row["paraphrased_answer"], *row["perturbed_answer"])], "forget10"
-            )
-            for row in rows
-        ]
+        texts = [(row["answer"], row["paraphrased_answer"], *row["perturbed_answer"])[-answers:] for row in rows]
+        pairs = zip(rows, texts, strict=True)
+        return [self.encoder.encode_rows([(row["question"], t) for t in own], "forget10") for row, own in pairs]
+
+    def facts(self, count: int) -> list[list[TokenRow]]:
+        """Short questions with one right and three wrong answers each."""
+        if self.data is None:
+            return [self._question(4, *self.random.integers((10, 3), (18, 7)).tolist()) for _ in range(count)]
+        rows = self.load("world_facts_perturbed", ["question", "answer", "perturbed_answer"])[:count]
+        texts = [(row["answer"], *row["perturbed_answer"]) for row in rows]
+        pairs = zip(rows, texts, strict=True)
+        return [self.encoder.encode_rows([(row["question"], t) for t in own], "world_facts") for row, own in pairs]
 
     def of_length(self, answer: int, prompt: int = 24, count: int = 1) -> list[TokenRow]:
         """Rows of one length."""
         return [self._row(prompt, answer) for _ in range(count)]
 
-    def _question(self) -> list[TokenRow]:
-        prompt = self._tokens(self._length(PROMPT_LENGTHS))
-        first = self._tokens(self._length(ANSWER_LENGTHS))
+    def _question(self, count: int, prompt_length: int = 0, answer_length: int = 0) -> list[TokenRow]:
+        prompt = self._tokens(prompt_length or self._length(PROMPT_LENGTHS))
+        first = self._tokens(answer_length or self._length(ANSWER_LENGTHS))
         answers = [first]
-        for _ in range(5):
+        for _ in range(count - 1):
             common = int(len(first) * self.random.uniform(0, COMMON_START))
             answers.append(first[:common] + self._tokens(len(first) - common))
         return [TokenRow(prompt + answer, [IGNORE_INDEX] * len(prompt) + answer) for answer in answers]

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,21 @@ class Times:
 
     wall: list[float]
     cpu: list[float]
+    system: list[float] = field(default_factory=list)
 
 
-def interleave(variants: Mapping[str, Work], rounds: int, longest: float = float("inf")) -> dict[str, Times]:
+def interleave(
+    variants: Mapping[str, Work], rounds: int, longest: float = float("inf"), warm: bool = True
+) -> dict[str, Times]:
     """Times of several variants, each run once in every round, so that whatever slows the machine slows all.
 
-    A first round is not counted: it is the one that fetches memory and warms caches. Where it takes longer than
-    `longest` seconds it is the only one, and counted.
+    A first round is not counted, if `warm`: it is the one that fetches memory and warms caches. Where it takes longer
+    than `longest` seconds it is the only one, and counted.
     """
     start = time.perf_counter()
     taken = [_round(variants)]
     if time.perf_counter() - start <= longest:
-        taken = [_round(variants) for _ in range(rounds)]
+        taken = taken[warm:] + [_round(variants) for _ in range(rounds - (not warm))]
     return {name: Times([one[name][0] for one in taken], [one[name][1] for one in taken]) for name in variants}
 
 
@@ -103,11 +106,15 @@ def each_in_a_process(function: Callable[..., Any], calls: Sequence[tuple[Any, .
         os.environ.update(kept)
 
 
+def thread_environment(threads: int | None = None) -> dict[str, str]:
+    """The environment of a process with so many threads; as many as here by default."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
+
+
 def in_a_process(*arguments: str, threads: int) -> str:
     """Last line that `python -m bench` prints for these arguments."""
     command = [sys.executable, "-m", "bench", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    result = subprocess.run(command, env=thread_environment(threads), capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{result.stderr[-2000:]}")
     return result.stdout.strip().splitlines()[-1]

@@ -14,6 +14,7 @@ FIGURE = (
     "![Time and memory of a step by answer length, vocabulary and batch; of scoring by number "
     "of answers](figures/performance.png)"
 )
+SIDES = {"public": "public recipe", "own": "package"}
 STEP = 200.0
 """Milliseconds of the step that the Trainer's own time is set against."""
 WAYS = {
@@ -42,14 +43,17 @@ def write(record: dict[str, Any], folder: Path, page: Path | None = None) -> Non
     (folder / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     text = tables(record)
     (folder / "tables.md").write_text(text)
-    if "growth" in record and "rows" in record:
+    drawn = "growth" in record and "rows" in record
+    if drawn:
         figure(record, folder / "performance.png")
     print(text)
     if page is not None:
         before, _, rest = page.read_text().partition(BEGIN)
-        page.write_text(f"{before}{BEGIN}\n\n{text}\n{FIGURE}\n\n{END}{rest.partition(END)[2]}")
-        (page.parent / "figures").mkdir(exist_ok=True)
-        shutil.copyfile(folder / "performance.png", page.parent / "figures" / "performance.png")
+        shown = f"{FIGURE}\n\n" if drawn else ""
+        page.write_text(f"{before}{BEGIN}\n\n{text}\n{shown}{END}{rest.partition(END)[2]}")
+        if drawn:
+            (page.parent / "figures").mkdir(exist_ok=True)
+            shutil.copyfile(folder / "performance.png", page.parent / "figures" / "performance.png")
 
 
 def tables(record: dict[str, Any]) -> str:
@@ -64,31 +68,37 @@ def tables(record: dict[str, Any]) -> str:
     ]
     for part, (command, load) in record.get("again", {}).items():
         lines += [f"Part `{part}` was measured again by `{command}`, load average {', '.join(map(str, load))}.", ""]
+    for part, reason in record.get("failed", {}).items():
+        lines += [f"**Part `{part}` failed:** {reason}", ""]
     if met := targets(record):
         lines += [*_table(["target", "at most", "measured", "met"], met), ""]
-    for name, part in (("step", _step), ("evaluation", _evaluation), ("growth", _growth), ("rows", _rows)):
+    for name, part in PARTS.items():
         if name in record:
             lines += [*part(record[name]), ""]
-    if "processes" in record:
-        lines += [*_processes(record["processes"]), ""]
-    if "lightning" in record:
-        lines += [*_lightning(record["lightning"]), ""]
-    if "start-up" in record:
-        lines += _table(["start-up", "seconds"], [[k, _number(v)] for k, v in record["start-up"].items()])
     return "\n".join(lines).rstrip() + "\n"
 
 
 def targets(record: dict[str, Any]) -> list[list[str]]:
     """Each target with what was measured, for the parts that were."""
     found: list[tuple[str, float, float | None]] = []
+    if "real" in record:
+        for method, most in (("SimNPO", 0.50), ("NPO", 0.45)):
+            entry, mib = record["real"]["methods"][method], record["real"]["methods"][method]["mib"]
+            name = f"{method}, optimizer step of a real model's shape"
+            found.append((f"{name}, processor time as a part of the public recipe's", most, entry["time"]["cpu"]))
+            found.append((f"{name}, peak memory of the process likewise", 0.75, mib["own"] / mib["public"]))
+    if "evaluation" in record:
+        found.append(
+            ("its evaluation, processor time likewise", 0.50, record["evaluation"]["phases"]["whole"]["time"]["cpu"])
+        )
+    if "job" in record:
+        found.append(("its whole job, processor time likewise", 0.50, record["job"]["time"]["cpu"]))
     if "step" in record:
         for method, most in (("NPO", 0.43), ("SimNPO", 0.50)):
             entry = record["step"]["variants"][f"{method} packed"]
-            found.append((f"{method} step, time as a part of the public recipe's", most, entry["time"]["wall"]))
-            found.append((f"{method} step, working memory likewise", 0.50, entry.get("memory")))
-    if "evaluation" in record:
-        for name, most in (("truth ratio", 0.38), ("generation", 0.60)):
-            found.append((f"{name}, time likewise", most, record["evaluation"][name]["time"]["wall"]))
+            name = f"{method} step of a wide model"
+            found.append((f"{name}, time as a part of the public recipe's", most, entry["time"]["wall"]))
+            found.append((f"{name}, working memory likewise", 0.50, entry.get("memory")))
     if "lightning" in record:
         times = record["lightning"]
         added = (times["Trainer, logging, bar"] - times["plain loop"]) / STEP
@@ -124,7 +134,8 @@ def _step(found: dict[str, Any]) -> list[str]:
         )
     head = ["method", "way", "seconds", "time", "processor time", "MiB", "memory"]
     title = (
-        f"Training step, 8 + 8 rows: {found['tokens']} tokens, {found['scored_tokens']} of them scored, "
+        f"Step of a wide, shallow model, forward and backward, 8 + 8 rows: {found['tokens']} tokens, "
+        f"{found['scored_tokens']} of them scored, "
         f"{100 * (1 - found['tokens'] / found['cells']):.0f} % of the padded rows padding."
     )
     without = [] if found["bf16"] else ["", "No bf16: this processor has no instructions for it and emulates them."]
@@ -133,38 +144,98 @@ def _step(found: dict[str, Any]) -> list[str]:
     return [title, "", *_table(head, rows), *floor, *without]
 
 
-def _evaluation(found: dict[str, Any]) -> list[str]:
+def _real(found: dict[str, Any]) -> list[str]:
     rows = [
-        [
-            name,
-            *(_number(e[k]) for k in ("public_seconds", "own_seconds")),
-            *(_number(e["time"][k]) for k in ("wall", "cpu")),
-        ]
-        for name, e in found.items()
+        [method, SIDES[side], *_clocks(entry, side), _number(entry["mib"][side], 0), _number(_part(entry["mib"], side))]
+        for method, entry in found["methods"].items()
+        for side in SIDES
     ]
-    generation = found["generation"]
-    note = (
-        f"Truth ratio: {found['truth ratio']['answers']} answers. Generation: {generation['answers']} answers of "
-        f"{generation['mean_tokens']:.0f} tokens on average, the longest {generation['longest']}."
+    head = ["method", "side", *CLOCKS, "peak MiB of the process", "memory"]
+    title = (
+        f"Optimizer step on SmolLM2-135M's shape (576 wide, {found['layers']} layers), 8 + 8 rows: forward and "
+        "backward pass, clipping, AdamW."
     )
-    return [*_table(["evaluation", "public recipe, s", "package, s", "time", "processor time"], rows), "", note]
+    return [title, "", *_table(head, rows), "", *_profile(found["profile"])]
+
+
+def _profile(found: dict[str, Any]) -> list[str]:
+    operators = found["operators"]
+    whole = sum(one["seconds"] for one in operators)
+    shown = [one for one in operators if one["seconds"] > 0.01 * whole]
+    rest = whole - sum(one["seconds"] for one in shown)
+    rows = [[f"`{o['name']}`", o["kind"], str(o["calls"]), *_share(o["seconds"], whole)] for o in shown]
+    rows.append(["others", "", "", *_share(rest, whole)])
+    kinds: dict[str, float] = {}
+    for one in operators:
+        kinds[one["kind"]] = kinds.get(one["kind"], 0.0) + one["seconds"]
+    by_kind = [[kind, *_share(value, whole)] for kind, value in sorted(kinds.items(), key=lambda item: -item[1])]
+    floor = found["body_seconds"] + found["head_seconds"]
+    by_kind.append(["floor: the multiplications by themselves", *_share(floor, whole)])
+    text = (
+        f"Where the time of the package's SimNPO step goes, by torch's profiler: {_number(found['seconds'])} s. "
+        f"The same multiplications by themselves, forward and backward, take "
+        f"{_number(found['body_seconds'])} s in the body "
+        f"and {_number(found['head_seconds'])} s in the head, at {found['gflops']:.0f} GFLOP/s: no step can be faster."
+    )
+    head = ["seconds", "part"]
+    return [text, "", *_table(["kind", *head], by_kind), "", *_table(["operator", "kind", "calls", *head], rows)]
+
+
+def _share(seconds: float, whole: float) -> list[str]:
+    return [_number(seconds), f"{100 * seconds / whole:.1f} %"]
+
+
+def _evaluation(found: dict[str, Any]) -> list[str]:
+    rows = [[phase, SIDES[side], *_clocks(entry, side)] for phase, entry in found["phases"].items() for side in SIDES]
+    forget, retain, authors, facts = found["rows"]
+    mib = found["mib"]
+    note = (
+        f"Evaluation on the same shape: {forget} forget and {retain} retain questions of seven answers, {authors} on "
+        f"authors and {facts} on facts of four; {found['tokens']} generated tokens. Peak memory of the process "
+        f"{mib['public']:.0f} MiB by the public recipe, {mib['own']:.0f} MiB by the package."
+    )
+    return [note, "", *_table(["phase", "side", *CLOCKS], rows)]
+
+
+def _job(found: dict[str, Any]) -> list[str]:
+    sides = {"seconds": found["sides"], "time": found["time"]}
+    mib = {side: entry["mib"] for side, entry in found["sides"].items()}
+    rows = [[SIDES[s], *_clocks(sides, s), _number(mib[s], 0), _number(_part(mib, s))] for s in SIDES]
+    note = (
+        f"A whole job on the same shape, from start to end of its process: evaluation of "
+        f"{sum(found['counts'].values())} questions, {found['epochs']} epochs of SimNPO "
+        f"on {found['rows']} + {found['rows']} rows, evaluation."
+    )
+    return [note, "", *_table(["side", *CLOCKS, "peak MiB of the process", "memory"], rows)]
+
+
+CLOCKS = ("wall s", "processor s", "of them system", "wall time", "processor time")
+
+
+def _clocks(entry: dict[str, Any], side: str) -> list[str]:
+    seconds = entry["seconds"][side]
+    parts = [entry["time"][clock] if side == "own" else 1.0 for clock in ("wall", "cpu")]
+    return [_number(value) for value in (seconds["wall"], seconds["cpu"], seconds["system"], *parts)]
+
+
+def _part(values: dict[str, float], side: str) -> float:
+    return values[side] / values["public"]
 
 
 def _growth(found: dict[str, Any]) -> list[str]:
     names = {
-        "answer": "answer tokens, 1 + 1 rows; 2,048 are a block of MUSE",
+        "answer": "answer tokens, 1 + 1 rows",
         "vocabulary": "vocabulary, 4 + 4 rows",
         "batch": "batch, forget + as many retain rows",
     }
     rows = []
     for name, points in found.items():
         for point in points:
-            cells = [_number(point["seconds"][way]) for way in ("public", "packed", "chunked")]
-            cells += [_number(point["time"][way]["wall"]) for way in ("packed", "chunked")]
-            cells += [_number(point["mib"][way], 0) for way in ("public", "packed", "chunked")]
+            cells = [_number(point["seconds"][way]) for way in ("public", "packed")]
+            cells += [_number(point["time"]["packed"]["wall"])]
+            cells += [_number(point["mib"][way], 0) for way in ("public", "packed")]
             rows.append([names[name], str(point["size"]), *cells])
-    head = ["NPO step by", "size", "public, s", "packed, s", "chunked, s", "packed time", "chunked time"]
-    return _table([*head, "public, MiB", "packed, MiB", "chunked, MiB"], rows)
+    return _table(["NPO step by", "size", "public, s", "packed, s", "time", "public, MiB", "packed, MiB"], rows)
 
 
 def _rows(found: dict[str, Any]) -> list[str]:
@@ -186,6 +257,24 @@ def _lightning(found: dict[str, float]) -> list[str]:
     plain = found["plain loop"]
     rows = [[n, _number(v), _number(v - plain), f"{100 * (v - plain) / STEP:.1f} %"] for n, v in found.items()]
     return _table(["step of a small model", "processor ms", "added", f"of a step of {STEP:.0f} ms"], rows)
+
+
+def _start_up(found: dict[str, float]) -> list[str]:
+    return _table(["start-up", "seconds"], [[name, _number(value)] for name, value in found.items()])
+
+
+PARTS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "real": _real,
+    "evaluation": _evaluation,
+    "job": _job,
+    "step": _step,
+    "growth": _growth,
+    "rows": _rows,
+    "processes": _processes,
+    "lightning": _lightning,
+    "start-up": _start_up,
+}
+"""How each part of the record is shown, in the order of the page."""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -213,7 +302,7 @@ def figure(record: dict[str, Any], file: Path) -> None:
     plots, axes = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
 
     def curves(axis: Any, points: list[dict[str, Any]], value: Callable[[dict[str, Any], str], float | None]) -> None:
-        for way in ("public", "packed", "chunked"):
+        for way in ("public", "packed"):
             values = [value(point, way) for point in points]
             if None not in values:
                 axis.plot([p["size"] for p in points], values, "o-", label=WAYS[way].replace(" (default)", ""))

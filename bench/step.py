@@ -15,12 +15,11 @@ from simnpo_pl.models.logprobs import Scorer, join
 from simnpo_pl.models.lora import BaseScorer, LoraOptions, add_adapter
 from simnpo_pl.models.packing import layout_of, packed_hidden
 from simnpo_pl.models.reference import REFERENCE_KEY
-from simnpo_pl.objectives import NPO, GradDiff, Models, SimNPO
+from simnpo_pl.objectives import NPO, Models, SimNPO
 from simnpo_pl.objectives.base import batch_losses
 from simnpo_pl.objectives.retain import KL, NLL
 
 METHODS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., torch.Tensor]]] = {
-    "GA": (GradDiff, NLL, baseline.ga),
     "NPO": (NPO, NLL, baseline.npo),
     "NPO+KL": (NPO, KL, baseline.npo_kl),
     "SimNPO": (partial(SimNPO, beta=2.5), NLL, baseline.simnpo),

@@ -2,19 +2,22 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import baseline, parts, report
+from bench import baseline, job, parts, report
 from bench.__main__ import main
 from bench.cases import Case
-from bench.data import Rows
-from bench.evaluation import Answers, Losses
+from bench.data import Rows, scored
+from bench.evaluation import Losses
 from bench.measure import Times, interleave, ratio
-from bench.parts import check_losses
+from bench.parts import check_losses, check_scores
+from bench.profile import KINDS, step_profile
+from bench.sides import Side
 from bench.step import METHODS, Variant, steps
 
 TINY = Case(vocabulary=600, width=64, layers=1, batch=3)
@@ -43,16 +46,57 @@ def _steps(variants: list[Variant]) -> list[Any]:
     return [made[str(variant)] for variant in variants]
 
 
-def test_evaluations_agree():
+def test_losses_agree():
     model, rows = TINY.model(), Rows(TINY.vocabulary)
-    questions, asked = rows.questions(5), rows.training(20)
+    questions = rows.questions(5)
     expected = baseline.truth_ratio_losses(model.eval(), questions, size=4)
     for found, own in zip(Losses(model, questions)(), expected, strict=True):
         assert found == pytest.approx(own, rel=1e-5)
-    prompts, lengths = [row.prompt_ids for row in asked], [row.length - 1 for row in asked]
-    answers = baseline.generate(model, prompts, lengths, 2, size=8)
-    assert [len(answer) for answer in answers] == lengths
-    assert Answers(model, prompts, lengths, 2)(at_once=7) == answers
+
+
+def test_both_sides_of_a_real_shape_agree():
+    """In processes of their own, as they are measured."""
+    times, results, peaks = parts._sides("training", 1, method="NPO", layers=1, rows=2)
+    check_losses({f"NPO {side}": result["step"] for side, result in results.items()})
+    assert [len(times["step"]["own"].cpu), len(times["step"]["public"].system)] == [1, 1]
+    # AdamW's two moments, gradients and weights of 32 million parameters.
+    assert all(peak > 4 * 4 * 32 for peak in peaks.values())
+    _, results, _ = parts._sides("evaluating", 1, warm=False, layers=1, counts=(2, 1, 2, 1))
+    check_scores(results)
+    results["own"]["scores"]["forget"][0][0] *= 1.001
+    with pytest.raises(RuntimeError, match="forget: the package's scores are not those of the public recipe"):
+        check_scores(results)
+    results["own"]["scores"], results["own"]["answers"] = results["public"]["scores"], {}
+    with pytest.raises(RuntimeError, match="the package's answers are not those of the public recipe"):
+        check_scores(results)
+
+
+def test_a_side_that_fails_says_so():
+    with (
+        pytest.raises(RuntimeError, match="the process of training, own ended; it says above why"),
+        Side("training", "own"),
+    ):
+        pass
+
+
+def test_profile_of_a_step():
+    found = step_profile(layers=1, rows=2, rounds=1)
+    seconds = {kind: sum(o["seconds"] for o in found["operators"] if o["kind"] == kind) for kind in KINDS}
+    assert all(value > 0 for value in seconds.values())
+    assert seconds["multiplications"] == max(seconds.values())
+    assert 0 < found["body_seconds"] < found["head_seconds"]
+    # Forward and backward pass have 6 operations for each weight and token.
+    forget, retain = Case(batch=2).rows()
+    tokens = sum(int(part["attention_mask"].sum()) for part in (forget, retain))
+    body, head = 576 * (2 * 576 + 2 * 192 + 3 * 1536), 576 * 49152
+    operations = 6 * (body * tokens + head * scored(forget, retain))
+    assert found["gflops"] == pytest.approx(operations / (found["body_seconds"] + found["head_seconds"]) / 1e9)
+
+
+def test_a_job_by_both_sides():
+    found = job.compare(rows=2, counts=dict.fromkeys(job.SPLITS, 1), epochs=1, layers=1)
+    assert set(found) == {"public", "own"}
+    assert all(side["cpu"] > side["system"] > 0 and side["mib"] > 100 for side in found.values())
 
 
 def test_rounds_are_interleaved():
@@ -64,6 +108,9 @@ def test_rounds_are_interleaved():
     order.clear()
     assert [len(one.cpu) for one in interleave(works, 2, longest=0).values()] == [1, 1]
     assert order == ["a", "b"]
+    order.clear()
+    assert [len(one.cpu) for one in interleave(works, 2, warm=False).values()] == [2, 2]
+    assert order == ["a", "b"] * 2
     assert ratio(Times([1.0, 2.0, 9.0], [1.0] * 3), Times([2.0, 2.0, 3.0], [4.0] * 3)) == {"wall": 1.0, "cpu": 0.25}
 
 
@@ -74,12 +121,22 @@ def record() -> dict[str, Any]:
         return {"seconds": 5 * part, "time": {"wall": part, "cpu": part}, "mib": 600 * part, "memory": part}
 
     def point(size: int) -> dict[str, Any]:
-        ways = {"public": 2.0 * size, "packed": 1.0 * size, "chunked": 1.5 * size}
+        ways = {"public": 2.0 * size, "packed": 1.0 * size}
         return {"size": size, "seconds": ways, "mib": ways, "time": {way: {"wall": 0.5} for way in ways}}
 
     names = [f"{method} {way}" for method in ("NPO", "SimNPO") for way in ("public", "packed")]
     variants = {name: entry(1.0 if "public" in name else 0.45) for name in [*names, "NPO body"]}
-    evaluation = {"public_seconds": 10.0, "own_seconds": 4.0, "time": {"wall": 0.4, "cpu": 0.4}, "answers": 96}
+    seconds = {
+        side: {"wall": 5 * part, "cpu": 9 * part, "system": part} for side, part in (("public", 1.0), ("own", 0.4))
+    }
+    compared = {"seconds": seconds, "time": {"wall": 0.4, "cpu": 0.48}}
+    mib = {"public": 5000.0, "own": 4000.0}
+    profile = {
+        "seconds": 3.0, "body_seconds": 1.5, "head_seconds": 0.25, "gflops": 100.0,
+        "operators": [{"name": "aten::mm", "kind": "multiplications", "calls": 9, "seconds": 2.0},
+                      {"name": "aten::mul", "kind": "element by element", "calls": 7, "seconds": 0.99},
+                      {"name": "aten::t", "kind": "element by element", "calls": 5, "seconds": 0.01}],
+    }  # fmt: skip
     scored = [
         {"answers": n, "microseconds_per_token": t, "cpu_microseconds_per_token": t, "mib": 50.0}
         for n, t in ((400, 100.0), (4000, 105.0))
@@ -90,7 +147,10 @@ def record() -> dict[str, Any]:
                     "load_average": [0.1], "versions": {"torch": "2.13.0"}},
         "step": {"tokens": 900, "cells": 1200, "scored_tokens": 500, "bf16": False, "variants": variants,
                  "multiplications": {"NPO": 0.51, "SimNPO": 0.6}},
-        "evaluation": {"truth ratio": evaluation, "generation": {**evaluation, "mean_tokens": 35.0, "longest": 90}},
+        "real": {"layers": 30, "methods": {m: {**compared, "mib": mib} for m in ("SimNPO", "NPO")}, "profile": profile},
+        "evaluation": {"rows": [1, 2, 3, 4], "tokens": 99, "mib": mib, "phases": {"whole": compared}},
+        "job": {"epochs": 3, "rows": 16, "counts": {"forget": 4, "retain": 5}, "time": compared["time"],
+                "sides": {side: {**seconds[side], "mib": mib[side]} for side in mib}},
         "growth": {name: [point(1), point(2)] for name in ("answer", "vocabulary", "batch")},
         "rows": {"points": scored},
         "processes": {"step_seconds": {1: 2.0, 2: 1.0}, "scoring_seconds": {1: 2.0, 2: 1.5}},
@@ -107,8 +167,17 @@ def test_page_keeps_its_text(tmp_path: Path):
     assert text.startswith(f"# Before\n\n{report.BEGIN}\n")
     assert text.endswith(f"{report.END}\n\nAfter\n")
     assert "old numbers" not in text
-    assert "| SimNPO step, time as a part of the public recipe's | 0.50 | 0.45 | yes |" in text
-    assert "| NPO step, time as a part of the public recipe's | 0.43 | 0.45 | no |" in text
+    assert "| SimNPO step of a wide model, time as a part of the public recipe's | 0.50 | 0.45 | yes |" in text
+    assert "| NPO step of a wide model, time as a part of the public recipe's | 0.43 | 0.45 | no |" in text
+    step = "NPO, optimizer step of a real model's shape"
+    assert f"| {step}, processor time as a part of the public recipe's | 0.45 | 0.48 | no |" in text
+    assert f"| Sim{step}, peak memory of the process likewise | 0.75 | 0.80 | no |" in text
+    assert "| its whole job, processor time likewise | 0.50 | 0.48 | yes |" in text
+    assert "| SimNPO | package | 2.00 | 3.60 | 0.40 | 0.40 | 0.48 | 4000 | 0.80 |" in text
+    assert "| `aten::mm` | multiplications | 9 | 2.00 | 66.7 % |" in text
+    assert "| floor: the multiplications by themselves | 1.75 | 58.3 % |" in text
+    assert "| others |  |  | 0.01 | 0.3 % |" in text
+    assert "evaluation of 9 questions, 3 epochs of SimNPO on 16 + 16 rows, evaluation" in text
     assert "| what Trainer and logging add to a step of 200 ms, as a part of it | 0.05 | 0.02 | yes |" in text
     assert "| fit, to its first step, seconds | 10.00 | 11.00 | no |" in text
     assert "25 % of the padded rows padding" in text
@@ -139,6 +208,32 @@ def test_a_part_measured_again_takes_its_place(
     assert f"Part `lightning` was measured again by `python -m bench {' '.join(words)}`, load average " in text
     # Two digits would not tell on which side of 0.05 it is.
     assert "| what Trainer and logging add to a step of 200 ms, as a part of it | 0.05 | 0.050 | no |" in text
-    assert "| SimNPO step, time as a part of the public recipe's | 0.50 | 0.45 | yes |" in text
+    assert "| SimNPO step of a wide model, time as a part of the public recipe's | 0.50 | 0.45 | yes |" in text
     assert "| NPO step | 2.00 | 1.00 | 2.00 |" in text
     assert "`python -m bench`, 1.0 minutes on a processor" in text
+
+
+def test_other_parts_go_on_if_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    page, out = tmp_path / "page.md", tmp_path / "out"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+
+    def fails(options: Any) -> Any:
+        raise RuntimeError("first line\nno memory left")
+
+    works = {name: partial(lambda found, options: found, record()[name]) for name in ("lightning", "rows")}
+    monkeypatch.setattr(parts, "PARTS", {"growth": fails, **works})
+    words = ["bench", "--out", str(out), "--write", str(page)]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    assert "**Part `growth` failed:** RuntimeError: no memory left" in page.read_text()
+    assert "| Trainer, logging, bar | 14.00 |" in page.read_text()
+    assert "performance.png" not in page.read_text()
+    # Measured again, it is no longer a failure.
+    monkeypatch.setitem(parts.PARTS, "growth", lambda options: record()["growth"])
+    monkeypatch.setattr("sys.argv", [*words, "--only", "growth"])
+    main()
+    assert "failed" not in page.read_text()
+    assert "performance.png" in page.read_text()
