@@ -32,7 +32,7 @@ def model_of(
 ) -> LlamaForCausalLM:
     """An untrained Llama with tied embeddings; 58.7 million parameters by default."""
     torch.manual_seed(seed)
-    sizes = {
+    sizes: dict[str, Any] = {
         "intermediate_size": 4 * width,
         "num_attention_heads": width // 64,
         "num_key_value_heads": width // 64,

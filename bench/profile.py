@@ -68,15 +68,16 @@ def multiplications(model: Any, tokens: int, scored_tokens: int, rounds: int) ->
     """Seconds of a step's matrix products by themselves, forward and backward, and their rate."""
     layers = [module for module in model.base_model.modules() if isinstance(module, nn.Linear)]
     shapes = [tuple(layer.weight.shape) for layer in layers]
-    times = {shape: _product_seconds(tokens, *shape, rounds) for shape in set(shapes)}
+    times = {shape: _product_seconds(tokens, shape, rounds) for shape in set(shapes)}
     head = tuple(model.get_output_embeddings().weight.shape)
     body = sum(times[shape] for shape in shapes)
     operations = 6 * (tokens * sum(a * b for a, b in shapes) + scored_tokens * head[0] * head[1])
-    in_head = _product_seconds(scored_tokens, *head, rounds)
+    in_head = _product_seconds(scored_tokens, head, rounds)
     return {"body_seconds": body, "head_seconds": in_head, "gflops": operations / (body + in_head) / 1e9}
 
 
-def _product_seconds(tokens: int, outputs: int, inputs: int, rounds: int) -> float:
+def _product_seconds(tokens: int, shape: tuple[int, ...], rounds: int) -> float:
+    outputs, inputs = shape
     states, weight, gradient = torch.randn(tokens, inputs), torch.randn(outputs, inputs), torch.randn(tokens, outputs)
     out = torch.empty(tokens, outputs), torch.empty(tokens, inputs), torch.empty(outputs, inputs)
     works: list[Callable[[], Any]] = [
