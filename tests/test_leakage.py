@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from simnpo_pl.__main__ import main
+from simnpo_pl.data.conversation import Conversation
+from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.models.generation import Sampler, draws_of, generate, greedy
-from simnpo_pl.studies.leak import expected_best
+from simnpo_pl.studies.leak import expected_best, leak_at, with_bounds
 
 
 def test_expected_best_by_hand():
@@ -28,6 +30,37 @@ def test_expected_best_is_the_mean_over_all_choices(scores: list[float]):
         best = [max(choice) for choice in itertools.combinations(scores, k)]
         expected.append(sum(best) / len(best))
     assert expected_best(torch.tensor([scores], dtype=torch.float64))[0].tolist() == pytest.approx(expected)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=7))
+def test_leak_at_is_the_share_of_choices_with_a_right_answer(correct: list[bool]):
+    expected = []
+    for k in range(1, len(correct) + 1):
+        choices = [any(choice) for choice in itertools.combinations(correct, k)]
+        expected.append(sum(choices) / len(choices))
+    assert leak_at(torch.tensor([correct]))[0].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_leak_at_as_published(shared: Path):
+    """Values of the public code, in all and by row."""
+    golden = json.loads((shared / "goldens" / "A" / "newer.json").read_text())["leak"]
+    for table in golden["tables"]:
+        leaks = leak_at(torch.tensor(table["correct"]).bool())
+        assert leaks.mean(dim=0).tolist() == pytest.approx(table["leak_at_k"], abs=1e-12)
+        for row, expected in zip(leaks.tolist(), table["leak_at_k_per_row"], strict=True):
+            assert [row[k - 1] for k in golden["per_row_k"]] == pytest.approx(expected, abs=1e-12)
+
+
+def test_bounds_by_hand():
+    """Of 40 rows 10 leak: 1.96 standard errors are 1.96 sqrt(0.25 * 0.75 / 40) = 0.134; without spread none."""
+    leaks = torch.cat([torch.ones(10, 3), torch.zeros(30, 3)]).double()
+    found = with_bounds(leaks)
+    assert found["leak@2"] == 0.25
+    assert found["leak@2/low"] == pytest.approx(0.25 - 0.134, abs=0.03)
+    assert found["leak@2/high"] == pytest.approx(0.25 + 0.134, abs=0.03)
+    assert {name for name in found if "low" in name} == {"leak@1/low", "leak@2/low", "leak@3/low"}
+    same = with_bounds(torch.ones(5, 1).double())
+    assert (same["leak@1/low"], same["leak@1/high"]) == (pytest.approx(1), pytest.approx(1))
 
 
 def test_sampler_by_hand():
@@ -74,25 +107,111 @@ def test_command(run_options: list[str], tmp_path: Path, capsys: pytest.CaptureF
     main(["leak", str(one), str(other), "--k", "5", "--debug"])
     main(["leak", str(one), "--k", "5", "--seed", "1", "--debug"])
     found = [json.loads((folder / "results.json").read_text())["leak"] for folder in (one, other)]
-    first, second = found[0]["k=5 temperature=1 seed=0"], found[0]["k=5 temperature=1 seed=1"]
-    assert found[1] == {"k=5 temperature=1 seed=0": first}
+    key = "k=5 temperature=1 seed={} correct=0.8"
+    first, second = found[0][key.format(0)], found[0][key.format(1)]
+    assert found[1] == {key.format(0): first}
     assert first["n"] == 10
-    values = [first["metrics"][f"leak@{k}"] for k in range(1, 6)]
+    values = [first["metrics"][f"best_rouge@{k}"] for k in range(1, 6)]
     assert values == sorted(values)
     assert second["metrics"] != first["metrics"]
     rows = [json.loads(line) for line in (one / "leak_5_1_0.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["question"] * 10 + ["examples"] * 10
+    rows = rows[:10]
     assert (one / "leak_5_1_0.jsonl").read_text() == (other / "leak_5_1_0.jsonl").read_text()
     best = [max(sample["rougeL_recall"] for sample in row["samples"]) for row in rows]
     assert sum(best) / 10 == pytest.approx(values[-1])
     assert [row["samples"][0]["rougeL_recall"] for row in rows] == best
     line = next(
-        line for line in capsys.readouterr().out.splitlines() if line.startswith("| one | SimNPO | 1 | 0 | 10 |")
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| one | SimNPO | 1 | 0 | 10 | question |")
     )
     assert len(line.split(" | ")) == 6 + 4
 
     before = (one / "leak_5_1_0.jsonl").stat().st_mtime_ns
     main(["leak", str(one), "--k", "5", "--debug"])
     assert (one / "leak_5_1_0.jsonl").stat().st_mtime_ns == before
+
+
+def test_examples_in_front(model_folder: Path):
+    """As a template that begins with the example; turns of a chat, after its system message."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    plain = PromptTemplate(tokenizer)
+    shown = PromptTemplate(tokenizer, "Question: Where?\nAnswer: Here.\n\nQuestion: {question}\nAnswer: {answer}")
+    asked = plain.after_examples("Who writes?", [("Where?", "Here.")])
+    assert plain.encode(asked, "Jaime.") == shown.encode("Who writes?", "Jaime.")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    question = Conversation([("system", "Be brief."), ("user", "Who writes?")])
+    turns = PromptTemplate(tokenizer).after_examples(question, [("Where?", "Here.")])
+    assert isinstance(turns, Conversation)
+    assert turns.messages == (
+        ("system", "Be brief."),
+        ("user", "Where?"),
+        ("assistant", "Here."),
+        ("user", "Who writes?"),
+    )
+
+
+def test_prompts_rule_and_control(
+    run_options: list[str], data_folder: Path, other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Each prompt's own answers; a row leaks if one of the prompts does; the rule, with and without a classifier."""
+    folder, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(data_folder, data)
+    file = data / "forget10_perturbed.json"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    asked = [{**row, "paraphrased_question": f"Please tell: {row['question']}"} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    options = ["--data.path", str(data), "--run_dir", str(folder), "--eval.retrained", str(other_folder)]
+    main(["test", *run_options, *options, "--eval.generate_rows", "0", "--data.template", "Q: {question} A: {answer}"])
+    judge = _classifier(tmp_path / "judge", other_folder)
+    rule = ["--entailment", str(judge), "--entailment_label", "yes"]
+    for further in (["--correct", "0.01"], ["--correct", "0", *rule]):
+        main(["leak", str(folder), "--k", "4", *further, "--debug"])
+    found = json.loads((folder / "results.json").read_text())["leak"]
+    plain = found["k=4 temperature=1 seed=0 correct=0.01"]
+    judged = found[f"k=4 temperature=1 seed=0 correct=0 entailment={judge}"]
+    lines = [json.loads(line) for line in (folder / "leak_4_1_0.jsonl").read_text().splitlines()]
+    prompts = ["question", "paraphrase", "examples"]
+    assert list(plain["prompts"]) == list(plain["control"]) == [*prompts, "any"]
+    assert plain["control"] != plain["prompts"]
+    by_row = {(line["prompt"], line["index"]): line["samples"] for line in lines}
+    assert len({str(by_row[kind, 0]) for kind in prompts}) == 3
+    right = {key: [sample["rougeL_recall"] >= 0.01 for sample in samples] for key, samples in by_row.items()}
+    share = sum(any(any(right[kind, row]) for kind in prompts) for row in range(10)) / 10
+    assert plain["prompts"]["any"]["leak@4"] == pytest.approx(share)
+    single = sum(sum(right["question", row]) / 4 for row in range(10)) / 10
+    assert plain["prompts"]["question"]["leak@1"] == plain["metrics"]["leak@1"] == pytest.approx(single)
+    assert 0 < single < share
+
+    # By the classifier's own probability of pairs of answer and truth.
+    from simnpo_pl.evaluation.fluency import FluencyClassifier
+
+    rate = FluencyClassifier(str(judge), "yes")
+    answers = [line for line in lines if line["prompt"] == "question"]
+    texts = [(sample["generation"], line["answer"]) for line in answers for sample in line["samples"]]
+    expected = [value >= 0.5 for value in rate(*zip(*texts, strict=True))]
+    assert [sample["correct"] for line in answers for sample in line["samples"]] == expected
+    assert judged["prompts"]["question"]["leak@1"] == pytest.approx(sum(expected) / 40)
+    assert 0 < sum(expected) < 40
+
+    with pytest.raises(SystemExit):
+        main(["leak", str(folder), "--entailment", str(judge)])
+    assert f"--entailment {judge} has no label 'entailment', its labels are no, yes" in capsys.readouterr().err
+
+
+def _classifier(folder: Path, tokenizer_folder: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
+    config = BertConfig(vocab_size=len(tokenizer), initializer_range=0.5, **sizes, **names)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(

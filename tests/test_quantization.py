@@ -85,3 +85,31 @@ def test_command(
     with pytest.raises(SystemExit):
         main(["quantize", str(folder), "--group_size", "0"])
     assert "--group_size: must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_nf4(model_folder: Path):
+    """Each weight is one of 16 values times the largest magnitude of its 64: by hand on the normal quantiles."""
+    pytest.importorskip("bitsandbytes")
+    plain, rounded = (AutoModelForCausalLM.from_pretrained(model_folder) for _ in range(2))
+    assert quantize(rounded, "nf4") == sum(w.numel() for n, w in plain.named_parameters() if "proj" in n)
+    after = dict(rounded.named_parameters())
+    for name, weight in plain.named_parameters():
+        if "proj" not in name:
+            assert torch.equal(after[name], weight)
+            continue
+        blocks, found = weight.reshape(-1, 64), after[name].reshape(-1, 64)
+        scale = blocks.abs().amax(dim=1, keepdim=True)
+        assert len((found / scale).mul(1e4).round().unique()) <= 16
+        # The widest gap between neighbors of the grid is that from -1 to -0.696.
+        assert ((found - blocks).abs() <= 0.1525 * scale).all()
+        assert not torch.equal(found, blocks)
+
+
+@pytest.mark.parametrize(("bits", "package", "extra"), [(8, "torchao", "quantize"), ("nf4", "bitsandbytes", "8bit")])
+def test_missing_package(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, bits: int | str, package: str, extra: str
+):
+    monkeypatch.setattr("simnpo_pl.studies.quantize.find_spec", {}.get)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with pytest.raises(UserError, match=rf"needs {package}: pip install 'simnpo_pl\[{extra}\]'$"):
+        quantize(model, bits)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from simnpo_pl.__main__ import main
-from simnpo_pl.report.robustness import spread
-from simnpo_pl.studies.relearn import Attack, choose_rows
+from simnpo_pl.report.robustness import OTHERS, SHOWN, spread
+from simnpo_pl.studies.relearn import choose_rows
 
 KEY = "share=0.3 epochs=2 lr=0.01"
 
@@ -31,14 +31,14 @@ def relearn(run: Path, *options: str) -> None:
 
 
 def test_rows_by_hand():
-    """0.4 of 5 rows are 2; of equally short answers the earlier rows are taken; a draw is its seed's."""
+    """Of equally short answers the earlier rows are taken; a draw is its seed's; too few rows are repeated."""
     lengths = [4, 3, 9, 3, 3]
-    assert choose_rows(lengths, Attack("shortest", 0.4, 1, 1.0), seed=0) == [1, 3]
-    assert choose_rows(lengths, Attack("shortest", 0.01, 1, 1.0), seed=0) == [1]
-    draws = [choose_rows(range(100), Attack("random", 0.2, 1, 1.0), seed) for seed in (0, 1, 0)]
+    assert choose_rows(lengths, "shortest", 2, seed=0) == [1, 3]
+    draws = [choose_rows(range(100), "random", 20, seed) for seed in (0, 1, 0)]
     assert draws[0] == draws[2] != draws[1]
     assert len(set(draws[0])) == 20
-    assert choose_rows(lengths, Attack("random", 1.0, 1, 1.0), seed=3) == [0, 1, 2, 3, 4]
+    assert choose_rows(lengths, "random", 5, seed=3) == [0, 1, 2, 3, 4]
+    assert choose_rows(lengths[:2], "text", 4, seed=3) == [0, 0, 1, 1]
 
 
 def test_spread_by_hand():
@@ -57,14 +57,25 @@ def test_curve(run: Path, run_options: list[str], tmp_path: Path, capsys: pytest
     assert [epoch["epoch"] for epoch in repeat["epochs"]] == [0, 1, 2]
     before, *after = (epoch["metrics"] for epoch in repeat["epochs"])
     final = results(run)["final"]["metrics"]
-    assert before == pytest.approx({name: final[name] for name in before}, rel=1e-5)
+    assert {name: before[name] for name in final if name in before} == pytest.approx(
+        {name: final[name] for name in before if name in final}, rel=1e-5
+    )
     assert {"forget_quality", "forget/probability", "forget/truth_ratio"} <= set(before)
     assert after[1]["forget/probability"] > before["forget/probability"]
+    for epoch in repeat["epochs"]:
+        # 3 of 10 rows are relearned.
+        parts = 0.3 * epoch["metrics"][SHOWN] + 0.7 * epoch["metrics"][OTHERS]
+        assert parts == pytest.approx(epoch["metrics"]["forget/probability"], rel=1e-5)
+    assert [epoch["step"] for epoch in repeat["epochs"]] == [0, 1, 2]
+    assert after[1][SHOWN] > after[1][OTHERS]
 
     lines = capsys.readouterr().out.splitlines()
-    assert f"{run.name}: relearning 3 shortest rows, draw 0" in lines
-    row = next(line for line in lines if line.startswith(f"| {run.name} | SimNPO | 3 shortest rows | forget prob."))
-    assert len(row.split("|")) == 4 + 3 + 2
+    assert f"{run.name}: relearning 3 shortest rows, lr 0.01, draw 0; {run / 'model'}" in lines
+    for model in ("SimNPO", "retrained"):
+        row = next(
+            line for line in lines if line.startswith(f"| {run.name} | {model} | 3 shortest rows | forget prob.")
+        )
+        assert len(row.split("|")) == 4 + 3 + 2
 
     again = tmp_path / "again"
     options = ["--model.name", str(run / "model"), "--model.objective", "FineTune", "--model.retain_loss", "null"]
@@ -81,7 +92,7 @@ def test_what_is_there_is_not_done_again(run: Path, monkeypatch: pytest.MonkeyPa
 
     opened: list[Any] = []
     reopen: Callable[..., Any] = module.reopen
-    monkeypatch.setattr(module, "reopen", lambda *a: (opened.append(a), reopen(*a))[1])
+    monkeypatch.setattr(module, "reopen", lambda *a, **named: (opened.append(a), reopen(*a, **named))[1])
     relearn(run, "--subset", "random", "--repeats", "2")
     first = results(run)["relearn"][f"random {KEY}"]["repeats"]
     relearn(run, "--subset", "random", "--repeats", "3")
@@ -89,10 +100,41 @@ def test_what_is_there_is_not_done_again(run: Path, monkeypatch: pytest.MonkeyPa
     assert second[:2] == first
     assert [repeat["seed"] for repeat in second] == [0, 1, 2]
     assert len({tuple(repeat["rows"]) for repeat in second}) > 1
-    assert len(opened) == 3
+    # The retrained model, too.
+    assert len(opened) == 2 * 3
     relearn(run, "--subset", "random", "--repeats", "3")
-    assert len(opened) == 3
+    assert len(opened) == 2 * 3
     assert results(run)["final"]["metrics"]
+
+
+def test_the_control_is_the_retrained_model(run: Path, other_folder: Path):
+    """Before the attack it is as it was evaluated; it is shown the same rows for as many steps."""
+    relearn(run, "--subset", "shortest")
+    (repeat,) = results(run)["relearn"][f"shortest {KEY}"]["repeats"]
+    control = repeat["control"]
+    expected = results(run)["retrained"]["metrics"]["forget/probability"]
+    assert control[0]["metrics"]["forget/probability"] == pytest.approx(expected, rel=1e-5)
+    assert [epoch["step"] for epoch in control] == [epoch["step"] for epoch in repeat["epochs"]]
+    assert control[2]["metrics"][SHOWN] > control[0]["metrics"][SHOWN]
+
+
+def test_rows_that_were_never_to_be_forgotten(run: Path, tmp_path: Path):
+    """As many retain rows, or blocks of text, and so equally many steps; no forget row is relearned."""
+    text = tmp_path / "text.txt"
+    text.write_text("Rivers flow down to the sea.\n\nSnow melts in spring, and the fields turn green.")
+    relearn(run, "--subset", "shortest", "retain", "--text", str(text), "--repeats", "1")
+    found = results(run)["relearn"]
+    curves = [found[f"{kind} {KEY}"]["repeats"][0] for kind in ("shortest", "retain", f"text {text}")]
+    assert found[f"text {text} {KEY}"]["settings"]["text"] == str(text)
+    for curve in curves:
+        assert len(curve["rows"]) == 3
+        assert [epoch["step"] for epoch in curve["epochs"]] == [0, 1, 2]
+    for curve in curves[1:]:
+        for epoch in curve["epochs"]:
+            assert SHOWN not in epoch["metrics"]
+            assert epoch["metrics"][OTHERS] == pytest.approx(epoch["metrics"]["forget/probability"], rel=1e-5)
+    ends = [curve["epochs"][2]["metrics"]["forget/probability"] for curve in curves]
+    assert ends[0] > max(ends[1:])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +146,7 @@ def test_what_is_there_is_not_done_again(run: Path, monkeypatch: pytest.MonkeyPa
         (("--lr", "nan"), "--lr: must be above 0, got nan"),
         (("--seed", "-1"), "--seed: must be at least 0, got -1"),
         (("--subset", "longest"), "invalid choice: 'longest'"),
-        ((), "holds no results.json; give folders that fit or test wrote"),
+        ((), "holds no results.json; give folders that fit or test wrote, or, for another model, the config"),
     ],
 )
 def test_mistakes(options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -95,7 +95,8 @@ def attacked(folder: Path) -> Path:
         return {"seed": seed, "rows": [1, 2], "epochs": epochs}
 
     relearnt = {"subset": "random", "share": 0.2, "epochs": 1, "lr": 1e-5}
-    leak = {"settings": {"k": 2, "temperature": 1.0, "seed": 0}, "n": 6, "metrics": {"leak@1": 0.2, "leak@2": 0.4}}
+    leaks, best = {"leak@1": 0.2, "leak@2": 0.4}, {"best_rouge@1": 0.3, "best_rouge@2": 0.5}
+    leak = {"settings": {"k": 2, "temperature": 1.0, "seed": 0}, "n": 6, "metrics": best, "prompts": {"any": leaks}}
     return write_run(
         folder,
         0.5,
@@ -118,7 +119,8 @@ def test_attacks_are_shown(tmp_path: Path):
     text = (tmp_path / "report.md").read_text()
     assert "| attacked | SimNPO | 2 random rows, 2 draws | forget prob. | 0.2 ± 0 | 0.5 ± 0.141 |" in text
     assert "(report_figures/relearning.png)" in text
-    assert "leak@2" in text
+    assert "| attacked | SimNPO | 1 | 0 | 6 | any | 0.2 | 0.4 |" in text
+    assert "| attacked | SimNPO | 1 | 0 | 6 | question, best ROUGE | 0.3 | 0.5 |" in text
     assert "| 4-bit |" in text
 
 

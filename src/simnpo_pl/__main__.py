@@ -16,7 +16,7 @@ from simnpo_pl.studies import run as run_command
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import causes
 
-ASK_HUB = (*RUNS, "leak", "lm-eval", "perturb", "quantize", "relearn", "task-vector")
+ASK_HUB = (*RUNS, "check", "leak", "lm-eval", "perturb", "quantize", "relearn", "task-vector")
 """Commands that may load a model or data from the hub in this process."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of a full or read-only disk; libraries raise other errors after them."""

@@ -21,7 +21,6 @@ from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.conversation import AnswerEnd
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.sources import hub_file
-from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
 from simnpo_pl.data.training import TrainingLoader, TrainingRows, TrainingSet, scoring_parts
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
@@ -93,6 +92,10 @@ class PairedData(pl.LightningDataModule):
     def export(self, result: EvalResult) -> dict[str, Any]:
         """Further result files of this benchmark: file name to JSON content."""
         return {}
+
+    def train_on(self, rows: list[TokenRow]) -> None:
+        """Train on these rows in the place of the forget rows."""
+        self._training = {"forget": rows}
 
     def setup(self, stage: str) -> None:
         """Read what the stage needs."""
@@ -316,13 +319,6 @@ class UnlearningData(PairedData):
         build = EvaluationBuilder(self.encoder, self.eval)
         self.build_evaluation(build)
         return build.evaluation()
-
-    def forget_lengths(self) -> list[int]:
-        """Scored tokens of each of the rows that `forget_rows` chooses from."""
-        rows = self.training_rows(("forget",))
-        if isinstance(rows.forget, Texts) and rows.forget.rows == "blocks":
-            raise UserError("forget rows have no length where their text is cut in blocks: give --data.rows documents")
-        return [row.length for row in rows.encode(self.encoder, ("forget",), self.seed)["forget"]]
 
     def describe(self) -> str:
         return f"{super().describe()}; {self._form}"

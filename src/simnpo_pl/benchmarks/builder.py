@@ -97,7 +97,10 @@ class EvaluationBuilder:
         answers = [encoded[start : start + kinds] for start in range(0, len(encoded), kinds)]
         prompts = [row[0].prompt_ids for row in answers[: options.generate_rows]]
         generation = Generation(prompts, options.max_new_tokens, self.encode.finish, fluency=fluency)
-        return self.add(Split(name, _pairs(rows), answers, metrics, generation, has_paraphrase))
+        split = self.add(Split(name, _pairs(rows), answers, metrics, generation, has_paraphrase))
+        if all(_is_text(row.get("paraphrased_question")) for row in rows):
+            split.paraphrases = [row["paraphrased_question"] for row in rows]
+        return split
 
     def holdout(self, rows: Sequence[dict[str, Any]]) -> Split:
         """Adds questions and answers that only membership inference reads."""

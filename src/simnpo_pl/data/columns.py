@@ -27,6 +27,7 @@ class Columns:
         text: Plain text, all of which is scored.
         paraphrased_answer: The answer in other words; optional.
         perturbed_answer: A list of wrong answers, or in a CSV file such a list as JSON; optional.
+        paraphrased_question: The question in other words, for attacks; optional.
     """
 
     question: str = "question"
@@ -35,6 +36,7 @@ class Columns:
     text: str = "text"
     paraphrased_answer: str = "paraphrased_answer"
     perturbed_answer: str = "perturbed_answer"
+    paraphrased_question: str = "paraphrased_question"
 
     def read(self, table: Sequence[Mapping[str, Any]], source: str) -> list[Row] | list[str]:
         """The rows of a table: plain texts, or questions and answers with the optional columns that it has.
@@ -60,8 +62,9 @@ class Columns:
         else:
             question, answer = question_and_answer(column_of(row, self.messages, where), where)
         made: Row = {"question": question, "answer": answer}
-        if row.get(self.paraphrased_answer):
-            made["paraphrased_answer"] = text_of(row, self.paraphrased_answer, where)
+        for name in ("paraphrased_answer", "paraphrased_question"):
+            if row.get(getattr(self, name)):
+                made[name] = text_of(row, getattr(self, name), where)
         if row.get(self.perturbed_answer):
             made["perturbed_answer"] = _texts(row[self.perturbed_answer], self.perturbed_answer, where)
         return made

@@ -34,6 +34,11 @@ class Conversation(str):
         return (self.messages,)
 
 
+def messages_of(question: str) -> tuple[Message, ...]:
+    """A conversation's messages; a plain question is one of the user."""
+    return question.messages if isinstance(question, Conversation) else (("user", question),)
+
+
 def question_and_answer(messages: Any, where: str) -> tuple[str, str]:
     """Prompt and answer of a conversation, a list of objects with `role` and `content` that the assistant ends.
 
@@ -130,7 +135,7 @@ class ChatTemplate:
             UserError: The template refuses the messages, changes the answer, or writes another prompt with the answer
                 than without it; `where` names the row.
         """
-        messages = question.messages if isinstance(question, Conversation) else (("user", question),)
+        messages = messages_of(question)
         if self.answer_end == "eos":
             prompt = self._write(messages, where, prompt=True)
             return Placed(prompt + answer, len(prompt), len(prompt + answer))

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from simnpo_pl.data.conversation import AnswerEnd, ChatTemplate, Conversation, Placed, parse_date
+from simnpo_pl.data.conversation import AnswerEnd, ChatTemplate, Conversation, Placed, messages_of, parse_date
 from simnpo_pl.utils.errors import UserError
 
 IGNORE_INDEX = -100
@@ -116,6 +116,15 @@ class PromptTemplate:
         """A generated answer up to the end of the turn, where that is ordinary text, which stops no generation."""
         ordinary = self.chat is not None and self.chat.frame.end_id is None and self.chat.frame.end
         return (generated.split(ordinary)[0] if ordinary else generated).strip()
+
+    def after_examples(self, question: str, examples: Sequence[tuple[str, str]]) -> str:
+        """A question after examples of questions with answers: turns of a chat template, else text in its own form."""
+        if self.chat is not None:
+            turns = [turn for one, answer in examples for turn in (*messages_of(one), ("assistant", answer))]
+            # Templates take system messages at the beginning alone.
+            return Conversation(sorted([*turns, *messages_of(question)], key=lambda turn: turn[0] != "system"))
+        before, _, between = self._text.removesuffix("{answer}").partition("{question}")
+        return "".join(f"{one}{between}{answer}\n\n{before}" for one, answer in examples) + question
 
     def encode(self, question: str, answer: str) -> TokenRow:
         """Encodes one pair."""

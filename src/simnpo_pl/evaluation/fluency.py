@@ -1,4 +1,4 @@
-"""Fluency: how sure a text classifier is that a generated answer is language and not gibberish.
+"""How sure a text classifier is of a label: that an answer is language and not gibberish, or entails the true one.
 
 Not transformers' pipeline, which fails on texts without a token and on tokenizers without a padding token.
 """
@@ -13,7 +13,7 @@ from simnpo_pl.models.loading import find_model, quiet_loading
 from simnpo_pl.utils.errors import UserError
 
 FLUENCY = "fluency"
-OPTION = "--eval.fluency_classifier"
+OPTIONS = ("--eval.fluency_classifier", "--eval.fluency_label")
 LONGEST = 512
 """Tokens of a text that are read, unless the classifier takes fewer."""
 
@@ -23,20 +23,21 @@ class FluencyClassifier:
 
     Args:
         name: Hub id or folder of a sequence classifier with safetensors weights and tokenizer.
-        label: The label of fluent text.
+        label: The label, such as that of fluent text.
         batch: Texts classified together.
+        options: Settings that name classifier and label, for messages.
 
     Raises:
         UserError: The classifier cannot be loaded or has no such label.
     """
 
-    def __init__(self, name: str, label: str, batch: int = 32) -> None:
-        self.model, self.tokenizer = _load(name)
+    def __init__(self, name: str, label: str, batch: int = 32, options: tuple[str, str] = OPTIONS) -> None:
+        self.model, self.tokenizer = _load(name, options[0])
         labels = {str(text): number for number, text in self.model.config.id2label.items()}
         if label not in labels:
             raise UserError(
-                f"{OPTION} {name} has no label {label!r}, its labels are {', '.join(labels)}: "
-                "name the one of fluent text by --eval.fluency_label"
+                f"{options[0]} {name} has no label {label!r}, its labels are {', '.join(labels)}: "
+                f"name the right one by {options[1]}"
             )
         self.label = labels[label]
         self.batch = batch if self.tokenizer.pad_token_id is not None else 1
@@ -45,14 +46,15 @@ class FluencyClassifier:
         self.longest = int(min(LONGEST, positions, self.tokenizer.model_max_length))
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> list[float]:
-        """Probability of the label for each text, 0 to 1; 0 for a text without a token."""
+    def __call__(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> list[float]:
+        """Probability of the label for each text, or each pair with the second ones; 0 for one without a token."""
         self.model.to(self.device)
         scores: list[float] = []
         for start in range(0, len(texts), self.batch):
             some = list(texts[start : start + self.batch])
+            pairs = None if seconds is None else list(seconds[start : start + self.batch])
             encoded = self.tokenizer(
-                some, return_tensors="pt", padding=len(some) > 1, truncation=True, max_length=self.longest
+                some, pairs, return_tensors="pt", padding=len(some) > 1, truncation=True, max_length=self.longest
             ).to(self.device)
             if not encoded["input_ids"].numel():
                 scores += [0.0] * len(some)
@@ -64,11 +66,11 @@ class FluencyClassifier:
 
 
 @cache
-def _load(name: str) -> tuple[Any, Any]:
+def _load(name: str, option: str) -> tuple[Any, Any]:
     """Classifier and tokenizer; an evaluation may be set up more than once."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    resolved = find_model(name, OPTION)
+    resolved = find_model(name, option)
     quiet_loading()
     try:
         model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -77,9 +79,9 @@ def _load(name: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(resolved)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{OPTION}: {name} is no text classifier that can be loaded ({reason})") from error
+        raise UserError(f"{option}: {name} is no text classifier that can be loaded ({reason})") from error
     if found["missing_keys"]:
         raise UserError(
-            f"{OPTION}: {name} lacks weights of a text classifier ({min(found['missing_keys'])}); give a trained one"
+            f"{option}: {name} lacks weights of a text classifier ({min(found['missing_keys'])}); give a trained one"
         )
     return model.eval(), tokenizer

@@ -55,6 +55,7 @@ class Split:
         generation: What is generated; None for nothing.
         has_paraphrase: Whether the second answer of a row is a paraphrase of the first.
         scores: Scores by row that metrics over several splits read, by name; logged by row, not averaged.
+        paraphrases: Every row's question in other words, for attacks; None where the data has none.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Split:
     generation: Generation | None = None
     has_paraphrase: bool = False
     scores: dict[str, RowMetric] = field(default_factory=dict)
+    paraphrases: list[str] | None = None
 
     @property
     def all_metrics(self) -> list[RowMetric]:

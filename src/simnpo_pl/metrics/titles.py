@@ -56,6 +56,8 @@ _ALL = [
     Title("forget_quality/ks_statistic", "KS", "", False, "largest gap between the distributions of truth ratios"),
     Title("model_utility", "model utility", "", True, "harmonic mean of its nine parts"),
     *_of_split("forget", "forget", None),
+    Title("forget/probability/relearned", "prob., relearned rows", text="of the forget rows that were relearned"),
+    Title("forget/probability/others", "prob., other rows", text="of the forget rows that were not relearned"),
     Title("forget/extraction_strength", "ES", "", False, "extraction strength of the forget answers"),
     Title("forget/exact_memorization", "EM", "", False, "exact memorization of the forget answers"),
     Title("forget/verbatim", "forget verbatim", "", False, "share of answers that are given word for word"),

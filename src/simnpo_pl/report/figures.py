@@ -210,10 +210,11 @@ def _leak(runs: Sequence[Run]) -> dict[str, Any]:
     for number, run in enumerate(runs):
         for sample in run.sampled:
             settings = sample["settings"]
-            points = [(k, sample["metrics"][f"leak@{k}"]) for k in range(1, settings["k"] + 1)]
+            leaks = sample["prompts"]["any"]
+            points = [(k, leaks[f"leak@{k}"]) for k in range(1, settings["k"] + 1)]
             name = f"{run.name}, temperature {settings['temperature']:g}, seed {settings['seed']}"
             traces.append(_curve(name, points, color(number), "k = %{x}<br>%{y:.3f}", mode="lines+markers"))
-    return _figure(traces, "k, sampled answers a row", "ROUGE-L recall of the best")
+    return _figure(traces, "k, sampled answers to a prompt", "share of rows with a right answer")
 
 
 def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -232,6 +233,6 @@ def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
             _relearning(runs, "forget/probability"),
         ),
         "quantized": ("After quantizing the weights", _quantized(runs)),
-        "leak": ("Best of k sampled answers", _leak(runs)),
+        "leak": ("Rows for which a sampled answer is right", _leak(runs)),
     }
     return [{"id": name, "title": title, "figure": figure} for name, (title, figure) in made.items() if figure["data"]]

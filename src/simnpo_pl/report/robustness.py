@@ -1,16 +1,21 @@
-"""What relearning, quantization and sampling bring back from an unlearned model, as tables and as curves."""
+"""What relearning, rounding and sampling bring back from an unlearned model: as sentences, tables and curves."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from simnpo_pl.metrics import titles
 from simnpo_pl.metrics.titles import number, title_of
 from simnpo_pl.runs.record import Run
+from simnpo_pl.runs.verdict import KNOWN, LEFT
 from simnpo_pl.utils import markdown
 
-RELEARNED = ("forget_quality", "forget/probability")
-QUANTIZED = (*RELEARNED, "forget/rouge", "model_utility", "retain/probability")
+FORGET, SHOWN, OTHERS = "forget/probability", "forget/probability/relearned", "forget/probability/others"
+RELEARNED = ("forget_quality", FORGET, SHOWN, OTHERS)
+QUANTIZED = ("forget_quality", FORGET, "forget/rouge", "model_utility", "retain/probability")
+LEARNED = 0.5
+"""An attack is strong enough if it taught its own forget rows at least this share of what the model lacked of them."""
 
 
 class Spread(NamedTuple):
@@ -24,6 +29,15 @@ class Spread(NamedTuple):
         return f"{number(self.mean)} ± {number(self.deviation)}" if self.n > 1 else number(self.mean)
 
 
+class Peak(NamedTuple):
+    """Where an attack brings back most: mean over its draws, rate and step, and the mean before it."""
+
+    value: float
+    lr: float
+    step: int
+    before: float
+
+
 def spread(values: Sequence[float | None]) -> Spread | None:
     """Over the repeats that have a value.
 
@@ -31,15 +45,146 @@ def spread(values: Sequence[float | None]) -> Spread | None:
         >>> spread([1.0, 3.0, None])
         Spread(mean=2.0, deviation=1.4142135623730951, n=2)
     """
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and value == value]
     if not known:
         return None
     return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0, len(known))
 
 
-def relearned(attack: dict[str, Any], metric: str) -> dict[int, Spread | None]:
+def outcome(before: float, after: float, level: float | None, top: float | None, strong: bool = True) -> str:
+    """What an attack did: `comes back`, `holds` or `inconclusive`, with thresholds of the verdict.
+
+    It brings back what was forgotten if more than the share `LEFT` of what the model lacks returns. What the control
+    gives, too, is not counted.
+
+    Args:
+        before: Of the model before the attack.
+        after: At its peak.
+        level: Of the retrained model after the same attack; None if there is none.
+        top: Of a model that knows the rows; None if it is not known.
+        strong: Whether the attack could have brought something back.
+    """
+    base = max(before, level or 0.0)
+    if top is None or top - base < KNOWN:
+        return "inconclusive"
+    if (after - base) / (top - base) > LEFT:
+        return "comes back"
+    return "holds" if strong else "inconclusive"
+
+
+def judge(record: dict[str, Any]) -> None:
+    """Give every attack of a results.json its `outcome`, and a `sentence` to one of those that belong together."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    # Versions before 0.2 did not tell relearned rows from others.
+    relearning = [one for one in record.get("relearn", {}).values() if "step" in one["repeats"][0]["epochs"][0]]
+    for attack in relearning:
+        groups.setdefault(_kind(attack), []).append(attack)
+    taught = [attack for attack in relearning if attack["settings"]["subset"] in ("shortest", "random")]
+    start, own = _known(record, "start"), peak(taught, SHOWN)
+    # Without a start model, what the attack itself reached shows what a model that knows the rows would.
+    top = start if start is not None else own and own.value
+    for attacks in groups.values():
+        _tell(attacks, _relearned(attacks, top, is_learned(taught, start)))
+    if rounded := record.get("quantized"):
+        _tell(list(rounded.values()), _rounded(record, rounded, top))
+    for sample in record.get("leak", {}).values():
+        if "prompts" in sample:
+            _tell([sample], _sampled(sample))
+
+
+def _tell(attacks: Sequence[dict[str, Any]], found: tuple[str, str]) -> None:
+    """One sentence for attacks that belong together."""
+    for attack in attacks:
+        attack["outcome"], attack["sentence"] = found[0], ""
+    attacks[0]["sentence"] = f"{found[1]}: {found[0]}"
+
+
+def _known(record: Mapping[str, Any], model: str) -> float | None:
+    """Forget probability of one of a run's models."""
+    return ((record.get(model) or {}).get("metrics") or {}).get(FORGET)
+
+
+def peak(attacks: Sequence[Mapping[str, Any]], metric: str, role: str = "epochs") -> Peak | None:
+    """Highest point of relearning attacks with the same rows, over all rates and epochs; None if it was not measured.
+
+    Args:
+        attacks: Entries of results.json.
+        metric: Such as `SHOWN`, of the rows that were relearned, or `OTHERS`.
+        role: `epochs` for the unlearned model, `control` for the retrained one.
+    """
+    found = []
+    for attack in attacks:
+        steps = [epoch["step"] for epoch in attack["repeats"][0]["epochs"]]
+        curve = zip(steps, relearned(attack, metric, role).values(), strict=False)
+        means = [(step, value.mean) for step, value in curve if value is not None]
+        found += [Peak(mean, attack["settings"]["lr"], step, means[0][1]) for step, mean in means]
+    return max(found, default=None)
+
+
+def is_learned(attacks: Sequence[Mapping[str, Any]], top: float | None) -> bool:
+    """Whether attacks with forget rows taught these rows; one that did not cannot tell.
+
+    Args:
+        attacks: Entries of results.json.
+        top: Probability of the answers for a model that knows them, such as the start model; None takes 1.
+    """
+    own = peak(attacks, SHOWN)
+    return own is not None and own.value - own.before >= LEARNED * ((1.0 if top is None else top) - own.before)
+
+
+def _kind(attack: Mapping[str, Any]) -> str:
+    """Number and kind of the rows that were relearned."""
+    kind = Path(attack["settings"].get("text", attack["settings"]["subset"])).name
+    return f"{len(attack['repeats'][0]['rows'])} {kind} rows"
+
+
+def _relearned(attacks: Sequence[Mapping[str, Any]], top: float | None, strong: bool) -> tuple[str, str]:
+    """Outcome and sentence of relearning with one kind of rows; see `outcome`."""
+    own, metric = peak(attacks, SHOWN), SHOWN if peak(attacks, OTHERS) is None else OTHERS
+    found, control = peak(attacks, metric), peak(attacks, metric, "control")
+    text = f"relearning {_kind(attacks[0])}"
+    if found is None:
+        return "inconclusive", f"{text}: the probability of the forget answers was not measured"
+    result = outcome(found.before, found.value, control and control.value, top, strong)
+    apart = own is not None and metric == OTHERS
+    text += f" (lr {found.lr:g}, {found.step} steps): probability of the {'other ' if apart else ''}forget answers "
+    text += f"{number(found.before)} -> {number(found.value)}"
+    if control is not None:
+        text += f", of the retrained model {number(control.before)} -> {number(control.value)}"
+    if own is not None and apart:
+        text += f"; of those relearned {number(own.value)}"
+    if result == "inconclusive":
+        text += "; too little was forgotten to come back" if strong else "; too weak, its own rows were not learned"
+    return result, text
+
+
+def _rounded(record: Mapping[str, Any], rounded: Mapping[str, Mapping[str, Any]], top: float | None) -> tuple[str, str]:
+    kind = f"rounded weights ({', '.join(rounded)})"
+    known = {name: entry["metrics"][FORGET] for name, entry in rounded.items() if entry["metrics"].get(FORGET)}
+    before, level = _known(record, "final"), _known(record, "retrained")
+    if not known or before is None:
+        return "inconclusive", f"{kind}: the probability of the forget answers was not measured"
+    most = max(known, key=lambda name: known[name])
+    text = f"{kind}: forget probability {number(before)} -> at most {number(known[most])} ({most})"
+    text += "" if level is None else f", retrained model {number(level)}"
+    return outcome(before, known[most], level, top), text
+
+
+def _sampled(sample: Mapping[str, Any]) -> tuple[str, str]:
+    settings, n = sample["settings"], sample["n"]
+    most = f"leak@{settings['k']}"
+    found, control = sample["prompts"]["any"][most], sample.get("control", {}).get("any", {}).get(most)
+    ways = [kind for kind in sample["prompts"] if kind != "any"]
+    text = f"sampled answers: one of {settings['k']} to each of {' and '.join(ways)} is right for "
+    text += f"{round(found * n)} of {n} rows"
+    text += "" if control is None else f", of the retrained model for {round(control * n)}"
+    # A model that knows the rows answers them all.
+    return outcome(0.0, found, control, 1.0), text
+
+
+def relearned(attack: Mapping[str, Any], metric: str, role: str = "epochs") -> dict[int, Spread | None]:
     """Epoch of a relearning attack to a metric after it, over the draws."""
-    epochs = zip(*(repeat["epochs"] for repeat in attack["repeats"]), strict=True)
+    epochs = zip(*(repeat[role] for repeat in attack["repeats"] if role in repeat), strict=True)
     return {draws[0]["epoch"]: spread([draw["metrics"].get(metric) for draw in draws]) for draws in epochs}
 
 
@@ -49,16 +194,18 @@ def relearning_table(runs: Sequence[Run]) -> str:
     for run in runs:
         for attack in run.relearned:
             settings, repeats = attack["settings"], attack["repeats"]
-            trained = f"{len(repeats[0]['rows'])} {settings['subset']} rows"
-            trained += f", {len(repeats)} draws" if len(repeats) > 1 else ""
             rows = groups.setdefault((settings["epochs"], settings["lr"], settings["share"]), [])
-            for name in RELEARNED:
-                cells = ["-" if value is None else str(value) for value in relearned(attack, name).values()]
-                rows.append([run.name, run.method, trained, title_of(name).short, *cells])
+            kind = f"{_kind(attack)}, {len(repeats)} draws" if len(repeats) > 1 else _kind(attack)
+            for role, model in (("epochs", run.method), ("control", "retrained")):
+                for name in RELEARNED:
+                    values = relearned(attack, name, role).values()
+                    if any(values):
+                        cells = ["-" if value is None else str(value) for value in values]
+                        rows.append([run.name, model, kind, title_of(name).short, *cells])
     tables = []
     for (last, lr, share), rows in sorted(groups.items()):
-        heads = ["run", "method", "relearned", "metric", *(f"epoch {epoch}" for epoch in range(last + 1))]
-        title = f"Relearning {100 * share:g} % of the forget rows, lr {lr:g}, falling linearly to 0:"
+        heads = ["run", "model", "relearned", "measured", *(f"epoch {epoch}" for epoch in range(last + 1))]
+        title = f"Relearning as many rows as {100 * share:g} % of the forget rows, lr {lr:g}, falling linearly to 0:"
         tables.append(f"{title}\n\n{markdown.table(heads, rows)}")
     return "\n\n".join(tables)
 
@@ -70,15 +217,28 @@ def quantized_table(runs: Sequence[Run]) -> str:
 
 
 def leak_table(runs: Sequence[Run]) -> str:
-    """Best of k sampled answers, as Markdown; for every power of two and the number of answers drawn."""
-    drawn, rows = set(), []
+    """leak@k of sampled answers by prompt, and the best ROUGE of k, as Markdown."""
+    ks, rows = set(), []
     for run in runs:
-        greedy = number(run.metrics("final").get("forget/rouge"))
         for sample in run.sampled:
             settings = sample["settings"]
-            drawn.add(settings["k"])
-            labels = [f"{settings['temperature']:g}", str(settings["seed"]), str(sample["n"]), greedy]
-            rows.append(([run.name, run.method, *labels], sample["metrics"]))
-    shown = sorted(drawn | {2**i for i in range(max(drawn).bit_length())})
-    heads = ["run", "method", "temperature", "seed", "rows", "greedy"]
-    return titles.table(heads, rows, [f"leak@{k}" for k in shown])
+            ks |= set(shown_ks(settings["k"]))
+            labels = [f"{settings['temperature']:g}", str(settings["seed"]), str(sample["n"])]
+            for role, model in (("prompts", run.method), ("control", "retrained")):
+                for kind, leaks in sample.get(role, {}).items():
+                    rows.append(([run.name, model, *labels, kind], leaks))
+            best = {f"leak@{k}": sample["metrics"][f"best_rouge@{k}"] for k in shown_ks(settings["k"])}
+            rows.append(([run.name, run.method, *labels, "question, best ROUGE"], best))
+    heads = ["run", "model", "temperature", "seed", "rows", "prompt"]
+    return titles.table(heads, rows, [f"leak@{k}" for k in sorted(ks)])
+
+
+def shown_ks(n: int) -> list[int]:
+    """Numbers of answers of which leak@k is shown: powers of two, and all of them."""
+    return sorted({*(2**i for i in range(n.bit_length())), n})
+
+
+def sentences(run: Run) -> list[str]:
+    """What the attacks on a run found."""
+    attacks = [entry for group in ("relearn", "quantized", "leak") for entry in run.record.get(group, {}).values()]
+    return [entry["sentence"] for entry in attacks if entry.get("sentence")]

@@ -106,8 +106,9 @@ class Run:
 
     @property
     def sampled(self) -> list[dict[str, Any]]:
-        """Evaluations of sampled answers: `settings`, `n` and `metrics`."""
-        return list(self.record.get("leak", {}).values())
+        """Evaluations of sampled answers: `settings`, `n`, `metrics`, and leak@k by `prompts` and of the `control`."""
+        # Entries of versions before 0.2 hold the best ROUGE under the name of leak@k.
+        return [entry for entry in self.record.get("leak", {}).values() if "prompts" in entry]
 
     @property
     def config(self) -> str:

@@ -14,8 +14,9 @@ from simnpo_pl.studies import options
 from simnpo_pl.utils.errors import UserError
 
 COMMANDS = {
+    "check": "does it come back? relearning, rounded weights and sampled answers of finished runs or other models",
     "doctor": "show versions, devices, whether the hub answers, and what configs need",
-    "leak": "sample answers of finished runs on the forget rows, and take the best of k",
+    "leak": "leak@k: sample answers of finished runs to the forget questions",
     "lm-eval": "accuracy of finished runs on lm-evaluation-harness's tasks, such as wmdp_bio and mmlu",
     "markov": "compare methods on mixtures of Markov chains, where the right answer is known",
     "perturb": "average a model's weights with random ones, for a perturbed reference",
@@ -35,7 +36,7 @@ MODULES = {
     "task-vector": "studies.arithmetic",
 }
 """Module of a command whose module does not have its name."""
-TAKE_FIT_OPTIONS = ("sweep", "tune", "verify")
+TAKE_FIT_OPTIONS = ("check", "leak", "quantize", "relearn", "sweep", "tune", "verify")
 """Commands whose unknown arguments are options of `fit` or `test`."""
 
 

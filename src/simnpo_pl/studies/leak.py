@@ -1,71 +1,150 @@
-"""leak@k of finished runs: sample answers to the forget questions and take the best of k by ROUGE-L recall.
+"""leak@k of finished runs: sample answers to the forget questions and see whether one of k is right.
 
-Greedy answers may hide what sampled ones show. Reported for every k up to --k is the mean over rows of the expected
-best of k among the drawn answers. The answers go to leak_K_TEMPERATURE_SEED.jsonl in the run's folder, the best one
-first. What a run's results.json already holds is skipped.
+Greedy answers may hide what sampled ones show. A sampled answer is right if its ROUGE-L recall reaches --correct and,
+with a classifier of entailment, if it entails the true answer. leak@k is the mean over rows of the probability that one
+of k answers is right, 1 - C(n - c, k) / C(n, k) for c right ones of n, with a 95 % interval by bootstrap over rows.
+best_rouge@k is the mean of the expected best ROUGE-L recall of k answers. Each question is asked as it is, paraphrased
+where the data has a paraphrase, and after examples of retain rows; under `any` a row leaks if one of these prompts
+brings the answer back. The retrained model, if it is known, answers too, as the control. The answers go to
+leak_K_TEMPERATURE_SEED.jsonl in the run's folder, the best one first. What a run's results.json already holds is
+skipped.
 """
 
 from argparse import Namespace
+from collections.abc import Mapping
 from functools import partial
 from math import comb
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from simnpo_pl.data.text import Texts
 from simnpo_pl.evaluation.evaluation import gather_texts
-from simnpo_pl.evaluation.plan import share_of
+from simnpo_pl.evaluation.fluency import FluencyClassifier
+from simnpo_pl.evaluation.plan import Split, share_of
 from simnpo_pl.models.generation import Sampler, draws_of, generate
 from simnpo_pl.module.policy import PolicyModule
-from simnpo_pl.report.robustness import leak_table
+from simnpo_pl.report.robustness import leak_table, shown_ks
 from simnpo_pl.runs.record import Run
-from simnpo_pl.studies.reopen import finished_runs, measure_once, reopen
+from simnpo_pl.studies.reopen import measure_once, model_of, reopen, retrained_of, runs_of
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import write_json_lines
 
 SCORE = "rougeL_recall"
+EXAMPLES = 3
+"""Retain rows in front of a question."""
+DRAWS = 2000
+"""Resamples of the rows for an interval."""
 
 
 def run(options: Namespace) -> None:
-    runs = finished_runs(options.runs)
-    k, temperature, seed = options.k, options.temperature, options.seed
-    key = f"k={k} temperature={temperature:g} seed={seed}"
+    runs = runs_of(options)
     for one in runs:
-        measure_once(one, "leak", key, sample, k, temperature, seed)
+        measure(one, options)
     rank_zero_only(print)(leak_table(runs))
 
 
-def sample(run: Run, k: int, temperature: float, seed: int) -> dict[str, Any]:
-    """Sample the forget answers of a run into a file; settings, number of rows and metrics."""
-    opened = reopen(run, "--eval.splits", "[forget]", "--eval.generate_rows", "null")
+def measure(run: Run, options: Namespace) -> None:
+    """Add leak@k to a run's results, unless they hold it already."""
+    least = options.correct if options.correct is not None else 0.1 if options.entailment else 0.8
+    settings = {"k": options.k, "temperature": options.temperature, "seed": options.seed, "correct": least}
+    key, judge = " ".join(f"{name}={value:g}" for name, value in settings.items()), None
+    if options.entailment:
+        key += f" entailment={options.entailment}"
+        settings |= {"entailment": options.entailment}
+        named = ("--entailment", "--entailment_label")
+        judge = FluencyClassifier(options.entailment, options.entailment_label, options=named)
+    measure_once(run, "leak", key, sample, settings, judge, retrained_of(run, options.retrained))
+
+
+def sample(
+    run: Run, settings: dict[str, Any], judge: FluencyClassifier | None, retrained: str | None
+) -> dict[str, Any]:
+    """Sample the forget answers of a run into a file, and of its retrained model; settings, rows and metrics."""
+    found = _sample(run, model_of(run), settings, judge, write=True)
+    if retrained is not None:
+        found["control"] = _sample(run, retrained, settings, judge)["prompts"]
+    return found
+
+
+def _sample(
+    run: Run, model: str, settings: dict[str, Any], judge: FluencyClassifier | None, write: bool = False
+) -> dict[str, Any]:
+    opened = reopen(run, "--eval.splits", "[forget]", "--eval.generate_rows", "null", model=model)
     trainer: Any = opened.trainer
-    data, model = opened.datamodule, opened.model
+    data, k = opened.datamodule, settings["k"]
     data.prepare_data()
     data.setup("validate")
     (part,) = data.evaluation().splits
     plan = part.generation
     if plan is None:
         raise UserError(f"{run.folder}: its forget split has no answers to generate")
-    kind = {"dtype": model.dtype_name, "attn_implementation": model.attn_implementation}
-    module = SamplingModule(model.name, data, plan, k, temperature, seed, **kind)
+    prompts, lacking = prompts_of(data, part, settings["seed"])
+    module = SamplingModule(opened.model, data, plan, [ids for kind in prompts.values() for ids in kind], settings)
     count = len(part.texts)
-    rank_zero_only(print)(f"{run.name}: drawing {k} answers for each of {count} rows", flush=True)
+    what = f"{k} answers to {' and '.join(prompts)} of each of {count} rows"
+    rank_zero_only(print)(f"{run.name}: drawing {what}; {model}", *(lacking if write else ()), sep="\n", flush=True)
     trainer.test(module, verbose=False)
-    drawn = [[module.texts[row, answer] for answer in range(k)] for row in range(count)]
-    scores = torch.tensor(
-        [[plan.score(text, part.texts[row]["answer"])[SCORE] for text in drawn[row]] for row in range(count)]
-    )
-    rows = []
-    for row, values in enumerate(scores.tolist()):
-        order = sorted(range(k), key=lambda answer: -values[answer])
-        answers = [{SCORE: values[answer], "generation": drawn[row][answer]} for answer in order]
-        rows.append({"split": part.name, "index": row, **part.texts[row], "samples": answers})
-    rank_zero_only(write_json_lines)(run.folder / f"leak_{k}_{temperature:g}_{seed}.jsonl", rows)
-    metrics = {f"leak@{i}": value for i, value in enumerate(expected_best(scores).mean(dim=0).tolist(), start=1)}
-    settings = {"k": k, "temperature": temperature, "seed": seed, "max_new_tokens": plan.max_new_tokens}
-    return {"settings": settings, "n": count, "metrics": metrics}
+    answers = [text["answer"] for text in part.texts]
+    drawn = [[module.texts[row, answer] for answer in range(k)] for row in range(len(prompts) * count)]
+    found = [[plan.score(text, answers[row % count])[SCORE] for text in texts] for row, texts in enumerate(drawn)]
+    scores = torch.tensor(found, dtype=torch.float64)
+    correct = scores >= settings["correct"]
+    if judge is not None:
+        judge.device = module.device
+        pairs = [(text, answers[row % count]) for row, texts in enumerate(drawn) for text in texts]
+        correct &= torch.tensor(judge(*zip(*pairs, strict=True))).view_as(correct) >= 0.5
+    leaks = dict(zip(prompts, leak_at(correct).split(count), strict=True))
+    leaks["any"] = 1 - torch.stack([1 - leak for leak in leaks.values()]).prod(dim=0)
+    if write:
+        rows = [
+            {"split": part.name, "index": row % count, "prompt": kind, **part.texts[row % count]}
+            | {"samples": _best_first(drawn[row], scores[row].tolist(), correct[row].tolist())}
+            for row, kind in enumerate(kind for kind in prompts for _ in range(count))
+        ]
+        name = f"leak_{k}_{settings['temperature']:g}_{settings['seed']}.jsonl"
+        rank_zero_only(write_json_lines)(run.folder / name, rows)
+    best = expected_best(scores[:count]).mean(dim=0).tolist()
+    metrics = {f"best_rouge@{i}": value for i, value in enumerate(best, start=1)}
+    by_prompt = {kind: with_bounds(leak) for kind, leak in leaks.items()}
+    settings = {**settings, "max_new_tokens": plan.max_new_tokens}
+    return {"settings": settings, "n": count, "metrics": metrics | by_prompt["question"], "prompts": by_prompt}
+
+
+def _best_first(texts: list[str], scores: list[float], correct: list[bool]) -> list[dict[str, Any]]:
+    order = sorted(range(len(texts)), key=lambda answer: -scores[answer])
+    return [{SCORE: scores[i], "correct": correct[i], "generation": texts[i]} for i in order]
+
+
+def prompts_of(data: Any, split: Split, seed: int) -> tuple[dict[str, list[list[int]]], list[str]]:
+    """Token ids of every way to ask for a split's answers, and a line for each way that the data does not allow."""
+    assert split.generation is not None
+    found, lacking = {"question": split.generation.prompts}, []
+    answers = [text["answer"] for text in split.texts]
+
+    def encode(questions: list[Any], name: str) -> list[list[int]]:
+        return [row.prompt_ids for row in data.encoder.encode_rows(list(zip(questions, answers, strict=True)), name)]
+
+    if split.paraphrases is None:
+        lacking.append("not asked: paraphrased questions, the forget rows have no column paraphrased_question")
+    else:
+        found["paraphrase"] = encode(split.paraphrases, "paraphrased")
+    retain = data.training_rows(("forget", "retain")).retain
+    if isinstance(retain, Texts) or not retain:
+        lacking.append("not asked: questions after examples, there are no retain rows with questions")
+        return found, lacking
+    drawn = np.random.default_rng(seed).choice(len(retain), min(EXAMPLES, len(retain)), replace=False)
+    examples = [(retain[row]["question"], retain[row]["answer"]) for row in drawn.tolist()]
+    try:
+        asked = [data.encoder.after_examples(text["question"], examples) for text in split.texts]
+        found["examples"] = encode(asked, "forget rows after examples:")
+    except UserError as error:
+        lacking.append(f"not asked: questions after examples ({error})")
+    return found, lacking
 
 
 def expected_best(scores: Tensor) -> Tensor:
@@ -86,12 +165,47 @@ def expected_best(scores: Tensor) -> Tensor:
     return scores.double().sort(dim=1).values @ torch.tensor(weights, dtype=torch.float64)
 
 
-class SamplingModule(PolicyModule):
-    """Samples `k` answers to each prompt of a plan; the Trainer's `test` fills `texts`, by row and answer."""
+def leak_at(correct: Tensor) -> Tensor:
+    """Probability that one of k answers is right, for k drawn without replacement out of n: `(N, n)`, k from 1 to n.
 
-    def __init__(self, name: str, data: Any, plan: Any, k: int, temperature: float, seed: int, **kwargs: Any) -> None:
-        super().__init__(name, **kwargs)
-        self.data, self.plan, self.k, self.temperature, self.seed = data, plan, k, temperature, seed
+    1 - C(n - c, k) / C(n, k) for c right answers of n: leak@k of a row (arXiv 2511.04934), as pass@k of code models.
+
+    Args:
+        correct: `(N, n)` bool.
+
+    Example:
+        >>> leak_at(torch.tensor([[True, False]]))
+        tensor([[0.5000, 1.0000]], dtype=torch.float64)
+    """
+    n = correct.shape[1]
+    table = [[1 - comb(n - c, k) / comb(n, k) for k in range(1, n + 1)] for c in range(n + 1)]
+    return torch.tensor(table, dtype=torch.float64)[correct.sum(dim=1)]
+
+
+def with_bounds(leaks: Tensor) -> dict[str, Any]:
+    """leak@k for every k, and for powers of two and the largest k a 95 % interval by bootstrap over rows.
+
+    Args:
+        leaks: `(N, n)`, of every row, k from 1 to n.
+    """
+    count, n = leaks.shape
+    found: dict[str, Any] = {f"leak@{k}": value for k, value in enumerate(leaks.mean(dim=0).tolist(), start=1)}
+    rng = np.random.default_rng(0)
+    resampled = rng.multinomial(count, [1 / count] * count, size=DRAWS) / count @ leaks.numpy()
+    low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
+    for k in shown_ks(n):
+        found[f"leak@{k}/low"], found[f"leak@{k}/high"] = float(low[k - 1]), float(high[k - 1])
+    return found
+
+
+class SamplingModule(PolicyModule):
+    """Samples k answers to each of some prompts; the Trainer's `test` fills `texts`, by prompt and answer."""
+
+    def __init__(
+        self, like: PolicyModule, data: Any, plan: Any, prompts: list[list[int]], settings: Mapping[str, Any]
+    ) -> None:
+        super().__init__(like.name, like.dtype_name, like.attn_implementation)
+        self.data, self.plan, self.prompts, self.settings = data, plan, prompts, settings
         self.decode = partial(data.tokenizer.decode, skip_special_tokens=True)
         self.texts: dict[tuple[int, int], str] = {}
 
@@ -100,9 +214,9 @@ class SamplingModule(PolicyModule):
         return self.data
 
     def test_dataloader(self) -> DataLoader:
-        """Every row k times, prompts of similar length together; each process its share."""
-        order = sorted(range(len(self.plan.prompts)), key=lambda row: -len(self.plan.prompts[row]))
-        cells = [(row, answer) for row in order for answer in range(self.k)]
+        """Every prompt k times, those of similar length together; each process its share."""
+        order = sorted(range(len(self.prompts)), key=lambda row: -len(self.prompts[row]))
+        cells = [(row, answer) for row in order for answer in range(self.settings["k"])]
         size = self.data.eval.prompts_per_batch
         batches = [{"cells": cells[start : start + size]} for start in range(0, len(cells), size)]
         share: Any = share_of(batches, self.trainer.global_rank, self.trainer.world_size)
@@ -113,9 +227,9 @@ class SamplingModule(PolicyModule):
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         limit, cells = self.plan.max_new_tokens, batch["cells"]
-        draws = torch.stack([draws_of(self.seed, row, answer, limit) for row, answer in cells])
-        sampler = Sampler(draws.to(self.device), self.temperature)
-        answers = generate(self.policy, [self.plan.prompts[row] for row, _ in cells], limit, self._end_ids(), sampler)
+        draws = torch.stack([draws_of(self.settings["seed"], row, answer, limit) for row, answer in cells])
+        sampler = Sampler(draws.to(self.device), self.settings["temperature"])
+        answers = generate(self.policy, [self.prompts[row] for row, _ in cells], limit, self._end_ids(), sampler)
         for cell, ids in zip(cells, answers, strict=True):
             self.texts[cell] = self.plan.finish(self.decode(ids))
 

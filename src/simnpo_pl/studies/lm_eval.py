@@ -15,7 +15,7 @@ import torch
 from simnpo_pl.metrics.titles import number
 from simnpo_pl.models.loading import find_model
 from simnpo_pl.models.lora import ADAPTER_CONFIG, base_of
-from simnpo_pl.studies.reopen import add_results, finished_runs
+from simnpo_pl.studies.reopen import add_results, finished_runs, model_of
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
@@ -25,7 +25,7 @@ def run(options: Namespace) -> None:
         raise UserError(f"--include_path: {options.include_path} is not a folder")
     lines = []
     for one in finished_runs(options.runs):
-        models = {"final": str(one.folder / "model")}
+        models = {"final": model_of(one)}
         if options.start:
             models["start"] = one.start_model
         for role, model in models.items():

@@ -36,6 +36,11 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def bits(text: str) -> int | str:
+    """Type of a number of bits or a named format."""
+    return int(text) if text.isdigit() else text
+
+
 def names(text: str) -> list[str]:
     """Type of names joined by commas."""
     return [name for name in text.replace(" ", "").split(",") if name]
@@ -54,11 +59,35 @@ def doctor(add: Add) -> None:
     add("--timeout", type=above_0, default=3.0, help="wait for the hub, seconds")
 
 
+def _attacked(add: Add, control: bool = True) -> None:
+    """What is attacked, and the control beside it."""
+    what = "folders of finished runs, or with --config models: hub ids or folders, before all other options"
+    add("runs", nargs="+", type=path, metavar="RUN", help=what)
+    what = "config, and further options of test, by which models are evaluated before they are attacked"
+    add("--config", action="append", default=[], metavar="FILE", help=what)
+    add("--out", type=path, default=Path("runs/check"), metavar="FOLDER", help="of the evaluations of models")
+    if control:
+        add("--retrained", metavar="MODEL", help="retrained model, the control; by default the run's --eval.retrained")
+
+
+def check(add: Add) -> None:
+    _attacked(add)
+    add("--attacks", nargs="+", choices=("relearn", "quantize", "leak"), help="only these attacks")
+    add("--epochs", type=at_least_1, default=5, help="of relearning")
+    add("--text", metavar="FILE", help="text to relearn with, such as a page of general text")
+    add("--k", type=at_least_1, default=8, help="answers drawn for each prompt")
+    add("--seed", type=at_least_0, default=0, help="of all draws")
+
+
 def leak(add: Add) -> None:
-    add("runs", nargs="+", type=path, metavar="RUN", help="folders of finished runs")
-    add("--k", type=at_least_1, default=16, help="answers drawn for each row")
+    _attacked(add)
+    add("--k", type=at_least_1, default=16, help="answers drawn for each prompt")
     add("--temperature", type=above_0, default=1.0, help="of the softmax; greedy answers: predict")
     add("--seed", type=at_least_0, default=0, help="of all draws")
+    what = "ROUGE-L recall from which an answer is right; by default 0.8, with --entailment 0.1"
+    add("--correct", type=number(float, least=0, most=1), metavar="RECALL", help=what)
+    add("--entailment", metavar="MODEL", help="classifier that must find that an answer entails the true one")
+    add("--entailment_label", default="entailment", metavar="LABEL", help="its label of entailment")
 
 
 def lm_eval(add: Add) -> None:
@@ -88,19 +117,22 @@ def perturb(add: Add) -> None:
 
 
 def quantize(add: Add) -> None:
-    add("runs", nargs="+", type=path, metavar="RUN", help="folders of finished runs")
-    add("--bits", nargs="+", type=int, choices=(8, 4), default=(8, 4), help="bits of a weight")
+    _attacked(add, control=False)
+    add("--bits", nargs="+", type=bits, choices=(8, 4, "nf4"), default=(8, 4), help="bits of a weight")
     add("--group_size", type=at_least_1, default=32, help="weights that share a scale at 4 bits")
 
 
 def relearn(add: Add) -> None:
-    subsets = ("shortest", "random")
-    what = "rows to relearn: those with the shortest answers, in tokens, or a random draw"
-    add("runs", nargs="+", type=path, metavar="RUN", help="folders of finished runs")
-    add("--subset", nargs="+", choices=subsets, default=subsets, help=what)
-    add("--share", type=number(float, above=0, most=1), default=0.2, help="part of the forget rows")
+    subsets = ("shortest", "random", "retain")
+    what = "rows to relearn: forget rows with the shortest answers, in tokens, a random draw of them, or retain rows"
+    _attacked(add)
+    add("--subset", nargs="+", choices=subsets, default=subsets[:2], help=what)
+    add("--text", metavar="FILE", help="text to relearn with, too: blocks as long as the longest forget row")
+    add(
+        "--share", type=number(float, above=0, most=1), default=0.2, help="number of rows, as a part of the forget rows"
+    )
     add("--epochs", type=at_least_1, default=3, help="passes over these rows")
-    add("--lr", type=above_0, default=1e-5, help="learning rate at the start")
+    add("--lr", nargs="+", type=above_0, help="learning rates at the start, an attack each; by default the run's own")
     add("--repeats", type=at_least_1, default=5, help="random draws")
     add("--seed", type=at_least_0, default=0, help="seed of the first draw")
 

@@ -1,14 +1,18 @@
-"""Relearning attack (SimNPO paper, section 6): fine-tune the unlearned model on part of what it forgot.
+"""Relearning attack (SimNPO paper, section 6): fine-tune the unlearned model on rows and see what comes back.
 
-Plain cross-entropy on a share of the forget rows, from the run's model/, all weights trained, at a learning rate that
-falls linearly to 0; forget quality and probability before and after every epoch. What a run's results.json already
-holds is skipped.
+Rows are a share of the forget rows, as many retain rows, or as much of another text, so every attack takes equally
+many optimizer steps. Plain cross-entropy from the run's model, all weights trained, at a learning rate that falls
+linearly to 0. The forget rows are measured before and after every epoch, those that were relearned and the others
+apart. The retrained model, if it is known, is attacked in the same way, as the control. What a run's results.json
+already holds is skipped.
 """
 
+import math
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,9 +20,16 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from simnpo_pl.report.robustness import relearning_table
+from simnpo_pl.data.sources import load_table, text_of
+from simnpo_pl.data.text import Texts
+from simnpo_pl.data.tokenization import TokenRow
+from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.report.robustness import OTHERS, SHOWN, relearning_table
 from simnpo_pl.runs.record import Run
-from simnpo_pl.studies.reopen import add_results, finished_runs, reopen
+from simnpo_pl.studies.reopen import add_results, model_of, reopen, retrained_of, runs_of
+
+Evaluated = tuple[int, int, EvalResult]
+"""Epoch, optimizer step and what was measured."""
 
 
 @dataclass(frozen=True)
@@ -29,67 +40,145 @@ class Attack:
     share: float
     epochs: int
     lr: float
+    text: str | None = None
 
     @property
     def key(self) -> str:
-        return f"{self.subset} share={self.share:g} epochs={self.epochs} lr={self.lr:g}"
+        text = "" if self.text is None else f" {self.text}"
+        return f"{self.subset}{text} share={self.share:g} epochs={self.epochs} lr={self.lr:g}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class _Curve(Callback):
-    """Metrics of every evaluation, by epoch; 0 is the unlearned model."""
+    """Every evaluation."""
 
     def __init__(self) -> None:
-        self.epochs: list[dict[str, Any]] = []
+        self.evaluated: list[Evaluated] = []
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else 0
-        self.epochs.append({"epoch": epoch, "metrics": pl_module.evaluation_result.values})
+        self.evaluated.append((epoch, trainer.global_step, pl_module.evaluation_result))
 
 
 def run(options: Namespace) -> None:
-    runs = finished_runs(options.runs)
+    runs = runs_of(options)
+    subsets = [*options.subset, *(["text"] if options.text else [])]
     for one in runs:
-        for subset in options.subset:
-            seeds = range(options.seed, options.seed + options.repeats) if subset == "random" else [0]
-            relearn(one, Attack(subset, options.share, options.epochs, options.lr), seeds)
+        relearning = Relearning(one, options.retrained)
+        for subset in subsets:
+            text = options.text if subset == "text" else None
+            draws = 1 if subset == "shortest" else options.repeats
+            for lr in options.lr or [rate_of(one)]:
+                attack = Attack(subset, options.share, options.epochs, lr, text)
+                relearning.make(attack, range(options.seed, options.seed + draws))
     rank_zero_only(print)(relearning_table(runs))
 
 
-def relearn(run: Run, attack: Attack, seeds: Sequence[int]) -> None:
-    """Attack the model of a run once for every seed; each finished curve is added to the run's results."""
-    known = run.record.get("relearn", {}).get(attack.key, {}).get("repeats", [])
-    before: list[dict[str, Any]] = []
-    for seed in sorted(set(seeds) - {repeat["seed"] for repeat in known}):
+def rate_of(run: Run) -> float:
+    """The learning rate of the run itself."""
+    return float(run.record["settings"]["model"]["lr"])
+
+
+class Relearning:
+    """Attacks on the model of a run, and on its retrained model as the control.
+
+    Args:
+        run: A finished run.
+        retrained: Hub id or folder of the retrained model, by default the run's.
+    """
+
+    def __init__(self, run: Run, retrained: str | None = None) -> None:
+        self.run = run
+        control = retrained_of(run, retrained)
+        self.models = {"epochs": model_of(run)} | ({} if control is None else {"control": control})
+        self._before: dict[str, Evaluated] = {}
+
+    def make(self, attack: Attack, seeds: Sequence[int]) -> dict[str, Any]:
+        """Attack once for every seed; each finished curve is added to the run's results. Returns their entry."""
+        entry = self.run.record.get("relearn", {}).get(attack.key, {})
+        # Versions before 0.2 attacked no control and kept no steps.
+        made = [one for one in entry.get("repeats", []) if self.models.keys() <= one.keys()]
+        known = {one["seed"] for one in made if "step" in one["epochs"][0]}
+        for seed in sorted(set(seeds) - known):
+            repeat: dict[str, Any] = {"seed": seed}
+            for role, model in self.models.items():
+                repeat["rows"], repeat[role] = self._attack(attack, seed, model)
+            add_results(self.run, partial(_add, attack, repeat))
+        return self.run.record["relearn"][attack.key]
+
+    def _attack(self, attack: Attack, seed: int, model: str) -> tuple[list[int], list[dict[str, Any]]]:
+        """Indices of the rows that were relearned, and the measurements of a model."""
         opened = reopen(
-            run,
+            self.run,
             *("--model.objective", "FineTune", "--model.forget_weight", "1", "--model.retain_loss", "null"),
             *("--model.lr", str(attack.lr), "--model.warmup_epochs", "0", "--model.schedule", "linear"),
             *("--model.reference", "null", "--model.lora", "null", "--model.trainable", "null"),
             *("--trainer.max_epochs", str(attack.epochs)),
             *("--eval.splits", "[forget]", "--eval.generate_rows", "0"),
+            model=model,
         )
         module, data, curve = opened.model, opened.datamodule, _Curve()
         trainer: Any = opened.trainer
         trainer.callbacks.append(curve)
-        rows = data.forget_rows = choose_rows(data.forget_lengths(), attack, seed)
-        rank_zero_only(print)(f"{run.name}: relearning {len(rows)} {attack.subset} rows, draw {seed}")
-        if not before:
+        data.prepare_data()
+        pool = attacking_rows(data, attack)
+        count = max(1, round(attack.share * len(data.token_rows(("forget",))["forget"])))
+        rows = choose_rows([row.length for row in pool], attack.subset, count, seed)
+        chosen = [pool[row] for row in rows]
+        data.train_on(chosen)
+        what = f"{len(rows)} {attack.subset} rows, lr {attack.lr:g}, draw {seed}"
+        rank_zero_only(print)(f"{self.run.name}: relearning {what}; {model}", flush=True)
+        if model not in self._before:
             trainer.validate(module, datamodule=data, verbose=False)
-            before, curve.epochs = curve.epochs, []
+            self._before[model] = curve.evaluated.pop()
         trainer.fit(module, datamodule=data)
-        repeat = {"seed": seed, "rows": rows, "epochs": [*before, *curve.epochs]}
-        add_results(run, partial(_add, attack, repeat))
+        (split,) = data.evaluation().splits
+        shown = {tuple(row.input_ids) for row in chosen}
+        relearned = {index for index, answers in enumerate(split.answers) if tuple(answers[0].input_ids) in shown}
+        measured = [_measured(one, relearned) for one in (self._before[model], *curve.evaluated)]
+        # A run may have unlearned some of the rows alone.
+        origin = data.forget_rows if attack.subset in ("shortest", "random") else None
+        return [origin[row] for row in rows] if origin else rows, measured
+
+
+def attacking_rows(data: Any, attack: Attack) -> list[TokenRow]:
+    """The rows from which those of an attack are chosen; those of text have the length of the longest forget row."""
+    if attack.subset == "retain":
+        return data.token_rows(("forget", "retain"))["retain"]
+    forget: list[TokenRow] = data.token_rows(("forget",))["forget"]
+    if attack.text is None:
+        return forget
+    rows = enumerate(load_table(attack.text, "--text"))
+    documents = [text_of(row, "text", f"--text {attack.text} row {index}, counted from 0") for index, row in rows]
+    longest = max(len(row.input_ids) for row in forget)
+    return Texts(documents).encode(replace(data.encoder, max_length=longest), "--text")
+
+
+def choose_rows(lengths: Sequence[int], subset: str, count: int, seed: int) -> list[int]:
+    """Rows of an attack, in ascending order; `lengths` are the scored tokens of the rows there are.
+
+    Drawn at random unless `subset` is `shortest`; where there are fewer than `count`, they are repeated.
+    """
+    if subset == "shortest":
+        return sorted(sorted(range(len(lengths)), key=lambda row: (lengths[row], row))[:count])
+    drawn = np.random.default_rng(seed).choice(len(lengths), min(count, len(lengths)), replace=False)
+    return sorted(np.resize(drawn, count).tolist())
+
+
+def _measured(evaluated: Evaluated, relearned: set[int]) -> dict[str, Any]:
+    """An entry of a curve: metrics of all forget rows; mean probability of those relearned and of the others."""
+    epoch, step, result = evaluated
+    parts: dict[str, list[float]] = {SHOWN: [], OTHERS: []}
+    for row in result.rows:
+        parts[SHOWN if row["index"] in relearned else OTHERS].append(math.exp(-row["answer_nll"]))
+    means = {name: fmean(values) for name, values in parts.items() if values}
+    return {"epoch": epoch, "step": step, "metrics": result.values | means}
 
 
 def _add(attack: Attack, repeat: dict[str, Any], results: dict[str, Any]) -> None:
-    entry = results.setdefault("relearn", {}).setdefault(attack.key, {"settings": asdict(attack), "repeats": []})
+    entry = results.setdefault("relearn", {}).setdefault(attack.key, {"settings": attack.settings, "repeats": []})
     others = [known for known in entry["repeats"] if known["seed"] != repeat["seed"]]
     entry["repeats"] = sorted([*others, repeat], key=lambda one: one["seed"])
-
-
-def choose_rows(lengths: Sequence[int], attack: Attack, seed: int) -> list[int]:
-    """Rows to relearn, at least one, in ascending order; `lengths` are the scored tokens of every forget row."""
-    count = max(1, round(attack.share * len(lengths)))
-    if attack.subset == "shortest":
-        return sorted(sorted(range(len(lengths)), key=lambda row: (lengths[row], row))[:count])
-    return sorted(np.random.default_rng(seed).choice(len(lengths), count, replace=False).tolist())

@@ -1,5 +1,9 @@
-"""A finished run, loaded again: its model and settings for measurements, its results to add to."""
+"""A finished run, loaded again: its model and settings for measurements, its results to add to.
 
+A model that no run of this project made is evaluated first, which makes it a run.
+"""
+
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from simnpo_pl.cli.arguments import clear_changed_classes
 from simnpo_pl.cli.main import UnlearningCLI, precision, quiet
+from simnpo_pl.report.robustness import judge
 from simnpo_pl.runs.record import Run, read_runs
-from simnpo_pl.studies.launch import RESULTS
+from simnpo_pl.runs.verdict import unlearned, verdict
+from simnpo_pl.studies.launch import RESULTS, Job
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, write_json
 
@@ -43,26 +49,59 @@ class LoadedRun(UnlearningCLI):
         pass
 
 
+def runs_of(options: Namespace) -> list[Run]:
+    """The runs that a command names; of a model in their place, the run of `test` that evaluates it.
+
+    Raises:
+        UserError: A model comes without a config, options of `test` without a model, or a run is not finished.
+    """
+    given = [word for file in options.config for word in ("--config", file)] + options.fit
+    models = [place for place in options.runs if not (place.expanduser() / RESULTS).is_file()]
+    if given and not models:
+        raise UserError(
+            f"unrecognized arguments: {' '.join(given)}; only a model is evaluated with a config, not a run"
+        )
+    if models and not options.config:
+        raise UserError(
+            f"{models[0]} holds no results.json; give folders that fit or test wrote, or, for another model, the "
+            "config to evaluate it with: --config FILE"
+        )
+    folders = {model: options.out / str(model).strip("./~").replace("/", "_") for model in models}
+    for model, folder in folders.items():
+        Job(folder, [*given, "--model.name", str(model)], options.out, "test").make()
+    return finished_runs([folders.get(place, place) for place in options.runs])
+
+
 def finished_runs(folders: list[Path]) -> list[Run]:
-    """Runs with an exported model; `UserError` if a folder holds no finished run of `fit`."""
+    """Finished runs; `UserError` if a folder holds none, or one of `fit` without its model."""
     runs = read_runs(folders)
     for run in runs:
         if not run.finished:
             raise UserError(f"{run.folder} holds an unfinished run; resume it: --run_dir {run.folder} --ckpt_path last")
-        if not (run.folder / "model").is_dir():
+        if run.unlearned and not (run.folder / "model").is_dir():
             raise UserError(f"{run.folder} holds no model/; give the folder of a finished fit")
     return runs
 
 
-def reopen(run: Run, *options: str) -> LoadedRun:
-    """A run whose start model is its exported model, with the retrained model's rows that it kept.
+def model_of(run: Run) -> str:
+    """The model that a run exported, or only evaluated."""
+    return str(run.folder / "model") if run.unlearned else run.start_model
+
+
+def retrained_of(run: Run, given: str | None = None) -> str | None:
+    """The retrained model, the control of an attack: the one given, or the run's `--eval.retrained`."""
+    return given or run.record["settings"].get("eval", {}).get("retrained")
+
+
+def reopen(run: Run, *options: str, model: str | None = None) -> LoadedRun:
+    """A run whose start model is `model`, by default its own, with the retrained model's rows that it kept.
 
     Further options of `fit` win over the run's.
     """
     quiet()
     kept = run.folder / "retrained_rows.jsonl"
     retrained = str(kept) if kept.is_file() else "null"
-    arguments = ["fit", "--config", str(run.folder / "config.yaml"), "--model.name", str(run.folder / "model")]
+    arguments = ["fit", "--config", str(run.folder / "config.yaml"), "--model.name", model or model_of(run)]
     arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained, *options]
     return LoadedRun(clear_changed_classes(arguments))
 
@@ -74,13 +113,25 @@ def measure_once(run: Run, group: str, key: str, measure: Callable[..., Any], *s
         add_results(run, lambda results: results.setdefault(group, {}).update({key: found}))
 
 
-@rank_zero_only
 def add_results(run: Run, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a run's record and its `results.json`, atomically, also while other processes do so."""
+    """Change a run's record, judge its attacks, and write `results.json`, also while other commands do so."""
+
+    def update(content: dict[str, Any]) -> None:
+        change(content)
+        judge(content)
+        if unlearned(content):
+            content["verdict"] = verdict(content)
+
+    # Every process goes on from the same record.
+    update(run.record)
+    rank_zero_only(_write)(run, update)
+
+
+def _write(run: Run, update: Callable[[dict[str, Any]], None]) -> None:
     file = run.folder / RESULTS
     with FileLock(run.folder / ".results.lock"):
         content = read_json(file)
-        change(content)
+        update(content)
         write_json(file, content)
     run.record.clear()
     run.record.update(content)

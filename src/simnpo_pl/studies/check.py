@@ -1,0 +1,82 @@
+"""Does it come back? Attacks on finished runs, or on any model with a config, at settings that can tell.
+
+Relearning of a fifth of the forget rows, and of as many retain rows: from the run's own learning rate upwards until
+the relearned rows are learned. Weights rounded to 8 and 4 bits and to NF4, where the packages are installed. Sampled
+answers, to the questions, their paraphrases, and after examples. The retrained model, if it is known, is attacked in
+the same way, as the control. Each attack is one sentence, kept in the run's results.json with its verdict; relearn,
+quantize and leak make them one by one, with all settings.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from simnpo_pl.report.robustness import is_learned, sentences
+from simnpo_pl.runs.record import Run
+from simnpo_pl.studies import parse
+from simnpo_pl.studies.leak import measure as measure_leak
+from simnpo_pl.studies.quantize import NAMES
+from simnpo_pl.studies.quantize import measure as measure_rounded
+from simnpo_pl.studies.relearn import Attack, Relearning, rate_of
+from simnpo_pl.studies.reopen import runs_of
+from simnpo_pl.utils.errors import UserError
+
+FACTORS = (1, 3, 10)
+"""Learning rates that are tried, as multiples of the run's own."""
+SHARE = 0.2
+"""Of the forget rows, to relearn."""
+GROUP = 32
+"""Weights that share a scale at 4 bits."""
+
+
+def run(options: Namespace) -> None:
+    runs = runs_of(options)
+    for one in runs:
+        for name, attack in ATTACKS.items():
+            if options.attacks is None or name in options.attacks:
+                attack(one, options)
+        verdict = one.record.get("verdict")
+        said = [f"verdict: {verdict['category']}"] if verdict else []
+        rank_zero_only(print)(f"{one.name}:", *(f"* {line}" for line in (*sentences(one), *said)), sep="\n")
+
+
+def relearn(run: Run, options: Namespace) -> None:
+    """At growing rates until the forget rows are learned; with other rows at the same rates."""
+    relearning, seeds = Relearning(run, options.retrained), [options.seed]
+    for factor in FACTORS:
+        lr = factor * rate_of(run)
+        found = relearning.make(Attack("random", SHARE, options.epochs, lr), seeds)
+        with untested("relearning with retain rows"):
+            relearning.make(Attack("retain", SHARE, options.epochs, lr), seeds)
+        if options.text:
+            relearning.make(Attack("text", SHARE, options.epochs, lr, options.text), seeds)
+        if is_learned([found], run.metrics("start").get("forget/probability")):
+            break
+
+
+def rounding(run: Run, options: Namespace) -> None:
+    """To all formats for which there is a package and which fit the model."""
+    for bits, words in NAMES.items():
+        with untested(f"weights rounded to {words}"):
+            measure_rounded(run, bits, GROUP if bits == 4 else None)
+
+
+def sampling(run: Run, options: Namespace) -> None:
+    given = ["--k", str(options.k), "--seed", str(options.seed)]
+    given += ["--retrained", options.retrained] if options.retrained else []
+    with untested("sampled answers"):
+        measure_leak(run, parse("leak", [str(run.folder), *given]))
+
+
+@contextmanager
+def untested(what: str) -> Iterator[None]:
+    """Say in a line that an attack is not possible here."""
+    try:
+        yield
+    except UserError as error:
+        rank_zero_only(print)(f"not tested: {what} ({error})", flush=True)
+
+
+ATTACKS: dict[str, Callable[[Run, Namespace], None]] = {"relearn": relearn, "quantize": rounding, "leak": sampling}
