@@ -21,6 +21,9 @@ from simnpo_pl.report.robustness import Spread, spread
 from simnpo_pl.utils.files import write_text
 from simnpo_pl.utils.markdown import table
 
+FIGURE = "![Forget quality against model utility; forget probability while relearning](figures/smollm2.png)"
+HOLDS, OPPOSITE = "holds here", "does not hold here: the opposite was measured"
+UNKNOWN, MISSING = "cannot be told with these runs", "not measured"
 DRAWS = 2000
 """Of the bootstrap."""
 PARTS = [
@@ -104,7 +107,7 @@ class Model:
 
     def length_gap(self, weights: dict[str, Array]) -> Array:
         """KS statistic on the half of the rows with the shortest answers, less that on the other half."""
-        length = self.forget["answer_characters"]
+        length = np.array([len(answer) for answer in self.result["rows"]["forget"]["answer"]])
         short = np.argsort(np.argsort(length, kind="stable")) < len(length) / 2
         return self.ks({"forget": weights["forget"] * short}) - self.ks({"forget": weights["forget"] * ~short})
 
@@ -133,7 +136,9 @@ class Model:
 
 
 def columns(result: dict[str, Any], split: str) -> dict[str, Array]:
-    return {name: np.array(values, float) for name, values in result["rows"][split].items() if name != "generation"}
+    """Scores of a split's rows, `(N,)` each."""
+    scores = result["rows"][split].items()
+    return {name: np.array(values, float) for name, values in scores if not isinstance(values[0], str)}
 
 
 def weighted(values: Array, weights: Array) -> Array:
@@ -197,9 +202,7 @@ class Difference:
     def verdict(self, better: int) -> str:
         """Whether SimNPO is better, by whether the interval contains 0."""
         low, high = sorted((better * self.low, better * self.high))
-        if low > 0:
-            return "holds here"
-        return "does not hold here: the opposite was measured" if high < 0 else "cannot be told with these runs"
+        return HOLDS if low > 0 else OPPOSITE if high < 0 else UNKNOWN
 
 
 def compare(measure: Measure, ours: dict[str, Model], others: dict[str, Model]) -> Difference | None:
@@ -274,10 +277,12 @@ class Report:
             "runs": self.runs(),
             "trials": self.trials(),
             "models": self.models(),
+            "figure": FIGURE,
             "utility": self.utility(),
             "attacks": self.attacks(),
             "pairs": self.pairs(),
             "claims": self.claims(),
+            "expect": self.expect(),
         }
         return made
 
@@ -398,16 +403,37 @@ class Report:
         ]
         return table(["measure", "better", *(f"SimNPO less {other}" for other in others)], rows)
 
+    def verdict(self, measure: str, other: str) -> str:
+        """On SimNPO being better than another method."""
+        difference = self.differences.get((measure, other))
+        return MISSING if difference is None else difference.verdict(MEASURES[measure].better)
+
     def claims(self) -> str:
         lines = []
         for claim, name, other in CLAIMS:
-            difference = self.differences.get((name, other))
-            if difference is None:
-                lines.append(f"* {claim}: **not measured**.")
-            else:
-                verdict, title = difference.verdict(MEASURES[name].better), MEASURES[name].title
-                lines.append(f"* {claim}: **{verdict}** ({title}: {difference}, {difference.pairs} pairs).")
+            found = self.differences.get((name, other))
+            numbers = "" if found is None else f" ({MEASURES[name].title}: {found}, {found.pairs} pairs)"
+            lines.append(f"* {claim}: **{self.verdict(name, other)}**{numbers}.")
         return "\n".join(lines)
+
+    def expect(self) -> str:
+        """What a reader of the README may expect."""
+
+        def of(group: str, metric: str) -> str:
+            return cell(spread([model.metrics.get(metric) for model in self.groups[group]]))
+
+        verdicts = [self.verdict(name, other) for _, name, other in CLAIMS]
+        holds, opposite = verdicts.count(HOLDS), verdicts.count(OPPOSITE)
+        retrained = "retrained, the reference"
+        quality = [m.metrics.get("forget_quality") or 0.0 for m in self.groups["SimNPO"]]
+        return (
+            f"On SmolLM2-135M and TOFU forget05, {len(quality)} runs of SimNPO left a forget probability of "
+            f"{of('SimNPO', 'forget/probability')} (retrained model {of(retrained, 'forget/probability')}, start model "
+            f"{of('start', 'forget/probability')}) at a model utility of {of('SimNPO', 'model_utility')} "
+            f"({of(retrained, 'model_utility')}, {of('start', 'model_utility')}), and forget quality was above 0.05 in "
+            f"{sum(q > 0.05 for q in quality)} of them. Of {len(CLAIMS)} claims of the paper {holds} "
+            f"held, of {opposite} the opposite was measured, the others could not be told ([docs/results.md](docs/results.md))."
+        )
 
     def draw(self, file: Path) -> None:
         """Forget quality against utility, and forget probability while relearning."""

@@ -34,7 +34,7 @@ PARTS = ("models", "trials", "runs", "relearn", "quantize", "leak")
 KEPT_RESULTS = ("seed", "final", "counts", "unavailable", "objective", "seconds", "cpu_seconds", "peak_memory_gib")
 KEPT_SCORES = (
     *("probability", "truth_ratio", "rougeL_recall", "extraction_strength", "exact_memorization", "answer_nll"),
-    *("mia_min_k", "generation", "degenerate"),
+    *("mia_min_k", "answer", "generation", "degenerate"),
 )
 PACK_SECONDS = 10.0
 """Between two writes of results.json.gz; the last one is made at the end."""
@@ -192,11 +192,10 @@ def collect(task: Task) -> dict[str, Any]:
         for row in read_json_lines(task.run / "rows.jsonl"):
             columns = rows.setdefault(row["split"], {})
             for name in KEPT_SCORES:
-                if name in row:
+                # Texts are read of forget rows alone.
+                if name in row and (row["split"] == "forget" or not isinstance(row[name], str)):
                     value = row[name]
                     columns.setdefault(name, []).append(float(f"{value:.6g}") if isinstance(value, float) else value)
-            if row["split"] == "forget":
-                columns.setdefault("answer_characters", []).append(len(row["answer"]))
     return {"results": {name: record[name] for name in KEPT_RESULTS if name in record}, "rows": rows}
 
 
