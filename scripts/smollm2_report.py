@@ -5,14 +5,14 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from smollm2_choice import choose, degeneracy, metrics_of
+from smollm2_compare import CLAIMS, HOLDS, MEASURES, MISSING, OPPOSITE, Difference, Model, compare
 
 from simnpo_pl.metrics.titles import number, title_of
 from simnpo_pl.report.drawing import panels
@@ -22,215 +22,11 @@ from simnpo_pl.utils.files import write_text
 from simnpo_pl.utils.markdown import table
 
 FIGURE = "![Forget quality against model utility; forget probability while relearning](figures/smollm2.png)"
-HOLDS, OPPOSITE = "holds here", "does not hold here: the opposite was measured"
-UNKNOWN, MISSING = "cannot be told with these runs", "not measured"
-DRAWS = 2000
-"""Of the bootstrap."""
 PARTS = [
     f"{split}/{part}"
     for split in ("retain", "real_authors", "world_facts")
     for part in ("probability", "rouge", "truth_ratio")
 ]
-MAIN = (
-    "forget/probability",
-    "forget/rouge",
-    "forget/extraction_strength",
-    "forget/exact_memorization",
-    "model_utility",
-)
-Array = np.ndarray[Any, Any]
-
-
-# -- what a run measured ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Model:
-    """One measured model with the attacks on it.
-
-    Args:
-        result: Of the run.
-        reference: Of the first retrained model.
-        relearned: Forget probability and KS statistic after every epoch of relearning, from epoch 0.
-        rounded: Metrics with rounded weights.
-        sampled: Metrics of sampled answers.
-        best: `(N,)` best ROUGE-L recall of the sampled answers of every forget row.
-    """
-
-    result: dict[str, Any]
-    reference: dict[str, Any]
-    relearned: list[dict[str, float]] | None
-    rounded: dict[str, float] | None
-    sampled: dict[str, float] | None
-    best: Array | None
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return {**metrics_of(self.result), "degenerate": degeneracy(self.result)}
-
-    @cached_property
-    def forget(self) -> dict[str, Array]:
-        """Scores of the forget rows, `(N,)` each."""
-        return columns(self.result, "forget")
-
-    @cached_property
-    def reference_forget(self) -> dict[str, Array]:
-        return columns(self.reference, "forget")
-
-    def ks(self, weights: dict[str, Array]) -> Array:
-        """KS statistic `(D,)` of the truth ratios against the reference's, for row weights `(D, N)`."""
-        both = np.concatenate([self.forget["truth_ratio"], self.reference_forget["truth_ratio"]])
-        order = np.argsort(both, kind="stable")
-        rows, sign = order % len(self.forget["truth_ratio"]), np.where(order < len(both) // 2, 1.0, -1.0)
-        counts = weights["forget"]
-        drawn = np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        gaps = np.abs(np.cumsum(counts[:, rows] * sign, axis=1)) / drawn
-        last = np.append(np.diff(both[order]) > 0, True)
-        return gaps[:, last].max(axis=1)
-
-    def mean(self, split: str, score: str, weights: dict[str, Array]) -> Array:
-        return weighted(columns(self.result, split)[score], weights[split])
-
-    def distance(self, weights: dict[str, Array]) -> Array:
-        """How far forget probability is from the reference's."""
-        there = weighted(self.reference_forget["probability"], weights["forget"])
-        return np.abs(self.mean("forget", "probability", weights) - there)
-
-    def utility(self, weights: dict[str, Array]) -> Array:
-        """Harmonic mean of the nine parts."""
-        parts = []
-        for split in ("retain", "real_authors", "world_facts"):
-            scores = columns(self.result, split)
-            for values in (scores["probability"], scores["rougeL_recall"], np.maximum(0, 1 - scores["truth_ratio"])):
-                parts.append(weighted(values, weights[split]))
-        return len(parts) / (1 / np.maximum(parts, 1e-12)).sum(axis=0)
-
-    def length_gap(self, weights: dict[str, Array]) -> Array:
-        """KS statistic on the half of the rows with the shortest answers, less that on the other half."""
-        length = np.array([len(answer) for answer in self.result["rows"]["forget"]["answer"]])
-        short = np.argsort(np.argsort(length, kind="stable")) < len(length) / 2
-        return self.ks({"forget": weights["forget"] * short}) - self.ks({"forget": weights["forget"] * ~short})
-
-    def leaked(self, weights: dict[str, Array]) -> Array | None:
-        return None if self.best is None else weighted(self.best, weights["forget"])
-
-    def rise(self, weights: dict[str, Array]) -> Array | None:
-        """Forget probability at the peak of relearning, less that before it; its rows were not kept."""
-        return self._relearned("forget/probability", lambda curve: max(curve) - curve[0], weights)
-
-    def relearned_ks(self, weights: dict[str, Array]) -> Array | None:
-        """KS statistic after the last epoch of relearning."""
-        return self._relearned("forget_quality/ks_statistic", lambda curve: curve[-1], weights)
-
-    def _relearned(self, metric: str, read: Callable[[list[float]], float], weights: dict[str, Array]) -> Array | None:
-        if self.relearned is None:
-            return None
-        return np.full(len(weights["forget"]), read([epoch[metric] for epoch in self.relearned]))
-
-    def regained(self, weights: dict[str, Array]) -> Array | None:
-        """Forget probability with rounded weights, less that with the exact ones."""
-        if self.rounded is None:
-            return None
-        change = self.rounded["forget/probability"] - self.metrics["forget/probability"]
-        return np.full(len(weights["forget"]), change)
-
-
-def columns(result: dict[str, Any], split: str) -> dict[str, Array]:
-    """Scores of a split's rows, `(N,)` each."""
-    scores = result["rows"][split].items()
-    return {name: np.array(values, float) for name, values in scores if not isinstance(values[0], str)}
-
-
-def weighted(values: Array, weights: Array) -> Array:
-    """Means `(D,)` of `(N,)` values under `(D, N)` weights."""
-    return weights @ values / weights.sum(axis=1)
-
-
-# -- paired comparison --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What methods are compared by.
-
-    Args:
-        title: Of its row.
-        better: 1 where a higher value is better, -1 where a lower one is.
-        value: `(D,)` values of a model for the rows' weights; None where it was not measured.
-        by_row: Whether rows are resampled, too.
-    """
-
-    title: str
-    better: int
-    value: Callable[[Model, dict[str, Array]], Array | None]
-    by_row: bool = True
-
-
-MEASURES = {
-    "ks": Measure("KS statistic against the retrained model", -1, Model.ks),
-    "distance": Measure("distance of forget probability from the retrained model's", -1, Model.distance),
-    "utility": Measure("model utility", 1, Model.utility),
-    "length": Measure("KS on short answers less KS on long ones", -1, Model.length_gap),
-    "relearned": Measure("KS after relearning", -1, Model.relearned_ks, False),
-    "rise": Measure("rise of forget probability by relearning, at its peak", -1, Model.rise, False),
-    "rounded": Measure("rise of forget probability by 4-bit weights", -1, Model.regained, False),
-    "leak": Measure("best ROUGE of the sampled answers", -1, Model.leaked),
-}
-CLAIMS = (
-    ("SimNPO comes closer to the retrained model than NPO does", "ks", "NPO"),
-    ("SimNPO keeps more model utility than NPO does", "utility", "NPO"),
-    ("SimNPO forgets short answers more like long ones than NPO does", "length", "NPO"),
-    ("SimNPO is closer to the retrained model than NPO after relearning", "relearned", "NPO"),
-    ("relearning brings back less after SimNPO than after NPO", "rise", "NPO"),
-    ("SimNPO keeps more model utility than gradient difference does", "utility", "GradDiff"),
-)
-"""Claims of the paper, with the measure and the method that SimNPO is compared with."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """SimNPO less another method: mean over pairs of runs, 95 % interval of the bootstrap, and number of pairs."""
-
-    mean: float
-    low: float
-    high: float
-    pairs: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} ({self.low:+.3f} to {self.high:+.3f})"
-
-    def verdict(self, better: int) -> str:
-        """Whether SimNPO is better, by whether the interval contains 0."""
-        low, high = sorted((better * self.low, better * self.high))
-        return HOLDS if low > 0 else OPPOSITE if high < 0 else UNKNOWN
-
-
-def compare(measure: Measure, ours: dict[str, Model], others: dict[str, Model]) -> Difference | None:
-    """Runs of one start model and seed are a pair; pairs and rows are drawn with replacement, rows alike for all."""
-    pairs = sorted(ours.keys() & others.keys())
-    random = np.random.default_rng(0)
-    sizes = (
-        {}
-        if not pairs
-        else {s: len(r["answer_nll"]) for s, r in ours[pairs[0]].result["rows"].items() if s != "holdout"}
-    )
-    one = {split: np.ones((1, size)) for split, size in sizes.items()}
-    drawn = one
-    if measure.by_row:
-        drawn = {s: random.multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float) for s, n in sizes.items()}
-    values = [[(measure.value(ours[p], w), measure.value(others[p], w)) for w in (one, drawn)] for p in pairs]
-    known = [pair for pair in values if pair[0][0] is not None and pair[0][1] is not None]
-    if len(known) < 2:
-        return None
-    exact, resampled = (np.array([pair[i][0] - pair[i][1] for pair in known]) for i in (0, 1))
-    chosen = random.integers(len(known), size=(DRAWS, len(known)))
-    columns_of_draws = np.arange(DRAWS)[:, None] if measure.by_row else np.zeros((DRAWS, 1), int)
-    means = resampled[chosen, columns_of_draws].mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Difference(float(exact.mean()), float(low), float(high), len(known))
-
-
-# -- tables -------------------------------------------------------------------------------------------------
 
 
 class Report:
@@ -252,7 +48,7 @@ class Report:
         }
         self.groups |= {method: list(models.values()) for method, models in self.methods.items() if models}
 
-    def _models(self, names: Any) -> list[Model]:
+    def _models(self, names: Iterable[str]) -> list[Model]:
         return [self._model(name) for name in names if name in self.results]
 
     def _model(self, name: str) -> Model:
@@ -326,25 +122,19 @@ class Report:
         return "\n\n".join([table(heads, rows), "".join(f"{line}. " for line in lines).strip()])
 
     def models(self) -> str:
-        heads = ["model", "n", "forget prob.", "ROUGE", "ES", "EM", "forget quality", "above 0.05", "KS", "PrivLeak, %"]
-        heads += ["degenerate", "model utility"]
+        before = ("forget/probability", "forget/rouge", "forget/extraction_strength", "forget/exact_memorization")
+        after = ("forget_quality/ks_statistic", "privleak", "degenerate", "model_utility")
+        heads = ["model", "n", *(title_of(name).short for name in before), "forget quality", "above 0.05"]
         rows = []
         for name, models in self.groups.items():
             metrics = [model.metrics for model in models]
             quality = [m["forget_quality"] for m in metrics if m.get("forget_quality") is not None]
-            shown = {
-                key: cell(spread([m.get(key) for m in metrics]))
-                for key in (*MAIN, "forget_quality/ks_statistic", "privleak", "degenerate")
-            }
-            rows.append(
-                [
-                    *(name, str(len(models)), *(shown[key] for key in MAIN[:4])),
-                    number(statistics.median(quality)) if quality else "-",
-                    f"{sum(q > 0.05 for q in quality)} of {len(quality)}" if quality else "-",
-                    *(shown[key] for key in ("forget_quality/ks_statistic", "privleak", "degenerate", "model_utility")),
-                ]
-            )
-        return table(heads, rows)
+            shown = {key: cell(spread([m.get(key) for m in metrics])) for key in (*before, *after)}
+            middle = ["-", "-"]
+            if quality:
+                middle = [number(statistics.median(quality)), f"{sum(q > 0.05 for q in quality)} of {len(quality)}"]
+            rows.append([name, str(len(models)), *(shown[k] for k in before), *middle, *(shown[k] for k in after)])
+        return table([*heads, *(title_of(name).short for name in after)], rows)
 
     def utility(self) -> str:
         rows = [
@@ -366,7 +156,7 @@ class Report:
             rounded = [m.rounded for m in models if m.rounded]
             sampled = [m.sampled for m in models if m.sampled]
             last = max((len(s) for s in sampled), default=0)
-            values = [
+            values: list[list[float | None]] = [
                 [m.metrics.get(probability) for m in models],
                 [max(epoch[probability] for epoch in curve) for curve in curves],
                 [curve[-1][probability] for curve in curves],
@@ -432,7 +222,8 @@ class Report:
             f"{of('start', 'forget/probability')}) at a model utility of {of('SimNPO', 'model_utility')} "
             f"({of(retrained, 'model_utility')}, {of('start', 'model_utility')}), and forget quality was above 0.05 in "
             f"{sum(q > 0.05 for q in quality)} of them. Of {len(CLAIMS)} claims of the paper {holds} "
-            f"held, of {opposite} the opposite was measured, the others could not be told ([docs/results.md](docs/results.md))."
+            f"held, of {opposite} the opposite was measured, the others could not be told "
+            "([docs/results.md](docs/results.md))."
         )
 
     def draw(self, file: Path) -> None:
@@ -478,11 +269,11 @@ def settings_of(words: str) -> str:
 
 def fill(text: str, blocks: dict[str, str]) -> str:
     """A page with the blocks between its marks `<!-- smollm2 NAME -->` and `<!-- /smollm2 NAME -->`."""
-    for name in re.findall(r"<!-- smollm2 (\w+) -->", text):
-        mark = f"smollm2 {name} -->"
-        pattern = re.compile(f"(<!-- {mark}\n).*?(<!-- /{mark})", re.DOTALL)
-        text = pattern.sub(lambda found, block=blocks[name]: f"{found[1]}{block}\n{found[2]}", text)
-    return text
+
+    def filled(found: re.Match[str]) -> str:
+        return f"{found[1]}{blocks[found[2]]}\n{found[3]}"
+
+    return re.sub(r"(<!-- smollm2 (\w+) -->\n).*?(<!-- /smollm2 \2 -->)", filled, text, flags=re.DOTALL)
 
 
 def report(plan: dict[str, Any], file: Path, pages: Sequence[Path]) -> None:

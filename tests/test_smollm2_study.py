@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from scipy.stats import ks_2samp
+
+from simnpo_pl.metrics.functional import model_utility
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "smollm2_study.py"
@@ -16,6 +20,8 @@ STUDY = ROOT / "configs" / "study" / "smollm2" / "study.yaml"
 sys.path.append(str(SCRIPT.parent))
 
 from smollm2_choice import choose, is_degenerate  # noqa: E402
+from smollm2_compare import HOLDS, MEASURES, OPPOSITE, UNKNOWN, Measure, Model, columns, compare, weighted  # noqa: E402
+from smollm2_report import fill  # noqa: E402
 from smollm2_study import Study, is_tuned, pending  # noqa: E402
 
 TINY = {
@@ -131,6 +137,76 @@ def test_trials_are_equally_many_and_shared_by_no_method():
     plan = yaml.safe_load(STUDY.read_text())
     assert len({len(settings) for settings in plan["trials"].values()}) == 1
     assert all(len(set(settings)) == len(settings) >= 6 for settings in plan["trials"].values())
+
+
+def measured(seed: int, rows: int = 40) -> dict[str, Any]:
+    """A run with random scores."""
+    random = np.random.default_rng(seed)
+    scores = ("probability", "rougeL_recall", "truth_ratio", "answer_nll")
+    splits = ("forget", "retain", "real_authors", "world_facts")
+    content = {split: {score: random.random(rows).tolist() for score in scores} for split in splits}
+    content["forget"] |= {"answer": ["x" * (1 + row) for row in range(rows)], "generation": ["an answer"] * rows}
+    return {"results": {"final": {"metrics": {"forget/probability": 0.5}}}, "rows": content}
+
+
+def model(seed: int, **attacks: Any) -> Model:
+    return Model(measured(seed), measured(0), **attacks)
+
+
+def test_statistics_under_equal_weights():
+    """The resampled statistics are those of scipy and of the package."""
+    one = {split: np.ones((1, 40)) for split in ("forget", "retain", "real_authors", "world_facts")}
+    found, reference = model(1), columns(measured(0), "forget")
+    assert found.ks(one) == pytest.approx(ks_2samp(found.forget["truth_ratio"], reference["truth_ratio"]).statistic)
+    halves = [
+        ks_2samp(found.forget["truth_ratio"][h], reference["truth_ratio"][h]).statistic
+        for h in np.split(np.arange(40), 2)
+    ]
+    assert found.length_gap(one) == pytest.approx(halves[0] - halves[1])
+    parts = {}
+    for split in ("retain", "real_authors", "world_facts"):
+        scores = columns(found.result, split)
+        parts |= {
+            f"{split}{i}": float(np.mean(v))
+            for i, v in enumerate((scores["probability"], scores["rougeL_recall"], 1 - scores["truth_ratio"]))
+        }
+    assert found.utility(one) == pytest.approx(model_utility(parts))
+
+
+def test_weights_are_counts_of_rows():
+    twice = {"forget": np.concatenate([np.full((1, 20), 2.0), np.zeros((1, 20))], axis=1)}
+    ours, theirs = (columns(measured(seed), "forget")["truth_ratio"][:20] for seed in (1, 0))
+    assert model(1).ks(twice) == pytest.approx(ks_2samp(ours, theirs).statistic)
+
+
+def test_interval_over_pairs():
+    """Differences of 1 and 3: their resampled means are 1, 2 and 3 with shares of a quarter, a half, a quarter."""
+    values = {"a": 2.0, "b": 5.0}
+    ours = {pair: model(1, rounded={"forget/probability": value}) for pair, value in values.items()}
+    others = {pair: model(2, rounded={"forget/probability": value}) for pair, value in {"a": 1.0, "b": 2.0}.items()}
+    found = compare(MEASURES["rounded"], ours, others | {"c": model(2)})
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.pairs) == (2, 1, 3, 2)
+    assert (found.verdict(1), found.verdict(-1)) == (HOLDS, OPPOSITE)
+    assert compare(MEASURES["leak"], ours, others) is None
+    same = compare(MEASURES["utility"], ours, ours)
+    assert same is not None
+    assert (same.mean, same.low, same.high, same.verdict(1)) == (0, 0, 0, UNKNOWN)
+
+
+def test_rows_are_resampled_alike_for_both_models():
+    """A model that is better by 0.1 on every row is better by exactly that in every draw."""
+    better = model(1)
+    better.forget["probability"] += 0.1
+    measure = Measure("", 1, lambda one, weights: weighted(one.forget["probability"], weights["forget"]))
+    found = compare(measure, {"a": better, "b": better}, {"a": model(1), "b": model(1)})
+    assert found is not None
+    assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_page_is_filled_between_its_marks():
+    page = "a\n<!-- smollm2 x -->\nold\n<!-- /smollm2 x -->\nb\n"
+    assert fill(page, {"x": r"new \1", "y": ""}) == "a\n<!-- smollm2 x -->\nnew \\1\n<!-- /smollm2 x -->\nb\n"
 
 
 @pytest.mark.slow
