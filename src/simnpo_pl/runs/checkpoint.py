@@ -43,7 +43,7 @@ class CheckpointOptions:
         if self.every_steps is not None and self.every_steps < 1:
             raise UserError(f"--checkpoint.every_steps must be at least 1, got {self.every_steps}; null saves by epoch")
         if self.every_epochs is not None and self.every_epochs < 1:
-            raise UserError(f"--checkpoint.every_epochs must be at least 1, got {self.every_epochs}; null saves at none")
+            raise UserError(f"--checkpoint.every_epochs must be at least 1, got {self.every_epochs}; null saves none")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
