@@ -100,19 +100,20 @@ class Study:
             for method, settings in trials.items():
                 if number < len(settings):
                     yield self.unlearn(f"trials/{method}-{number}", start, 0, method, settings[number], keeps=False)
-        attacked = [name for name in (f"models/{name}" for name in names) if "retrained" in name]
+        attacked: dict[str, int | None] = {f"models/{name}": None for name in names if "retrained" in name}
         if tuned:
             chosen = choose(self.plan, results)
             for seed in self.plan["seeds"]:
                 for first in self.plan["models"]["start"]:
                     for method, choice in chosen.items():
                         name = f"runs/{method}-start{first}-seed{seed}"
-                        attacked.append(name)
+                        attacked[name] = seed
                         yield self.unlearn(name, f"start-{first}", seed, method, trials[method][choice.number])
-        for attack, options in self.plan["attacks"].items():
-            for name in attacked:
-                words = (attack, str(self.out / name), *words_of(options))
-                yield Task(f"{attack}/{name.split('/')[1]}", words, self.out / name, (name,))
+        for attack, settings in self.plan["attacks"].items():
+            for name, seed in attacked.items():
+                if seed in (None, *settings["seeds"]):
+                    words = (attack, str(self.out / name), *words_of(settings["options"]))
+                    yield Task(f"{attack}/{name.split('/')[1]}", words, self.out / name, (name,))
 
     def unlearn(self, name: str, start: str, seed: int, method: str, settings: str, keeps: bool = True) -> Task:
         options = ("--model.objective", method, *words_of(settings), "--seed_everything", str(seed))
@@ -218,7 +219,7 @@ def perform_all(
     study: Study, jobs: int, parts: Sequence[str], deadline: float, results: dict[str, Any], failed: set[str]
 ) -> None:
     """Add to `results` and `failed` what comes of all tasks."""
-    packed = time.monotonic()
+    started = packed = time.monotonic()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, start_worker, (study.out / "logs",)) as pool:
         for _ in range(jobs):
@@ -233,7 +234,7 @@ def perform_all(
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task, result = running.pop(future), future.result()
-                print(line_of(result), flush=True)
+                print(f"{time.monotonic() - started:.0f} s: {line_of(result)}", flush=True)
                 if "error" in result:
                     failed.add(task.name)
                 else:
