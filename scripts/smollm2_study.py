@@ -110,8 +110,8 @@ class Study:
                         attacked[name] = seed
                         yield self.unlearn(name, f"start-{first}", seed, method, trials[method][choice.number])
         for attack, settings in self.plan["attacks"].items():
-            for name, seed in attacked.items():
-                if seed in (None, *settings["seeds"]):
+            for name, own in attacked.items():
+                if own in (None, *settings["seeds"]):
                     words = (attack, str(self.out / name), *words_of(settings["options"]))
                     yield Task(f"{attack}/{name.split('/')[1]}", words, self.out / name, (name,))
 
