@@ -5,6 +5,8 @@ from typing import Any
 
 STEP = {"utility": 0.05, "degeneracy": 0.02}
 """How far both bounds give way at a time."""
+RELAXED = 20
+"""Times; the trial with the highest utility is taken then."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +53,28 @@ def metrics_of(result: dict[str, Any]) -> dict[str, Any]:
 
 def choose(plan: dict[str, Any], results: dict[str, Any]) -> dict[str, Choice]:
     """The chosen trial of every method by the rule of the study file; methods without a finished trial are left out."""
-    rule = plan["rule"]
     start, retrained = (results[f"models/{kind}-{seeds[0]}"] for kind, seeds in plan["models"].items())
     kept = min(metrics_of(model)["model_utility"] for model in (start, retrained))
     chosen = {}
     for method, settings in plan["trials"].items():
-        made = []
-        for number in range(len(settings)):
-            if (trial := results.get(f"trials/{method}-{number}")) is not None:
-                metrics = metrics_of(trial)
-                # A model that broke down has no numbers.
-                utility, quality = (metrics.get(name) or 0.0 for name in ("model_utility", "forget_quality"))
-                made.append((quality, -number, utility, degeneracy(trial)))
-        for relaxed in range(len(made) and 20):
-            least = kept * max(0.0, rule["utility"] - relaxed * STEP["utility"])
-            most = degeneracy(retrained) + rule["degeneracy"] + relaxed * STEP["degeneracy"]
-            if fit := [trial for trial in made if trial[2] >= least and trial[3] <= most]:
-                chosen[method] = Choice(-max(fit)[1], relaxed, least, most)
-                break
-        else:
-            if made:
-                best = max(made, key=lambda trial: trial[2])
-                chosen[method] = Choice(-best[1], 20, 0.0, 1.0)
+        names = [f"trials/{method}-{number}" for number in range(len(settings))]
+        made = {number: results[name] for number, name in enumerate(names) if name in results}
+        if made:
+            chosen[method] = _best(made, plan["rule"], kept, degeneracy(retrained))
     return chosen
+
+
+def _best(trials: dict[int, dict[str, Any]], rule: dict[str, float], kept: float, degenerate: float) -> Choice:
+    """By the rule, from utility and share of degenerate answers of the models it compares with."""
+
+    def metric(number: int, name: str) -> float:
+        # A model that broke down has no numbers.
+        return metrics_of(trials[number])[name] or 0.0
+
+    for relaxed in range(RELAXED):
+        least = kept * max(0.0, rule["utility"] - relaxed * STEP["utility"])
+        most = degenerate + rule["degeneracy"] + relaxed * STEP["degeneracy"]
+        fit = [n for n, one in trials.items() if metric(n, "model_utility") >= least and degeneracy(one) <= most]
+        if fit:
+            return Choice(max(fit, key=lambda n: metric(n, "forget_quality")), relaxed, least, most)
+    return Choice(max(trials, key=lambda n: metric(n, "model_utility")), RELAXED, 0.0, 1.0)

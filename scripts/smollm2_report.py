@@ -39,7 +39,7 @@ class Report:
         self.groups = {
             "start": self._models(f"models/start-{seed}" for seed in seeds["start"]),
             "retrained, the reference": self._models([f"models/retrained-{seeds['retrained'][0]}"]),
-            "retrained, another seed": self._models(f"models/retrained-{seed}" for seed in seeds["retrained"][1:]),
+            "retrained, other seeds": self._models(f"models/retrained-{seed}" for seed in seeds["retrained"][1:]),
         }
         pairs = [f"start{first}-seed{seed}" for first in seeds["start"] for seed in plan["seeds"]]
         self.methods = {
@@ -232,7 +232,7 @@ class Report:
             for place, (name, models) in enumerate(self.groups.items()):
                 method = name in self.methods
                 color = PALETTE[place % len(PALETTE)] if method else GREY
-                marker = "o" if method else {"start": "s", "retrained, another seed": "*"}.get(name)
+                marker = "o" if method else {"start": "s", "retrained, other seeds": "*"}.get(name)
                 points = [(m.metrics["model_utility"], m.metrics.get("forget_quality/log10_p")) for m in models]
                 known = [(x, y) for x, y in points if x is not None and y is not None]
                 if known and marker is not None:

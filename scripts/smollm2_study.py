@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--data", metavar="FOLDER", help="TOFU's json files")
     parser.add_argument("--study", type=Path, default=Path("configs/study/smollm2/study.yaml"), metavar="FILE")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="parts to do")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; a GPU takes 8 to 12")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; each takes up to 8 GiB")
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="after which nothing starts")
     parser.add_argument("--report", action="store_true", help="print tables and findings; make no run")
     parser.add_argument("--write", type=Path, nargs="+", default=[], metavar="PAGE", help="fill these pages, too")

@@ -239,6 +239,6 @@ def test_whole_study(tmp_path: Path, data_folder: Path, model_folder: Path):
     text = page.read_text()
     assert "EMPTY" not in text
     assert text.count("| chosen |") == 2
-    assert "retrained, another seed" in text
+    assert "retrained, other seeds" in text
     assert "2 pairs" in text
     assert (tmp_path / "figures" / "smollm2.png").stat().st_size > 1000
