@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from smollm2_choice import choose, degeneracy, metrics_of
-from smollm2_compare import CLAIMS, HOLDS, MEASURES, MISSING, OPPOSITE, Difference, Model, compare
+from smollm2_choice import choose
+from smollm2_compare import CLAIMS, HOLDS, MEASURES, MISSING, OPPOSITE, UNKNOWN, Difference, Model, compare
 
 from simnpo_pl.metrics.titles import number, title_of
 from simnpo_pl.report.drawing import panels
@@ -85,41 +85,35 @@ class Report:
     def runs(self) -> str:
         """What was made, where, and what it cost."""
         made = [name.split("/")[0] for name in self.results]
-        fits = [one for name, one in self.results.items() if name.startswith(("trials/", "runs/"))]
-        seconds = spread([one["wall_seconds"] for one in fits])
-        memory = max(max(one["results"]["peak_memory_gib"].values()) for one in fits)
-        devices = sorted({one["device"] for one in self.results.values()})
         counts = ", ".join(f"{made.count(part)} {part}" for part in dict.fromkeys(made))
+        devices = ", ".join(sorted({one["device"] for one in self.results.values()}))
+        fits = [one for name, one in self.results.items() if name.startswith(("trials/", "runs/"))]
+        peaks = [one["results"]["peak_memory_gib"] for one in fits]
+        memory = max((peak.get("device", peak["process"]) for peak in peaks), default=None)
         return (
-            f"Finished: {counts}. Device: {', '.join(devices)}. A run of unlearning with its evaluation took {seconds} "
-            f"seconds beside other runs, and at most {memory:.1f} GiB."
+            f"Finished tasks: {counts}. Device: {devices}. A run of unlearning with its evaluation took "
+            f"{cell(spread([one['wall_seconds'] for one in fits]))} seconds beside other runs, and at most "
+            f"{number(memory)} GiB."
         )
 
     def trials(self) -> str:
+        """All trials, and the bounds by which one was chosen."""
         chosen = choose(self.plan, self.results)
+        names = ("forget/probability", "forget_quality", "model_utility", "degenerate")
         rows = []
         for method, settings in self.plan["trials"].items():
-            for number_of, words in enumerate(settings):
-                result = self.results.get(f"trials/{method}-{number_of}")
-                if result is None:
-                    continue
-                metrics = {**metrics_of(result), "degenerate": degeneracy(result)}
-                names = ("forget/probability", "forget_quality", "model_utility", "degenerate")
-                mark = "chosen" if method in chosen and chosen[method].number == number_of else ""
-                rows.append([method, settings_of(words), *(number(metrics.get(name)) for name in names), mark])
-        heads = ["method", "settings", "forget prob.", "forget quality", "model utility", "degenerate", ""]
+            for place, words in enumerate(settings):
+                for model in self._models([f"trials/{method}-{place}"]):
+                    mark = "chosen" if chosen[method].number == place else ""
+                    values = [number(model.metrics.get(name)) for name in names]
+                    rows.append([method, settings_of(words), *values, mark])
         lines = [
-            f"Bounds of the rule: model utility at least {c.utility:.3f}, degenerate answers at most {c.degeneracy:.3f}"
-            for c in list(chosen.values())[:1]
-            if c.relaxed == 0
+            f"{method}: model utility at least {choice.utility:.3f}, degenerate answers at most {choice.degeneracy:.3f}"
+            + (f", relaxed {choice.relaxed} times" if choice.relaxed else "")
+            for method, choice in chosen.items()
         ]
-        for method, choice in chosen.items():
-            if choice.relaxed:
-                lines.append(
-                    f"No trial of {method} met the bounds; they were relaxed {choice.relaxed} times, to a utility of "
-                    f"{choice.utility:.3f} and a share of {choice.degeneracy:.3f}"
-                )
-        return "\n\n".join([table(heads, rows), "".join(f"{line}. " for line in lines).strip()])
+        heads = ["method", "settings", *(title_of(name).short for name in names), ""]
+        return f"{table(heads, rows)}\n\nBounds: {'; '.join(lines)}."
 
     def models(self) -> str:
         before = ("forget/probability", "forget/rouge", "forget/extraction_strength", "forget/exact_memorization")
@@ -213,16 +207,18 @@ class Report:
             return cell(spread([model.metrics.get(metric) for model in self.groups[group]]))
 
         verdicts = [self.verdict(name, other) for _, name, other in CLAIMS]
-        holds, opposite = verdicts.count(HOLDS), verdicts.count(OPPOSITE)
+        runs = self.groups.get("SimNPO", [])
+        if not runs:
+            return MISSING
         retrained = "retrained, the reference"
-        quality = [m.metrics.get("forget_quality") or 0.0 for m in self.groups["SimNPO"]]
+        passed = sum((run.metrics.get("forget_quality") or 0.0) > 0.05 for run in runs)
         return (
-            f"On SmolLM2-135M and TOFU forget05, {len(quality)} runs of SimNPO left a forget probability of "
+            f"On SmolLM2-135M and TOFU forget05, {len(runs)} runs of SimNPO left a forget probability of "
             f"{of('SimNPO', 'forget/probability')} (retrained model {of(retrained, 'forget/probability')}, start model "
             f"{of('start', 'forget/probability')}) at a model utility of {of('SimNPO', 'model_utility')} "
             f"({of(retrained, 'model_utility')}, {of('start', 'model_utility')}), and forget quality was above 0.05 in "
-            f"{sum(q > 0.05 for q in quality)} of them. Of {len(CLAIMS)} claims of the paper {holds} "
-            f"held, of {opposite} the opposite was measured, the others could not be told "
+            f"{passed} of them. Of {len(CLAIMS)} claims of the paper {verdicts.count(HOLDS)} held, of "
+            f"{verdicts.count(OPPOSITE)} the opposite was measured, and {verdicts.count(UNKNOWN)} could not be told "
             "([docs/results.md](docs/results.md))."
         )
 
