@@ -5,6 +5,7 @@ from typing import Any
 
 STEP = {"utility": 0.05, "degeneracy": 0.02}
 """How far both bounds give way at a time."""
+DEGENERATE = "forget/degenerate"
 RELAXED = 20
 """Times; the trial with the highest utility is taken then."""
 
@@ -26,26 +27,6 @@ class Choice:
     degeneracy: float
 
 
-def is_degenerate(text: str) -> bool:
-    """Whether a generated answer is no language: too short, hardly any letters, or repeating itself.
-
-    Fewer than two words; under half of the characters are letters or spaces; or under half of its runs of three words
-    are different ones.
-    """
-    words = text.lower().split()
-    if len(words) < 2 or sum(c.isalpha() or c.isspace() for c in text) < len(text) / 2:
-        return True
-    runs = list(zip(words, words[1:], words[2:], strict=False))
-    return len(set(runs)) < len(runs) / 2
-
-
-def degeneracy(result: dict[str, Any]) -> float:
-    """Share of a run's greedy forget answers that are degenerate."""
-    forget = result["rows"]["forget"]
-    flags = forget.get("degenerate") or [is_degenerate(text) for text in forget["generation"]]
-    return sum(flags) / len(flags)
-
-
 def metrics_of(result: dict[str, Any]) -> dict[str, Any]:
     """Metrics of the exported model."""
     return result["results"]["final"]["metrics"]
@@ -60,7 +41,7 @@ def choose(plan: dict[str, Any], results: dict[str, Any]) -> dict[str, Choice]:
         names = [f"trials/{method}-{number}" for number in range(len(settings))]
         made = {number: results[name] for number, name in enumerate(names) if name in results}
         if made:
-            chosen[method] = _best(made, plan["rule"], kept, degeneracy(retrained))
+            chosen[method] = _best(made, plan["rule"], kept, metrics_of(retrained)[DEGENERATE])
     return chosen
 
 
@@ -74,7 +55,7 @@ def _best(trials: dict[int, dict[str, Any]], rule: dict[str, float], kept: float
     for relaxed in range(RELAXED):
         least = kept * max(0.0, rule["utility"] - relaxed * STEP["utility"])
         most = degenerate + rule["degeneracy"] + relaxed * STEP["degeneracy"]
-        fit = [n for n, one in trials.items() if metric(n, "model_utility") >= least and degeneracy(one) <= most]
+        fit = [n for n in trials if metric(n, "model_utility") >= least and metric(n, DEGENERATE) <= most]
         if fit:
             return Choice(max(fit, key=lambda n: metric(n, "forget_quality")), relaxed, least, most)
     return Choice(max(trials, key=lambda n: metric(n, "model_utility")), RELAXED, 0.0, 1.0)

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from smollm2_choice import degeneracy, metrics_of
+from smollm2_choice import metrics_of
 
 DRAWS = 2000
 """Of the bootstrap."""
@@ -37,7 +37,7 @@ class Model:
 
     @property
     def metrics(self) -> dict[str, float]:
-        return {**metrics_of(self.result), "degenerate": degeneracy(self.result)}
+        return metrics_of(self.result)
 
     @cached_property
     def forget(self) -> dict[str, Array]:

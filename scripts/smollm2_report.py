@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from smollm2_choice import choose
+from smollm2_choice import DEGENERATE, choose
 from smollm2_compare import CLAIMS, HOLDS, MEASURES, MISSING, OPPOSITE, UNKNOWN, Difference, Model, compare
 
 from simnpo_pl.metrics.titles import number, title_of
@@ -99,7 +99,7 @@ class Report:
     def trials(self) -> str:
         """All trials, and the bounds by which one was chosen."""
         chosen = choose(self.plan, self.results)
-        names = ("forget/probability", "forget_quality", "model_utility", "degenerate")
+        names = ("forget/probability", "forget_quality", "model_utility", DEGENERATE)
         rows = []
         for method, settings in self.plan["trials"].items():
             for place, words in enumerate(settings):
@@ -117,7 +117,7 @@ class Report:
 
     def models(self) -> str:
         before = ("forget/probability", "forget/rouge", "forget/extraction_strength", "forget/exact_memorization")
-        after = ("forget_quality/ks_statistic", "privleak", "degenerate", "model_utility")
+        after = ("forget_quality/ks_statistic", "privleak", DEGENERATE, "model_utility")
         heads = ["model", "n", *(title_of(name).short for name in before), "forget quality", "above 0.05"]
         rows = []
         for name, models in self.groups.items():

@@ -19,7 +19,7 @@ SCRIPT = ROOT / "scripts" / "smollm2_study.py"
 STUDY = ROOT / "configs" / "study" / "smollm2" / "study.yaml"
 sys.path.append(str(SCRIPT.parent))
 
-from smollm2_choice import choose, is_degenerate  # noqa: E402
+from smollm2_choice import choose  # noqa: E402
 from smollm2_compare import HOLDS, MEASURES, OPPOSITE, UNKNOWN, Measure, Model, columns, compare, weighted  # noqa: E402
 from smollm2_report import fill  # noqa: E402
 from smollm2_study import Study, is_tuned, pending  # noqa: E402
@@ -47,9 +47,9 @@ OPTIONS = (
 )
 
 
-def result(quality: float, utility: float, texts: tuple[str, ...] = ("an answer in words",) * 4) -> dict[str, Any]:
-    metrics = {"forget_quality": quality, "model_utility": utility}
-    return {"results": {"final": {"metrics": metrics}}, "rows": {"forget": {"generation": list(texts)}}}
+def result(quality: float, utility: float, degenerate: float = 0) -> dict[str, Any]:
+    metrics = {"forget_quality": quality, "model_utility": utility, "forget/degenerate": degenerate}
+    return {"results": {"final": {"metrics": metrics}}}
 
 
 @pytest.fixture
@@ -59,15 +59,14 @@ def models() -> dict[str, Any]:
 
 
 def test_rule_takes_the_best_of_those_within_its_bounds(models: dict[str, Any]):
-    broken = ("a a a a a a a a",) * 4
     trials = {
         **{"trials/SimNPO-0": result(0.2, 0.48), "trials/SimNPO-1": result(0.3, 0.47)},
-        **{"trials/NPO-0": result(0.9, 0.9, broken), "trials/NPO-1": result(0.1, 0.5)},
+        **{"trials/NPO-0": result(0.9, 0.9, 0.03), "trials/NPO-1": result(0.1, 0.5)},
     }
     chosen = choose(TINY, models | trials)
     assert {name: (choice.number, choice.relaxed) for name, choice in chosen.items()} == {
         "SimNPO": (0, 0),  # 0.47 is below 0.95 * 0.5
-        "NPO": (1, 0),
+        "NPO": (1, 0),  # 0.03 is more than 0.02
     }
     assert chosen["SimNPO"].utility == pytest.approx(0.475)
     assert chosen["SimNPO"].degeneracy == pytest.approx(0.02)
@@ -78,24 +77,9 @@ def test_rule_is_relaxed_until_a_trial_meets_it(models: dict[str, Any]):
     choice = choose(TINY, models | trials)["SimNPO"]
     assert (choice.number, choice.relaxed) == (1, 2)  # 0.85 * 0.5 = 0.425
     assert choice.degeneracy == pytest.approx(0.06)
-    broken = ("", "x", "1 2 3", "a a a a a a a a")
-    choice = choose(TINY, models | {"trials/NPO-0": result(0, 0.1, broken), "trials/NPO-1": result(0, 0.2, broken)})
+    choice = choose(TINY, models | {"trials/NPO-0": result(0, 0.1, 1), "trials/NPO-1": result(0, 0.2, 1)})
     assert choice["NPO"].number == 1
     assert choice["NPO"].relaxed == 20
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", True),
-        ("yes", True),
-        ("..... ,,,,, 12", True),
-        ("the author the author the author the author the author", True),
-        ("The author was born in Lima and writes poems.", False),
-    ],
-)
-def test_degenerate_answers(text: str, expected: bool):
-    assert is_degenerate(text) is expected
 
 
 def test_order_of_tasks(models: dict[str, Any], tmp_path: Path):
