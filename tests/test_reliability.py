@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -288,9 +289,24 @@ def test_cut_of_an_epoch_belongs_to_the_state():
 
 
 @pytest.mark.parametrize("number", [0, -1])
-def test_steps_between_saves_are_checked(number: int):
-    with pytest.raises(UserError, match=f"--checkpoint.every_steps must be at least 1, got {number}"):
-        CheckpointOptions(every_steps=number)
+@pytest.mark.parametrize("name", ["every_steps", "every_epochs"])
+def test_steps_and_epochs_between_saves_are_checked(number: int, name: str):
+    with pytest.raises(UserError, match=f"--checkpoint.{name} must be at least 1, got {number}"):
+        CheckpointOptions(**{name: number})
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (None, [])])
+def test_epochs_between_saves(tmp_path: Path, every: int | None, expected: list[int]):
+    """A signal saves after any epoch."""
+    signals = StopSignals()
+    state, saved = SaveState(tmp_path, CheckpointOptions(every_epochs=every), signals), []
+    state.save = lambda trainer: saved.append(trainer.current_epoch + 1)  # type: ignore[method-assign]
+    for epoch in range(4):
+        state.on_train_epoch_end(Namespace(current_epoch=epoch, world_size=1), None)
+    assert saved == expected
+    signals.requested = signal.SIGTERM
+    state.on_train_epoch_end(Namespace(current_epoch=4, world_size=1), None)
+    assert saved == [*expected, 5]
 
 
 # -- signals -------------------------------------------------------------------------------------------------

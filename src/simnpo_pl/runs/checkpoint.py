@@ -29,17 +29,21 @@ LAST = "last.ckpt"
 
 @dataclass
 class CheckpointOptions:
-    """When the training state is saved, apart from the end of every epoch.
+    """When the training state is saved, apart from a stop by a signal.
 
     Args:
         every_steps: Optimizer steps between two saves within an epoch; null saves only at its end.
+        every_epochs: Epochs between two saves at their ends; null saves at none.
     """
 
     every_steps: int | None = None
+    every_epochs: int | None = 1
 
     def __post_init__(self) -> None:
         if self.every_steps is not None and self.every_steps < 1:
             raise UserError(f"--checkpoint.every_steps must be at least 1, got {self.every_steps}; null saves by epoch")
+        if self.every_epochs is not None and self.every_epochs < 1:
+            raise UserError(f"--checkpoint.every_epochs must be at least 1, got {self.every_epochs}; null saves none")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -111,14 +115,14 @@ class StopSignals:
 
 
 class SaveState(Checkpoint):
-    """Saves `last.ckpt` at the end of every epoch, every few steps, and before a signal stops the run.
+    """Saves `last.ckpt` at the ends of epochs, every few steps, and before a signal stops the run.
 
     Saves only between optimizer steps, where no gradient is accumulated. All processes agree on a stop.
     """
 
     def __init__(self, folder: Path, options: CheckpointOptions, signals: StopSignals) -> None:
         self.file = folder / LAST
-        self.every = options.every_steps
+        self.every, self.every_epochs = options.every_steps, options.every_epochs
         self.signals = signals
         self._saved_step = -1
 
@@ -170,7 +174,9 @@ class SaveState(Checkpoint):
     on_test_end = on_predict_end = on_validation_end
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.save(trainer)
+        due = self.every_epochs is not None and (trainer.current_epoch + 1) % self.every_epochs == 0
+        if due or self._agreed_signal(trainer):
+            self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._stop(trainer, self._agreed_signal(trainer))
