@@ -15,11 +15,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_BUDGET = 2**25
+LOGITS_BUDGET, GPU_LOGITS_BUDGET = 2**25, 2**27
 """Logits kept for the backward pass (tokens times vocabulary); if there are more, they are computed again."""
 
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**25
 """Logits at work at once: on a CPU what fits its cache."""
+
+
+def logits_budget(gpu: bool) -> int:
+    """Logits kept for the backward pass."""
+    return GPU_LOGITS_BUDGET if gpu else LOGITS_BUDGET
+
 
 TokenFunction = Callable[..., Tensor]
 """`(logits (s, V), *others (s, ...)) -> (s,)` or `(s, k)`: each value from its own token alone."""
@@ -78,8 +84,9 @@ class Head:
             hidden: `(S, D)`.
             others: `(S, ...)` each, without gradient.
         """
-        step = max(1, LOGITS_BUDGET // (4 * self.vocabulary))
-        if len(hidden) * self.vocabulary <= LOGITS_BUDGET:
+        budget = logits_budget(gpu=hidden.device.type != "cpu")
+        step = max(1, budget // (4 * self.vocabulary))
+        if len(hidden) * self.vocabulary <= budget:
             return function(self(hidden), *others)
         if self.is_plain:
 
@@ -193,7 +200,8 @@ class _Logps(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, predictors: Tensor, labels: Tensor
     ) -> Tensor:
         kept: list[Tensor] = []
-        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= LOGITS_BUDGET
+        budget = logits_budget(gpu=hidden.device.type != "cpu")
+        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= budget
         logps, log_sum, _ = _label_softmax(hidden, weight, bias, predictors, labels, kept if keep else None)
         ctx.save_for_backward(hidden, weight, bias, predictors, labels, log_sum, *kept)
         return logps
