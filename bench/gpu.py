@@ -204,7 +204,7 @@ class Card:
         )
         batches = [self._batch(self.sizes[0]) for _ in range(12)]
         self.optimizer.state.clear()
-        trainer.fit(self._module(), DataLoader(batches, batch_size=None))
+        trainer.fit(self._module(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
         found["step"] = {"ms": round(1000 * counter.seconds, 1), **counter.waits()}
         with _host_waits() as seen:
             self._generate(self.prompts[0])
@@ -260,7 +260,7 @@ class Card:
         for count in self.prompts:
             request = Request(self._prompts(count), [self.new] * count, [], most_probable)
             with self._autocast(), torch.no_grad():
-                seconds = self._seconds(lambda request=request: _graphed(self.model, request, self._is_cuda), 1)
+                seconds = self._seconds(partial(_graphed, self.model, request, self._is_cuda), 1)
                 plain = greedy(self.model, request.prompts[:8], self.new, [])
                 same = sum(a == b for a, b in zip(plain, _graphed(self.model, request, self._is_cuda)[:8], strict=True))
             found[f"graph, {count}"] = {"ms_per_token": round(1000 * seconds / self.new, 2), "same_of_8": same}
@@ -322,7 +322,7 @@ class Card:
         chosen = tuple(range(size))
         return TrainingSet(rows, 0)[MicroBatch(chosen, chosen, (True,) * size, chosen, chosen)]
 
-    def _own(self, method: str, batch: Mapping[str, Any]) -> Loss:
+    def _own(self, method: str, batch: dict[str, Any]) -> Loss:
         objective, retain = (kind() for kind in METHODS[method][:2])
         if objective.caches_reference:
             with torch.no_grad(), self._autocast():
@@ -457,7 +457,7 @@ class _Data(pl.LightningDataModule):
 
     def __init__(self, split: Split, tokens: int) -> None:
         super().__init__()
-        self.eval, self.split, self.end_ids = EvalOptions(tokens_per_batch=tokens), split, [0]
+        self.eval, self.split, self.end_ids, self.tokens = EvalOptions(), split, [0], tokens
 
     def evaluation(self) -> Evaluation:
         return Evaluation([self.split], {}, {}, str)
@@ -466,7 +466,7 @@ class _Data(pl.LightningDataModule):
         return 0
 
     def val_dataloader(self) -> Any:
-        return eval_loader(self.trainer, scoring_batches([self.split], self.eval.tokens_per_batch, 0))
+        return eval_loader(self.trainer, scoring_batches([self.split], self.tokens, 0))
 
 
 class _Counter(pl.Callback):
@@ -579,7 +579,7 @@ def _graphed(model: Any, request: Request, capture: bool) -> list[list[int]]:
     cache = StaticCache(config=model.config, max_cache_len=width + steps)
     rows = torch.arange(len(prompts), device=device)
 
-    def run(ids, places):
+    def run(ids: Tensor, places: Tensor) -> Tensor:
         return model(
             input_ids=ids,
             attention_mask=mask,
@@ -591,7 +591,8 @@ def _graphed(model: Any, request: Request, capture: bool) -> list[list[int]]:
 
     logits = run(prompt, positions)
     ids, last = torch.zeros_like(rows).unsqueeze(1), positions[:, -1:].clone()
-    done, running, stop, graph = [[] for _ in prompts], set(range(len(prompts))), frozenset(eos_ids), None
+    done: list[list[int]] = [[] for _ in prompts]
+    running, stop, graph = set(range(len(prompts))), frozenset(eos_ids), None
     for step in range(steps):
         token = choose(logits, rows, step)
         for row, value in enumerate(token.tolist()):
