@@ -11,7 +11,6 @@ from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Generation, Split, generation_batches, scoring_batches
 from simnpo_pl.metrics.answers import AnswerProbability, RowMean
 from simnpo_pl.metrics.functional import rouge_l
-from simnpo_pl.models.head import logits_budget
 
 
 def prompted(name: str, prompts: list[list[int]], limit: int, **settings) -> Split:
@@ -70,4 +69,3 @@ def test_batches_are_larger_on_a_gpu(device: str, sizes: tuple[int, int]):
     trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
     assert EvalOptions().batch_sizes(trainer) == sizes
     assert EvalOptions(tokens_per_batch=7, prompts_per_batch=3).batch_sizes(trainer) == (7, 3)
-    assert logits_budget(gpu=device != "cpu") == (2**25 if device == "cpu" else 2**27)

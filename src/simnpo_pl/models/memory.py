@@ -77,12 +77,12 @@ def training_bytes(model: Any, step: Step) -> dict[str, float]:
 
 def _logits(vocabulary: int, step: Step) -> float:
     """Bytes that the head keeps and works on."""
-    logits, at_work, budget = step.rows * (step.width - 1) * vocabulary, 0, head.logits_budget(step.gpu)
+    logits, at_work = step.rows * (step.width - 1) * vocabulary, 0
     if step.reads_logits:
         # For half of the rows: two models' logits and log-probs, probabilities, differences, products, a gradient.
         logits //= 2
-        at_work = 8 * (logits if logits <= budget else budget // 4)
-    kept = logits if logits <= budget else 0
+        at_work = 8 * (logits if logits <= head.LOGITS_BUDGET else head.per_token_chunk(step.gpu))
+    kept = logits if logits <= (head.GPU_LOGITS_BUDGET if step.gpu else head.LOGITS_BUDGET) else 0
     # A chunk of logits and its gradient.
     return 4.0 * (kept + max(at_work, 2 * min(head.GPU_CHUNK if step.gpu else head.CPU_CHUNK, logits)))
 

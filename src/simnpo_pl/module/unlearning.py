@@ -28,7 +28,7 @@ from simnpo_pl.models.lora import (
     without_base,
 )
 from simnpo_pl.models.reference import REFERENCE_KEY, FrozenModel, Reference
-from simnpo_pl.module.optimization import Shape, adamw, schedule
+from simnpo_pl.module.optimization import Shape, adamw, not_finite, schedule
 from simnpo_pl.module.policy import EvalData, PolicyModule
 from simnpo_pl.objectives import Objective, SimNPO
 from simnpo_pl.objectives.base import Batch, Loss, Models, RetainLoss, batch_losses
@@ -302,21 +302,12 @@ class UnlearningModule(PolicyModule):
         *each, whole = torch.cat([own, whole.unsqueeze(0)]).cpu()
         values: dict[str, Any] = self._with_total(*whole)
         if not values["loss"].isfinite():
-            self._refuse([self._with_total(*losses) for losses in each])
+            number = next((n for n, losses in enumerate(each) if not losses.isfinite().all()), 0)
+            raise not_finite(self.trainer.global_step, self._with_total(*each[number]), self._micro_batches[number][1])
         self._micro_batches.clear()
         values |= self.objective.after_step(whole[1], self.retain_weight, self.current_epoch)
         for name, value in values.items():
             self.log(f"train/{name}", torch.as_tensor(value), prog_bar=True)
-
-    def _refuse(self, losses: list[dict[str, Tensor]]) -> None:
-        """Name the rows whose loss is not finite, before a step is taken."""
-        number = next((n for n, values in enumerate(losses) if not values["loss"].isfinite()), 0)
-        rows = {name: index.tolist() for name, index in self._micro_batches[number][1].items()}
-        values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses[number].items())
-        raise UserError(
-            f"loss is not finite at optimizer step {self.trainer.global_step} ({values}), rows {rows}: "
-            "lower --model.lr, check the start model's weights, or look at these rows"
-        )
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)
