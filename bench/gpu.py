@@ -63,6 +63,8 @@ FORMULA = (
     "lengths (attention, the causal half); padding counts nothing"
 )
 BETA = 2.5
+STEPS = 9
+"""Of the Trainer: two to warm up, six that are timed, one whose host waits are counted."""
 
 Found = dict[str, Any]
 Loss = Callable[[], Tensor]
@@ -109,9 +111,9 @@ class Card:
         shape: Mapping[str, Any] = LLAMA_1B,
         sizes: Sequence[int] = (8, 32),
         questions: int = 200,
-        prompts: Sequence[int] = (48, 256, 512),
-        new: int = 48,
-        seconds: float = 125,
+        prompts: Sequence[int] = (48, 256),
+        new: int = 32,
+        seconds: float = 85,
     ) -> None:
         self.device, self.folder, self.shape, self.sizes = device, folder, dict(shape), sizes
         self.questions, self.prompts, self.new = questions, prompts, new
@@ -123,13 +125,14 @@ class Card:
         parts: dict[str, tuple[Callable[[Found], None], float]] = {
             "card": (self.card, 10),
             "model": (self.build, 30),
-            "step": (self.steps, 50),
-            "waits": (self.waits, 20),
-            "scoring": (self.scoring, 25),
-            "generation": (self.generation, 30),
-            "profile": (self.profile, 20),
-            "larger batches": (self.larger_batches, 25),
-            "graph": (self.graph, 15),
+            "step": (self.steps, 30),
+            "waits": (self.waits, 15),
+            "profile": (self.profile, 15),
+            "generation": (self.generation, 20),
+            "scoring": (self.scoring, 15),
+            "graph": (self.graph, 10),
+            "changing rows": (self.changing_rows, 15),
+            "larger batches": (self.larger_batches, 20),
             "compiled": (self.compiled, 40),
             "static cache": (self.static_cache, 40),
         }
@@ -141,7 +144,6 @@ class Card:
             self.found[name] |= {"seconds": round(time.monotonic() - start, 1), **({"error": error} if error else {})}
             print(f"{name}: {json.dumps(self.found[name])}", file=sys.stderr, flush=True)
             (self.folder / "gpu.json").write_text(json.dumps(self.found, indent=1) + "\n")
-            self._empty()
         return self.found
 
     # -- parts -------------------------------------------------------------------------------------------
@@ -150,6 +152,7 @@ class Card:
         """The rate that products of matrices reach, and what the data sheet says."""
         size = 8192 if self._is_cuda else 256
         one, other = (torch.randn(size, size, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        self._seconds(lambda: one @ other, 3)
         seconds = self._seconds(lambda: one @ other, 20)
         name = torch.cuda.get_device_name() if self._is_cuda else str(self.device)
         rate = 2 * size**3 / seconds
@@ -176,15 +179,18 @@ class Card:
             for method in METHODS:
                 ways = {"package": self._own(method, batch), "recipe": self._plain(method, batch)}
                 times: dict[str, list[float]] = {way: [] for way in ways}
-                for turn in range(4):
+                peaks: Found = {}
+                for turn in range(3):
                     for way, loss in ways.items():
-                        seconds = self._seconds(partial(self._step, loss), 3 if turn else 1)
+                        self._forget_peak()
+                        seconds = self._seconds(partial(self._step, loss), 2 if turn else 1)
                         times[way] += [seconds] if turn else []
-                for way, loss in ways.items():
+                        peaks[way] = self._peak(method, way)
+                for way in ways:
                     found[f"{method} {size}+{size} {way}"] = {
                         **self._entry(batch, median(times[way]), kl=method.endswith("KL")),
                         "spread": round(max(times[way]) / min(times[way]) - 1, 3),
-                        "peak_gib": self._peak(partial(self._step, loss), method, way),
+                        "peak_gib": peaks[way],
                     }
 
     def waits(self, found: Found) -> None:
@@ -195,14 +201,15 @@ class Card:
             devices=1,
             precision="bf16-mixed",
             gradient_clip_val=1.0,
-            max_steps=12,
+            max_steps=STEPS,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=[counter],
         )
-        batches = [self._batch(self.sizes[0]) for _ in range(12)]
+        # The same rows in each, so that the time compares with that of a step without the Trainer.
+        batches = [self._batch(self.sizes[0])] * STEPS
         self.optimizer.state.clear()
         trainer.fit(self._module(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
         found["step"] = {"ms": round(1000 * counter.seconds, 1), **counter.waits()}
@@ -215,7 +222,7 @@ class Card:
         self.model.eval()
         questions = self.rows.questions(self.questions)
         answers = sum(map(len, questions))
-        for tokens in (2048, 8192, 16384, 32768):
+        for tokens in (8192, 16384):
             counter = _Counter(self._synchronize)
             trainer = pl.Trainer(
                 accelerator="cpu" if self.device.type == "cpu" else "gpu",
@@ -230,7 +237,7 @@ class Card:
             for _ in range(2):
                 seconds = self._seconds(partial(self._validate, trainer, module, questions, tokens), 1)
             found[f"package, {tokens} tokens"] = {"rows_per_s": round(answers / seconds, 1), **counter.waits()}
-        some = questions[: max(1, self.questions // 2)]
+        some = questions[: max(1, self.questions // 4)]
         with self._autocast():
             recipe = partial(baseline.truth_ratio_losses, self.model, some)
             self._seconds(recipe, 1)
@@ -241,7 +248,8 @@ class Card:
         self.model.eval()
         for count in self.prompts:
             for way, work in (("package", self._generate), ("transformers", self._transformers)):
-                work(2)
+                # The first time it takes memory.
+                work(count)
                 seconds = self._seconds(partial(work, count), 1)
                 per_token, rate = 1000 * seconds / self.new, count * self.new / seconds
                 found[f"{way}, {count}"] = {"ms_per_token": round(per_token, 2), "tokens_per_s": round(rate)}
@@ -260,6 +268,7 @@ class Card:
         for count in self.prompts:
             request = Request(self._prompts(count), [self.new] * count, [], most_probable)
             with self._autocast(), torch.no_grad():
+                _graphed(self.model, request, self._is_cuda)
                 seconds = self._seconds(partial(_graphed, self.model, request, self._is_cuda), 1)
                 plain = greedy(self.model, request.prompts[:8], self.new, [])
                 same = sum(a == b for a, b in zip(plain, _graphed(self.model, request, self._is_cuda)[:8], strict=True))
@@ -295,6 +304,16 @@ class Card:
                 found[f"{size}+{size} {way}"] = self._entry(batch, seconds)
                 size *= 2 if self._is_cuda else 1024
             self._empty()
+
+    def changing_rows(self, found: Found) -> None:
+        """Milliseconds of a step where no two batches have the same shape, by the way that memory is taken."""
+        works = [partial(self._step, self._own("SimNPO+NLL", self._batch(self.sizes[0]))) for _ in range(6)]
+        for name in ("as by default", "expandable segments"):
+            self._empty()
+            if self._is_cuda:
+                torch.cuda.memory._set_allocator_settings(f"expandable_segments:{name != 'as by default'}")
+            rounds = [round(1000 * sum(self._seconds(work, 1) for work in works) / len(works), 1) for _ in range(3)]
+            found[name] = {"first_ms": rounds[0], "ms": rounds[-1]}
 
     def compiled(self, found: Found) -> None:
         """The step with every layer compiled, attention left out; the first of two sizes also compiles."""
@@ -406,12 +425,14 @@ class Card:
         self._synchronize()
         return (time.perf_counter() - start) / times
 
-    def _peak(self, work: Callable[[], Any], method: str, way: str) -> float | None:
+    def _forget_peak(self) -> None:
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak(self, method: str, way: str) -> float | None:
         """GiB, weights and optimizer included, the reference only where this way holds one."""
         if not self._is_cuda:
             return None
-        torch.cuda.reset_peak_memory_stats()
-        work()
         held = method.endswith("KL") or (way == "recipe" and method.startswith("NPO"))
         reference = 0 if held else sum(p.numel() * p.element_size() for p in self.reference.parameters())
         return round((torch.cuda.max_memory_allocated() - reference) / 2**30, 2)
@@ -477,17 +498,16 @@ class _Counter(pl.Callback):
         self.counting = _host_waits()
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 3:
+        if batch_idx == 2:
             self.synchronize()
             self.start = time.perf_counter()
-        elif batch_idx == 9:
+        elif batch_idx == STEPS - 1:
             self.synchronize()
-            self.seconds = (time.perf_counter() - self.start) / 6
-        if batch_idx >= 9:
+            self.seconds = (time.perf_counter() - self.start) / (STEPS - 3)
             self.on_validation_batch_start()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx >= 9:
+        if batch_idx == STEPS - 1:
             self.on_validation_batch_end()
 
     def on_validation_batch_start(self, *args: Any) -> None:
@@ -557,7 +577,17 @@ def tables(found: Found) -> list[str]:
         f"{weights / 1e9:.2f} billion weights, bf16-mixed. {found['formula']}.",
         "",
     ]
-    for name in ("step", "scoring", "generation", "waits", "larger batches", "graph", "compiled", "static cache"):
+    for name in (
+        "step",
+        "scoring",
+        "generation",
+        "waits",
+        "changing rows",
+        "larger batches",
+        "graph",
+        "compiled",
+        "static cache",
+    ):
         entries = {key: value for key, value in found[name].items() if isinstance(value, dict)}
         keys = [key for key in dict.fromkeys(k for value in entries.values() for k in value) if key != "lines"]
         rows = [[key, *(str(value.get(k, "-")) for k in keys)] for key, value in entries.items()]

@@ -123,8 +123,11 @@ def generate(
     Raises:
         UserError: A prompt fills the model's positions, or no way of decoding gives the model's own logits.
     """
-    limits = _limits(model, prompts, max_new_tokens)
-    return _way_of(model)(model, Request(prompts, limits, eos_ids, choose, pad_id))
+    request = Request(prompts, _limits(model, prompts, max_new_tokens), eos_ids, choose, pad_id)
+    kind = next(model.parameters()).device.type
+    # Lightning's autocast rounds all weights again in every call: here once for all tokens.
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=True):
+        return _way_of(model)(model, request)
 
 
 def _limits(model: Any, prompts: Sequence[Sequence[int]], wanted: int) -> list[int]:
