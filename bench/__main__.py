@@ -28,7 +28,7 @@ def main() -> None:
     from bench.report import write
 
     started, found, failed = time.monotonic(), {}, {}
-    for name in options.only or [name for name in PARTS if not (options.quick and name in SLOW)]:
+    for name in options.only or [name for name in PARTS if name != "gpu" and not (options.quick and name in SLOW)]:
         say(f"{name} ...")
         try:
             found[name] = PARTS[name](options)
@@ -70,7 +70,10 @@ def _options() -> argparse.Namespace:
         "--quick", action="store_true", help="fewer rounds, smaller cases and models, fewer parts: a rough look"
     )
     parser.add_argument(
-        "--only", nargs="+", choices=list(PARTS), help="parts to measure, in addition to those in --out; default: all"
+        "--only",
+        nargs="+",
+        choices=list(PARTS),
+        help="parts to measure, in addition to those in --out; default: all but gpu",
     )
     parser.add_argument("--data", help="folder with TOFU's files; random tokens of TOFU's lengths by default")
     parser.add_argument("--tokenizer", help="folder of the tokenizer for them, of at most 49152 tokens")

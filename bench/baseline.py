@@ -91,7 +91,8 @@ def truth_ratio_losses(model: Any, questions: Sequence[Sequence[TokenRow]], size
     for answers in zip(*questions, strict=True):
         column: list[float] = []
         for start in range(0, len(answers), size):
-            losses, lengths = row_losses(model, collate(answers[start : start + size], 0))
+            batch = collate(answers[start : start + size], 0)
+            losses, lengths = row_losses(model, {key: value.to(model.device) for key, value in batch.items()})
             column += (losses / lengths).tolist()
         columns.append(column)
     return [list(row) for row in zip(*columns, strict=True)]

@@ -14,6 +14,7 @@ from bench import children, job, overhead
 from bench.cases import Case
 from bench.data import Batch, Rows, scored
 from bench.evaluation import Losses
+from bench.gpu import gpu
 from bench.measure import Times, has_bf16, in_a_process, interleave, median, ratio
 from bench.sides import SIDES, Side
 from bench.step import Variant, steps
@@ -232,6 +233,7 @@ PARTS: dict[str, Callable[[Options], Found]] = {
     "processes": processes,
     "lightning": lightning,
     "start-up": start_up,
+    "gpu": gpu,
 }
 SLOW = ("growth", "processes")
 """Parts that a quick look leaves out."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import gpu
 from simnpo_pl.utils import markdown
 
 BEGIN, END = "<!-- measured: written by python -m bench -->", "<!-- end of what python -m bench wrote -->"
@@ -273,6 +274,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "processes": _processes,
     "lightning": _lightning,
     "start-up": _start_up,
+    "gpu": gpu.tables,
 }
 """How each part of the record is shown, in the order of the page."""
 

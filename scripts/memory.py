@@ -81,11 +81,10 @@ def computed(case: Case, gpu: bool = True) -> dict[str, float]:
 
     Args:
         case: What is trained.
-        gpu: Whether on a GPU, where more logits are at work at once.
+        gpu: Whether on a GPU, where more logits are kept and at work at once.
     """
     import torch
 
-    from simnpo_pl.models.head import CPU_CHUNK, GPU_CHUNK
     from simnpo_pl.models.lora import LoraOptions, inject_adapter
     from simnpo_pl.models.memory import Step, training_bytes
 
@@ -101,7 +100,7 @@ def computed(case: Case, gpu: bool = True) -> dict[str, float]:
         eight_bit=case.eight_bit,
         frozen=int(case.method == "NPO+KL" and not case.lora),
         reads_logits=case.method == "NPO+KL",
-        chunk=GPU_CHUNK if gpu else CPU_CHUNK,
+        gpu=gpu,
     )
     return training_bytes(model, step)
 

@@ -1,7 +1,9 @@
 """The benchmark compares like with like, and writes what it found where it should."""
 
+import json
 import math
 import re
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import baseline, job, parts, report
+from bench import baseline, gpu, job, parts, report
 from bench.__main__ import main
 from bench.cases import Case
 from bench.data import Rows, scored
@@ -97,6 +99,29 @@ def test_a_job_by_both_sides():
     found = job.compare(rows=2, counts=dict.fromkeys(job.SPLITS, 1), epochs=1, layers=1)
     assert set(found) == {"public", "own"}
     assert all(side["cpu"] > side["system"] > 0 and side["mib"] > 100 for side in found.values())
+
+
+def test_parts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They run on any device; what a part cannot do is said in its place, and the others go on."""
+    shape = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    card = gpu.Card(torch.device("cpu"), tmp_path, shape, (2,), 2, (2,), 2)
+    monkeypatch.setattr(gpu.Card, "compiled", lambda card, found: 1 / 0)
+    found = card.run()
+    assert found["compiled"]["error"] == "ZeroDivisionError: division by zero"
+    assert [name for name in found if "error" in found[name]] == ["compiled"]
+    assert json.loads((tmp_path / "gpu.json").read_text()) == found
+    assert found["step"].keys() > {f"{method} 2+2 {way}" for method in gpu.METHODS for way in ("package", "recipe")}
+    assert "| SimNPO+KL 2+2 recipe | " in "\n".join(gpu.tables(found))
+    assert gpu._error_of(lambda found: time.sleep(9), 1, {}) == "TimeoutError: stopped after 1 s"
+    assert gpu._error_of(lambda found: None, 0.5, {}) == "no time was left"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it runs for minutes")
+def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["bench", "--only", "gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="the part gpu needs a GPU"):
+        main()
 
 
 def test_rounds_are_interleaved():

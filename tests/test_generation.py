@@ -235,6 +235,24 @@ def test_one_token_list_a_step_waits_for_the_device(monkeypatch: pytest.MonkeyPa
     assert len(waits) <= 2 * 20 + 1
 
 
+@torch.no_grad()
+def test_weights_are_rounded_once_for_all_tokens():
+    """Under an autocast that keeps no rounded weights, as Lightning's; the tokens are the same."""
+    model = build("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = greedy(model, PROMPTS, 4, [])
+    rounded = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            rounded.extend([op] if "_to_copy" in str(op) and args[0] is model.lm_head.weight else [])
+            return op(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Casts():
+        assert greedy(model, PROMPTS, 4, []) == expected
+    assert len(rounded) == 1
+
+
 @pytest.mark.slow
 def test_sharded_model_that_is_not_batched(model_folder: Path, run_options: list[str], tmp_path: Path):
     """Processes with fewer groups of prompts take part until the others are done."""

@@ -103,7 +103,7 @@ def test_command(run_options: list[str], tmp_path: Path, capsys: pytest.CaptureF
     main(["fit", *run_options, *options])
     shutil.copytree(one, other)
     config = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(config.replace("prompts_per_batch: 48", "prompts_per_batch: 3"))
+    (other / "config.yaml").write_text(config.replace("prompts_per_batch: null", "prompts_per_batch: 3"))
     main(["leak", str(one), str(other), "--k", "5", "--debug"])
     main(["leak", str(one), "--k", "5", "--seed", "1", "--debug"])
     found = [json.loads((folder / "results.json").read_text())["leak"] for folder in (one, other)]

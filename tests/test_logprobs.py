@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from simnpo_pl.models import head
-from simnpo_pl.models.logprobs import Scorer, divergence, join, score_together
-from simnpo_pl.models.packing import layout_of
+from simnpo_pl.models.logprobs import Scorer, divergence, join, score_together, with_plan
+from simnpo_pl.models.packing import layout_of, stacked
 
 
 def rows(seed: int = 0, sizes: tuple[int, ...] = (12, 7, 3, 9)) -> dict[str, torch.Tensor]:
@@ -196,6 +196,36 @@ def test_layout_of_rows_that_begin_alike():
     assert layout.positions.tolist() == [[0, 1, 2, 3, 2, 3, 0, 1]]
     assert layout.shared
     assert not layout_of(ids[[0, 3]], mask[[0, 3]]).shared
+
+
+def test_layouts_one_below_the_other():
+    """Of unlike widths, of which one shares tokens: as the layout of all rows, where no neighbours begin alike."""
+    parts = [alike(), rows(1, (5, 20, 4))]
+    parts[1]["input_ids"][0, 0] = 4
+    joined, apart = join(parts), [layout_of(part["input_ids"], part["attention_mask"]) for part in parts]
+    below, whole = stacked(apart), layout_of(joined["input_ids"], joined["attention_mask"])
+    real = joined["attention_mask"].flatten() != 0
+    assert below[:2] == whole[:2]
+    assert below.shared
+    assert below.cells.tolist() == whole.cells.tolist()
+    assert below.tokens[real].tolist() == whole.tokens[real].tolist()
+    assert below.positions.tolist() == whole.positions.tolist()
+    assert stacked(apart[:1]) is apart[0]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_plans_that_come_with_the_rows(model_folder: Path, attention: str, monkeypatch: pytest.MonkeyPatch):
+    """The same states, bit for bit, as from plans made there, packed and padded; nothing is made again."""
+    scorer, parts = Scorer(load(model_folder, attention)), {"forget": alike(), "retain": rows(1, (5, 20, 4))}
+    plain = scorer(parts, [1])
+    planned = {name: with_plan(part) for name, part in parts.items()}
+    monkeypatch.setattr("simnpo_pl.models.logprobs.with_plan", None)
+    for name, states in scorer(planned, [1]).items():
+        torch.testing.assert_close(states.hidden, plain[name].hidden, rtol=0, atol=0)
+        one, other = states.layers[1], plain[name].layers[1]
+        torch.testing.assert_close((one.hidden, one.rows), (other.hidden, other.rows), rtol=0, atol=0)
+        for field in ("predictors", "labels", "rows"):
+            assert getattr(states, field).tolist() == getattr(plain[name], field).tolist()
 
 
 def test_rows_that_begin_alike(model_folder: Path):

@@ -1,5 +1,6 @@
 """The LightningModule: exact averages over the effective batch, the reference's place, what stops a run."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -346,15 +347,27 @@ def test_parts_asked_for():
 
 
 class Broken(Objective):
-    """An objective that divides by zero."""
+    """An objective that divides by zero on one row."""
 
     def forward(self, inputs: ForgetInputs) -> torch.Tensor:
-        return inputs.forget.mean / 0
+        return inputs.forget.mean / (inputs._batch["forget"]["index"] != 7)
 
 
-def test_loss_that_is_not_finite_stops_and_names_the_rows(fit: Callable[..., Any]):
-    with pytest.raises(UserError, match=r"loss is not finite at optimizer step 0 .*'forget': \[\d+(, \d+)*\]"):
-        fit(Broken())
+@pytest.mark.parametrize("per_device", [1, 2, 4])
+def test_loss_that_is_not_finite_stops_and_names_the_rows(
+    fit: Callable[..., Any], per_device: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Of the micro-batch that it comes from, and before the step that it would spoil."""
+    taken = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kw: taken.append(1) or step(*args, **kw))
+    with pytest.raises(UserError, match=r"loss is not finite at optimizer step \d+ .*'forget': ") as caught:
+        fit(Broken(), per_device=per_device)
+    number, rows = re.findall(r"step (\d+) .*'forget': \[([\d, ]+)\]", str(caught.value))[0]
+    # A step begins with the closure that raises.
+    assert len(taken) == int(number) + 1
+    assert "7" in rows.split(", ")
+    assert len(rows.split(", ")) <= per_device
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """What an evaluation generates: prompts of their own, lengths of their own, texts cut and scored as a split says."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
 from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
 from simnpo_pl.evaluation.evaluation import Evaluation
+from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Generation, Split, generation_batches, scoring_batches
 from simnpo_pl.metrics.answers import AnswerProbability, RowMean
 from simnpo_pl.metrics.functional import rouge_l
@@ -58,3 +62,10 @@ def test_rouge_without_stemming():
     assert rouge_l("the cat sat", "the cats sat")["rougeL_f1"] == 1
     plain = rouge_l("the cat sat", "the cats sat", stem=False)
     assert plain == {"rougeL_recall": 2 / 3, "rougeL_f1": 2 / 3, "rouge1_recall": 2 / 3}
+
+
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", (2048, 48)), ("cuda", (8192, 256))])
+def test_batches_are_larger_on_a_gpu(device: str, sizes: tuple[int, int]):
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    assert EvalOptions().batch_sizes(trainer) == sizes
+    assert EvalOptions(tokens_per_batch=7, prompts_per_batch=3).batch_sizes(trainer) == (7, 3)

@@ -198,7 +198,9 @@ def test_an_evaluation_is_taken_up_for_the_same_code_model_and_rows_only(
         module = PolicyModule(str(model_folder), attn_implementation="eager")
         module.policy = policy
         module.finished_batches = FinishedBatches(tmp_path / "kept")
-        module._trainer = SimpleNamespace(datamodule=data, precision="32", global_rank=0)  # type: ignore[assignment]
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        trainer: Any = SimpleNamespace(datamodule=data, precision="32", global_rank=0, strategy=strategy)
+        module._trainer = trainer
         module.on_validation_epoch_start()
         return module.finished_batches._path.parent.name
 
@@ -212,6 +214,14 @@ def test_an_evaluation_is_taken_up_for_the_same_code_model_and_rows_only(
         file.write_text(file.read_text() + "\n")
         keys.append(key())
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    keys.append(key())
+    weights = policy.get_input_embeddings().weight.data
+    weights[3, 5] *= 1.001
+    keys.append(key())
+    # The same numbers in another order.
+    weights[3, 5:7] = weights[3, 5:7].flip(0)
+    keys.append(key())
+    weights[[3, 4]] = weights[[4, 3]]
     keys.append(key())
     assert len(set(keys)) == len(keys)
 

@@ -199,18 +199,20 @@ class PairedData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Batches to score and to generate, each process its share."""
         splits = self.evaluation().splits
+        tokens, prompts = self.eval.batch_sizes(self.trainer)
         return eval_loader(
             self.trainer,
-            scoring_batches(splits, self.eval.tokens_per_batch, self.pad_id),
+            scoring_batches(splits, tokens, self.pad_id),
             gradient_batches(splits, self.pad_id),
-            generation_batches(splits, self.eval.prompts_per_batch),
+            generation_batches(splits, prompts),
         )
 
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts to generate."""
-        return eval_loader(self.trainer, generation_batches(self.evaluation().splits, self.eval.prompts_per_batch))
+        _, prompts = self.eval.batch_sizes(self.trainer)
+        return eval_loader(self.trainer, generation_batches(self.evaluation().splits, prompts))
 
 
 class UnlearningData(PairedData):

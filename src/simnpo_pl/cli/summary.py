@@ -12,7 +12,6 @@ from rich.padding import Padding
 from rich.table import Table
 
 from simnpo_pl.metrics import titles
-from simnpo_pl.models.head import CPU_CHUNK, GPU_CHUNK
 from simnpo_pl.models.loading import model_shapes
 from simnpo_pl.models.memory import Step, training_bytes
 from simnpo_pl.models.sharding import ShardedStrategy
@@ -140,7 +139,7 @@ def on_devices(trainer: Any) -> dict[str, Any]:
     sharded = isinstance(strategy, (ShardedStrategy, DeepSpeedStrategy))
     return {
         "autocast": str(trainer.precision).endswith("-mixed"),
-        "chunk": CPU_CHUNK if strategy.root_device.type == "cpu" else GPU_CHUNK,
+        "gpu": strategy.root_device.type != "cpu",
         "shards": trainer.world_size if sharded else 1,
         "buckets": isinstance(strategy, DDPStrategy) and not sharded,
     }

@@ -174,7 +174,7 @@ class Evaluation:
         rows = zip(batch["split"].tolist(), batch["index"].tolist(), strict=True)
         names = [(zlib.crc32(self.splits[number].name.encode()), index) for number, index in rows]
         draws = [draws_of(self.seed, index, name, batch["max_new_tokens"]) for name, index in names]
-        return Sampler(torch.stack(draws).to(batch["index"].device), self.temperature)
+        return Sampler(torch.stack(draws), self.temperature)
 
     def score(self, states: AnswerStates, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scores `(B,)` of a scoring batch's answers by name; a benchmark with custom scores overrides this.

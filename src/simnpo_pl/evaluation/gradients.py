@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simnpo_pl.evaluation.scoring import without_end
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.utils.errors import UserError
 
@@ -48,7 +47,8 @@ def gradient_norms(model: Any, scorer: Scorer, rows: Mapping[str, Tensor]) -> Te
                 # Copies, because tensors made in inference mode cannot take part in a backward pass.
                 names = ("input_ids", "labels", "attention_mask")
                 states = scorer({"row": {name: rows[name][row : row + 1, :width].clone() for name in names}})["row"]
-                loss = -states.token_logps()[without_end(states, rows["end"][row : row + 1])].mean()
+                kept = max(0, len(states.labels) - int(rows["end"][row]))
+                loss = -states.token_logps()[:kept].mean()
                 found = torch.autograd.grad(loss, parameters, allow_unused=True)
                 sizes = [gradient.float().norm() for gradient in found if gradient is not None]
                 norms.append(torch.stack(sizes).mean().detach())

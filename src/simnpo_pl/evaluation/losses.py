@@ -33,8 +33,8 @@ class AnswerLosses(pl.LightningDataModule):
         return largest_id(self._evaluation.splits)
 
     def val_dataloader(self) -> DataLoader:
-        batches = scoring_batches(self._evaluation.splits, self.eval.tokens_per_batch, self.pad_id)
-        return eval_loader(self.trainer, batches)
+        tokens, _ = self.eval.batch_sizes(self.trainer)
+        return eval_loader(self.trainer, scoring_batches(self._evaluation.splits, tokens, self.pad_id))
 
     def losses(self, result: EvalResult) -> dict[str, Tensor]:
         """Losses by split in row order, nats per token, float64; NaN for rows that a limited evaluation left out.

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch.utilities.memory import garbage_collection_cuda
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from simnpo_pl.models.logprobs import PLAN
+
 Batch = dict[str, Any]
 
 
@@ -61,7 +63,7 @@ def _halves(batch: Batch) -> list[Batch]:
     middle = (rows + 1) // 2
     by_row = {key for key, value in batch.items() if isinstance(value, torch.Tensor | list) and len(value) == rows}
     return [
-        {key: value[part] if key in by_row else value for key, value in batch.items()}
+        {key: value[part] if key in by_row else value for key, value in batch.items() if key != PLAN}
         for part in (slice(middle), slice(middle, rows))
     ]
 

@@ -22,6 +22,9 @@ Batch = dict[str, Any]
 OF_GENERATED = (*ROUGE, *TEXT_SCORES, FLUENCY)
 """Scores of generated answers."""
 
+PLACES = ("split", "index", "kind", "end")
+"""What the CPU reads of a batch's rows `(B,)`: the places of their scores, and the length of the answers' end."""
+
 
 @dataclass
 class Generation:
@@ -201,5 +204,5 @@ def _longest_first(splits: Sequence[Split], chosen: Sequence[int], kinds: int | 
 
 def _scored(items: Sequence[Any], pad_id: int) -> Batch:
     rows, splits, indices, kinds = zip(*items, strict=True)
-    numbers = {"split": splits, "index": indices, "kind": kinds, "end": [row.end for row in rows]}
-    return {**collate(rows, pad_id), **{name: torch.tensor(values) for name, values in numbers.items()}}
+    numbers = splits, indices, kinds, [row.end for row in rows]
+    return {**collate(rows, pad_id), **{name: torch.tensor(n) for name, n in zip(PLACES, numbers, strict=True)}}

@@ -25,34 +25,31 @@ def score_rows(
         wanted: Name of a score on demand to the rows `(B,)` bool for which it is computed.
 
     Returns:
-        `nll` `(B,)`, nats per token, the end included. Without the end: `exact_memorization` and
+        On the CPU: `nll` `(B,)`, nats per token, the end included. Without the end: `exact_memorization` and
         `extraction_strength` `(B,)`, shares of the answer's tokens; if wanted, `min_k` and `min_k_plus_plus` `(B,)`,
         see `metrics.functional.lowest_share`. They are NaN if `nll` is not finite.
     """
     wanted = wanted or {}
-    tokens = states.token_scores(wanted.get(MIN_K_PLUS_PLUS))
-    nll = -states.sum_rows(tokens.logps) / states.lengths()
-    kept = without_end(states, ends)
-    lengths = states.sum_rows(kept.float()).long().tolist()
+    tokens, size = states.token_scores(wanted.get(MIN_K_PLUS_PLUS)), states.size
+    values = tokens.logps, tokens.correct.float(), tokens.standardized, states.rows.float()
+    # The one wait for a GPU: what follows is work on single rows. Float32 holds the number of a row exactly.
+    logps, correct, standardized, rows = torch.stack(values).cpu()
+    lengths = torch.bincount(rows.long(), minlength=size)
+    nll = -torch.zeros(size, dtype=torch.float64).index_add(0, rows.long(), logps.double()).float() / lengths
+    ends = ends.cpu()
 
-    def by_row(function: Callable[[Tensor], float], values: Tensor, rows: Tensor | None = None) -> Tensor:
-        parts = values[kept].cpu().split(lengths)
-        chosen = [True] * len(lengths) if rows is None else rows.tolist()
-        scores = [function(part) if row else torch.nan for part, row in zip(parts, chosen, strict=True)]
+    def by_row(function: Callable[[Tensor], float], values: Tensor, chosen: Tensor | None = None) -> Tensor:
+        kept = zip(values.split(lengths.tolist()), (lengths - ends).clamp(min=0).tolist(), strict=True)
+        wanted = [True] * size if chosen is None else chosen.tolist()
+        scores = [function(part[:stop]) if row else torch.nan for (part, stop), row in zip(kept, wanted, strict=True)]
         return nll.new_tensor(scores).masked_fill(~nll.isfinite(), torch.nan)
 
     scores = {
         "nll": nll,
-        "exact_memorization": by_row(exact_memorization, tokens.correct),
-        "extraction_strength": by_row(extraction_strength, tokens.correct),
+        "exact_memorization": by_row(exact_memorization, correct),
+        "extraction_strength": by_row(extraction_strength, correct),
     }
-    for name, values in ((MIN_K, tokens.logps), (MIN_K_PLUS_PLUS, tokens.standardized)):
+    for name, values in ((MIN_K, logps), (MIN_K_PLUS_PLUS, standardized)):
         if name in wanted:
             scores[name] = by_row(lambda part: lowest_share(part, min_k), values, wanted[name])
     return scores
-
-
-def without_end(states: AnswerStates, ends: Tensor) -> Tensor:
-    """`(S,)` bool: the scored positions except the last `ends` `(B,)` of each row."""
-    stops = states.lengths().long().cumsum(0) - ends
-    return torch.arange(len(states.rows), device=stops.device) < stops[states.rows]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simnpo_pl.models.head import Head
 from simnpo_pl.models.layers import body_of
-from simnpo_pl.models.packing import MISFITS, layout_of, packed_hidden, raise_if_device, why_not_packed
+from simnpo_pl.models.packing import MISFITS, Layout, layout_of, packed_hidden, raise_if_device, why_not_packed
 from simnpo_pl.models.sharding import is_sharded
 from simnpo_pl.utils.errors import UserError
 
@@ -67,14 +67,14 @@ class Forward:
                     "tokens, and so on the label; give a model that reads from left to right"
                 )
 
-    def __call__(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Hidden states `(N, D)` of right-padded rows, and for each cell `(B, T)` the index of its state.
+    def __call__(self, rows: Mapping[str, Tensor], layout: Layout | None = None) -> tuple[Tensor, Tensor]:
+        """Hidden states `(N, D)` of right-padded rows, and the index of each cell's state; with their layout if known.
 
-        The index of a padded cell has no meaning.
+        The indices are `(B, T)`; those of padded cells have no meaning.
         """
         way = self.way_of(rows)
         self._may_run(way)
-        return self._run(way, rows)
+        return self._run(way, rows, layout)
 
     def way_of(self, rows: Mapping[str, Tensor]) -> str:
         """How these rows are run: one by one where the longest would change the positions of the others."""
@@ -104,10 +104,10 @@ class Forward:
                 "give another --trainer.strategy"
             )
 
-    def _run(self, way: str, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _run(self, way: str, rows: Mapping[str, Tensor], layout: Layout | None = None) -> tuple[Tensor, Tensor]:
         ids, mask = rows["input_ids"], rows["attention_mask"]
         if way == "packed":
-            layout = layout_of(ids, mask)
+            layout = layout_of(ids, mask) if layout is None else layout
             self._reset_ropes()
             return packed_hidden(self.body, ids, layout), layout.tokens.view(layout.rows, layout.width)
         if way == "padded":

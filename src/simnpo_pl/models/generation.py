@@ -74,7 +74,9 @@ class Sampler:
     def __call__(self, logits: Tensor, rows: Tensor, step: int) -> Tensor:
         """The token whose interval of the cumulative probabilities contains a row's number."""
         shares = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
-        drawn = self.draws.to(shares)[rows, step].unsqueeze(-1) * shares[:, -1:]
+        # Copied to the device once.
+        self.draws = self.draws.to(shares)
+        drawn = self.draws[rows, step].unsqueeze(-1) * shares[:, -1:]
         return torch.searchsorted(shares, drawn, right=True).squeeze(-1).clamp(max=shares.shape[-1] - 1)
 
 
@@ -121,8 +123,11 @@ def generate(
     Raises:
         UserError: A prompt fills the model's positions, or no way of decoding gives the model's own logits.
     """
-    limits = _limits(model, prompts, max_new_tokens)
-    return _way_of(model)(model, Request(prompts, limits, eos_ids, choose, pad_id))
+    request = Request(prompts, _limits(model, prompts, max_new_tokens), eos_ids, choose, pad_id)
+    kind = next(model.parameters()).device.type
+    # Lightning's autocast rounds all weights again in every call: here once for all tokens.
+    with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=True):
+        return _way_of(model)(model, request)
 
 
 def _limits(model: Any, prompts: Sequence[Sequence[int]], wanted: int) -> list[int]:
@@ -170,7 +175,7 @@ def _batched(model: Any, request: Request) -> list[list[int]]:
         if not keep:
             break
         if len(keep) < len(running):
-            running, kept = [running[place] for place in keep], torch.tensor(keep, device=device)
+            running, kept = [running[place] for place in keep], torch.tensor(keep).to(device, non_blocking=True)
             # The one method to select rows that every kind of cache layer has.
             cache.reorder_cache(cast(torch.LongTensor, kept))
             rows, mask, positions, token = rows[kept], mask[kept], positions[kept], token[kept]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_BUDGET = 2**25
+LOGITS_BUDGET, GPU_LOGITS_BUDGET = 2**25, 2**27
 """Logits kept for the backward pass (tokens times vocabulary); if there are more, they are computed again."""
 
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**25
@@ -78,9 +78,9 @@ class Head:
             hidden: `(S, D)`.
             others: `(S, ...)` each, without gradient.
         """
-        step = max(1, LOGITS_BUDGET // (4 * self.vocabulary))
         if len(hidden) * self.vocabulary <= LOGITS_BUDGET:
             return function(self(hidden), *others)
+        step = max(1, per_token_chunk(hidden.device.type != "cpu") // self.vocabulary)
         if self.is_plain:
 
             def capped(logits: Tensor, *others: Tensor) -> Tensor:
@@ -114,6 +114,11 @@ class Head:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         return self._scaled(hidden).to(dtype)
+
+
+def per_token_chunk(gpu: bool) -> int:
+    """Logits at work at once where whole distributions are read; several copies of them are made."""
+    return GPU_CHUNK if gpu else LOGITS_BUDGET // 4
 
 
 def _label_logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -193,7 +198,8 @@ class _Logps(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, predictors: Tensor, labels: Tensor
     ) -> Tensor:
         kept: list[Tensor] = []
-        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= LOGITS_BUDGET
+        budget = LOGITS_BUDGET if hidden.device.type == "cpu" else GPU_LOGITS_BUDGET
+        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= budget
         logps, log_sum, _ = _label_softmax(hidden, weight, bias, predictors, labels, kept if keep else None)
         ctx.save_for_backward(hidden, weight, bias, predictors, labels, log_sum, *kept)
         return logps

@@ -15,10 +15,33 @@ from simnpo_pl.data.tokenization import IGNORE_INDEX
 from simnpo_pl.models.forward import Forward
 from simnpo_pl.models.head import Head, TokenFunction
 from simnpo_pl.models.layers import layer_outputs
+from simnpo_pl.models.packing import Layout, layout_of, stacked
 from simnpo_pl.utils.errors import UserError
 
-Rows = Mapping[str, Tensor]
-"""`input_ids`, `labels` (-100 where not scored) and `attention_mask`, each `(B, T)`, right-padded."""
+Rows = Mapping[str, Any]
+"""`input_ids`, `labels` (-100 where not scored) and `attention_mask`, each `(B, T)`, right-padded; maybe a `Plan`."""
+
+PLAN = "plan"
+"""Key of the rows' `Plan`."""
+
+
+class Plan(NamedTuple):
+    """Which states of B rows are read, for which labels; made on the CPU, so that the host waits for no GPU."""
+
+    used: Tensor
+    """`(U,)` indices of the states that predict a label."""
+    predictors: Tensor
+    """`(S,)` index in `used` of the state that predicts each label."""
+    labels: Tensor
+    """`(S,)` token to predict."""
+    rows: Tensor
+    """`(S,)` row of each label."""
+    answers: Tensor
+    """`(L,)` indices of the states of the answers' own tokens."""
+    answer_rows: Tensor
+    """`(L,)` row of each of them."""
+    layout: Layout | None = None
+    """Of packed rows, whose states the indices are for."""
 
 
 class AnswerLogps(NamedTuple):
@@ -66,7 +89,8 @@ class LayerStates:
             crossed: Divide the sum of each row by the number of tokens of every row, and take the mean of that.
         """
         sums = values.new_zeros(self.size).index_add(0, self.rows, values)
-        shares = 1 / torch.bincount(self.rows, minlength=self.size).clamp(min=1).to(values.dtype)
+        counts = values.new_zeros(self.size).index_add(0, self.rows, torch.ones_like(values))
+        shares = 1 / counts.clamp(min=1)
         return sums * (shares.mean() if crossed else shares)
 
 
@@ -132,7 +156,7 @@ class AnswerStates:
         logps, correct = self.head.scores(self.hidden, self.predictors, self.labels)
         standardized = torch.full_like(logps, torch.nan)
         if standardize is not None:
-            chosen = standardize[self.rows]
+            chosen = standardize.to(self.rows.device)[self.rows].nonzero()[:, 0]
             hidden = self.hidden[self.predictors[chosen]]
             standardized[chosen] = self.head.per_token(_standardized, hidden, self.labels[chosen])
         return TokenScores(logps, correct, standardized)
@@ -206,6 +230,22 @@ def scored_targets(rows: Rows) -> tuple[Tensor, Tensor]:
     return targets, (targets != IGNORE_INDEX) & (rows["attention_mask"] != 0)
 
 
+def with_plan(rows: Rows) -> dict[str, Any]:
+    """The rows with their `Plan` where they are packed."""
+    run = rows["attention_mask"] != 0
+    layout = layout_of(rows["input_ids"], run)
+    return {**rows, PLAN: _plan(rows, layout.tokens.view(run.shape), run)._replace(layout=layout)}
+
+
+def _plan(rows: Rows, places: Tensor, run: Tensor) -> Plan:
+    """Of rows whose states are at `places`, from the tokens that are run, `(B, T)` both."""
+    targets, scored = scored_targets(rows)
+    answers = (rows["labels"] != IGNORE_INDEX) & run
+    used, predictors = places[scored].unique(return_inverse=True)
+    by_label = predictors, targets[scored], scored.nonzero()[:, 0]
+    return Plan(used, *by_label, places[answers], answers.nonzero()[:, 0])
+
+
 def answer_lengths(rows: Rows) -> Tensor:
     """`(B,)` number of scored tokens, float."""
     return scored_targets(rows)[1].sum(dim=-1).float()
@@ -244,31 +284,34 @@ class Scorer:
             `AnswerStates` under the same names.
         """
         joined = join(list(parts.values()))
-        targets, scored = scored_targets(joined)
-        answers = joined["labels"] != IGNORE_INDEX
-        if self.forward.way_of(joined) != "padded":
-            # A masked token is run only where rows are padded.
-            answers = answers & (joined["attention_mask"] != 0)
         self.forward.check(joined)
+        way = self.forward.way_of(joined)
+        plans: dict[str, Plan] = {}
+        if way == "packed":
+            plans = {n: (rows if PLAN in rows else with_plan(rows))[PLAN] for n, rows in parts.items()}
+        layout = stacked([plan.layout for plan in plans.values() if plan.layout]) if plans else None
         with layer_outputs(self.model, layers) as outputs:
-            hidden, places = self.forward(joined)
+            hidden, places = self.forward(joined, layout)
         by_layer = {n: torch.cat(passes) for n, passes in outputs.items()}
-        result, start = {}, 0
+        result, start, offset = {}, 0, 0
         for name, rows in parts.items():
             size = len(rows["input_ids"])
-            own = slice(start, start + size)
-            used, predictors = places[own][scored[own]].unique(return_inverse=True)
-            tokens, token_rows = places[own][answers[own]], answers[own].nonzero()[:, 0]
+            plan = plans.get(name)
+            if plan is None:
+                part = {key: value[start : start + size] for key, value in joined.items()}
+                # A masked token is run only where rows are padded.
+                plan = _plan(part, places[start : start + size], (part["attention_mask"] != 0) | (way == "padded"))
+            answers = plan.answers + offset
             result[name] = AnswerStates(
-                hidden=hidden.index_select(0, used),
-                predictors=predictors,
-                labels=targets[own][scored[own]],
-                rows=scored[own].nonzero()[:, 0],
+                hidden=hidden.index_select(0, plan.used + offset),
+                predictors=plan.predictors,
+                labels=plan.labels,
+                rows=plan.rows,
                 size=size,
                 head=self.head,
-                layers={n: LayerStates(by_layer[n][tokens].float(), token_rows, size) for n in layers},
+                layers={n: LayerStates(by_layer[n][answers].float(), plan.answer_rows, size) for n in layers},
             )
-            start += size
+            start, offset = start + size, offset + (len(plan.layout.cells) if plan.layout else 0)
         return result
 
     def all_logits(self, rows: Rows) -> Tensor:

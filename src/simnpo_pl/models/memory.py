@@ -29,7 +29,7 @@ class Step:
         eight_bit: Whether AdamW's moments have 8 bits.
         frozen: Frozen models that stay in memory.
         reads_logits: Whether a loss reads whole distributions, not only the labels' log-probs.
-        chunk: Logits computed at once, see `simnpo_pl.models.head`.
+        gpu: Whether on a GPU, where more logits are kept, and computed at once; see `simnpo_pl.models.head`.
         shards: Devices over which everything but activations and logits is sharded.
         buckets: Whether DDP's buckets hold the gradients a second time.
     """
@@ -41,7 +41,7 @@ class Step:
     eight_bit: bool = False
     frozen: int = 0
     reads_logits: bool = False
-    chunk: int = head.GPU_CHUNK
+    gpu: bool = True
     shards: int = 1
     buckets: bool = False
 
@@ -81,10 +81,10 @@ def _logits(vocabulary: int, step: Step) -> float:
     if step.reads_logits:
         # For half of the rows: two models' logits and log-probs, probabilities, differences, products, a gradient.
         logits //= 2
-        at_work = 8 * (logits if logits <= head.LOGITS_BUDGET else head.LOGITS_BUDGET // 4)
-    kept = logits if logits <= head.LOGITS_BUDGET else 0
+        at_work = 8 * (logits if logits <= head.LOGITS_BUDGET else head.per_token_chunk(step.gpu))
+    kept = logits if logits <= (head.GPU_LOGITS_BUDGET if step.gpu else head.LOGITS_BUDGET) else 0
     # A chunk of logits and its gradient.
-    return 4.0 * (kept + max(at_work, 2 * min(step.chunk, logits)))
+    return 4.0 * (kept + max(at_work, 2 * min(head.GPU_CHUNK if step.gpu else head.CPU_CHUNK, logits)))
 
 
 def _activations(model: Any, layers: nn.ModuleList, step: Step) -> float:

@@ -5,7 +5,7 @@ carries the layout to that layer's attention: the attention and the mask named `
 transformers, and without such a mask they do what they did.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     cells: Tensor
     """`(N,)` flat index `row * width + position` of every token's first cell."""
     tokens: Tensor
-    """`(rows * width,)` index of the token at every cell; 0 at padding."""
+    """`(rows * width,)` index of the token at every cell; any at padding."""
     shared: bool
     """Whether rows share any token."""
     positions: Tensor
@@ -88,6 +88,23 @@ def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout:
     return Layout(rows, width, cells, tokens.reshape(-1), shared, (cells % width).unsqueeze(0))
 
 
+def stacked(layouts: Sequence[Layout]) -> Layout:
+    """Layout of the rows of several layouts, one below the other, without a wait for a GPU."""
+    if len(layouts) == 1:
+        return layouts[0]
+    width, rows, size = max(layout.width for layout in layouts), 0, 0
+    cells, tokens = [], []
+    for layout in layouts:
+        positions = layout.positions[0]
+        cells.append((rows + (layout.cells - positions) // layout.width) * width + positions)
+        grid = layout.tokens.view(layout.rows, layout.width) + size
+        tokens.append(nn.functional.pad(grid, (0, width - layout.width)).reshape(-1))
+        rows, size = rows + layout.rows, size + len(layout.cells)
+    shared = any(layout.shared for layout in layouts)
+    positions = torch.cat([layout.positions for layout in layouts], dim=1)
+    return Layout(rows, width, torch.cat(cells), torch.cat(tokens), shared, positions)
+
+
 class _Packed(NamedTuple):
     layout: Layout
     allowed: Tensor | None
@@ -101,6 +118,10 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """In a packed pass a mask of one cell that carries the layout to the attention; else transformers' own."""
     layout = _current.get()
     if layout is None:
+        padding = kwargs.get("attention_mask")
+        if kwargs.get("q_length") == 1 and padding is not None and padding.device.type != "cpu":
+            # Whether there is padding is a question for which the host would wait at every generated token.
+            kwargs["allow_is_causal_skip"] = False
         return masks.sdpa_mask(*args, **kwargs)
     function, local = kwargs["mask_function"], kwargs.get("local_size")
     if not _is_known(function):
@@ -145,15 +166,20 @@ def _attention(
     layout, allowed = packed
     if not query.shape[2] == key.shape[2] == len(layout.cells):
         raise NotPackable("its attention sees more than the tokens of a row")
-    groups = query.shape[1] // key.shape[1]
+    groups, key, value = query.shape[1] // key.shape[1], layout.pad(key), layout.pad(value)
+    # Flash attention, which reads each key once for its group of queries, takes 16 bits and no mask.
+    by_group = query.device.type != "cpu" and allowed is None and query.dtype in (torch.bfloat16, torch.float16)
+    if not by_group:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     output = F.scaled_dot_product_attention(
         layout.pad(query),
-        layout.pad(key).repeat_interleave(groups, dim=1),
-        layout.pad(value).repeat_interleave(groups, dim=1),
+        key,
+        value,
         attn_mask=allowed,
         dropout_p=dropout,
         scale=scaling,
         is_causal=allowed is None,
+        enable_gqa=by_group,
     )
     return layout.unpad(output), None
 

@@ -106,7 +106,8 @@ class Reference(FrozenModel):
         """Put the reference's log-probs `(B,)` into the parts of a training batch."""
         for name in self.totals.keys() & batch.keys():
             index = batch[name]["index"]
-            batch[name][REFERENCE_KEY] = self.totals[name][index.cpu()].to(index.device)
+            # All of them go to the device: to choose there needs no wait for it.
+            batch[name][REFERENCE_KEY] = self.totals[name].to(index.device, non_blocking=True)[index]
 
     def state_dict(self) -> dict[str, Any]:
         return {"totals": self.totals, "identity": self.identity}

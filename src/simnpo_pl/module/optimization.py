@@ -1,6 +1,6 @@
 """AdamW and its learning-rate schedule, as in the paper's recipes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -52,3 +52,13 @@ def schedule(shape: Shape, warmup: int, total: int) -> Callable[[int], float]:
         return 1.0 if shape == "constant" else max(0.0, (total - step) / max(1, total - warmup))
 
     return factor
+
+
+def not_finite(step: int, losses: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> UserError:
+    """Names the rows of the micro-batch whose losses spoil an optimizer step."""
+    values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+    chosen = {name: index.tolist() for name, index in rows.items()}
+    return UserError(
+        f"loss is not finite at optimizer step {step} ({values}), rows {chosen}: "
+        "lower --model.lr, check the start model's weights, or look at these rows"
+    )

@@ -3,21 +3,27 @@
 What is measured comes from the data module; how the model is trained is defined by a subclass.
 """
 
+import warnings
 from collections.abc import Collection
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor
 
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation, on_host
 from simnpo_pl.evaluation.finished import FinishedBatches, identity
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM, gradient_norms
 from simnpo_pl.evaluation.memory import Halves
 from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.evaluation.plan import PLACES
 from simnpo_pl.metrics.titles import tag
 from simnpo_pl.models.generation import generate
 from simnpo_pl.models.loading import load_causal_lm
-from simnpo_pl.models.logprobs import Scorer
+from simnpo_pl.models.logprobs import Scorer, with_plan
 from simnpo_pl.models.sharding import is_sharded, shard
 from simnpo_pl.utils.errors import UserError
 
@@ -97,6 +103,8 @@ class PolicyModule(pl.LightningModule):
         return other
 
     def setup(self, stage: str) -> None:
+        # The data modules leave this to the module.
+        warnings.filterwarnings("ignore", message="You have overridden `transfer_batch_to_device` in `LightningModule`")
         check_trainer(self.trainer)
 
     def configure_model(self) -> None:
@@ -129,6 +137,18 @@ class PolicyModule(pl.LightningModule):
                 "give the model's own tokenizer with --data.tokenizer, or the model that the tokenizer belongs to"
             )
 
+    def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
+        """Copy a batch to the device with the plans of its rows; what the CPU reads stays where it is."""
+        parts = {name: part for name, part in batch.items() if name not in PLACES}
+        if "input_ids" in parts:
+            parts = with_plan(parts)
+        else:
+            parts = {n: with_plan(p) if isinstance(p, dict) and "input_ids" in p else p for n, p in parts.items()}
+        if device.type == "cuda":
+            # From pinned memory the host does not wait for the copy.
+            parts = apply_to_collection(parts, Tensor, Tensor.pin_memory)
+        return {**batch, **move_data_to_device(parts, device)}
+
     # -- evaluation --------------------------------------------------------------------------------------
 
     @property
@@ -145,8 +165,7 @@ class PolicyModule(pl.LightningModule):
         self.evaluation = data.evaluation().to(self.device)
         self.evaluation.reset()
         if self.finished_batches is not None:
-            options = data.eval
-            batches = (options.tokens_per_batch, options.prompts_per_batch, self._end_ids())
+            batches = (*data.eval.batch_sizes(self.trainer), self._end_ids())
             run_in = (self.trainer.precision, self.device.type, self.dtype_name, self.attn_implementation)
             of = identity(self.policy, self.evaluation, batches, run_in)
             self.finished_batches.open(of, self.global_rank)

@@ -28,7 +28,7 @@ from simnpo_pl.models.lora import (
     without_base,
 )
 from simnpo_pl.models.reference import REFERENCE_KEY, FrozenModel, Reference
-from simnpo_pl.module.optimization import Shape, adamw, schedule
+from simnpo_pl.module.optimization import Shape, adamw, not_finite, schedule
 from simnpo_pl.module.policy import EvalData, PolicyModule
 from simnpo_pl.objectives import Objective, SimNPO
 from simnpo_pl.objectives.base import Batch, Loss, Models, RetainLoss, batch_losses
@@ -118,7 +118,7 @@ class UnlearningModule(PolicyModule):
         reference_option = "--model.name" if reference in (None, name) else "--model.reference"
         self._reference = Reference(reference or name, reference_option, load)
         self._memorizing = FrozenModel(memorizing, "--model.memorizing", load) if memorizing else None
-        self._step_losses = torch.zeros(2)
+        self._micro_batches: list[tuple[Tensor, dict[str, Tensor]]] = []
         if lora is not None and trainable is not None:
             raise UserError("--model.trainable and --model.lora both say what is trained: give one of them")
         self._check_settings()
@@ -261,7 +261,7 @@ class UnlearningModule(PolicyModule):
             self._reference_scorer()
         if self.objective.runs_memorizing:
             self._memorizing_scorer()
-        self._step_losses = torch.zeros(2, device=self.device)
+        self._micro_batches.clear()
         self.policy.train()
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -289,31 +289,25 @@ class UnlearningModule(PolicyModule):
         torch.manual_seed(draw_step_seed(seed, self.current_epoch, batch_idx, self.global_rank))
         self._reference.add_to(batch)
         losses = self.losses(batch)
-        self._require_finite(losses, batch)
-        self._step_losses += torch.stack((losses["forget_loss"], losses["retain_loss"])).detach()
+        rows = {name: part["index"] for name, part in batch.items() if "index" in part}
+        self._micro_batches.append((torch.stack((losses["forget_loss"], losses["retain_loss"])).detach(), rows))
         # The losses add up over micro-batches and processes, of which Lightning takes the mean.
         return losses["loss"] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the losses of the whole effective batch, and pass them to the objective."""
-        forget, retain = self.trainer.strategy.reduce(self._step_losses, reduce_op="sum").unbind()
-        self._step_losses = torch.zeros_like(self._step_losses)
-        values: dict[str, Any] = self._with_total(forget, retain)
-        values |= self.objective.after_step(retain, self.retain_weight, self.current_epoch)
+        own = torch.stack([losses for losses, _ in self._micro_batches])
+        whole = self.trainer.strategy.reduce(own.sum(0), reduce_op="sum")
+        # The step's one wait for a GPU.
+        *each, whole = torch.cat([own, whole.unsqueeze(0)]).cpu()
+        values: dict[str, Any] = self._with_total(*whole)
+        if not values["loss"].isfinite():
+            number = next((n for n, losses in enumerate(each) if not losses.isfinite().all()), 0)
+            raise not_finite(self.trainer.global_step, self._with_total(*each[number]), self._micro_batches[number][1])
+        self._micro_batches.clear()
+        values |= self.objective.after_step(whole[1], self.retain_weight, self.current_epoch)
         for name, value in values.items():
-            self.log(f"train/{name}", value, prog_bar=True)
-
-    def _require_finite(self, losses: dict[str, Tensor], batch: Batch) -> None:
-        finite = bool(torch.isfinite(losses["loss"]))
-        if self.trainer.world_size > 1:
-            finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
-        if not finite:
-            rows = {name: part["index"].tolist() for name, part in batch.items() if "index" in part}
-            values = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
-            raise UserError(
-                f"loss is not finite at optimizer step {self.trainer.global_step} ({values}), rows {rows}: "
-                "lower --model.lr, check the start model's weights, or look at these rows"
-            )
+            self.log(f"train/{name}", torch.as_tensor(value), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         steps = int(self.trainer.estimated_stepping_batches)

@@ -217,7 +217,7 @@ class SamplingModule(PolicyModule):
         """Every prompt k times, those of similar length together; each process its share."""
         order = sorted(range(len(self.prompts)), key=lambda row: -len(self.prompts[row]))
         cells = [(row, answer) for row in order for answer in range(self.settings["k"])]
-        size = self.data.eval.prompts_per_batch
+        _, size = self.data.eval.batch_sizes(self.trainer)
         batches = [{"cells": cells[start : start + size]} for start in range(0, len(cells), size)]
         share: Any = share_of(batches, self.trainer.global_rank, self.trainer.world_size)
         return DataLoader(share, batch_size=None, collate_fn=lambda batch: batch)
