@@ -289,7 +289,7 @@ class Evaluation:
 
 def _add_text_scores(split: Split) -> None:
     """Measure of generated answers whether they are degenerate and, of rows to forget, word for word."""
-    if split.generate:
+    if split.generation is not None:
         forget = (VERBATIM,) if "forget" in split.name else ()
         for score in (*forget, DEGENERATE):
             split.metrics.setdefault(f"{split.name}/{score}", RowMean(score, len(split.texts)))

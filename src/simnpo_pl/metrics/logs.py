@@ -207,10 +207,10 @@ def parse_rows(source: str, rows: list[Row], kind: str = "simnpo_pl", auc: float
 
 
 def _metrics(forget: list[Row]) -> dict[str, float]:
-    found = {name: [row.get(score) for row in forget] for score, name in AVERAGED.items()}
-    metrics = {name: fmean(values) for name, values in found.items() if values and None not in values}
-    ratios = [_truth_ratio(row).get("truth_ratio") for row in forget]
-    if ratios and None not in ratios:
+    found = {name: [row[score] for row in forget if row.get(score) is not None] for score, name in AVERAGED.items()}
+    metrics = {name: fmean(values) for name, values in found.items() if 0 < len(values) == len(forget)}
+    ratios = [ratio for row in forget for ratio in _truth_ratio(row).values()]
+    if 0 < len(ratios) == len(forget):
         metrics["forget/truth_ratio"] = F.forget_truth_ratio(_tensor(ratios))
     return metrics
 
