@@ -67,7 +67,7 @@ def test_probability_is_the_labels_softmax(classifier_folder: Path, tmp_path: Pa
 
 
 def test_mistakes(classifier_folder: Path, model_folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=r"no label 'fluent', its labels are noise, clean, word salad: name the one"):
+    with pytest.raises(UserError, match=r"'fluent', its labels are noise, clean, word salad: name the right one"):
         FluencyClassifier(str(classifier_folder), "fluent")
     with pytest.raises(UserError, match=r"--eval.fluency_classifier: folder ./none does not exist"):
         FluencyClassifier("./none", "clean")
