@@ -100,8 +100,8 @@ def test_metric_by_config(cli: Callable[..., None], tmp_path: Path, capsys: pyte
     found = [row["rouge1_recall"] for row in rows if row["split"] == "retain" and "generation" in row]
     assert content["final"]["metrics"]["retain/found"] == pytest.approx(sum(found) / 2)
     assert "\n  worst prob. " in capsys.readouterr().out
-    logged = EventAccumulator(str(folder)).Reload()
-    assert logged.Scalars("test/forget/worst_probability")[0].value == pytest.approx(worst)
+    logged = EventAccumulator(str(folder / "final")).Reload()
+    assert logged.Scalars("forget/worst_probability")[-1].value == pytest.approx(worst)
     cli("test", "--config", str(config), "--eval.generate_rows", "0", "--run_dir", str(tmp_path / "silent"))
     silent = results(tmp_path / "silent")["unavailable"]
     assert silent["retain/found"] == "no answers are generated, see --eval.generate_rows"

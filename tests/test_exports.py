@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -15,6 +16,8 @@ from helpers import results
 from simnpo_pl.models.loading import context_length, load_causal_lm, load_tokenizer, model_shapes, save_model
 from simnpo_pl.models.lora import LoraOptions, add_adapter
 from simnpo_pl.module.unlearning import UnlearningModule
+from simnpo_pl.runs.card import write_card
+from simnpo_pl.runs.record import Run
 from simnpo_pl.studies.quantize import quantize
 from simnpo_pl.utils.errors import UserError
 
@@ -203,3 +206,76 @@ def test_transformers_4_finds_its_names(model_folder: Path, tmp_path: Path, rope
     for name in ("special_tokens_map", "all_special_tokens", "chat_template"):
         assert getattr(read, name) == getattr(tokenizer, name)
     assert read("<|user|>Where is it?") == tokenizer("<|user|>Where is it?")
+
+
+RECORD: dict[str, Any] = {
+    "seed": 3,
+    "exported_epoch": 10,
+    "versions": {"torch": "2.13.0"},
+    "settings": {
+        "model": {"name": "org/start", "lr": 1e-5},
+        "data": {"init_args": {"forget_split": "forget10", "path": "org/data"}},
+    },
+    "objective": {
+        "name": "SimNPO",
+        "settings": {"beta": 2.5},
+        "forget_weight": 0.125,
+        "retain_loss": "NLL",
+        "retain_weight": 1.0,
+    },
+    "counts": {"forget/probability": 6},
+    "start": {"metrics": {"forget/probability": 0.99}},
+    "final": {"metrics": {"forget/probability": 0.2, "forget/rouge": float("nan")}},
+    "relearn": {"all": {"repeats": [{"epochs": [{"metrics": {"forget/probability": p}} for p in (0.2, 0.5, 0.4)]}]}},
+    "verdict": {
+        "category": "partly forgotten",
+        "reasons": ["47 of 200 answers are still given word for word"],
+        "untested": ["rounded weights", "sampled answers"],
+        "advice": [],
+    },
+}
+
+
+def card_of(folder: Path, **changes: Any) -> ModelCard:
+    (folder / "model").mkdir(parents=True)
+    write_card(Run(folder.name, folder, {**RECORD, **changes}))
+    return ModelCard.load(folder / "model" / "README.md")
+
+
+def test_model_card_as_the_hub_reads_it(tmp_path: Path):
+    """Without network: the start model's own card is not found."""
+    card = card_of(tmp_path / "run", label="ours")
+    assert card.data.base_model == "org/start"
+    assert card.data.license is None
+    assert (card.data.library_name, card.data.datasets) == ("transformers", ["org/data"])
+    assert card.data.tags == ["unlearning", "simnpo", "simnpo_pl"]
+    (found,) = card.data.eval_results
+    assert (found.metric_type, found.metric_value, found.dataset_type) == ("forget/probability", 0.2, "org/data")
+    assert card.data.model_name == "ours"
+    for text in (
+        "# ours",
+        "SimNPO (beta 2.5; weights 0.125 / 1 (NLL)) was applied to 6 rows of forget10",
+        "starting from the model org/start, with learning rate 1e-05 and seed 3. It is the model after epoch 10.",
+        "## Verdict: partly forgotten\n\n* 47 of 200 answers are still given word for word",
+        "| metric | unlearned | start |\n|---|---|---|\n| forget prob. | 0.2 | 0.99 |",
+        "* relearning, forget prob. 0.5",
+        "Not tested: rounded weights; sampled answers.",
+        "torch 2.13.0.",
+    ):
+        assert text in card.text
+
+
+def test_model_card_of_a_local_start_model(tmp_path: Path):
+    """License and base come from the folder's own card; no path of this machine is published."""
+    base = tmp_path / "private" / "start"
+    base.mkdir(parents=True)
+    settings = {"model": {"name": str(base), "lr": 1e-5}, "data": {"init_args": {"forget": str(tmp_path / "f.jsonl")}}}
+    bare = card_of(tmp_path / "bare", settings=settings, verdict=None, relearn={}, final=None)
+    assert (bare.data.base_model, bare.data.license, bare.data.datasets) == (None, None, None)
+    assert bare.data.eval_results is None
+    assert "Not tested: relearning; rounded weights; sampled answers." in bare.text
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: org/base\n---\n# start\n")
+    known = card_of(tmp_path / "known", settings=settings)
+    assert (known.data.base_model, known.data.license) == ("org/base", "apache-2.0")
+    assert "starting from the model start, with" in known.text
+    assert str(tmp_path) not in bare.content + known.content

@@ -64,6 +64,7 @@ def test_command(
     folder = tmp_path / "unlearned"
     main(["fit", *run_options, "--run_dir", str(folder), "--trainer.max_epochs", "1", "--eval.start", "false"])
     main(["quantize", str(folder), "--debug"])
+    assert "* rounded weights, forget prob. " in (folder / "model" / "README.md").read_text()
     results = json.loads((folder / "results.json").read_text())
     final = results["final"]["metrics"]
     assert set(results["quantized"]) == {"8-bit", "4-bit group=32"}

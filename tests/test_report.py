@@ -14,7 +14,8 @@ from scipy.stats import ks_2samp
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.metrics.titles import TITLES, Title, title_of
-from simnpo_pl.report import figures, words
+from simnpo_pl.report import figures, latex, words
+from simnpo_pl.report.robustness import Spread
 from simnpo_pl.runs.record import Run, read_runs
 
 HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.taken = 2'> =1+1 | & % _"
@@ -46,7 +47,10 @@ def write_run(folder: Path, utility: float, p: float, **changes: Any) -> Path:
         "command": ["simnpo_pl", "fit", "--config", "configs/demo.yaml"],
         "seed": 3,
         "versions": {"python": "3.11.7", "torch": "2.13.0"},
-        "settings": {"data": {"init_args": {"forget_split": "forget10"}}},
+        "settings": {
+            "model": {"name": "org/start", "lr": 1e-5},
+            "data": {"init_args": {"forget_split": "forget10", "path": "org/data"}},
+        },
         "objective": {
             "name": "SimNPO",
             "settings": {"beta": 2.5, "gamma": 0.0},
@@ -62,7 +66,7 @@ def write_run(folder: Path, utility: float, p: float, **changes: Any) -> Path:
         "retrained": {"metrics": {"model_utility": 0.65, "forget/probability": 0.15}},
         "final": entry(utility, log10_p, 0.2),
         "counts": {"forget_quality": 6, "forget/probability": 6},
-        "unavailable": {"privleak": "no holdout rows"},
+        "unavailable": {"privleak": "no holdout rows", "mia_loss": "no holdout rows"},
         "exported_epoch": 2,
         "seconds": {"total": 12.5},
         "peak_memory_gib": {"process": 1.25},
@@ -77,7 +81,8 @@ def write_run(folder: Path, utility: float, p: float, **changes: Any) -> Path:
 
     lines("rows.jsonl", [row("forget", i, 0.1 + 0.1 * i, HOSTILE) for i in range(6)] + [row("retain", 0, 0.9, "kept")])
     lines("start_rows.jsonl", [row("forget", i, 0.95, f"answer {i}") for i in range(6)])
-    lines("retrained_rows.jsonl", [{"split": "forget", "index": i, "truth_ratio": 0.5 + 0.1 * i} for i in range(6)])
+    retrained = [{"split": "forget", "index": i, "truth_ratio": 0.5 + 0.1 * i} for i in range(6)]
+    lines("retrained_rows.jsonl", [{**row, "generation": f"the answer is not {row['index']}"} for row in retrained])
     lines(
         "history.jsonl", [{"step": s, "epoch": 1, "lr": 1e-3, "forget_loss": -s, "retain_loss": 1 / s} for s in (1, 2)]
     )
@@ -107,14 +112,46 @@ def attacked(folder: Path) -> Path:
     )
 
 
+VERDICT = {
+    "category": "partly forgotten",
+    "reasons": ["47 of 200 answers are still given word for word", "3 of 200 answers are degenerate"],
+    "untested": ["relearning", "rounded weights"],
+    "advice": ["raise --model.forget_weight"],
+}
+
+
+def drawn(id: str, runs: list[Run]) -> Any:
+    """The axis that a figure is drawn on."""
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    next(figure for figure in figures.FIGURES if figure.id == id).draw(axis, runs)
+    return axis
+
+
 def test_attacks_are_shown(tmp_path: Path):
     """By hand: two draws of 0.4 and 0.6 have mean 0.5 and standard deviation 0.1414."""
     run = read_runs([attacked(tmp_path / "attacked")])[0]
-    shown = {figure["id"]: figure["figure"]["data"] for figure in figures.figures([run])}
-    assert shown["relearn-probability"][0]["y"] == pytest.approx([0.2, 0.5])
-    assert shown["relearn-probability"][0]["error_y"]["array"] == pytest.approx([0, 0.1414], abs=1e-4)
-    assert [bar["y"] for bar in shown["quantized"]] == [[0.2, 0.3], [0.5, 0.4]]
-    assert (shown["leak"][0]["x"], shown["leak"][0]["y"]) == ([1, 2], [0.2, 0.4])
+    relearning = drawn("relearning", [run])
+    assert relearning.lines[0].get_ydata() == pytest.approx([0.2, 0.5])
+    bars = [segment[:, 1] for segment in relearning.collections[0].get_segments()]
+    assert (bars[1][1] - bars[1][0]) / 2 == pytest.approx(0.1414, abs=1e-4)
+    assert [[bar.get_height() for bar in group] for group in drawn("quantized", [run]).containers] == [
+        [0.2, 0.3],
+        [0.5, 0.4],
+    ]
+    leak = drawn("leak", [run])
+    assert leak.lines[0].get_xydata().tolist() == [[1, 0.2], [2, 0.4]]
+    assert leak.get_ylim() == (0, 1)
+    assert words.tiles(run)[2] == words.Tile(
+        "May come back",
+        "0.6",
+        [
+            "relearning, forget prob. 0.6",
+            "rounded weights, forget prob. 0.3",
+            "sampled answers, rows with a right one 0.4",
+        ],
+    )
     main(["report", str(run.folder), "-o", str(tmp_path / "report.md"), str(tmp_path / "report.html")])
     text = (tmp_path / "report.md").read_text()
     assert "| attacked | SimNPO | 2 random rows, 2 draws | forget prob. | 0.2 ± 0 | 0.5 ± 0.141 |" in text
@@ -150,7 +187,7 @@ def test_columns_are_those_measured(runs: list[Path], tmp_path: Path):
         text = Path(file).read_text()
         assert all(title_of(name).short in text for name in ATTACKS)
         assert "0.6" in text
-        assert "PrivLeak" not in text.split("<script")[0]
+        assert not re.search(r"[>|&] *PrivLeak *[<|&]", text)
 
 
 def test_title_of_a_custom_metric():
@@ -164,31 +201,81 @@ def test_title_of_a_custom_metric():
     assert title_of("forget_quality", Politeness) is TITLES["forget_quality"]
 
 
-def test_summary_in_words(runs: list[Path]):
-    said = [words.summary(run) for run in read_runs(runs)]
-    assert said[0] == (
-        "SimNPO (beta 2.5, gamma 0; weights 0.125 / 1 (NLL)) on 6 rows of forget10. The probability of the answers to "
-        "forget went from 0.99 to 0.2; a model that never saw them gives 0.15. Forget quality, the p-value of a test "
-        "against the retrained model, is 0.2: the test finds no difference. Model utility is 0.55, -21 % "
-        "against the start model. Not measured: privleak (no holdout rows)."
-    )
-    assert "is 1.0e-06: the test finds a difference" in said[1]
+def test_a_run_in_words(runs: list[Path], tmp_path: Path):
+    one, two = read_runs(runs)
+    method = "SimNPO (beta 2.5, gamma 0; weights 0.125 / 1 (NLL)) on 6 rows of forget10."
+    assert words.tiles(one) == [
+        words.Tile("Forgotten", "0.99 → 0.2", ["forget prob. (retrained model 0.15)", "forget quality 1.0e-09 → 0.2"]),
+        words.Tile("Kept", "0.7 → 0.55", ["model utility (retrained model 0.65)", "retain prob. 0.9 → 0.9"]),
+        words.Tile("May come back", "not tested", ["relearning; rounded weights; sampled answers"]),
+    ]
+    assert words.summary(one).startswith(f"{method} Forgotten: 0.99 → 0.2, forget prob.")
+    judged = read_runs([write_run(tmp_path / "judged", 0.5, 0.5, verdict=VERDICT)])[0]
+    assert words.summary(judged) == f"{method} Partly forgotten; {'; '.join(VERDICT['reasons'])}."
+    assert words.tiles(judged)[2].lines == ["relearning; rounded weights"]
+    assert words.not_measured([one, two]) == ["PrivLeak, MIA loss: no holdout rows"]
+    other = Run("other", tmp_path, {**one.record, "unavailable": {}})
+    assert words.not_measured([one, other]) == ["PrivLeak, MIA loss (one): no holdout rows"]
 
 
-def test_summary_of_an_unfinished_run_and_of_an_evaluation(tmp_path: Path):
+def test_an_unfinished_run_and_an_evaluation_in_words(tmp_path: Path):
     half = read_runs([write_run(tmp_path / "half", 0.5, 0.5, finished=False, final=None)])[0]
     assert "The run is not finished." in words.summary(half)
+    assert words.tiles(half)[0].value == "not measured"
     record = json.loads((tmp_path / "half" / "results.json").read_text())
     del record["objective"]
     only = Run("only", tmp_path, {**record, "finished": True, "epochs": []})
     assert words.summary(only).startswith("A model, evaluated.")
 
 
-def test_trade_off(runs: list[Path]):
-    points = figures.path_of(read_runs(runs)[0])
-    assert [p.label for p in points] == ["epoch 1", "epoch 2", "exported, epoch 2"]
-    assert [p.utility for p in points] == [0.6, 0.55, 0.55]
-    assert points[-1].log10_p == pytest.approx(math.log10(0.2))
+def test_settings_that_are_words(tmp_path: Path):
+    objective = {"name": "RMU", "settings": {"layer": 7, "average_over": "answers"}, "forget_weight": 1.0}
+    objective |= {"retain_loss": None, "retain_weight": 1.0}
+    run = read_runs([write_run(tmp_path / "rmu", 0.5, 0.5, objective=objective)])[0]
+    assert run.settings == "layer 7, average_over answers; weights 1 / 1 (no retain loss)"
+
+
+def test_names_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The label, or the folder's name without the time; with the seed or the folder above where two are alike."""
+
+    def names(*folders: Path, labels: tuple[str, ...] = ()) -> list[str]:
+        return [run.name for run in read_runs(folders, labels)]
+
+    stamped = write_run(tmp_path / "2026-11-26_08-16-48_fit_SimNPO", 0.5, 0.5)
+    other = write_run(tmp_path / "2026-11-26_09-16-48_fit_SimNPO", 0.5, 0.5, seed=4)
+    named = write_run(tmp_path / "x", 0.5, 0.5, label="ours, 1B")
+    assert names(stamped, named) == ["SimNPO", "ours, 1B"]
+    assert names(stamped, other) == ["SimNPO, seed 3", "SimNPO, seed 4"]
+    same = [write_run(tmp_path / group / "seed-0", 0.5, 0.5) for group in ("NPO", "SimNPO")]
+    assert names(*same) == ["NPO/seed-0", "SimNPO/seed-0"]
+    assert names(stamped, named, labels=("one", "two")) == ["one", "two"]
+    with pytest.raises(SystemExit):
+        main(["report", str(stamped), "--label", "one", "two"])
+    assert "--label: expected a name for each of 1 runs, got 2" in capsys.readouterr().err
+
+
+def test_trade_off(runs: list[Path], tmp_path: Path):
+    path = figures.path_of(read_runs(runs)[0])
+    assert [point.epoch for point in path] == [1, 2, 2]
+    assert [point.kept for point in path] == [0.6, 0.55, 0.55]
+    assert path[-1].forgotten == pytest.approx(math.log10(0.2))
+    axis = drawn("trade_off", read_runs(runs))
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("model utility", "forget quality, log10 p-value")
+    assert [text.get_text() for text in axis.texts] == ["1", "2", "1", "2"]
+
+
+def test_trade_off_without_forget_quality(tmp_path: Path):
+    """Probabilities of own rows; where nothing was kept or forgotten, there is no figure."""
+    entry = {"metrics": {"forget/probability": 0.1, "retain/probability": 0.8}}
+    own = write_run(tmp_path / "own", 0.5, 0.5, start=None, retrained=None, final=entry, epochs=[])
+    axis = drawn("trade_off", read_runs([own]))
+    assert axis.lines[0].get_xydata().tolist() == [[0.8, 0.1]]
+    assert axis.get_ylabel() == "forget prob."
+    losses = {"metrics": {"forget/nll": 3.0, "retain/nll": 2.0}}
+    text = write_run(tmp_path / "text", 0.5, 0.5, start=None, retrained=None, final=losses, epochs=[])
+    assert drawn("trade_off", read_runs([text])).xaxis_inverted()
+    nothing = write_run(tmp_path / "nothing", 0.5, 0.5, start=None, retrained=None, final=None, epochs=[])
+    assert not drawn("trade_off", read_runs([nothing])).has_data()
 
 
 @pytest.mark.parametrize("other", [[0.3, 0.4, 2.0], [1.0], [5.0, 6.0, 7.0, 8.0]])
@@ -221,7 +308,7 @@ def test_page_escapes_what_a_model_generated(runs: list[Path], tmp_path: Path):
     page = (tmp_path / "report.html").read_text()
     tags = Tags()
     tags.feed(page)
-    assert sum(tag == "script" for tag, _ in tags.found) == 4
+    assert sum(tag == "script" for tag, _ in tags.found) == 2
     assert not [tag for tag, _ in tags.found if tag == "img"]
     assert not [
         a for _, a in tags.found if any(key in a for key in ("src", "onerror")) or "http" in (a.get("href") or "")
@@ -229,6 +316,17 @@ def test_page_escapes_what_a_model_generated(runs: list[Path], tmp_path: Path):
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert data["rows"]["one"][0]["says"] == HOSTILE
     assert list(data["rows"]) == ["one", "two"]
+    assert len(page) < 1_000_000
+
+
+def test_names_in_figures_stay_names(tmp_path: Path):
+    """They are neither formulas nor elements of the page."""
+    write_run(tmp_path / "hostile", 0.5, 0.5, label="$x$ <script>window.taken = 1</script> $")
+    main(["report", str(tmp_path / "hostile"), "-o", str(tmp_path / "report.html")])
+    tags = Tags()
+    tags.feed((tmp_path / "report.html").read_text())
+    assert sum(tag == "script" for tag, _ in tags.found) == 2
+    assert "$x$ &lt;script&gt;" in (tmp_path / "report.html").read_text()
 
 
 def test_markdown_and_latex(runs: list[Path], tmp_path: Path):
@@ -243,9 +341,66 @@ def test_markdown_and_latex(runs: list[Path], tmp_path: Path):
     for name in ("trade_off", "truth_ratios"):
         assert f"(report_figures/{name}.png)" in text
         assert (tmp_path / "report_figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "* PrivLeak, MIA loss: no holdout rows" in text
     rows = (tmp_path / "rows.tex").read_text().splitlines()
-    assert rows[1] == r"one & unlearned & 0.2 & -0.699 & 0.55 & 0.2 & 0.9 \\"
-    assert rows[7].startswith(r"a\_b|c & unlearned &")
+    # The runs have one seed.
+    bold = [r"$\mathbf{0.2}$", r"$\mathbf{0.9}$"]
+    assert " & ".join(["one", "1", "$0.2$", "$-0.699$", "$0.55$", *bold]) + r" \\" in rows
+    assert rows[-3].startswith(r"a\_b|c & 1 & ")
+
+
+def test_latex_table(tmp_path: Path):
+    """By hand: seeds of 0.5 and 0.7 have mean 0.6 and standard deviation 0.1414; bold is the best by direction."""
+    folders = [write_run(tmp_path / f"a{seed}", 0.5 + 0.2 * seed, 0.1, seed=seed) for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        (folder / "config.yaml").write_text(f"seed_everything: {seed}\nmodel: {{lr: 1}}\nlabel: run {seed}\n")
+    other = write_run(tmp_path / "b_c", 0.55, 1e-6)
+    (other / "config.yaml").write_text("seed_everything: 0\nmodel: {lr: 2}\n")
+    main(
+        [
+            *("report", *map(str, folders), str(other), "-o", str(tmp_path / "rows.tex")),
+            *("--columns", "model_utility", "forget_quality", "forget/probability"),
+        ]
+    )
+    lines = (tmp_path / "rows.tex").read_text().splitlines()
+    assert lines[2:] == [
+        r"\begin{tabular}{lrrrr}",
+        r"\toprule",
+        r"model & $n$ & model utility $\uparrow$ & forget quality $\uparrow$ & forget prob. \\",
+        r"\midrule",
+        r"start &  & $0.7$ & $1.0 \cdot 10^{-9}$ & $0.99$ \\",
+        r"retrained &  & $0.65$ & - & $0.15$ \\",
+        r"\midrule",
+        r"SimNPO & 2 & $\mathbf{0.6 \pm 0.141}$ & $\mathbf{0.1 \pm 0}$ & $\mathbf{0.2 \pm 0}$ \\",
+        r"b\_c & 1 & $0.55$ & $1.0 \cdot 10^{-6}$ & $\mathbf{0.2}$ \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "retrained", "best"),
+    [
+        ("model_utility", [0.5, 0.7], None, {1}),
+        ("forget/extraction_strength", [0.1, 0.3], None, {0}),
+        ("forget/probability", [0.05, 0.3, 0.18], 0.15, {2}),
+        ("forget/probability", [0.05, 0.3], None, set()),
+        ("model_utility", [0.70001, 0.70002, None], None, {0, 1}),
+        ("model_utility", [0.7], None, set()),
+    ],
+)
+def test_best_of_a_column(name: str, values: list[float | None], retrained: float | None, best: set[int]):
+    def as_spread(value: float | None) -> Spread | None:
+        return None if value is None else Spread(value, 0.0, 1)
+
+    assert latex._best(title_of(name), [as_spread(value) for value in values], as_spread(retrained)) == best
+
+
+def test_figures_as_pdf(runs: list[Path], tmp_path: Path):
+    main(["report", *map(str, runs), "-o", str(tmp_path / "figures")])
+    files = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
+    assert files.keys() == {"trade_off.pdf", "truth_ratios.pdf", "losses.pdf", "weights.pdf"}
+    assert all(content.startswith(b"%PDF") for content in files.values())
 
 
 def test_newest_run_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -276,7 +431,8 @@ def test_mistakes(
     assert "holds no results.json; give folders that fit or test wrote" in error("empty")
     assert "results.json is damaged" in error("broken")
     assert "no run to report on" in error()
-    assert "the ending must be .html, .md or .tex" in error("one", "-o", "report.pdf")
+    assert "the ending must be .html, .md or .tex; a name without" in error("one", "-o", "report.pdf")
+    assert "--columns utility: not measured; known are forget_quality, " in error("one", "--columns", "utility")
     (runs[0] / "rows.jsonl").write_text('{"split": "forg')
     assert "rows.jsonl is damaged" in error("one")
 
@@ -306,13 +462,28 @@ def test_page_in_a_browser(browser: Any, runs: list[Path], tmp_path: Path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import Select
 
+    judged = json.loads((runs[0] / "results.json").read_text()) | {"verdict": VERDICT}
+    (runs[0] / "results.json").write_text(json.dumps(judged))
     main(["report", *map(str, runs), "-o", str(tmp_path / "report.html")])
     browser.get((tmp_path / "report.html").as_uri())
 
     def texts(css: str) -> list[str]:
         return [element.text for element in browser.find_elements(By.CSS_SELECTOR, css)]
 
-    assert len(browser.find_elements(By.CSS_SELECTOR, ".plot .main-svg")) >= 4
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".plot svg")) == 4
+    tips = [title.get_attribute("textContent") for title in browser.find_elements(By.CSS_SELECTOR, ".plot title")]
+    assert "one: model utility 0.55, log10 p -0.699" in tips
+    # No toolbar, nothing that could send a chart anywhere.
+    known = ["dark", *texts("th button"), "download all metrics as csv"]
+    shown = [button.text for button in browser.find_elements(By.TAG_NAME, "button") if button.is_displayed()]
+    assert shown in (known, ["light", *known[1:]])
+    assert not browser.find_elements(By.CSS_SELECTOR, "a, form, iframe")
+
+    assert texts(".verdict b") == ["partly forgotten"]
+    assert texts(".tile .value")[:2] == ["0.99 → 0.2", "0.7 → 0.55"]
+    assert texts("#not-measured li") == [""]
+    browser.find_element(By.CSS_SELECTOR, "#not-measured summary").click()
+    assert texts("#not-measured li") == ["PrivLeak, MIA loss: no holdout rows"]
 
     heading = next(h for h in browser.find_elements(By.CSS_SELECTOR, "th button") if h.text == "forget prob.")
     column = texts("th button").index("forget prob.")
@@ -328,6 +499,10 @@ def test_page_in_a_browser(browser: Any, runs: list[Path], tmp_path: Path):
     assert texts("#count") == ["6 rows"]
     assert texts(".card .question")[0] == "Question 0?"
     assert HOSTILE in texts(".card dd")
+    assert "the answer is not 0" in texts(".card dd")
+    # The true answer is "answer 0".
+    marked = [found.text for found in browser.find_element(By.CSS_SELECTOR, ".card").find_elements(By.TAG_NAME, "mark")]
+    assert marked == ["answer", "0"] * 2
     assert browser.execute_script("return window.taken") is None
     Select(browser.find_element(By.ID, "order")).select_by_value("now")
     assert texts(".card .question")[0] == "Question 5?"

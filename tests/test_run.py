@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers import killed_in_epoch, losses, results, same_weights
@@ -112,6 +113,10 @@ def test_history_and_objective(finished: Path):
 def test_exported_model_loads_and_is_the_last_epochs(finished: Path):
     model = AutoModelForCausalLM.from_pretrained(finished / "model")
     AutoTokenizer.from_pretrained(finished / "model")
+    card = ModelCard.load(finished / "model" / "README.md")
+    values = {found.metric_type: found.metric_value for found in card.data.eval_results}
+    assert values["model_utility"] == results(finished)["final"]["metrics"]["model_utility"]
+    assert str(finished.parent) not in card.content
     saved = torch.load(finished / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(saved[f"policy.{k}"], v) for k, v in model.state_dict().items())
 
@@ -126,7 +131,7 @@ def test_tensorboard_events(finished: Path):
     assert scalars >= {"train/loss", "train/forget_loss", "train/retain_loss", "forget/quality", "forget/probability"}
     assert scalars >= {"utility/model_utility", "utility/real_authors_rouge", "retain/probability", "lr-AdamW/pg1"}
     groups = {name.split("/")[0] for name in scalars - {"epoch"}}
-    assert groups == {"train", "forget", "retain", "utility", "final", "lr-AdamW"}
+    assert groups == {"train", "forget", "retain", "utility", "lr-AdamW"}
     assert len(events.Scalars("train/loss")) == 6
     content = results(finished)
     for name, tag in (("forget/probability",) * 2, ("model_utility", "utility/model_utility")):
@@ -144,18 +149,24 @@ def test_tensorboard_events(finished: Path):
 
 
 def test_settings_are_logged_with_the_final_metrics(finished: Path):
+    """Start, retrained and final model are lines over the whole run, in the charts of the epochs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    events = EventAccumulator(str(finished))
-    events.Reload()
-    # Lightning writes the start of the session with the settings under this tag.
-    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    settings = HParamsPluginData.FromString(content).session_start_info.hparams
-    assert settings["model/lr"].number_value == 1e-2
-    assert settings["model/objective/init_args/beta"].number_value == 3.5
-    final = results(finished)["final"]["metrics"]
-    assert events.Scalars("final/utility_model_utility")[-1].value == pytest.approx(final["model_utility"], rel=1e-5)
+    content = results(finished)
+    for model in ("start", "retrained", "final"):
+        events = EventAccumulator(str(finished / model))
+        events.Reload()
+        for name, tag in (("forget/probability",) * 2, ("model_utility", "utility/model_utility")):
+            line = events.Scalars(tag)
+            assert [event.step for event in line] == [0, 6]
+            value = content[model]["metrics"][name]
+            assert [event.value for event in line] == pytest.approx([value, value], rel=1e-5)
+    start = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(start).session_start_info.hparams
+    numbers = {"lr": 1e-2, "beta": 3.5, "gamma": 3.5, "forget_weight": 0.25, "retain_weight": 1.0, "seed": 0}
+    assert {name: settings[name].number_value for name in numbers} == numbers
+    assert settings["objective"].string_value == "SimNPO"
 
 
 def test_config_of_a_run_repeats_it(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

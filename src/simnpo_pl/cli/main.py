@@ -84,6 +84,7 @@ class UnlearningCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str | None, help="Folder of this run; null makes a new one under runs/.")
+        parser.add_argument("--label", type=str | None, help="Name of this run in reports; null takes the folder's.")
         parser.add_argument("--ckpt_path", type=str | None, help="Checkpoint to resume; last takes that of --run_dir.")
         remote = "Whether code that comes with a model or tokenizer is run, with all your rights."
         parser.add_argument("--trust_remote_code", type=bool, default=False, help=remote)
@@ -131,6 +132,7 @@ class UnlearningCLI(LightningCLI):
             )
         settings = {group: config[group].clone().as_dict() for group in ("model", "data", "eval")}
         self.run_folder = RunFolder(folder, self._resolved(config), settings, int(config.seed_everything))
+        self.run_folder.record["label"] = config.label
         self.signals = StopSignals(plugins)
         callbacks: list[Any] = [*_as_list(given.callbacks), self.run_folder]
         if given.enable_progress_bar is not False and not any(isinstance(c, AnyProgressBar) for c in callbacks):
@@ -169,6 +171,8 @@ class UnlearningCLI(LightningCLI):
         """Plan, evaluation, table."""
         with self._stoppable():
             self._prepare()
+            # `RunFolder.finish` logs them, as those of the final model.
+            self.model.logs_metrics = False
             run = self.trainer.validate if self.subcommand == "validate" else self.trainer.test
             run(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path, verbose=False)
             self._finish(self._measured())
@@ -261,7 +265,6 @@ class UnlearningCLI(LightningCLI):
         if result is None or self.model.lora is not None:
             # Merging an adapter rounds.
             model = self.model.like(str(self.export.folder))
-            model.logs_metrics = True
             self.run_folder.role, self.run_folder.result = "final", None
             self.trainer.test(model, datamodule=self.datamodule, verbose=False)
             result = self._measured()

@@ -1,14 +1,15 @@
-"""Figures as PNG files for print, drawn with matplotlib; plotly's own export would need a browser."""
+"""Figures, drawn with matplotlib: SVG inside the report's page, PNG and PDF for print."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.files import writing
 
 STYLE: Any = {
     "font.size": 8,
@@ -18,9 +19,11 @@ STYLE: Any = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
+    # The page's own font; the same run gives the same file.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "simnpo_pl",
 }
-LINES = {"solid": "-", "dot": ":", "dash": "--"}
-MARKERS = {"circle-open": "s", "star": "*"}
+TIP = "tip:"
 
 
 def check_installed() -> None:
@@ -38,29 +41,65 @@ def panels(file: Path, rows: int, columns: int, size: tuple[float, float], **opt
     with rc_context(STYLE):
         figure = Figure(figsize=(size[0] * columns, size[1] * rows), dpi=200, layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file)
+        with writing(file) as handle:
+            figure.savefig(handle, format=file.suffix[1:])
 
 
-def draw(axis: Any, data: list[dict[str, Any]], layout: dict[str, Any]) -> None:
-    """Draw plotly's scatter traces, as far as `figures` uses them."""
-    for trace in data:
-        x, y, line, marker = trace["x"], trace["y"], trace["line"], trace.get("marker", {})
-        style = {"color": line["color"], "label": trace["name"]}
-        if trace["mode"] == "markers":
-            axis.plot(x, y, MARKERS[marker["symbol"]], markersize=8, zorder=3, **style)
-            continue
-        style |= {"linestyle": LINES[line["dash"]], "linewidth": 0.7 * line["width"]}
-        steps = "steps-post" if line["shape"] == "hv" else "default"
-        axis.errorbar(x, y, trace.get("error_y", {}).get("array"), drawstyle=steps, capsize=2, **style)
-        if "markers" in trace["mode"]:
-            axis.scatter(x, y, (0.6 * np.array(marker.get("size", 6))) ** 2, color=line["color"])
-    for shape in layout.get("shapes", []):
-        axis.axhline(shape["y0"], color=shape["line"]["color"], linewidth=0.8, linestyle="--")
-    axis.set_xscale(layout["xaxis"].get("type", "linear"))
-    axis.set_xlabel(layout["xaxis"]["title"]["text"])
-    axis.set_ylabel(layout["yaxis"]["title"]["text"])
-    axis.legend(fontsize=7)
+def render(draw: Callable[[Any, Any], None], content: Any, kind: str) -> bytes:
+    """What `draw(axis, content)` shows, with a legend below it, as `svg`, `png` or `pdf`; empty if that is nothing."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # Read on a phone, too.
+    with rc_context({**STYLE, "font.size": 9}):
+        figure = Figure(figsize=(4.4, 3.4), dpi=200, layout="constrained")
+        axis = figure.subplots()
+        draw(axis, content)
+        if not axis.has_data():
+            return b""
+        handles, labels = axis.get_legend_handles_labels()
+        if labels:
+            figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+        file = BytesIO()
+        undated = {"svg": {"Date": None, "Creator": None, "Format": None, "Type": None}, "pdf": {"CreationDate": None}}
+        figure.savefig(file, format=kind, metadata=undated.get(kind), transparent=kind == "svg")
+    return file.getvalue()
+
+
+def inline(svg: bytes) -> str:
+    """An SVG file as an element of a page, in the page's text color, with the tips of `points` under the pointer."""
+    text = svg.decode()
+    text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    text = re.sub(rf'<g id="{TIP}([^"]*)">', r"<g><title>\1</title>", text)
+    # Numbered anew in every figure; only what is drawn again is referred to, by other names.
+    return re.sub(r' id="[a-zA-Z0-9]+_\d+"', "", text)
+
+
+def points(axis: Any, places: Sequence[tuple[float, float]], tips: list[str], marker: str = "o", **style: Any) -> None:
+    """Markers, each with a text that the page shows under the pointer."""
+    for (x, y), tip in zip(places, tips, strict=True):
+        axis.plot(x, y, marker, gid=TIP + tip, **style)
+
+
+def plain(name: str) -> str:
+    """A name whose dollar signs do not start a formula."""
+    return name.replace("$", r"\$")
+
+
+def log_labels(axis: Any) -> None:
+    """Labels such as 0.2 on a logarithmic x axis; over more than two decades, powers of ten alone."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    low, high = axis.get_xlim()
+    if high < 100 * low:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def whole_numbers(axis: Any) -> None:
+    """No labels between the numbers of the x axis, such as epochs."""
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def legend_outside(axis: Any, title: str) -> None:

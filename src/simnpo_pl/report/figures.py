@@ -1,13 +1,14 @@
-"""Figures of a report in plotly's JSON: the page shows them, and `paper` draws the same curves with matplotlib."""
+"""Figures of a report: the page, Markdown and papers show the same."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from simnpo_pl.metrics.titles import title_of
 from simnpo_pl.report import robustness
+from simnpo_pl.report.drawing import log_labels, plain, points, render, whole_numbers
 from simnpo_pl.runs.record import Row, Run
 
 PALETTE = ("#3b82c4", "#d9822b", "#3a9d5d", "#b5539c", "#c0504d", "#7a6cc7", "#4f9292", "#a88b2c")
@@ -15,14 +16,22 @@ PALETTE = ("#3b82c4", "#d9822b", "#3a9d5d", "#b5539c", "#c0504d", "#7a6cc7", "#4
 GREY = "#8a8a8a"
 """Color of the start and retrained models."""
 LOG10_005 = math.log10(0.05)
-Trace = dict[str, Any]
-"""A curve in plotly's JSON."""
+TRADE_OFFS = (
+    ("model_utility", "forget_quality/log10_p"),
+    ("knowmem_retain", "knowmem_forget"),
+    ("retain/probability", "forget/probability"),
+    ("retain/nll", "forget/nll"),
+)
+"""What was kept and what was forgotten; the first pair that a run has is drawn."""
+CLOSE = 0.06
+"""Epochs this much of the way apart are labeled apart."""
+Points = Sequence[tuple[float, float]]
 
 
 class Point(NamedTuple):
-    label: str
-    utility: float
-    log10_p: float
+    epoch: int | None
+    kept: float
+    forgotten: float
 
 
 class Gap(NamedTuple):
@@ -37,17 +46,11 @@ def color(number: int) -> str:
     return PALETTE[number % len(PALETTE)]
 
 
-def path_of(run: Run) -> list[Point]:
-    """Model utility and log10 of forget quality after each evaluated epoch, those of the exported model last."""
-    exported = run.record.get("exported_epoch")
-    last = "final" if exported is None else f"exported, epoch {exported}"
-    models = [*((f"epoch {epoch}", metrics) for epoch, metrics in run.epochs), (last, run.metrics("final"))]
-    return [point for label, metrics in models if (point := _point(label, metrics))]
-
-
-def _point(label: str, metrics: dict[str, float]) -> Point | None:
-    utility, log10_p = metrics.get("model_utility"), metrics.get("forget_quality/log10_p")
-    return None if utility is None or log10_p is None else Point(label, utility, log10_p)
+def path_of(run: Run, kept: str = TRADE_OFFS[0][0], forgotten: str = TRADE_OFFS[0][1]) -> list[Point]:
+    """Two metrics after each evaluated epoch, those of the exported model last."""
+    models = [*run.epochs, (run.record.get("exported_epoch"), run.metrics("final"))]
+    found = [(epoch, metrics.get(kept), metrics.get(forgotten)) for epoch, metrics in models]
+    return [Point(epoch, x, y) for epoch, x, y in found if x is not None and y is not None]
 
 
 def truth_ratios(rows: Sequence[Row]) -> list[float]:
@@ -82,157 +85,214 @@ def weight_quantiles(rows: Sequence[Row], shares: Sequence[float] = (0.25, 0.5, 
     return {epoch: np.quantile(weights, shares).tolist() for epoch, weights in sorted(by_epoch.items())}
 
 
-def _figure(
-    traces: Sequence[Trace], x: str, y: str, x_axis: dict | None = None, y_axis: dict | None = None, **layout: Any
-) -> dict[str, Any]:
-    """Curves that have points, with the axes' titles."""
-    axes = {"xaxis": {"title": {"text": x}, **(x_axis or {})}, "yaxis": {"title": {"text": y}, **(y_axis or {})}}
-    return {"data": [trace for trace in traces if trace["x"]], "layout": {**axes, **layout}}
+def _curve(axis: Any, name: str, places: Points, shade: str, line: str = "-", tip: str = "", **style: Any) -> None:
+    """A line; with a `tip`, a format of x and y, also a marker at every point."""
+    if places:
+        axis.plot(*zip(*places, strict=True), line, color=shade, label=plain(name), **{"linewidth": 1.4, **style})
+    if tip:
+        points(axis, places, [f"{name}: {tip.format(*place)}" for place in places], color=shade, markersize=4)
 
 
-def _curve(
-    name: str,
-    points: Sequence[tuple[float, float]],
-    shade: str,
-    hover: str,
-    dash: str = "solid",
-    width: float = 2,
-    shape: str = "linear",
-    **more: Any,
-) -> Trace:
-    """Curve through `(x, y)` points; `more` are further options of plotly's scatter."""
-    places = {"x": [x for x, _ in points], "y": [y for _, y in points]}
-    line = {"color": shade, "dash": dash, "width": width, "shape": shape}
-    return {"type": "scatter", "mode": "lines", "name": name, **places, "line": line, "hovertemplate": hover, **more}
+def _axis_title(name: str) -> str:
+    if name == "forget_quality/log10_p":
+        return "forget quality, log10 p-value"
+    title = title_of(name)
+    return f"{title.short}, {title.unit}" if title.unit else title.short
 
 
-def _path(name: str, points: Sequence[Point], shade: str, mode: str, marker: dict[str, Any]) -> Trace:
-    hover = "%{text}<br>utility %{x:.3f}<br>log10 p %{y:.2f}"
-    labels, places = [point.label for point in points], [point[1:] for point in points]
-    return _curve(name, places, shade, hover, width=1.5, mode=mode, text=labels, marker=marker)
+def _apart(path: Sequence[Point]) -> list[Point]:
+    """Points that are far enough from the one before them to be labeled."""
+    spans = [float(np.ptp(values)) or 1.0 for values in list(zip(*path, strict=True))[1:]]
+    found = list(path[:1])
+    for point in path[1:]:
+        moved = [(new - old) / span for new, old, span in zip(point[1:], found[-1][1:], spans, strict=True)]
+        if math.hypot(*moved) > CLOSE:
+            found.append(point)
+    return found
 
 
-def _trade_off(runs: Sequence[Run]) -> dict[str, Any]:
-    traces = []
+def _trade_off(axis: Any, runs: Sequence[Run]) -> None:
+    pair = next((pair for pair in TRADE_OFFS if any(path_of(run, *pair) for run in runs)), None)
+    if pair is None:
+        return
+    tip = f"{title_of(pair[0]).short} {{:.3g}}, {title_of(pair[1]).short} {{:.3g}}"
     for number, run in enumerate(runs):
-        if points := path_of(run):
-            before = len(points) - 1
-            ring = {"size": [7] * before + [14], "line": {"width": [0] * before + [2], "color": GREY}}
-            traces.append(_path(run.name, points, color(number), "lines+markers", ring))
-    for model, symbol in (("start", "circle-open"), ("retrained", "star")) if traces else ():
+        if path := path_of(run, *pair):
+            shade = color(number)
+            _curve(axis, run.name, [point[1:] for point in path], shade, tip=tip)
+            axis.plot(*path[-1][1:], "o", markersize=10, markerfacecolor="none", color=shade)
+            for point in _apart(path[:-1]):
+                above = {"textcoords": "offset points", "xytext": (4, 4)}
+                axis.annotate(str(point.epoch), point[1:], fontsize=7, color=shade, **above)
+    for model, marker in (("start", "s"), ("retrained", "*")):
         # The retrained model against itself has p = 1. Runs of one start model have one start point.
         known = {"forget_quality/log10_p": 0.0} if model == "retrained" else {}
-        found = [_point(f"{model} model, {run.name}", {**run.metrics(model), **known}) for run in reversed(runs)]
-        points = list({point[1:]: point for point in found if point}.values())
-        marker = {"size": 13, "symbol": symbol, "color": GREY, "line": {"width": 2, "color": GREY}}
-        traces.append(_path(f"{model} model", points, GREY, "markers", marker))
-    style = {"dash": "dash", "width": 1, "color": GREY}
-    p_005 = {"type": "line", "line": style, "xref": "paper", "x0": 0, "x1": 1, "y0": LOG10_005, "y1": LOG10_005}
-    return _figure(traces, "model utility", "log10 forget quality", shapes=[p_005])
+        found = [[{**known, **run.metrics(model)}.get(name) for name in pair] for run in runs if run.metrics(model)]
+        places = list({(x, y) for x, y in found if x is not None and y is not None})
+        points(axis, places, [f"{model} model: {tip.format(*place)}" for place in places], marker, color=GREY)
+        if places:
+            axis.plot([], [], marker, color=GREY, label=f"{model} model")
+    if "forget_quality/log10_p" in pair:
+        axis.axhline(LOG10_005, color=GREY, linewidth=0.8, linestyle="--", label="p = 0.05")
+    axis.set(xlabel=_axis_title(pair[0]), ylabel=_axis_title(pair[1]))
+    if title_of(pair[0]).higher_is_better is False:
+        axis.invert_xaxis()
 
 
-def _truth_ratios(runs: Sequence[Run]) -> dict[str, Any]:
-    traces: dict[Any, Trace] = {}
+def _truth_ratios(axis: Any, runs: Sequence[Run]) -> None:
+    drawn: set[tuple[float, ...]] = set()
     for number, run in enumerate(runs):
         unlearned, retrained = truth_ratios(run.rows), truth_ratios(run.retrained_rows)
-        for name, values, shade, dash, width in (
-            (run.name, unlearned, color(number), "solid", 2),
-            ("start model", truth_ratios(run.start_rows), GREY, "dot", 2),
-            ("retrained model", retrained, GREY, "solid", 3),
+        for name, values, shade, line, width in (
+            (run.name, unlearned, color(number), "-", 1.4),
+            ("start model", truth_ratios(run.start_rows), GREY, ":", 1.4),
+            ("retrained model", retrained, GREY, "-", 2.2),
         ):
             # Runs share start and retrained models.
-            points, hover = list(zip(*distribution(values), strict=True)), "R %{x:.3g}<br>share %{y:.2f}"
-            traces.setdefault(tuple(values), _curve(name, points, shade, hover, dash, width, "hv"))
+            if tuple(values) not in drawn:
+                places = list(zip(*distribution(values), strict=True))
+                _curve(axis, name, places, shade, line, drawstyle="steps-post", linewidth=width)
+            drawn.add(tuple(values))
         if retrained and unlearned:
             at, low, high = largest_gap(unlearned, retrained)
-            name, hover = f"gap of {run.name}: {high - low:.2f}", f"KS statistic {high - low:.3f}"
-            traces[run.name] = _curve(name, [(at, low), (at, high)], color(number), hover, "dot")
-    log, share = {"type": "log"}, {"range": [0, 1.02]}
-    return _figure(list(traces.values()), "truth ratio R", "share of forget rows", log, share)
+            _curve(axis, f"gap of {run.name}: {high - low:.2f}", [(at, low), (at, high)], color(number), ":")
+    axis.set(xscale="log", ylim=(0, 1.02), xlabel="truth ratio R", ylabel="share of forget rows")
+    log_labels(axis)
 
 
-def _losses(runs: Sequence[Run]) -> dict[str, Any]:
-    traces = []
+def _losses(axis: Any, runs: Sequence[Run]) -> None:
     for number, run in enumerate(runs):
-        for kind, dash in (("forget", "solid"), ("retain", "dot")):
-            points = [(line["step"], line[f"{kind}_loss"]) for line in run.history if f"{kind}_loss" in line]
-            traces.append(_curve(f"{run.name}, {kind}", points, color(number), "step %{x}<br>%{y:.4g}", dash, 1.5))
-    return _figure(traces, "optimizer step", "loss")
+        for kind, line in (("forget", "-"), ("retain", ":")):
+            places = [(step["step"], step[f"{kind}_loss"]) for step in run.history if f"{kind}_loss" in step]
+            known = [(step, loss) for step, loss in places if loss is not None]
+            _curve(axis, f"{run.name}, {kind}", known, color(number), line, linewidth=1)
+    axis.set(xlabel="optimizer step", ylabel="loss")
 
 
-def _weights(runs: Sequence[Run]) -> dict[str, Any]:
-    traces = []
+def _weights(axis: Any, runs: Sequence[Run]) -> None:
     for number, run in enumerate(runs):
         quartiles, shade = weight_quantiles(run.weights), color(number)
-        low, median, high = ([(epoch, values[i]) for epoch, values in quartiles.items()] for i in range(3))
-        edge: dict[str, Any] = {"width": 0, "showlegend": False, "hoverinfo": "skip", "legendgroup": run.name}
-        traces.append(_curve("", low, shade, "", **edge))
-        traces.append(_curve("", high, shade, "", fill="tonexty", fillcolor=f"{shade}33", **edge))
-        hover = "epoch %{x}<br>median %{y:.3g}"
-        traces.append(_curve(run.name, median, shade, hover, mode="lines+markers", legendgroup=run.name))
-    return _figure(traces, "epoch", "gradient weight", None, {"rangemode": "tozero"})
+        if quartiles:
+            low, median, high = zip(*quartiles.values(), strict=True)
+            axis.fill_between(list(quartiles), low, high, color=shade, alpha=0.2, linewidth=0)
+            places = list(zip(quartiles, median, strict=True))
+            _curve(axis, run.name, places, shade, tip="epoch {:g}, median {:.3g}")
+    whole_numbers(axis)
+    axis.set(xlabel="epoch", ylabel="gradient weight")
+    axis.set_ylim(bottom=0)
 
 
-def _relearning(runs: Sequence[Run], metric: str) -> dict[str, Any]:
-    traces = []
-    for number, run in enumerate(runs):
-        for attack in run.relearned:
-            settings, repeats = attack["settings"], attack["repeats"]
-            known = [(epoch, value) for epoch, value in robustness.relearned(attack, metric).items() if value]
-            name = f"{run.name}, {len(repeats[0]['rows'])} {settings['subset']} rows, lr {settings['lr']:g}"
-            dash = "dot" if settings["subset"] == "random" else "solid"
-            bars = {"array": [value.deviation for _, value in known], "visible": len(repeats) > 1, "thickness": 1}
-            points, hover = [(epoch, value.mean) for epoch, value in known], "epoch %{x}<br>%{y:.3g}"
-            traces.append(_curve(name, points, color(number), hover, dash, mode="lines+markers", error_y=bars))
-    title = title_of(metric).short
-    return _figure(traces, "epoch of relearning", title, {"dtick": 1}, {"rangemode": "tozero"})
+def _relearning(metric: str) -> Callable[[Any, Sequence[Run]], None]:
+    def draw(axis: Any, runs: Sequence[Run]) -> None:
+        for number, run in enumerate(runs):
+            for attack in run.relearned:
+                settings, repeats = attack["settings"], attack["repeats"]
+                known = [(epoch, value) for epoch, value in robustness.relearned(attack, metric).items() if value]
+                name = f"{run.name}, {len(repeats[0]['rows'])} {settings['subset']} rows, lr {settings['lr']:g}"
+                places = [(epoch, value.mean) for epoch, value in known]
+                line = ":" if settings["subset"] == "random" else "-"
+                _curve(axis, name, places, color(number), line, "epoch {:g}, {:.3g}")
+                if known and len(repeats) > 1:
+                    bars = [value.deviation for _, value in known]
+                    axis.errorbar(*zip(*places, strict=True), bars, fmt="none", ecolor=color(number), capsize=2)
+        whole_numbers(axis)
+        axis.set(xlabel="epoch of relearning", ylabel=_axis_title(metric))
+        axis.set_ylim(bottom=0)
+
+    return draw
 
 
-def _quantized(runs: Sequence[Run]) -> dict[str, Any]:
-    traces = [
-        {
-            "type": "bar",
-            "name": f"{run.name}, {title_of(name).short}",
-            "x": list(run.quantized),
-            "y": [metrics.get(name) for metrics in run.quantized.values()],
-            "marker": {"color": color(number), "pattern": {"shape": shape}},
-            "hovertemplate": "%{x}<br>%{y:.3g}",
-        }
+def _quantized(axis: Any, runs: Sequence[Run]) -> None:
+    names = list(dict.fromkeys(name for run in runs for name in run.quantized))
+    bars = [
+        (run, color(number), metric, hatch)
         for number, run in enumerate(runs)
-        for name, shape in (("forget/probability", ""), ("model_utility", "/"))
-        if any(name in metrics for metrics in run.quantized.values())
+        for metric, hatch in (("forget/probability", ""), ("model_utility", "//"))
+        if any(metric in metrics for metrics in run.quantized.values())
     ]
-    return _figure(traces, "weights", "probability, utility", barmode="group")
+    for place, (run, shade, metric, hatch) in enumerate(bars):
+        label = f"{run.name}, {title_of(metric).short}"
+        heights = [run.quantized.get(name, {}).get(metric) or 0.0 for name in names]
+        left = [group + (place + 0.5) * 0.8 / len(bars) - 0.4 for group in range(len(names))]
+        axis.bar(left, heights, 0.8 / len(bars), color=shade, hatch=hatch, edgecolor="white", label=plain(label))
+    axis.set_xticks(range(len(names)), names)
+    axis.set(xlabel="weights", ylabel="probability, utility", ylim=(0, 1))
 
 
-def _leak(runs: Sequence[Run]) -> dict[str, Any]:
-    traces = []
+def _leak(axis: Any, runs: Sequence[Run]) -> None:
     for number, run in enumerate(runs):
         for sample in run.sampled:
             settings = sample["settings"]
-            leaks = sample["prompts"]["any"]
-            points = [(k, leaks[f"leak@{k}"]) for k in range(1, settings["k"] + 1)]
+            places = [(k, sample["prompts"]["any"][f"leak@{k}"]) for k in range(1, settings["k"] + 1)]
             name = f"{run.name}, temperature {settings['temperature']:g}, seed {settings['seed']}"
-            traces.append(_curve(name, points, color(number), "k = %{x}<br>%{y:.3f}", mode="lines+markers"))
-    return _figure(traces, "k, sampled answers to a prompt", "share of rows with a right answer")
+            _curve(axis, name, places, color(number), tip="k = {:g}, {:.3f}")
+    whole_numbers(axis)
+    axis.set(xlabel="k, sampled answers to a prompt", ylabel="share of rows with a right answer", ylim=(0, 1))
 
 
-def figures(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """`id`, `title` and `figure` (plotly's `data` and `layout`) of the figures that the runs have data for.
+class Figure(NamedTuple):
+    """A figure by its file name."""
 
-    Captions are in the page's template, by id.
-    """
-    made = {
-        "trade-off": ("Forget quality against model utility", _trade_off(runs)),
-        "truth-ratios": ("Truth ratios on the forget rows", _truth_ratios(runs)),
-        "losses": ("Losses by optimizer step", _losses(runs)),
-        "weights": ("Gradient weights by epoch", _weights(runs)),
-        "relearn-quality": ("Relearning: forget quality", _relearning(runs, "forget_quality")),
-        "relearn-probability": (
-            "Relearning: probability of the forgotten answers",
-            _relearning(runs, "forget/probability"),
-        ),
-        "quantized": ("After quantizing the weights", _quantized(runs)),
-        "leak": ("Rows for which a sampled answer is right", _leak(runs)),
-    }
-    return [{"id": name, "title": title, "figure": figure} for name, (title, figure) in made.items() if figure["data"]]
+    id: str
+    title: str
+    caption: str
+    draw: Callable[[Any, Sequence[Run]], None]
+
+
+FIGURES = (
+    Figure(
+        "trade_off",
+        "Forgotten against kept",
+        "Each line is a run, the numbers are its epochs, the ring is the exported model. To the right more is kept. "
+        "Upwards more is forgotten if the axis is forget quality, by which the retrained model has p = 1, or a loss; "
+        "downwards if it is a probability or a score of the forget rows.",
+        _trade_off,
+    ),
+    Figure(
+        "truth_ratios",
+        "Truth ratios on the forget rows",
+        "Share of rows up to a truth ratio. Forget quality asks whether two of these curves could come from one "
+        "distribution; the dotted line is the largest gap to the retrained model, the KS statistic.",
+        _truth_ratios,
+    ),
+    Figure("losses", "Losses by optimizer step", "Before their weights, over the effective batch.", _losses),
+    Figure(
+        "weights",
+        "Gradient weights by epoch",
+        "How strongly the forget objective acts on a row: median over the forget rows, their middle half as a band. "
+        "Near 1 for every row, the objective acts as plain gradient ascent.",
+        _weights,
+    ),
+    Figure(
+        "relearn_quality",
+        "Relearning: forget quality",
+        "The unlearned model is fine-tuned on part of the forget rows; a method whose forget quality stays up has "
+        "hidden less. Bars are the standard deviation over random draws.",
+        _relearning("forget_quality"),
+    ),
+    Figure(
+        "relearning",
+        "Relearning: probability of the forgotten answers",
+        "The same attack; over all forget rows, the relearned ones included.",
+        _relearning("forget/probability"),
+    ),
+    Figure(
+        "quantized",
+        "After quantizing the weights",
+        "Quantization may bring back what small changes of the weights had hidden.",
+        _quantized,
+    ),
+    Figure(
+        "leak",
+        "Rows for which a sampled answer is right",
+        "Greedy answers may hide what sampled ones show: leak@k, whether one of k answers to any prompt is right.",
+        _leak,
+    ),
+)
+
+
+def drawn(runs: Sequence[Run], kind: str) -> Iterator[tuple[Figure, bytes]]:
+    """The figures that the runs have data for, as `svg`, `png` or `pdf`."""
+    for figure in FIGURES:
+        if content := render(figure.draw, runs, kind):
+            yield figure, content

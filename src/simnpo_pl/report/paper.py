@@ -1,19 +1,17 @@
-"""The report for papers: Markdown with figures as PNG, and LaTeX rows."""
+"""The report as Markdown with figures as PNG, and figures as PDF."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from simnpo_pl.metrics import titles
 from simnpo_pl.report import robustness, words
-from simnpo_pl.report.drawing import draw, panels
-from simnpo_pl.report.figures import figures
+from simnpo_pl.report.figures import drawn
 from simnpo_pl.runs.record import Run
+from simnpo_pl.utils.files import writing
 from simnpo_pl.utils.markdown import cell
 
-LATEX = str.maketrans({c: rf"\{c}" for c in "&%$#_{}"})
-LATEX |= str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
-PNG = {"trade-off": "trade_off", "truth-ratios": "truth_ratios", "relearn-probability": "relearning"}
-"""Figure of the page to the name of its PNG file."""
+SHOWN = ("trade_off", "truth_ratios", "relearning")
+"""Figures that Markdown shows."""
 ATTACKS = {
     "relearned": robustness.relearning_table,
     "quantized": robustness.quantized_table,
@@ -22,7 +20,7 @@ ATTACKS = {
 """Attribute of a run to the table that shows it."""
 
 
-def markdown(runs: Sequence[Run], file: Path) -> str:
+def markdown(runs: Sequence[Run], columns: Sequence[str], file: Path) -> str:
     """Summaries, table, figures, which are drawn into a folder next to the file, and tables of attacks."""
     rows = [
         ([run.name, words.model_name(run, model), titles.number(run.forget_rows)], metrics)
@@ -31,27 +29,25 @@ def markdown(runs: Sequence[Run], file: Path) -> str:
     ]
     lines = ["# Unlearning report", ""]
     lines += [f"* **{run.name}**: {cell(words.summary(run))}" for run in runs]
-    lines += ["", titles.table(["run", "model", "n"], rows, words.measured(runs))]
-    for figure in figures(runs):
-        if figure["id"] in PNG:
-            image = f"{file.stem}_figures/{PNG[figure['id']]}.png"
-            with panels(file.parent / image, 1, 1, (5.2, 3.6)) as (_, axes):
-                draw(axes[0][0], **figure["figure"])
-            lines += ["", f"![{figure['title']}]({image})"]
+    lines += ["", titles.table(["run", "model", "n"], rows, columns)]
+    for figure, content in drawn(runs, "png"):
+        if figure.id in SHOWN:
+            image = f"{file.stem}_figures/{figure.id}.png"
+            with writing(file.parent / image) as handle:
+                handle.write(content)
+            lines += ["", f"![{figure.title}]({image})"]
     for kind, table in ATTACKS.items():
         if any(getattr(run, kind) for run in runs):
             lines += ["", table(runs)]
+    if missing := words.not_measured(runs):
+        lines += ["", "Not measured:", "", *(f"* {cell(line)}" for line in missing)]
     versions = {name: version for run in runs for name, version in run.record["versions"].items()}
     lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
     return "\n".join(lines) + "\n"
 
 
-def latex(runs: Sequence[Run]) -> str:
-    """Rows for a `tabular`, the columns named in a comment."""
-    names = words.measured(runs)
-    lines = ["% " + " & ".join(["run", "model", *(titles.title_of(name).short for name in names)])]
-    for run in runs:
-        for model, metrics in run.models.items():
-            cells = [run.name, words.model_name(run, model), *(titles.number(metrics.get(name)) for name in names)]
-            lines.append(" & ".join(text.translate(LATEX) for text in cells) + r" \\")
-    return "\n".join(lines) + "\n"
+def figures(runs: Sequence[Run], folder: Path) -> None:
+    """Every figure as a PDF file of this folder."""
+    for figure, content in drawn(runs, "pdf"):
+        with writing(folder / f"{figure.id}.pdf") as handle:
+            handle.write(content)

@@ -1,16 +1,44 @@
 """A run in plain words, and the table of runs."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from simnpo_pl.metrics import titles
-from simnpo_pl.metrics.titles import number
+from simnpo_pl.metrics.titles import number, title_of
+from simnpo_pl.runs.card import UNTESTED
 from simnpo_pl.runs.record import Run
+from simnpo_pl.utils.errors import UserError
+
+FORGOTTEN = (
+    *("forget/probability", "verbmem_forget", "forget/nll", "forget1/distance"),
+    *("forget/rouge", "knowmem_forget", "forget_quality"),
+)
+KEPT = (
+    *("model_utility", "retain/probability", "knowmem_retain", "retain/nll", "retain/distance"),
+    *("retain/rouge", "probe/nll"),
+)
+"""Metrics of the first two tiles; the first that was measured is shown large."""
+TILE_LINES = 3
 
 
-def measured(runs: Sequence[Run]) -> list[str]:
-    """Metrics that a model of one of the runs has a value of."""
+class Tile(NamedTuple):
+    title: str
+    value: str
+    lines: list[str]
+
+
+def measured(runs: Sequence[Run], columns: Sequence[str] | None = None) -> list[str]:
+    """Metrics that a model of one of the runs has a value of, or those of them that are named.
+
+    Raises:
+        UserError: A named column was measured by no run.
+    """
     names = [*titles.TITLES, *dict.fromkeys(name for run in runs for name in run.record.get("titles", {}))]
-    return titles.measured((metrics for run in runs for metrics in run.models.values()), names)
+    known = titles.measured((metrics for run in runs for metrics in run.models.values()), names)
+    for name in columns or ():
+        if name not in known:
+            raise UserError(f"--columns {name}: not measured; known are {', '.join(known)}")
+    return list(columns or known)
 
 
 def model_name(run: Run, model: str) -> str:
@@ -19,38 +47,60 @@ def model_name(run: Run, model: str) -> str:
     return model
 
 
-def settings(run: Run) -> str:
-    """The objective's settings and the weights of the losses."""
-    if not run.unlearned:
-        return ""
-    objective = run.record["objective"]
-    named = ", ".join(f"{name} {number(value)}" for name, value in objective["settings"].items() if value is not None)
-    retain = objective["retain_loss"] or "no retain loss"
-    weights = f"weights {number(objective['forget_weight'])} / {number(objective['retain_weight'])} ({retain})"
-    return f"{named}; {weights}" if named else weights
+def method(run: Run) -> str:
+    """What was done."""
+    done = "A model, evaluated."
+    if run.unlearned:
+        done = f"{run.method} ({run.settings}) on {number(run.forget_rows)} rows of {run.forget_split}."
+    return done if run.finished else f"{done} The run is not finished."
 
 
 def summary(run: Run) -> str:
-    final, start, retrained = (run.metrics(model) for model in ("final", "start", "retrained"))
-    sentences = ["A model, evaluated."]
-    if run.unlearned:
-        sentences = [f"{run.method} ({settings(run)}) on {run.forget_rows} rows of {run.forget_split}."]
-    if not run.finished:
-        sentences.append("The run is not finished.")
-    now, before, unseen = (metrics.get("forget/probability") for metrics in (final, start, retrained))
-    if now is not None:
-        change = f"is {number(now)}" if before is None else f"went from {number(before)} to {number(now)}"
-        compared = "" if unseen is None else f"; a model that never saw them gives {number(unseen)}"
-        sentences.append(f"The probability of the answers to forget {change}{compared}.")
-    p = final.get("forget_quality")
-    if p is not None:
-        verdict = "the test finds no difference" if p > 0.05 else "the test finds a difference"
-        sentences.append(
-            f"Forget quality, the p-value of a test against the retrained model, is {number(p)}: {verdict}."
-        )
-    utility, first = final.get("model_utility"), start.get("model_utility")
-    if utility is not None:
-        change = f", {100 * (utility / first - 1):+.0f} % against the start model" if first else ""
-        sentences.append(f"Model utility is {number(utility)}{change}.")
-    sentences += [f"Not measured: {name} ({reason})." for name, reason in run.record.get("unavailable", {}).items()]
-    return " ".join(sentences)
+    """What was done, and the verdict; without one, the tiles in words."""
+    found = run.verdict
+    if found:
+        said = "; ".join([found["category"].capitalize(), *found["reasons"]])
+    else:
+        said = "; ".join(f"{tile.title}: {', '.join([tile.value, *tile.lines])}" for tile in tiles(run))
+    return f"{method(run)} {said}."
+
+
+def tiles(run: Run) -> list[Tile]:
+    """What was forgotten, what was kept, and what attacks brought back."""
+    recovered = run.recovered
+    untested = run.verdict.get("untested", [] if recovered else list(UNTESTED))
+    lines = [f"{name} {number(value)}" for name, value in recovered.items()]
+    if untested:
+        lines.append(f"{'not tested: ' if recovered else ''}{'; '.join(untested)}")
+    worst = number(max(recovered.values())) if recovered else "not tested"
+    return [_tile("Forgotten", run, FORGOTTEN), _tile("Kept", run, KEPT), Tile("May come back", worst, lines)]
+
+
+def _tile(title: str, run: Run, names: Sequence[str]) -> Tile:
+    start, final, retrained = (run.metrics(model) for model in ("start", "final", "retrained"))
+    changes = []
+    for name in names:
+        if (now := final.get(name)) is not None:
+            before, unseen = start.get(name), retrained.get(name)
+            change = number(now) if before is None else f"{number(before)} → {number(now)}"
+            compared = "" if unseen is None else f" (retrained model {number(unseen)})"
+            changes.append((title_of(name).short, change, compared))
+    if not changes:
+        return Tile(title, "not measured", [])
+    (first, value, compared), *others = changes
+    lines = [f"{short} {change}{compared}" for short, change, compared in others[: TILE_LINES - 1]]
+    return Tile(title, value, [first + compared, *lines])
+
+
+def not_measured(runs: Sequence[Run]) -> list[str]:
+    """A line for every reason: the metrics that it holds for, with the runs if these are not all."""
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        for name, reason in run.record.get("unavailable", {}).items():
+            reasons.setdefault(reason, {}).setdefault(title_of(name).short, []).append(run.name)
+    lines = []
+    for reason, metrics in reasons.items():
+        names = list(dict.fromkeys(name for found in metrics.values() for name in found))
+        of = "" if len(names) == len(runs) else f" ({', '.join(names)})"
+        lines.append(f"{', '.join(metrics)}{of}: {reason}")
+    return lines

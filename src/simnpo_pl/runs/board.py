@@ -1,8 +1,9 @@
-"""What a run adds to the logger besides scalars: truth ratios as a histogram, sample answers, settings with outcome."""
+"""What a run adds to the logger: truth ratios as a histogram, sample answers, settings with the final metrics."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,17 +30,46 @@ def log_evaluation(trainer: pl.Trainer, result: EvalResult, step: int) -> None:
         writer.add_text("samples", _samples(result), step)
 
 
-def log_outcome(trainer: pl.Trainer, settings: dict[str, Any], metrics: Mapping[str, float]) -> None:
-    """Log the settings of a run with its final metrics, by which TensorBoard compares runs."""
+def log_outcome(trainer: pl.Trainer, record: Mapping[str, Any]) -> None:
+    """Log the settings of a run with its final metrics, by which TensorBoard compares runs.
+
+    In TensorBoard start, retrained and final model are lines in the charts of the epochs' metrics.
+
+    Args:
+        trainer: Holds the logger.
+        record: Content of results.json.
+    """
     if trainer.logger is None or not trainer.is_global_zero:
         return
-    final = {f"final/{tag(name).replace('/', '_')}": value for name, value in metrics.items() if value == value}
+    models = {model: record[model]["metrics"] for model in ("start", "retrained", "final") if record.get(model)}
     logger: Any = trainer.logger
-    if hasattr(getattr(logger, "experiment", None), "add_hparams"):
-        logger.log_hyperparams(settings, final)
-    else:
-        logger.log_hyperparams(settings)
-        logger.log_metrics(final)
+    writer: Any = getattr(logger, "experiment", None)
+    if not hasattr(writer, "add_hparams"):
+        logger.log_hyperparams(record["settings"])
+        logger.log_metrics({f"final/{tag(name).replace('/', '_')}": v for name, v in models["final"].items() if v == v})
+        return
+    from torch.utils.tensorboard.summary import hparams
+
+    for model, metrics in models.items():
+        known = {tag(name): value for name, value in metrics.items() if value is not None and value == value}
+        # A folder of its own is a line of its own.
+        with type(writer)(str(Path(logger.log_dir) / model)) as lines:
+            for name, value in known.items():
+                for step in (0, max(1, trainer.global_step)):
+                    lines.add_scalar(name, value, step)
+            if model == "final":
+                for part in hparams(_settings(record), known):
+                    lines.file_writer.add_summary(part)
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What runs are compared by: model, objective and its settings, weights, learning rate, seed."""
+    model = record["settings"]["model"]
+    found = {"model": model["name"], "lr": model["lr"], "seed": record["seed"]}
+    if "objective" in record:
+        objective = dict(record["objective"])
+        found |= {"objective": objective.pop("name"), **objective.pop("settings"), **objective}
+    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in found.items() if v is not None}
 
 
 def _samples(result: EvalResult) -> str:

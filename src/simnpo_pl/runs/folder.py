@@ -15,6 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.finished import FinishedBatches
 from simnpo_pl.runs.board import log_evaluation, log_outcome
+from simnpo_pl.runs.card import write_card
+from simnpo_pl.runs.record import Run
 from simnpo_pl.runs.verdict import unlearned, verdict
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines, write_text
@@ -146,7 +148,6 @@ class RunFolder(Callback):
             self.record["exported_epoch"] = epoch
         if result is not None:
             self.record["final"] = {"metrics": result.values}
-            log_outcome(trainer, self.record["settings"], result.values)
         self.record["finished"] = True
         log = data.find_retain_log()
         if log is not None:
@@ -162,10 +163,13 @@ class RunFolder(Callback):
                 write_json_lines(retrained, log.rows())
             for name, content in data.export(result).items():
                 write_json(self.folder / name, content)
+            log_outcome(trainer, self.record)
         self._write(trainer)
         self.finished.close()
         if trainer.is_global_zero:
             self.finished.drop()
+            if epoch is not None:
+                write_card(Run(self.folder.name, self.folder, self.record))
 
     def _add_seconds(self, phase: str, started: float) -> None:
         seconds = self.record["seconds"].get(phase, 0.0) + time.monotonic() - started

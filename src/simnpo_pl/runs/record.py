@@ -1,15 +1,19 @@
 """A run folder as `fit` and `test` leave it; all that reads one does so through `Run`."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from simnpo_pl.metrics.titles import number
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, read_json_lines
 
 Row = dict[str, Any]
+_STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(?:fit_)?")
+"""Beginning of the name that the command line gives to a folder."""
 
 
 def _lines(name: str) -> "cached_property[list[Row]]":
@@ -69,6 +73,28 @@ class Run:
         return self.record["objective"]["name"] if self.unlearned else "evaluation"
 
     @property
+    def title(self) -> str:
+        """Its label, or the name of its folder without the time."""
+        return self.record.get("label") or _STAMP.sub("", self.folder.name)
+
+    @property
+    def settings(self) -> str:
+        """The objective's settings and the weights of the losses in one line; empty if the run did not train."""
+        if not self.unlearned:
+            return ""
+        objective = self.record["objective"]
+        given = {name: value for name, value in objective["settings"].items() if value is not None}
+        named = ", ".join(f"{k} {v if isinstance(v, str) else number(v)}" for k, v in given.items())
+        retain = objective["retain_loss"] or "no retain loss"
+        weights = f"weights {number(objective['forget_weight'])} / {number(objective['retain_weight'])} ({retain})"
+        return f"{named}; {weights}" if named else weights
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """Whether the run worked: `category`, `reasons`, `untested`, `advice`; empty if it has none."""
+        return self.record.get("verdict") or {}
+
+    @property
     def start_model(self) -> str:
         return self.record["settings"]["model"]["name"]
 
@@ -111,32 +137,59 @@ class Run:
         return [entry for entry in self.record.get("leak", {}).values() if "prompts" in entry]
 
     @property
+    def recovered(self) -> dict[str, float]:
+        """Attack and score to the most that any attack of this kind brought back."""
+        relearned = (epoch for attack in self.relearned for repeat in attack["repeats"] for epoch in repeat["epochs"])
+        rounded = self.record.get("quantized", {}).values()
+        found = {
+            "relearning, forget prob.": [entry["metrics"].get("forget/probability") for entry in relearned],
+            "rounded weights, forget prob.": [entry["metrics"].get("forget/probability") for entry in rounded],
+            "sampled answers, rows with a right one": [max(one["prompts"]["any"].values()) for one in self.sampled],
+        }
+        known = {name: [value for value in values if value is not None] for name, values in found.items()}
+        return {name: max(values) for name, values in known.items() if values}
+
+    @property
     def config(self) -> str:
         file = self.folder / "config.yaml"
         return file.read_text() if file.is_file() else ""
 
 
-def read_runs(folders: Sequence[Path]) -> list[Run]:
+def read_runs(folders: Sequence[Path], labels: Sequence[str] = ()) -> list[Run]:
     """Runs in these folders, or the newest run in runs/ if there are none.
 
+    Args:
+        folders: Each was written by `fit` or `test`.
+        labels: Names of the runs, instead of those that they have.
+
     Raises:
-        UserError: A folder holds no results, or no run was found.
+        UserError: A folder holds no results, no run was found, or there are more or fewer labels than runs.
     """
     if not folders:
         found = sorted(Path("runs").glob("*/results.json"), key=lambda file: file.stat().st_mtime)
         if not found:
             raise UserError("no run to report on: name run folders, or call this from the folder that holds runs/")
         folders = [found[-1].parent]
-    paths = list(dict.fromkeys(folder.expanduser().resolve() for folder in folders))
-    names = [path.name for path in paths]
     runs = []
-    for path in paths:
+    for path in dict.fromkeys(folder.expanduser().resolve() for folder in folders):
         file = path / "results.json"
         if not file.is_file():
             raise UserError(f"{path} holds no results.json; give folders that fit or test wrote")
         record = read_json(file)
         if not isinstance(record, dict) or "versions" not in record:
             raise UserError(f"{file} is not a results file of a run; give folders that fit or test wrote")
-        name = path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}"
-        runs.append(Run(name, path, record))
-    return runs
+        runs.append(Run(path.name, path, record))
+    if labels and len(labels) != len(runs):
+        raise UserError(f"--label: expected a name for each of {len(runs)} runs, got {len(labels)}")
+    for run, label in zip(runs, labels, strict=False):
+        run.record["label"] = label
+    names = next(names for names in _names(runs) if len(set(names)) == len(names))
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _names(runs: Sequence[Run]) -> Iterator[list[str]]:
+    """Names of the runs, shorter ones first; the last tell all apart."""
+    yield [run.title for run in runs]
+    yield [f"{run.title}, seed {run.record.get('seed')}" for run in runs]
+    yield [f"{run.folder.parent.name}/{run.folder.name}" for run in runs]
+    yield [str(run.folder) for run in runs]

@@ -138,10 +138,13 @@ def relearn(add: Add) -> None:
 
 
 def report(add: Add) -> None:
-    what = "files to write, by their endings: .html, .md (figures go to a folder next to it), .tex; instead of "
-    what += "report.html in the folder of a single run, else in the current folder"
+    what = "files to write, by their endings: .html, .md (figures go to a folder next to it), .tex; a name without an "
+    what += "ending is a folder for the figures as PDF; instead of report.html in the folder of a single run, else in "
+    what += "the current folder"
     add("runs", nargs="*", type=path, metavar="RUN", help="run folders, instead of the newest run in runs/")
     add("-o", "--out", nargs="+", type=path, metavar="FILE", help=what)
+    add("--label", nargs="+", default=[], metavar="NAME", help="names of the runs, instead of those that fit gave them")
+    add("--columns", nargs="+", metavar="METRIC", help="metrics of the tables, such as forget_quality, instead of all")
 
 
 def sweep(add: Add) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from simnpo_pl.cli.arguments import clear_changed_classes
 from simnpo_pl.cli.main import UnlearningCLI, precision, quiet
 from simnpo_pl.report.robustness import judge
+from simnpo_pl.runs.card import write_card
 from simnpo_pl.runs.record import Run, read_runs
 from simnpo_pl.runs.verdict import unlearned, verdict
 from simnpo_pl.studies.launch import RESULTS, Job
@@ -135,3 +136,5 @@ def _write(run: Run, update: Callable[[dict[str, Any]], None]) -> None:
         write_json(file, content)
     run.record.clear()
     run.record.update(content)
+    if run.unlearned:
+        write_card(run)

@@ -1,38 +1,12 @@
 "use strict";
 const byId = (id) => document.getElementById(id);
-const parse = (id) => JSON.parse(byId(id).textContent);
-const data = parse("data");
-const plots = parse("plots");
+const data = JSON.parse(byId("data").textContent);
 
 // -- theme -----------------------------------------------------------------------------------------------
 const root = document.documentElement;
-function paint() {
-  const style = getComputedStyle(root);
-  const color = (name) => style.getPropertyValue(name).trim();
-  const axis = { gridcolor: color("--line"), zerolinecolor: color("--line"), linecolor: color("--line") };
-  const narrow = window.innerWidth < 640;
-  for (const plot of plots) {
-    const layout = {
-      ...plot.figure.layout,
-      template: {},
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: color("--text"), family: "system-ui, sans-serif" },
-      margin: { l: 60, r: 15, t: 35, b: 50 },
-      legend: narrow ? { orientation: "h", y: -0.4 } : { x: 1.02, y: 1 },
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--faint"), activecolor: color("--text") },
-      hoverlabel: { bgcolor: color("--raised"), font: { color: color("--text") } },
-    };
-    for (const key of Object.keys(plot.figure.layout)) {
-      if (/^[xy]axis/.test(key)) layout[key] = { ...axis, ...plot.figure.layout[key], automargin: true };
-    }
-    Plotly.react(plot.id, plot.figure.data, layout, { responsive: true, displaylogo: false });
-  }
-}
 function setTheme(theme) {
   root.dataset.theme = theme;
   byId("theme").textContent = theme === "dark" ? "light" : "dark";
-  paint();
 }
 const preferred = window.matchMedia("(prefers-color-scheme: dark)");
 preferred.addEventListener("change", () => setTheme(preferred.matches ? "dark" : "light"));
@@ -92,17 +66,49 @@ function element(tag, className, text) {
   if (text !== undefined) made.textContent = text;
   return made;
 }
-const percent = (value) => (value == null ? "–" : value.toFixed(3));
+const probability = (value) => (value == null ? "–" : value > 0 && value < 1e-3 ? value.toExponential(1) : value.toFixed(3));
+const WORD = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Thai}]\p{M}*|[\p{L}\p{M}\p{N}]+/gu;
+function words(text) {
+  return [...text.matchAll(WORD)].map((found) => ({ word: found[0].toLowerCase(), from: found.index, to: found.index + found[0].length }));
+}
+// The words of `text` that are in a longest common subsequence with those of `answer`.
+function repeated(text, answer) {
+  const [a, b] = [words(text), words(answer)];
+  const length = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
+  for (let i = a.length - 1; i >= 0; i--) {
+    for (let j = b.length - 1; j >= 0; j--) {
+      length[i][j] = a[i].word === b[j].word ? length[i + 1][j + 1] + 1 : Math.max(length[i + 1][j], length[i][j + 1]);
+    }
+  }
+  const found = [];
+  for (let i = 0, j = 0; i < a.length && j < b.length; ) {
+    if (a[i].word === b[j].word) { found.push(a[i]); i++; j++; }
+    else if (length[i + 1][j] >= length[i][j + 1]) i++;
+    else j++;
+  }
+  return found;
+}
+function marked(text, answer) {
+  const made = element("dd");
+  let end = 0;
+  for (const word of repeated(text, answer)) {
+    made.append(text.slice(end, word.from), element("mark", "", text.slice(word.from, word.to)));
+    end = word.to;
+  }
+  made.append(text.slice(end) || (text ? "" : "(nothing)"));
+  return made;
+}
 function card(row) {
   const made = element("article", "card");
   const ratio = row.ratio == null ? "" : `, truth ratio ${row.ratio.toPrecision(3)}`;
   made.append(
-    element("div", "head", `${row.split} ${row.index} · probability ${percent(row.before)} → ${percent(row.now)}${ratio}`),
+    element("div", "head", `${row.split} ${row.index} · probability ${probability(row.before)} → ${probability(row.now)}${ratio}`),
     element("div", "question", row.question ?? ""),
   );
   const list = element("dl");
-  for (const [label, text] of [["answer", row.answer], ["start model", row.said], ["this model", row.says]]) {
-    if (text != null) list.append(element("dt", "", label), element("dd", "", text === "" ? "(nothing)" : text));
+  if (row.answer != null) list.append(element("dt", "", "true answer"), element("dd", "", row.answer));
+  for (const [label, text] of [["start model", row.said], ["retrained model", row.unseen], ["this model", row.says]]) {
+    if (text != null) list.append(element("dt", "", label), marked(text, row.answer ?? ""));
   }
   made.append(list);
   return made;
@@ -111,7 +117,7 @@ function browse() {
   const rows = data.rows[byId("run").value] ?? [];
   const words = byId("search").value.toLowerCase();
   const found = rows.filter((row) => row.split === byId("split").value &&
-    (!words || [row.question, row.answer, row.said, row.says].some((text) => text?.toLowerCase().includes(words))));
+    (!words || [row.question, row.answer, row.said, row.unseen, row.says].some((text) => text?.toLowerCase().includes(words))));
   const order = byId("order").value;
   const change = (row) => Math.abs((row.now ?? 0) - (row.before ?? 0));
   if (order === "change") found.sort((a, b) => change(b) - change(a));

@@ -1,0 +1,120 @@
+"""The table of a paper in LaTeX: mean and spread over seeds, the best value of a column in bold."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from simnpo_pl.metrics.titles import Title, number, title_of
+from simnpo_pl.report.robustness import Spread, spread
+from simnpo_pl.runs.record import Run
+
+ESCAPES = str.maketrans({c: rf"\{c}" for c in "&%$#_{}"})
+ESCAPES |= str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
+ARROWS = {True: r" $\uparrow$", False: r" $\downarrow$", None: ""}
+NOT_COMPARED = ("seed_everything", "label", "run_dir", "data.init_args.seed", "eval.cache_dir")
+"""Settings in which the runs of one row may differ."""
+Values = list[Spread | None]
+"""A row: one value for each column."""
+
+
+def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
+    """A `tabular` with a row for every start model, every retrained model, and the runs that differ in seed alone."""
+    heads = [title_of(name) for name in columns]
+    references: dict[str, Values] = {}
+    starts = list(dict.fromkeys(run.start_model for run in runs))
+    for model in ("start", "retrained"):
+        for start in starts:
+            # Runs of one start model repeat its metrics.
+            found = [run.metrics(model) for run in runs if run.start_model == start and run.metrics(model)]
+            distinct = [metrics for i, metrics in enumerate(found) if metrics not in found[:i]]
+            if distinct:
+                name = model if len(starts) == 1 else f"{model}, {start}"
+                references[name] = [spread([metrics.get(column) for metrics in distinct]) for column in columns]
+    groups = _groups(runs)
+    rows = [[spread([run.metrics("final").get(name) for run in group]) for name in columns] for _, group in groups]
+    retrained = references.get("retrained", [None] * len(columns))
+    best = [_best(heads[i], [row[i] for row in rows], retrained[i]) for i in range(len(columns))]
+    lines = [
+        r"% \usepackage{booktabs}; mean and standard deviation over n runs; best in bold, without an arrow: the value",
+        "% closest to the retrained model's",
+        rf"\begin{{tabular}}{{lr{'r' * len(columns)}}}",
+        r"\toprule",
+        _line("model", "$n$", [head.short.translate(ESCAPES) + ARROWS[head.higher_is_better] for head in heads]),
+        r"\midrule",
+        *(_line(name, "", [_cell(value) for value in values]) for name, values in references.items()),
+        *([r"\midrule"] if references else []),
+    ]
+    for place, ((name, group), row) in enumerate(zip(groups, rows, strict=True)):
+        lines.append(_line(name, str(len(group)), [_cell(value, place in best[i]) for i, value in enumerate(row)]))
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs that differ in their seed alone, with a name for them."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(_all_but_seed(run), []).append(run)
+    groups: list[list[Run]] = []
+    for group in found.values():
+        seeds = {run.record.get("seed") for run in group}
+        # A run that was made twice is no second seed.
+        groups += [group] if len(seeds) == len(group) else [[run] for run in group]
+    names = [group[0].name if len(group) == 1 else _common_name(group) for group in groups]
+    return [
+        (name if names.count(name) == 1 else f"{name} ({group[0].settings})", group)
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def _common_name(group: list[Run]) -> str:
+    titles = {run.title for run in group}
+    return titles.pop() if len(titles) == 1 else group[0].method
+
+
+def _all_but_seed(run: Run) -> str:
+    config: Any = yaml.safe_load(run.config) or {}
+    for name in NOT_COMPARED:
+        *groups, key = name.split(".")
+        inner = config
+        for group in groups:
+            inner = inner.get(group) or {}
+        inner.pop(key, None)
+    return json.dumps([config, run.record.get("objective")], sort_keys=True, default=str)
+
+
+def _best(head: Title, values: Values, retrained: Spread | None) -> set[int]:
+    """Places of the best values, those that print alike included; none where there is nothing to compare."""
+    known = {place: value.mean for place, value in enumerate(values) if value is not None}
+    if len(known) < 2 or (head.higher_is_better is None and retrained is None):
+        return set()
+    if head.higher_is_better is None:
+        assert retrained is not None
+        distance = {place: abs(mean - retrained.mean) for place, mean in known.items()}
+    else:
+        distance = {place: -mean if head.higher_is_better else mean for place, mean in known.items()}
+    best = number(known[min(distance, key=distance.__getitem__)])
+    return {place for place, mean in known.items() if number(mean) == best}
+
+
+def _cell(value: Spread | None, bold: bool = False) -> str:
+    if value is None:
+        return "-"
+    text = _math(value.mean) + (rf" \pm {_math(value.deviation)}" if value.n > 1 else "")
+    return rf"$\mathbf{{{text}}}$" if bold else f"${text}$"
+
+
+def _math(value: float) -> str:
+    """A number, a power of ten written as one.
+
+    Example:
+        >>> _math(1e-6), _math(0.25)
+        ('1.0 \\\\cdot 10^{-6}', '0.25')
+    """
+    return re.sub(r"e([+-])0*(\d+)$", lambda found: rf" \cdot 10^{{{found[1].strip('+')}{found[2]}}}", number(value))
+
+
+def _line(name: str, count: str, cells: list[str]) -> str:
+    return " & ".join([name.translate(ESCAPES), count, *cells]) + r" \\"

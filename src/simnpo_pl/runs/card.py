@@ -1,0 +1,105 @@
+"""`model/README.md`: the model card that the Hugging Face hub expects, without paths of this machine or forget rows."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+
+from simnpo_pl.metrics import titles
+from simnpo_pl.models.lora import ADAPTER_CONFIG
+from simnpo_pl.runs.record import Run
+from simnpo_pl.utils import markdown
+from simnpo_pl.utils.files import write_text
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+UNTESTED = ("relearning", "rounded weights", "sampled answers")
+"""Attacks, for runs without a verdict."""
+
+
+def write_card(run: Run) -> None:
+    """Write the card of a run's exported model."""
+    base = _card_of(run.start_model)
+    write_text(run.folder / "model" / "README.md", f"---\n{_front_matter(run, base).to_yaml()}\n---\n\n{_body(run)}")
+
+
+def _front_matter(run: Run, base: ModelCardData) -> ModelCardData:
+    given = run.record["settings"].get("data", {}).get("init_args", {})
+    sources = (str(given[key]).split(":")[0] for key in ("path", "forget", "retain") if given.get(key))
+    datasets = list(dict.fromkeys(source for source in sources if _is_hub_id(source))) or None
+    rows: dict[str, Any] = {
+        "dataset_type": (datasets or ["own"])[0],
+        "dataset_name": f"{run.forget_split}, {run.forget_rows} rows",
+    }
+    final = run.metrics("final")
+    metrics = {name: final[name] for name in titles.measured([final]) if math.isfinite(final[name])}
+    adapter = (run.folder / "model" / ADAPTER_CONFIG).is_file()
+    return ModelCardData(
+        # A folder is nothing that the hub knows; the folder's own card may name its base.
+        base_model=run.start_model if _is_hub_id(run.start_model) else base.base_model,
+        license=base.license,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["unlearning", run.method.lower(), "simnpo_pl"],
+        datasets=datasets,
+        metrics=list(metrics) or None,
+        model_name=run.title if metrics else None,
+        eval_results=[
+            EvalResult(
+                "text-generation", metric_type=name, metric_name=titles.title_of(name).short, metric_value=v, **rows
+            )
+            for name, v in metrics.items()
+        ]
+        or None,
+    )
+
+
+def _is_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def _card_of(model: str) -> ModelCardData:
+    """Front matter of the start model's own card; empty if it has none."""
+    try:
+        folder = Path(model).expanduser()
+        file = folder / "README.md" if folder.is_dir() else hf_hub_download(model, "README.md")
+        data: Any = ModelCard.load(file, ignore_metadata_errors=True).data
+        return data
+    except Exception:
+        # Offline, no card, or none that can be read: what it says is left out.
+        return ModelCardData()
+
+
+def _body(run: Run) -> str:
+    shown = {"unlearned" if model == "final" else model: metrics for model, metrics in run.models.items()}
+    names = titles.measured(shown.values())
+    rows = [[titles.title_of(name).short, *(titles.number(m.get(name)) for m in shown.values())] for name in names]
+    verdict = run.verdict
+    start = run.start_model if _is_hub_id(run.start_model) else Path(run.start_model).name
+    parts = [
+        f"# {run.title}",
+        f"{run.method} ({run.settings}) was applied to {run.forget_rows} rows of {run.forget_split}, starting from "
+        f"the model {start}, with learning rate {run.record['settings']['model']['lr']} and seed "
+        f"{run.record['seed']}. It is the model after epoch {run.record.get('exported_epoch')}.",
+    ]
+    if verdict:
+        parts += [f"## Verdict: {verdict['category']}", *_list(verdict["reasons"])]
+    if rows:
+        parts += ["## Metrics", markdown.table(["metric", *shown], rows)]
+    found = [f"{name} {titles.number(value)}" for name, value in run.recovered.items()]
+    untested = verdict.get("untested", () if found else UNTESTED)
+    parts += [
+        "## What may come back",
+        "Metrics of greedy answers do not prove that the rows are removed.",
+        *(["Most that an attack brought back:"] if found else []),
+        *_list(found),
+        *([f"Not tested: {'; '.join(untested)}."] if untested else []),
+        "## Versions",
+        ", ".join(f"{name} {version}" for name, version in run.record["versions"].items()) + ".",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _list(lines: list[str]) -> list[str]:
+    return ["\n".join(f"* {line}" for line in lines)] if lines else []
