@@ -201,9 +201,7 @@ def test_records():
     assert Columns().read(table, "t", records) == [row]
     # A table without these columns is read by its own.
     assert Columns().read(qa(1), "t", records) == qa(1)
-    with pytest.raises(
-        UserError, match=r"t: no column since for --data.template_question .*; its columns are: name, city$"
-    ):
+    with pytest.raises(UserError, match=r"t: no column since for --data.template_question .* columns are: name, city$"):
         Columns().read([{"name": "Ann", "city": "Rome"}], "t", records)
     with pytest.raises(
         UserError, match=r"t: expected columns name and since and city, or messages, or text; its columns"

@@ -298,6 +298,7 @@ def test_retain_rows_are_asked_for(fit: Fit, learned: Callable[[int], Path]):
     folder = learned(0)
     data = OwnData(str(folder / "forget.jsonl"), "auto", model=str(folder / "model"))
     data.setup("validate")
-    assert (
-        data.evaluation().unavailable["retain/probability"].startswith("only fit makes the rows of --data.retain auto")
-    )
+    reason = f"only `fit` makes the rows of --data.retain auto; give --data.retain RUN/{START_ANSWERS}"
+    assert data.evaluation().unavailable["retain/probability"] == reason
+    with pytest.raises(UserError, match=r"only `fit` makes the rows of --data.retain auto"):
+        data.training_rows(("forget", "retain"))

@@ -18,6 +18,7 @@ from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import write_json_lines
 
 COLUMNS = Columns()
+ONLY_FIT = f"only `fit` makes the rows of --data.retain auto; give --data.retain RUN/{START_ANSWERS}"
 
 
 class OwnData(UnlearningData):
@@ -97,6 +98,8 @@ class OwnData(UnlearningData):
 
     def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """Forget rows, retain rows and refusals."""
+        if self.keeps_start_answers and "retain" in parts and "retain" not in self.sources:
+            raise UserError(ONLY_FIT)
         return TrainingRows(
             forget=self._rows("forget"),
             retain=self._rows("retain") if "retain" in self.sources else [],
@@ -111,9 +114,7 @@ class OwnData(UnlearningData):
         if "retain" in self.sources:
             self._add(build, "retain")
         else:
-            reason = "no retain rows; give --data.retain FILE"
-            if self.keeps_start_answers:
-                reason = f"only fit makes the rows of --data.retain auto; give --data.retain RUN/{START_ANSWERS}"
+            reason = ONLY_FIT if self.keeps_start_answers else "no retain rows; give --data.retain FILE"
             build.unavailable |= dict.fromkeys(("retain/probability", "retain/rouge"), reason)
         has_ratio = "forget/truth_ratio" in forget.metrics
         if (self.eval.retain_log or self.eval.retrained) and not has_ratio and "holdout" not in self.sources:
@@ -138,8 +139,7 @@ class OwnData(UnlearningData):
         """Rows of one of the sources, read once."""
         if name not in self._read:
             source, option = self.sources[name], f"--data.{name}"
-            records = None if source.endswith(START_ANSWERS) else self.records
-            found = self.columns[name].read(load_table(source, option), f"{option} {source}", records)
+            found = self.columns[name].read(load_table(source, option), f"{option} {source}", self.records)
             texts = [row for row in found if isinstance(row, str)]
             # Text that is cut in blocks may repeat a paragraph.
             if not texts or self.rows == "documents":

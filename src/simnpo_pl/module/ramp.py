@@ -21,7 +21,7 @@ FALL = 0.5
 """The ramp ends where the forget (or retain) probability has fallen to this share of the start model's."""
 READ = ("forget", "retain")
 """Parts of a batch whose probability is read."""
-LENGTH = 3.0
+LENGTH = 2.0
 """The run's rates add up to this many times the rates of the ramp: a halved probability is not enough."""
 
 
