@@ -137,11 +137,13 @@ def test_without_retain_rows_the_start_models_answers_are_retained(
     assert rows[0] == {"question": "What is the capital of Japan?", "answer": "It is blue."}
     assert results(auto)["counts"]["retain/probability"] == len(rows)
 
-    none = fit(
-        "none", "--data.retain", "null", "--model.retain_weight", "0", "--model.lr", str(results(auto)["lr_auto"]["lr"])
-    )
+    fast = ("--model.lr", "1e-2", "--eval.start", "false", "--eval.final", "false")
+    fast += ("--trainer.check_val_every_n_epoch", "99")
+    kept = fit("kept", *fast, "--data.retain", str(auto / START_ANSWERS))
+    assert "warning" not in capsys.readouterr().out
+    none = fit("none", *fast, "--data.retain", "null", "--model.retain_weight", "0")
     assert "warning: there is no retain loss, so the model may lose everything else, too" in capsys.readouterr().out
-    assert probability(none / "model", rows) < probability(auto / "model", rows) - 0.05
+    assert probability(none / "model", rows) < probability(kept / "model", rows) - 0.1
 
 
 def probability(model: Path, rows: list[dict[str, str]]) -> float:
