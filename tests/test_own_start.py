@@ -119,6 +119,7 @@ def test_the_config_as_it_is_forgets_and_retains(fit: Fit, learned: Callable[[in
     assert after > 0.8 * before
     found = results(run)["lr_auto"]
     assert 1e-4 < found["lr"] < 1e-2
+    assert results(run)["settings"]["model"]["lr"] == found["lr"]
     assert found["forget"][1] <= found["forget"][0] / 2 or found["retain"][1] <= found["retain"][0] / 2
 
 

@@ -93,6 +93,7 @@ class RunFolder(Callback):
         self.record["objective"] = describe_objective(pl_module)
         if pl_module.found_rate is not None:
             self.record["lr_auto"] = pl_module.found_rate
+            self.record["settings"]["model"]["lr"] = pl_module.found_rate["lr"]
         self._epoch_started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
