@@ -75,9 +75,16 @@ class RunFolder(Callback):
                 )
             kept = ("start", "retrained", "epochs", "seconds")
             self.record |= {key: earlier[key] for key in kept if key in earlier}
+            if "lr_auto" in earlier:
+                self._take_rate(earlier["lr_auto"])
             self._earlier = earlier
         if resume:
             clean(self.folder)
+
+    def _take_rate(self, found: dict[str, Any]) -> None:
+        """Record what `--model.lr auto` found, and the rate among the settings, in the place of `auto`."""
+        self.record["lr_auto"] = found
+        self.record["settings"]["model"]["lr"] = found["lr"]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # The runs of a study evaluate a model that does not change once.
@@ -92,8 +99,7 @@ class RunFolder(Callback):
         self.record["epochs"] = [e for e in self.record["epochs"] if e["epoch"] <= trainer.current_epoch]
         self.record["objective"] = describe_objective(pl_module)
         if pl_module.found_rate is not None:
-            self.record["lr_auto"] = pl_module.found_rate
-            self.record["settings"]["model"]["lr"] = pl_module.found_rate["lr"]
+            self._take_rate(pl_module.found_rate)
         self._epoch_started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
