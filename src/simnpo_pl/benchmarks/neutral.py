@@ -52,7 +52,8 @@ class NeutralPrompts(pl.LightningDataModule):
         return largest_id(self._evaluation.splits)
 
     def val_dataloader(self) -> DataLoader:
-        return eval_loader(self.trainer, generation_batches(self._evaluation.splits, self.eval.prompts_per_batch))
+        _, prompts = self.eval.batch_sizes(self.trainer)
+        return eval_loader(self.trainer, generation_batches(self._evaluation.splits, prompts))
 
 
 def longest(encoder: PromptTemplate) -> int:
