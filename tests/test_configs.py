@@ -37,6 +37,7 @@ PAPER_10 = (1e-5, "SimNPO", {"beta": 4.5, "gamma": 0.0}, 0.125, 1.0)
 PAPER_05 = (1e-5, "SimNPO", {"beta": 2.5, "gamma": 0.0}, 0.1375, 1.0)
 LORA = (2e-4, *TOFU_1B[1:])
 SMOLLM2 = (5e-5, "SimNPO", {"beta": 1.0, "gamma": 0.0}, 0.5, 1.0)
+OWN = ("auto", *SMOLLM2[1:])
 NEWS = (1e-5, "SimNPO", {"beta": 0.7, "gamma": 3.0}, 1.0, 0.1)
 WMDP = (4e-6, "SimNPO", {"beta": 5.5, "gamma": 0.0}, 1.0, 5.0)
 FINETUNE = (1e-5, "FineTune", {}, 1.0, 0.0)
@@ -51,7 +52,7 @@ RECIPES = {
     "muse_books": (1e-5, "SimNPO", {"beta": 0.75, "gamma": 0.0}, 1.0, 0.1),
     "muse_demo": (3e-4, "SimNPO", {"beta": 0.7, "gamma": 0.0}, 1.0, 1.0),
     "muse_news": NEWS,
-    "own": SMOLLM2,
+    "own": OWN,
     "tofu": TOFU_1B,
     "tofu_forget05": PAPER_05,
     "tofu_smollm2": SMOLLM2,
@@ -75,7 +76,7 @@ SHOWN = {
     "configs/finetune.yaml --model.name MODEL --data.train_split retain90": FINETUNE,
     "configs/finetune.yaml --model.name START --data.train_split forget10": FINETUNE,
     "configs/tofu.yaml --model.objective RKLD --model.memorizing FOLDER": (5e-5, "RKLD", None, 1.0, 1.0),
-    "configs/own.yaml --data.forget forget.jsonl --data.retain retain.jsonl --model.name MODEL": SMOLLM2,
+    "configs/own.yaml --data.forget forget.jsonl --data.retain retain.jsonl --model.name MODEL": OWN,
 }
 """What README's commands of `fit` give."""
 COMBINED = {

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from helpers import results
 from simnpo_pl.benchmarks import OwnData
-from simnpo_pl.data.columns import Columns
+from simnpo_pl.data.columns import Columns, Records
 from simnpo_pl.data.conversation import Conversation, question_and_answer
 from simnpo_pl.data.sources import load_table
 from simnpo_pl.data.tokenization import PromptTemplate
@@ -180,6 +180,82 @@ def test_columns_by_name():
     assert Columns().read([{"question": "Q?", "answer": "A.", "text": "x"}], "t")[0]["answer"] == "A."
 
 
+def test_columns_of_other_projects():
+    table = [{"prompt": "Who?", "completion": "He.", "perturbed_answer": ["She."]}]
+    assert Columns().read(table, "t") == [{"question": "Who?", "answer": "He.", "perturbed_answer": ["She."]}]
+    table = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"instruction": "Go.", "input": "", "output": "Yes."},
+    ]
+    rows = [{"question": "Add.\n\n1 and 2", "answer": "3"}, {"question": "Go.", "answer": "Yes."}]
+    assert Columns().read(table, "t") == rows
+    # The project's own names win, and so do names that were given.
+    assert Columns().read([{**table[0], "question": "Q?", "answer": "A."}], "t")[0]["question"] == "Q?"
+    assert Columns("instruction", "input").read(table[:1], "t")[0]["answer"] == "1 and 2"
+
+
+def test_records():
+    records = Records("Where does {name} live, since {since}?", "In {city}.")
+    table = [{"name": "Ann", "city": "Rome", "since": 1999, "paraphrased_answer": "Rome."}]
+    row = {"question": "Where does Ann live, since 1999?", "answer": "In Rome.", "paraphrased_answer": "Rome."}
+    assert Columns().read(table, "t", records) == [row]
+    # A table without these columns is read by its own.
+    assert Columns().read(qa(1), "t", records) == qa(1)
+    with pytest.raises(UserError, match=r"t: no column since for --data.template_question .* columns are: name, city$"):
+        Columns().read([{"name": "Ann", "city": "Rome"}], "t", records)
+    with pytest.raises(
+        UserError, match=r"t: expected columns name and since and city, or messages, or text; its columns"
+    ):
+        Columns().read([{"street": "A"}], "t", records)
+    for value in (None, " ", ["Rome"]):
+        with pytest.raises(
+            UserError, match=r"t row 0, counted from 0: expected a text or number as city, got .*; fix or"
+        ):
+            Columns().read([{"name": "Ann", "city": value, "since": 1}], "t", records)
+    with pytest.raises(UserError, match=r"no column name.__class__ for"):
+        Columns().read(table, "t", Records("{name.__class__}", "{city}"))
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "message"),
+    [
+        ("Where?", "{city}", r"--data.template_question 'Where\?': expected a column in braces, as in {name}"),
+        ("{name", "{city}", r"--data.template_question '{name': .*; write a column as {name}"),
+        ("{name}", "{}", r"--data.template_answer '{}': empty braces; write a column as {name}"),
+        ("{name}", None, r"--data.template_question and --data.template_answer: give both, or neither"),
+    ],
+)
+def test_templates_that_make_no_rows(question: str, answer: str | None, message: str):
+    with pytest.raises(UserError, match=message):
+        OwnData("f.jsonl", template_question=question, template_answer=answer)
+
+
+def test_columns_by_source(cli_own: Callable[..., Path], tmp_path: Path):
+    """Forget and retain rows use names of their own; holdout rows the common ones."""
+    forget = lines(tmp_path / "f.jsonl", {"q": "Who?", "a": "He."})
+    retain = lines(tmp_path / "r.jsonl", {"ask": "Where?", "say": "There.", "q": "no", "a": "no"})
+    holdout = lines(tmp_path / "h.jsonl", {"x": "When?", "answer": "Now."})
+    options = [
+        "--data.forget",
+        forget,
+        "--data.retain",
+        retain,
+        "--data.holdout",
+        holdout,
+        "--data.columns.question",
+        "x",
+    ]
+    options += ["--data.forget_columns.question", "q", "--data.forget_columns.answer", "a"]
+    options += ["--data.retain_columns.question", "ask", "--data.retain_columns.answer", "say"]
+    run = cli_own("test", "run", *options)
+    rows = [json.loads(line) for line in (run / "rows.jsonl").read_text().splitlines()]
+    assert [(row["split"], row["question"], row["answer"]) for row in rows] == [
+        ("forget", "Who?", "He."),
+        ("retain", "Where?", "There."),
+        ("holdout", "When?", "Now."),
+    ]
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
@@ -283,7 +359,7 @@ def test_what_is_measured_follows_from_the_rows(model_folder: Path, tmp_path: Pa
 
     alone = evaluation(model_folder, forget=plain)
     assert set(alone.names()) == base | {"probe/nll"}
-    assert alone.unavailable["retain/rouge"] == "no retain rows; give --data.retain"
+    assert alone.unavailable["retain/rouge"] == "no retain rows; give --data.retain FILE"
     assert "have no wrong answers" in alone.unavailable["forget_quality"]
     assert alone.unavailable["mia_loss"] == "no holdout rows; give --data.holdout"
 

@@ -7,7 +7,7 @@ batch that its losses read.
 
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -82,6 +82,9 @@ class PairedData(pl.LightningDataModule):
     end_ids: Collection[int] = ()
     """Tokens that end an answer."""
 
+    def make_retain_rows(self, folder: Path, answer: Callable[[Any], EvalResult]) -> None:
+        """Make retain rows of what a start model answers, once for a run folder; most benchmarks have their own."""
+
     def use_retrained_rows(self, rows: list[dict[str, Any]], source: str) -> None:
         """Compare with a retrained model's rows, as `EvalResult.rows` holds them; ignored where no metric does."""
 
@@ -105,11 +108,7 @@ class PairedData(pl.LightningDataModule):
         self.evaluation()
 
     def load_training(self, parts: Collection[str]) -> None:
-        """Read the training rows, once, and cut them into effective batches.
-
-        Args:
-            parts: What the losses read: `forget`, `retain`, `alternate`.
-        """
+        """Read the training rows of these parts, see `token_rows`, once, and cut them into effective batches."""
         trainer: Any = self.trainer
         self._training = self._training or self.token_rows(parts)
         self.sampler = PairedSampler(

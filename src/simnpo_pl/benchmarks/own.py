@@ -1,19 +1,24 @@
 """Custom data: rows to forget, to retain and to hold out, in any form and from anywhere."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal
 
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
-from simnpo_pl.data.columns import Columns
+from simnpo_pl.benchmarks.neutral import AUTO, START_ANSWERS, NeutralPrompts, keep_answers
+from simnpo_pl.data.columns import Columns, Records
 from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines, load_table
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.training import Rows, TrainingRows
+from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.files import write_json_lines
 
 COLUMNS = Columns()
+ONLY_FIT = f"only `fit` makes the rows of --data.retain auto; give --data.retain RUN/{START_ANSWERS}"
 
 
 class OwnData(UnlearningData):
@@ -25,10 +30,17 @@ class OwnData(UnlearningData):
 
     Args:
         forget: Rows to forget.
-        retain: Rows to keep.
+        retain: Rows to keep; `auto` keeps what the start model answers to neutral prompts before training, which `fit`
+            writes to `retain_auto.jsonl` in the run folder.
         holdout: Rows like the forget rows that no model was trained on, for membership inference and PrivLeak.
         refusals: File of refusals, one a line, for IDK and DPO.
         columns: Names of the columns that are read.
+        forget_columns: Those of the forget rows; null takes `columns`.
+        retain_columns: Those of the retain rows; null takes `columns`.
+        holdout_columns: Those of the holdout rows; null takes `columns`.
+        template_question: For records: the question, with the names of columns in braces, such as "Where does {name}
+            live?". A source that has none of these columns is read by its own.
+        template_answer: For records: the answer, such as "{city}".
         rows: Plain text is joined and cut in `blocks` of `max_length` tokens, or each of the `documents` is a row.
         retain_eval_rows: How many retain rows are measured, from the first; null for all.
         kwargs: Passed on to `UnlearningData`.
@@ -41,6 +53,11 @@ class OwnData(UnlearningData):
         holdout: str | None = None,
         refusals: str | None = None,
         columns: Columns = COLUMNS,
+        forget_columns: Columns | None = None,
+        retain_columns: Columns | None = None,
+        holdout_columns: Columns | None = None,
+        template_question: str | None = None,
+        template_answer: str | None = None,
         rows: Literal["blocks", "documents"] = "blocks",
         retain_eval_rows: int | None = 400,
         **kwargs: Any,
@@ -48,16 +65,41 @@ class OwnData(UnlearningData):
         super().__init__(**kwargs)
         if retain_eval_rows is not None and retain_eval_rows < 1:
             raise UserError(f"--data.retain_eval_rows must be at least 1, or null for all, got {retain_eval_rows}")
-        given = {"forget": forget, "retain": retain, "holdout": holdout}
+        if (template_question is None) != (template_answer is None):
+            raise UserError("--data.template_question and --data.template_answer: give both, or neither")
+        given = {"forget": forget, "retain": None if retain == AUTO else retain, "holdout": holdout}
         self.sources = {name: source for name, source in given.items() if source is not None}
+        self.keeps_start_answers = retain == AUTO
         self.refusals = refusals
-        self.columns = columns
+        own = {"forget": forget_columns, "retain": retain_columns, "holdout": holdout_columns}
+        self.columns = {name: chosen or columns for name, chosen in own.items()}
+        self.records = None
+        if template_question is not None and template_answer is not None:
+            self.records = Records(template_question, template_answer)
         self.rows: Literal["blocks", "documents"] = rows
         self.retain_eval_rows = retain_eval_rows
         self._read: dict[str, Rows] = {}
 
+    def make_retain_rows(self, folder: Path, answer: Callable[[Any], EvalResult]) -> None:
+        """Retain the start model's answers to neutral prompts, made once for a run folder, if `retain` is `auto`."""
+        if not self.keeps_start_answers:
+            return
+        # Mistakes in the forget rows show first.
+        forget, file = self._rows("forget"), folder / START_ANSWERS
+        if not file.is_file():
+            generated = answer(NeutralPrompts(self.encoder, self.eval)).rows
+            known = [] if isinstance(forget, Texts) else [row["answer"] for row in forget]
+            kept = keep_answers(generated, known, self.encoder)
+            trainer: Any = self.trainer
+            if trainer.is_global_zero:
+                write_json_lines(file, kept)
+            trainer.strategy.barrier()
+        self.sources["retain"], self.columns["retain"] = str(file), COLUMNS
+
     def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """Forget rows, retain rows and refusals."""
+        if self.keeps_start_answers and "retain" in parts and "retain" not in self.sources:
+            raise UserError(ONLY_FIT)
         return TrainingRows(
             forget=self._rows("forget"),
             retain=self._rows("retain") if "retain" in self.sources else [],
@@ -72,14 +114,14 @@ class OwnData(UnlearningData):
         if "retain" in self.sources:
             self._add(build, "retain")
         else:
-            reason = "no retain rows; give --data.retain"
+            reason = ONLY_FIT if self.keeps_start_answers else "no retain rows; give --data.retain FILE"
             build.unavailable |= dict.fromkeys(("retain/probability", "retain/rouge"), reason)
         has_ratio = "forget/truth_ratio" in forget.metrics
         if (self.eval.retain_log or self.eval.retrained) and not has_ratio and "holdout" not in self.sources:
             raise UserError(
                 "there is nothing to compare with a retrained model: give forget rows with a list of wrong answers in "
-                f"column {self.columns.perturbed_answer} (forget quality) or --data.holdout (PrivLeak), or leave out "
-                "--eval.retain_log and --eval.retrained"
+                f"column {self.columns['forget'].perturbed_answer} (forget quality) or --data.holdout (PrivLeak), or "
+                "leave out --eval.retain_log and --eval.retrained"
             )
         log = self.find_retain_log()
         if has_ratio:
@@ -97,7 +139,7 @@ class OwnData(UnlearningData):
         """Rows of one of the sources, read once."""
         if name not in self._read:
             source, option = self.sources[name], f"--data.{name}"
-            found = self.columns.read(load_table(source, option), f"{option} {source}")
+            found = self.columns[name].read(load_table(source, option), f"{option} {source}", self.records)
             texts = [row for row in found if isinstance(row, str)]
             # Text that is cut in blocks may repeat a paragraph.
             if not texts or self.rows == "documents":

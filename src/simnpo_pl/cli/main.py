@@ -8,6 +8,7 @@ import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from simnpo_pl.evaluation.losses import AnswerLosses
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import trust_remote_code
 from simnpo_pl.module.policy import PolicyModule, check_trainer
+from simnpo_pl.module.ramp import check_ramp
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import Objective
 from simnpo_pl.objectives.retain import RetainLoss
@@ -224,6 +226,11 @@ class UnlearningCLI(LightningCLI):
         if first:
             print(plan(self.trainer, self.model, self.run_folder.folder, fit))
         if fit:
+            if self.model.lr == "auto":
+                check_ramp(self.trainer)
+            if first and "retain" not in self.model.parts and self.model.objective.default_retain_weight:
+                print("warning: there is no retain loss, so the model may lose everything else, too")
+            data.make_retain_rows(self.run_folder.folder, partial(self._evaluate_once, "neutral", self.model))
             # Mistakes in the training rows show before the first evaluation.
             data.load_training(self.model.parts)
             if first:
@@ -249,10 +256,10 @@ class UnlearningCLI(LightningCLI):
             model = self.model.like(options.retrained, "--eval.retrained")
             data.use_retrained_rows(self._evaluate_once("retrained", model).rows, options.retrained)
 
-    def _evaluate_once(self, role: str, model: PolicyModule, losses: AnswerLosses | None = None) -> EvalResult:
+    def _evaluate_once(self, role: str, model: PolicyModule, data: pl.LightningDataModule | None = None) -> EvalResult:
         """Evaluate a model that does not change; batches may come from an earlier run, see `RunFolder.setup`."""
         self.run_folder.role = role
-        self.trainer.validate(model, datamodule=losses or self.datamodule, verbose=False)
+        self.trainer.validate(model, datamodule=data or self.datamodule, verbose=False)
         self.run_folder.role = "final"
         if model.evaluation_result is None:
             raise UserError(f"{model.name} was not evaluated: leave --trainer.limit_val_batches above 0")

@@ -1,16 +1,71 @@
-"""The columns of a custom table: questions and answers, chat messages or plain text, under any names."""
+"""The columns of a custom table: questions and answers, chat messages, plain text or records, under any names."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from string import Formatter
 from typing import Any
 
 from simnpo_pl.data.conversation import question_and_answer
 from simnpo_pl.data.sources import Row, column_of, text_of
 from simnpo_pl.utils.errors import UserError
+
+KNOWN = (("prompt", "completion"), ("instruction", "output"))
+"""Question and answer columns of other projects, which are read without being named."""
+INPUT = "input"
+"""Optional column next to `instruction`: the text that the instruction is about."""
+
+
+@dataclass(frozen=True)
+class Records:
+    """Makes a question and an answer of a record, by texts with the names of its columns in braces.
+
+    Args:
+        question: Such as "Where does {name} live?".
+        answer: Such as "{city}".
+
+    Raises:
+        UserError: A text has no column in braces, or its braces do not match.
+    """
+
+    question: str
+    answer: str
+
+    def __post_init__(self) -> None:
+        for part in ("question", "answer"):
+            option, text = f"--data.template_{part}", getattr(self, part)
+            try:
+                names = placeholders(text)
+            except ValueError as error:
+                raise UserError(f"{option} {text!r}: {error}; write a column as {{name}}") from error
+            if not names:
+                raise UserError(f"{option} {text!r}: expected a column in braces, as in {{name}}")
+
+    @property
+    def names(self) -> list[str]:
+        """Columns that are read."""
+        return list(dict.fromkeys([*placeholders(self.question), *placeholders(self.answer)]))
+
+    def read(self, row: Mapping[str, Any], where: str) -> Row:
+        """The question and answer of one record; raises UserError where a value is missing or blank."""
+        values = {name: row.get(name) for name in self.names}
+        for name, value in values.items():
+            if value is None or isinstance(value, list | dict) or not str(value).strip():
+                raise UserError(
+                    f"{where}: expected a text or number as {name}, got {value!r:.80}; fix or remove the row"
+                )
+        return {"question": self.question.format_map(values), "answer": self.answer.format_map(values)}
+
+
+def placeholders(text: str) -> list[str]:
+    """Names in braces; raises ValueError where the braces do not match or are empty."""
+    names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+    if "" in names:
+        raise ValueError("empty braces")
+    return names
 
 
 @dataclass(frozen=True)
@@ -18,7 +73,8 @@ class Columns:
     """Names of the columns that are read.
 
     A table with a question and an answer column holds questions and answers, else one with a messages column chats,
-    else one with a text column plain text.
+    else one with `prompt` and `completion`, or `instruction`, `output` and perhaps `input`, questions and answers, else
+    one with a text column plain text.
 
     Args:
         question: The question.
@@ -38,30 +94,55 @@ class Columns:
     perturbed_answer: str = "perturbed_answer"
     paraphrased_question: str = "paraphrased_question"
 
-    def read(self, table: Sequence[Mapping[str, Any]], source: str) -> list[Row] | list[str]:
+    def read(
+        self, table: Sequence[Mapping[str, Any]], source: str, records: Records | None = None
+    ) -> list[Row] | list[str]:
         """The rows of a table: plain texts, or questions and answers with the optional columns that it has.
+
+        Args:
+            table: Rows by column.
+            source: What the table is called in messages.
+            records: Makes the questions and answers of a table that has one of its columns.
 
         Raises:
             UserError: The table has no such columns, or a row has no text where one is expected.
         """
         present = list(dict.fromkeys(name for row in table for name in row))
         places = [(row, f"{source} row {index}, counted from 0") for index, row in enumerate(table)]
+        names = [] if records is None else records.names
+        if records is not None and not set(present).isdisjoint(names):
+            if unknown := [name for name in names if name not in present]:
+                raise UserError(
+                    f"{source}: no column {', '.join(unknown)} for --data.template_question and "
+                    f"--data.template_answer; its columns are: {', '.join(present)}"
+                )
+            return [records.read(row, where) | self._optional(row, where) for row, where in places]
         if (self.question in present and self.answer in present) or self.messages in present:
             return [self._question_and_answer(row, where, present) for row, where in places]
+        for question, answer in KNOWN:
+            if question in present and answer in present:
+                known = replace(self, question=question, answer=answer)
+                return [known._question_and_answer(row, where, present) for row, where in places]
         if self.text in present:
             return [text_of(row, self.text, where) for row, where in places]
         missing = next(name for name, column in asdict(self).items() if column not in present)
         raise UserError(
-            f"{source}: expected columns {self.question} and {self.answer}, or {self.messages}, or {self.text}; its "
-            f"columns are: {', '.join(present) or 'none'}; name yours, as in --data.columns.{missing} NAME"
+            f"{source}: expected columns {' and '.join(names) or f'{self.question} and {self.answer}'}, or "
+            f"{self.messages}, or {self.text}; its columns are: {', '.join(present) or 'none'}; name yours, as in "
+            f"--data.columns.{missing} NAME"
         )
 
     def _question_and_answer(self, row: Mapping[str, Any], where: str, present: Sequence[str]) -> Row:
         if self.question in present and self.answer in present:
             question, answer = text_of(row, self.question, where), text_of(row, self.answer, where)
+            if self.question == "instruction" and row.get(INPUT):
+                question = f"{question}\n\n{text_of(row, INPUT, where)}"
         else:
             question, answer = question_and_answer(column_of(row, self.messages, where), where)
-        made: Row = {"question": question, "answer": answer}
+        return {"question": question, "answer": answer, **self._optional(row, where)}
+
+    def _optional(self, row: Mapping[str, Any], where: str) -> Row:
+        made: Row = {}
         for name in ("paraphrased_answer", "paraphrased_question"):
             if row.get(getattr(self, name)):
                 made[name] = text_of(row, getattr(self, name), where)

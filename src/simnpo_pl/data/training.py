@@ -74,7 +74,9 @@ class TrainingRows:
         encoded = {"forget": _encode(self.forget, encoder, "forget")}
         if "retain" in parts:
             if not _items(self.retain):
-                raise UserError("the retain loss needs retain rows, got none: name them or set --model.retain_weight 0")
+                raise UserError(
+                    "the retain loss needs retain rows, got none: give --data.retain FILE or --data.retain auto"
+                )
             encoded["retain"] = _encode(self.retain, encoder, "retain")
             check_disjoint(_items(self.forget), _items(self.retain), "retain")
         if "alternate" in parts:

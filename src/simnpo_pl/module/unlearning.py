@@ -30,6 +30,7 @@ from simnpo_pl.models.lora import (
 from simnpo_pl.models.reference import REFERENCE_KEY, FrozenModel, Reference
 from simnpo_pl.module.optimization import Shape, adamw, not_finite, schedule
 from simnpo_pl.module.policy import EvalData, PolicyModule
+from simnpo_pl.module.ramp import use_found_rate
 from simnpo_pl.objectives import Objective, SimNPO
 from simnpo_pl.objectives.base import Batch, Loss, Models, RetainLoss, batch_losses
 from simnpo_pl.objectives.retain import NLL
@@ -67,7 +68,7 @@ class UnlearningModule(PolicyModule):
         lora: Low-rank adapter to train in place of all weights; null trains all. The base with the adapter off is
             then the reference, unless `reference` names another model.
         optimizer: `adamw`, or `adamw_8bit` for moments in 8 bits, which needs bitsandbytes.
-        lr: Learning rate of AdamW at its peak.
+        lr: Learning rate of AdamW at its peak; `auto` finds it by a short ramp before the first step.
         weight_decay: Weight decay of AdamW.
         warmup_epochs: Length of the linear warm-up, epochs.
         warmup_steps: The same in optimizer steps; null takes `warmup_epochs`.
@@ -91,7 +92,7 @@ class UnlearningModule(PolicyModule):
         trainable: list[str] | None = None,
         lora: LoraOptions | None = None,
         optimizer: Literal["adamw", "adamw_8bit"] = "adamw",
-        lr: float = 1e-5,
+        lr: float | Literal["auto"] = 1e-5,
         weight_decay: float = 0.01,
         warmup_epochs: float = 1.0,
         warmup_steps: int | None = None,
@@ -119,6 +120,7 @@ class UnlearningModule(PolicyModule):
         self._reference = Reference(reference or name, reference_option, load)
         self._memorizing = FrozenModel(memorizing, "--model.memorizing", load) if memorizing else None
         self._micro_batches: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.found_rate: dict[str, Any] | None = None
         if lora is not None and trainable is not None:
             raise UserError("--model.trainable and --model.lora both say what is trained: give one of them")
         self._check_settings()
@@ -126,7 +128,7 @@ class UnlearningModule(PolicyModule):
     def _check_settings(self) -> None:
         for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs", "warmup_steps"):
             value = getattr(self, option)
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            if value not in (None, "auto") and not (math.isfinite(value) and value >= 0):
                 raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
         name = type(self.objective).__name__
         if self.objective.runs_memorizing and self._memorizing is None:
@@ -263,6 +265,8 @@ class UnlearningModule(PolicyModule):
             self._memorizing_scorer()
         self._micro_batches.clear()
         self.policy.train()
+        if self.lr == "auto" and self.trainer.ckpt_path is None:
+            self.found_rate = use_found_rate(self)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of one batch.
@@ -314,7 +318,8 @@ class UnlearningModule(PolicyModule):
         # With steps in place of epochs the loader is not set up yet.
         self.trainer.fit_loop.setup_data()
         per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
-        optimizer = adamw(self.policy, self.lr, self.betas, self.weight_decay, self.eight_bit)
+        lr = 1.0 if self.lr == "auto" else self.lr
+        optimizer = adamw(self.policy, lr, self.betas, self.weight_decay, self.eight_bit)
         warmup = round(self.warmup_epochs * per_epoch) if self.warmup_steps is None else self.warmup_steps
         factor = schedule(self.schedule, warmup, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
@@ -331,7 +336,7 @@ class UnlearningModule(PolicyModule):
         """Save the objective's attributes, and the reference's log-probs, which the trained policy no longer gives."""
         checkpoint["objective"] = {name: getattr(self.objective, name) for name in self.objective.checkpointed}
         checkpoint["reference_logps"] = self._reference.state_dict()
-        checkpoint["adapter"] = self._adapter
+        checkpoint["adapter"], checkpoint["found_rate"] = self._adapter, self.found_rate
         if self._adapter is not None:
             checkpoint["state_dict"] = without_base(checkpoint["state_dict"], "policy.")
 
@@ -341,3 +346,4 @@ class UnlearningModule(PolicyModule):
         for name in self.objective.checkpointed:
             setattr(self.objective, name, checkpoint["objective"].get(name, getattr(self.objective, name)))
         self._reference.load_state_dict(checkpoint["reference_logps"])
+        self.found_rate = checkpoint.get("found_rate")

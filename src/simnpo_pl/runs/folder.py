@@ -23,6 +23,8 @@ from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
+SHARED = ("start", "retrained", "mia_reference", "neutral")
+"""Roles of models that do not change."""
 PACKAGES = ("simnpo_pl", "torch", "lightning", "transformers", "torchmetrics", "datasets", "scipy", "rouge-score")
 
 
@@ -36,7 +38,8 @@ class RunFolder(Callback):
         seed: Seed of the run.
 
     Attributes:
-        role: Which model is evaluated next: start, retrained, mia_reference, epoch (of the policy) or final.
+        role: Which model is evaluated next: start, neutral (its answers to
+            neutral prompts), retrained, mia_reference, epoch (of the policy) or final.
         result: Newest evaluation of the policy.
         result_step: Optimizer steps behind that evaluation.
     """
@@ -74,13 +77,20 @@ class RunFolder(Callback):
                 )
             kept = ("start", "retrained", "epochs", "seconds")
             self.record |= {key: earlier[key] for key in kept if key in earlier}
+            if "lr_auto" in earlier:
+                self._take_rate(earlier["lr_auto"])
             self._earlier = earlier
         if resume:
             clean(self.folder)
 
+    def _take_rate(self, found: dict[str, Any]) -> None:
+        """Record what `--model.lr auto` found, and the rate among the settings, in the place of `auto`."""
+        self.record["lr_auto"] = found
+        self.record["settings"]["model"]["lr"] = found["lr"]
+
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # The runs of a study evaluate a model that does not change once.
-        shared = trainer.datamodule.eval.cache_dir if self.role in ("start", "retrained", "mia_reference") else None
+        shared = trainer.datamodule.eval.cache_dir if self.role in SHARED else None
         pl_module.finished_batches = FinishedBatches(Path(shared).expanduser()) if shared else self.finished
         # The data has been read by now: a mistyped option leaves no folder behind.
         if trainer.is_global_zero and self.config is not None:
@@ -90,6 +100,8 @@ class RunFolder(Callback):
         self.role = "epoch"
         self.record["epochs"] = [e for e in self.record["epochs"] if e["epoch"] <= trainer.current_epoch]
         self.record["objective"] = describe_objective(pl_module)
+        if pl_module.found_rate is not None:
+            self._take_rate(pl_module.found_rate)
         self._epoch_started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -116,8 +128,8 @@ class RunFolder(Callback):
 
     def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
         """Record an evaluation under the present role."""
-        if self.role == "mia_reference":
-            # Only metrics of other models are made from it.
+        if self.role in ("mia_reference", "neutral"):
+            # Only metrics of other models, or training rows, are made from it.
             return
         metrics = {"metrics": result.values}
         if self.role == "epoch":

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
 
+from simnpo_pl.benchmarks.neutral import START_ANSWERS
 from simnpo_pl.cli.arguments import clear_changed_classes
 from simnpo_pl.cli.main import UnlearningCLI, precision, quiet
 from simnpo_pl.report.robustness import judge
@@ -103,7 +104,10 @@ def reopen(run: Run, *options: str, model: str | None = None) -> LoadedRun:
     kept = run.folder / "retrained_rows.jsonl"
     retrained = str(kept) if kept.is_file() else "null"
     arguments = ["fit", "--config", str(run.folder / "config.yaml"), "--model.name", model or model_of(run)]
-    arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained, *options]
+    arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained]
+    if (answers := run.folder / START_ANSWERS).is_file():
+        arguments += ["--data.retain", str(answers)]
+    arguments += options
     return LoadedRun(clear_changed_classes(arguments))
 
 
