@@ -24,7 +24,7 @@ class Model:
         reference: Of the first retrained model.
         relearned: Metrics before relearning and after each of its epochs.
         rounded: Metrics with rounded weights.
-        sampled: Metrics of sampled answers.
+        sampled: leak@1, leak@k and the best ROUGE-L recall of k sampled answers, means over rows.
         best: `(N,)` best ROUGE-L recall of the sampled answers of every forget row.
     """
 
@@ -32,7 +32,7 @@ class Model:
     reference: dict[str, Any]
     relearned: list[dict[str, float]] | None = None
     rounded: dict[str, float] | None = None
-    sampled: dict[str, float] | None = None
+    sampled: list[float] | None = None
     best: Array | None = None
 
     @property

@@ -65,7 +65,10 @@ class Report:
         if rounded is not None:
             (rounded_metrics,) = (entry["metrics"] for entry in rounded["found"].values())
         if leak is not None:
-            (sampled,), best = (entry["metrics"] for entry in leak["found"].values()), np.array(leak["best"])
+            (entry,) = leak["found"].values()
+            last = entry["settings"]["k"]
+            sampled = [entry["metrics"][name] for name in ("leak@1", f"leak@{last}", f"best_rouge@{last}")]
+            best = np.array(leak["best"])
         return Model(self.results[name], self.reference, curve, rounded_metrics, sampled, best)
 
     def blocks(self) -> dict[str, str]:
@@ -140,7 +143,7 @@ class Report:
     def attacks(self) -> str:
         """Before and after relearning, rounding and sampling."""
         heads = ["model", "forget prob.", "relearned, peak", "relearned, end", "KS before", "KS relearned"]
-        heads += ["forget prob., 4 bits", "utility, 4 bits", "ROUGE, greedy", "leak@1", "leak@16"]
+        heads += ["forget prob., 4 bits", "utility, 4 bits", "ROUGE, greedy", "leak@1", "leak@16", "best ROUGE of 16"]
         rows = []
         for name, models in self.groups.items():
             if not any(m.relearned or m.rounded or m.sampled for m in models):
@@ -149,7 +152,6 @@ class Report:
             curves = [m.relearned for m in models if m.relearned]
             rounded = [m.rounded for m in models if m.rounded]
             sampled = [m.sampled for m in models if m.sampled]
-            last = max((len(s) for s in sampled), default=0)
             values: list[list[float | None]] = [
                 [m.metrics.get(probability) for m in models],
                 [max(epoch[probability] for epoch in curve) for curve in curves],
@@ -159,8 +161,7 @@ class Report:
                 [m[probability] for m in rounded],
                 [m.get("model_utility") for m in rounded],
                 [m.metrics.get("forget/rouge") for m in models],
-                [m["leak@1"] for m in sampled],
-                [m[f"leak@{last}"] for m in sampled],
+                *([m[place] for m in sampled] for place in range(3)),
             ]
             rows.append([name, *(cell(spread(v)) for v in values)])
         return table(heads, rows)

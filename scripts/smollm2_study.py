@@ -185,8 +185,9 @@ def collect(task: Task) -> dict[str, Any]:
     record = read_json(task.run / "results.json")
     group = {"relearn": "relearn", "quantize": "quantized", "leak": "leak"}.get(task.words[0])
     if group is not None:
-        samples = [row["samples"] for file in task.run.glob("leak_*.jsonl") for row in read_json_lines(file)]
-        best = {"best": [row[0]["rougeL_recall"] for row in samples]} if group == "leak" else {}
+        rows_of = [row for file in task.run.glob("leak_*.jsonl") for row in read_json_lines(file)]
+        asked = [row["samples"] for row in rows_of if row["prompt"] == "question"]
+        best = {"best": [max(one["rougeL_recall"] for one in row) for row in asked]} if group == "leak" else {}
         return {"found": record[group], **best}
     rows: dict[str, dict[str, list[Any]]] = {}
     if (task.run / "rows.jsonl").is_file():
