@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from smollm2_choice import DEGENERATE, choose
-from smollm2_compare import CLAIMS, HOLDS, MEASURES, MISSING, OPPOSITE, UNKNOWN, Difference, Model, compare
+from smollm2_compare import CLAIMS, HOLDS, MEASURES, MISSING, OPPOSITE, UNEQUAL, UNKNOWN, Difference, Model, compare
 
 from simnpo_pl.metrics.titles import number, title_of
 from simnpo_pl.report.drawing import panels
@@ -191,7 +191,11 @@ class Report:
     def verdict(self, measure: str, other: str) -> str:
         """On SimNPO being better than another method."""
         difference = self.differences.get((measure, other))
-        return MISSING if difference is None else difference.verdict(MEASURES[measure].better)
+        if difference is None:
+            return MISSING
+        chosen = choose(self.plan, self.results)
+        equal = chosen["SimNPO"].relaxed == chosen[other].relaxed
+        return difference.verdict(MEASURES[measure].better) if equal else UNEQUAL
 
     def claims(self) -> str:
         lines = []
@@ -208,6 +212,7 @@ class Report:
             return cell(spread([model.metrics.get(metric) for model in self.groups[group]]))
 
         verdicts = [self.verdict(name, other) for _, name, other in CLAIMS]
+        untold = verdicts.count(UNKNOWN) + verdicts.count(UNEQUAL)
         runs = self.groups.get("SimNPO", [])
         if not runs:
             return MISSING
@@ -219,8 +224,8 @@ class Report:
             f"{of('start', 'forget/probability')}) at a model utility of {of('SimNPO', 'model_utility')} "
             f"({of(retrained, 'model_utility')}, {of('start', 'model_utility')}), and forget quality was above 0.05 in "
             f"{passed} of them. Of {len(CLAIMS)} claims of the paper {verdicts.count(HOLDS)} held, of "
-            f"{verdicts.count(OPPOSITE)} the opposite was measured, and {verdicts.count(UNKNOWN)} could not be told "
-            "([docs/results.md](docs/results.md))."
+            f"{verdicts.count(OPPOSITE)} the opposite was measured, {verdicts.count(MISSING)} were not measured, and "
+            f"{untold} could not be told ([docs/results.md](docs/results.md))."
         )
 
     def draw(self, file: Path) -> None:
