@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import baseline
 from bench.data import Rows, freeze
@@ -33,8 +33,7 @@ from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Split, eval_loader, scoring_batches
 from simnpo_pl.metrics.answers import RowMean
-from simnpo_pl.models import packing
-from simnpo_pl.models.generation import Request, greedy, most_probable
+from simnpo_pl.models.generation import greedy
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.models.reference import REFERENCE_KEY
 from simnpo_pl.module.optimization import adamw
@@ -130,11 +129,8 @@ class Card:
             "profile": (self.profile, 15),
             "generation": (self.generation, 20),
             "scoring": (self.scoring, 15),
-            "graph": (self.graph, 10),
             "changing rows": (self.changing_rows, 15),
             "larger batches": (self.larger_batches, 20),
-            "compiled": (self.compiled, 40),
-            "static cache": (self.static_cache, 40),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, (part, limit) in parts.items():
@@ -254,26 +250,6 @@ class Card:
                 per_token, rate = 1000 * seconds / self.new, count * self.new / seconds
                 found[f"{way}, {count}"] = {"ms_per_token": round(per_token, 2), "tokens_per_s": round(rate)}
 
-    def static_cache(self, found: Found) -> None:
-        """The same by transformers with a static cache and compiled decoding."""
-        self.model.eval()
-        count = self.prompts[min(1, len(self.prompts) - 1)]
-        for _ in range(2):
-            seconds = self._seconds(partial(self._transformers, count, cache_implementation="static"), 1)
-            found[f"transformers, {count}"] = {"ms_per_token": round(1000 * seconds / self.new, 2)}
-
-    def graph(self, found: Found) -> None:
-        """The same by a recorded graph of a token's kernels over a static cache."""
-        self.model.eval()
-        for count in self.prompts:
-            request = Request(self._prompts(count), [self.new] * count, [], most_probable)
-            with self._autocast(), torch.no_grad():
-                _graphed(self.model, request, self._is_cuda)
-                seconds = self._seconds(partial(_graphed, self.model, request, self._is_cuda), 1)
-                plain = greedy(self.model, request.prompts[:8], self.new, [])
-                same = sum(a == b for a, b in zip(plain, _graphed(self.model, request, self._is_cuda)[:8], strict=True))
-            found[f"graph, {count}"] = {"ms_per_token": round(1000 * seconds / self.new, 2), "same_of_8": same}
-
     def profile(self, found: Found) -> None:
         """The 25 kernels that take longest, in a file."""
         from torch.profiler import ProfilerActivity, profile
@@ -314,24 +290,6 @@ class Card:
                 torch.cuda.memory._set_allocator_settings(f"expandable_segments:{name != 'as by default'}")
             rounds = [round(1000 * sum(self._seconds(work, 1) for work in works) / len(works), 1) for _ in range(3)]
             found[name] = {"first_ms": rounds[0], "ms": rounds[-1]}
-
-    def compiled(self, found: Found) -> None:
-        """The step with every layer compiled, attention left out; the first of two sizes also compiles."""
-        attention = packing._attention
-        AttentionInterface.register(packing.ATTENTION, torch.compiler.disable(attention))
-        for layer in self.model.model.layers:
-            layer.compile(dynamic=True)
-        try:
-            for size in reversed(self.sizes):
-                batch = self._batch(size)
-                work = partial(self._step, self._own("SimNPO+NLL", batch))
-                found[f"{size}+{size}, first"] = {"ms": round(1000 * self._seconds(work, 1))}
-                self._step(self._own("SimNPO+NLL", self._batch(size)))
-                found[f"{size}+{size}"] = self._entry(batch, self._seconds(work, 4))
-        finally:
-            AttentionInterface.register(packing.ATTENTION, attention)
-            for layer in self.model.model.layers:
-                layer._compiled_call_impl = None
 
     # -- work --------------------------------------------------------------------------------------------
 
@@ -392,13 +350,13 @@ class Card:
             greedy(self.model, self._prompts(count), self.new, [])
 
     @torch.no_grad()
-    def _transformers(self, count: int, **settings: Any) -> None:
+    def _transformers(self, count: int) -> None:
         prompts = [torch.tensor(prompt) for prompt in self._prompts(count)]
         pad = partial(pad_sequence, batch_first=True, padding_side="left")
         mask = pad([torch.ones_like(prompt) for prompt in prompts]).to(self.device)
         length = {"max_new_tokens": self.new, "min_new_tokens": self.new, "do_sample": False, "pad_token_id": 0}
         with self._autocast():
-            self.model.generate(pad(prompts).to(self.device), attention_mask=mask, **length, **settings)
+            self.model.generate(pad(prompts).to(self.device), attention_mask=mask, **length)
 
     # -- measuring ---------------------------------------------------------------------------------------
 
@@ -584,9 +542,6 @@ def tables(found: Found) -> list[str]:
         "waits",
         "changing rows",
         "larger batches",
-        "graph",
-        "compiled",
-        "static cache",
     ):
         entries = {key: value for key, value in found[name].items() if isinstance(value, dict)}
         keys = [key for key in dict.fromkeys(k for value in entries.values() for k in value) if key != "lines"]
@@ -594,56 +549,3 @@ def tables(found: Found) -> list[str]:
         error = [f"{name}: {found[name]['error']}", ""] if "error" in found[name] else []
         lines += [*(markdown.table([name, *keys], rows).split("\n") if rows else []), "", *error]
     return lines
-
-
-def _graphed(model: Any, request: Request, capture: bool) -> list[list[int]]:
-    """Greedy answers by replaying one token's kernels."""
-    prompts, limits, eos_ids, choose, pad_id = request
-    device = next(model.parameters()).device
-    pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    prompt = pad([torch.tensor(p) for p in prompts], padding_value=pad_id).to(device)
-    width, steps = prompt.shape[1], max(limits)
-    mask = torch.zeros(len(prompts), width + steps, dtype=torch.long, device=device)
-    mask[:, :width] = pad([torch.ones(len(p), dtype=torch.long) for p in prompts]).to(device)
-    positions = (mask[:, :width].cumsum(dim=1) - 1).clamp(min=0)
-    cache = StaticCache(config=model.config, max_cache_len=width + steps)
-    rows = torch.arange(len(prompts), device=device)
-
-    def run(ids: Tensor, places: Tensor) -> Tensor:
-        return model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=places,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
-
-    logits = run(prompt, positions)
-    ids, last = torch.zeros_like(rows).unsqueeze(1), positions[:, -1:].clone()
-    done: list[list[int]] = [[] for _ in prompts]
-    running, stop, graph = set(range(len(prompts))), frozenset(eos_ids), None
-    for step in range(steps):
-        token = choose(logits, rows, step)
-        for row, value in enumerate(token.tolist()):
-            if row in running:
-                if value in stop:
-                    running.discard(row)
-                else:
-                    done[row].append(value)
-                    if step + 1 == limits[row]:
-                        running.discard(row)
-        if not running:
-            break
-        ids.copy_(token.unsqueeze(1))
-        last += 1
-        mask[:, width + step] = 1
-        if step == 0 or not capture:
-            logits = run(ids, last)
-        else:
-            if graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    logits = run(ids, last)
-            graph.replay()
-    return done

@@ -106,10 +106,10 @@ def test_parts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shape = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     card = gpu.Card(torch.device("cpu"), tmp_path, shape, (2,), 2, (2,), 2)
-    monkeypatch.setattr(gpu.Card, "compiled", lambda card, found: 1 / 0)
+    monkeypatch.setattr(gpu.Card, "larger_batches", lambda card, found: 1 / 0)
     found = card.run()
-    assert found["compiled"]["error"] == "ZeroDivisionError: division by zero"
-    assert [name for name in found if "error" in found[name]] == ["compiled"]
+    assert found["larger batches"]["error"] == "ZeroDivisionError: division by zero"
+    assert [name for name in found if "error" in found[name]] == ["larger batches"]
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
     assert found["step"].keys() > {f"{method} 2+2 {way}" for method in gpu.METHODS for way in ("package", "recipe")}
     assert "| SimNPO+KL 2+2 recipe | " in "\n".join(gpu.tables(found))
