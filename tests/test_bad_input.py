@@ -54,7 +54,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
             "error: --data: Option 'forget_splits' is not accepted by TofuData; --data.help TofuData lists",
         ),
         (("--data.max_length", "long"), "error: --data.max_length: expected int or null, got long"),
-        (("--model.lr", "fast"), "error: --model.lr: expected float, got fast"),
+        (("--model.lr", "fast"), "error: --model.lr: expected float or 'auto', got fast"),
         (("--model.schedule", "cosine"), "error: --model.schedule: expected 'linear' or 'constant', got cosine"),
         (("--model.objective.beta", "x"), "error: --model.objective.beta: expected float, got x"),
         (("--model.trainable", "3"), "error: --model.trainable: expected list[str] or null, got 3"),
