@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simnpo_pl.metrics.titles import number
+from simnpo_pl.runs.verdict import ATTACKS
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, read_json_lines
 
@@ -148,6 +149,11 @@ class Run:
         }
         known = {name: [value for value in values if value is not None] for name, values in found.items()}
         return {name: max(values) for name, values in known.items() if values}
+
+    @property
+    def untested(self) -> list[str]:
+        """What could still change the verdict; of a run without one, the attacks."""
+        return self.verdict.get("untested", [] if self.recovered else list(ATTACKS.values()))
 
     @property
     def config(self) -> str:
