@@ -18,8 +18,6 @@ from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tabl
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
-EXAMPLE = "configs/verify/tofu_1b_forget10.yaml"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -48,6 +46,8 @@ class Verification(Plan):
         tolerances: Metric to its own tolerance.
     """
 
+    EXAMPLE = "configs/verify/tofu_1b_forget10.yaml"
+
     source: str
     needs: str
     checkpoints: dict[str, Checkpoint]
@@ -68,7 +68,7 @@ class Verification(Plan):
 
 
 def run(options: Namespace) -> None:
-    plan = read_plan([options.file], Verification, EXAMPLE).in_folder(options.folder)
+    plan = read_plan([options.file], Verification, options.folder)
     names = options.checkpoints or list(plan.checkpoints)
     if unknown := [name for name in names if name not in plan.checkpoints]:
         raise UserError(f"--checkpoints {unknown[0]}: {options.file} has {', '.join(plan.checkpoints)}")
