@@ -15,7 +15,7 @@ from simnpo_pl.__main__ import main
 from simnpo_pl.data.conversation import Conversation
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.models.generation import Sampler, draws_of, generate, greedy
-from simnpo_pl.studies.leak import expected_best, leak_at, with_bounds
+from simnpo_pl.studies.leak import expected_best, with_bounds
 
 
 def test_expected_best_by_hand():
@@ -33,19 +33,19 @@ def test_expected_best_is_the_mean_over_all_choices(scores: list[float]):
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=7))
-def test_leak_at_is_the_share_of_choices_with_a_right_answer(correct: list[bool]):
+def test_best_of_right_or_wrong_is_the_share_of_choices_with_a_right_answer(correct: list[bool]):
     expected = []
     for k in range(1, len(correct) + 1):
         choices = [any(choice) for choice in itertools.combinations(correct, k)]
         expected.append(sum(choices) / len(choices))
-    assert leak_at(torch.tensor([correct]))[0].tolist() == pytest.approx(expected, abs=1e-12)
+    assert expected_best(torch.tensor([correct]))[0].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_leak_at_as_published(shared: Path):
+def test_leak_as_published(shared: Path):
     """Values of the public code, in all and by row."""
     golden = json.loads((shared / "goldens" / "A" / "newer.json").read_text())["leak"]
     for table in golden["tables"]:
-        leaks = leak_at(torch.tensor(table["correct"]).bool())
+        leaks = expected_best(torch.tensor(table["correct"]).bool())
         assert leaks.mean(dim=0).tolist() == pytest.approx(table["leak_at_k"], abs=1e-12)
         for row, expected in zip(leaks.tolist(), table["leak_at_k_per_row"], strict=True):
             assert [row[k - 1] for k in golden["per_row_k"]] == pytest.approx(expected, abs=1e-12)
