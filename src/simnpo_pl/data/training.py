@@ -3,12 +3,13 @@
 Each micro-batch brings what a mean over its effective batch needs.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from simnpo_pl.data.pairing import MicroBatch, PairedSampler, draw_alternate
@@ -39,11 +40,7 @@ class TrainingRows:
     refusals: list[str] = field(default_factory=list)
 
     def only(self, chosen: Sequence[int]) -> "TrainingRows":
-        """The same with some of the forget rows (of text: documents), by their index from 0.
-
-        Raises:
-            UserError: There is no such row.
-        """
+        """The same with some of the forget rows (of text: documents), by their index from 0."""
         items = _items(self.forget)
         for row in chosen:
             if not 0 <= row < len(items):
@@ -120,16 +117,17 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> Part:
     """
     if not rows:
         raise ValueError("expected at least one row to collate, got none")
-    shape = len(rows), max(len(row.input_ids) for row in rows)
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    for index, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[index, :length] = torch.tensor(row.input_ids, dtype=torch.long)
-        labels[index, :length] = torch.tensor(row.labels, dtype=torch.long)
-        attention_mask[index, :length] = 1
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+    def padded(values: Iterable[Sequence[int]], fill: int) -> Tensor:
+        return pad_sequence(
+            [torch.tensor(row, dtype=torch.long) for row in values], batch_first=True, padding_value=fill
+        )
+
+    return {
+        "input_ids": padded((row.input_ids for row in rows), pad_id),
+        "labels": padded((row.labels for row in rows), IGNORE_INDEX),
+        "attention_mask": padded(([1] * len(row.input_ids) for row in rows), 0),
+    }
 
 
 class TrainingSet(Dataset[dict[str, Part]]):
