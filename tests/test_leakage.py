@@ -105,10 +105,10 @@ def test_command(run_options: list[str], tmp_path: Path, capsys: pytest.CaptureF
     config = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(config.replace("prompts_per_batch: null", "prompts_per_batch: 3"))
     main(["leak", str(one), str(other), "--k", "5", "--debug"])
-    main(["leak", str(one), "--k", "5", "--seed", "1", "--debug"])
+    main(["leak", str(one), "--k", "5", "--seed", "1234567", "--debug"])
     found = [json.loads((folder / "results.json").read_text())["leak"] for folder in (one, other)]
     key = "k=5 temperature=1 seed={} correct=0.8"
-    first, second = found[0][key.format(0)], found[0][key.format(1)]
+    first, second = found[0][key.format(0)], found[0][key.format(1234567)]
     assert found[1] == {key.format(0): first}
     assert first["n"] == 10
     values = [first["metrics"][f"best_rouge@{k}"] for k in range(1, 6)]

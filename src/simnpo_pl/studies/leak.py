@@ -53,7 +53,9 @@ def measure(run: Run, options: Namespace) -> None:
     """Add leak@k to a run's results, unless they hold it already."""
     least = options.correct if options.correct is not None else 0.1 if options.entailment else 0.8
     settings = {"k": options.k, "temperature": options.temperature, "seed": options.seed, "correct": least}
-    key, judge = " ".join(f"{name}={value:g}" for name, value in settings.items()), None
+    # All digits of a seed: entries of two seeds must not share a key.
+    words = {name: value if isinstance(value, int) else f"{value:g}" for name, value in settings.items()}
+    key, judge = " ".join(f"{name}={word}" for name, word in words.items()), None
     if options.entailment:
         key += f" entailment={options.entailment}"
         settings |= {"entailment": options.entailment}

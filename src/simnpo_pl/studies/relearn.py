@@ -28,6 +28,7 @@ from simnpo_pl.report.robustness import OTHERS, SHOWN, relearning_table
 from simnpo_pl.runs.record import Run
 from simnpo_pl.studies.reopen import add_results, model_of, reopen, retrained_of, runs_of
 
+PAPER_RATE = 1e-5
 Evaluated = tuple[int, int, EvalResult]
 """Epoch, optimizer step and what was measured."""
 
@@ -78,17 +79,13 @@ def run(options: Namespace) -> None:
 
 
 def rate_of(run: Run) -> float:
-    """The learning rate of the run itself."""
-    return float(run.record["settings"]["model"]["lr"])
+    """The learning rate of the run itself; the paper's for a model that was only evaluated where it is `auto`."""
+    rate = run.record["settings"]["model"]["lr"]
+    return PAPER_RATE if rate == "auto" else float(rate)
 
 
 class Relearning:
-    """Attacks on the model of a run, and on its retrained model as the control.
-
-    Args:
-        run: A finished run.
-        retrained: Hub id or folder of the retrained model, by default the run's.
-    """
+    """Attacks on the model of a finished run, and on a retrained model, by default the run's, as the control."""
 
     def __init__(self, run: Run, retrained: str | None = None) -> None:
         self.run = run
