@@ -1,6 +1,5 @@
 """Loading and saving models: safetensors only, no remote code, one clear line when a model cannot be loaded."""
 
-import copy
 import os
 import re
 import shutil
@@ -135,11 +134,6 @@ def quiet_loading() -> None:
 
     if not os.environ.get("TRANSFORMERS_VERBOSITY"):
         transformers_logging.disable_progress_bar()
-
-
-def frozen_copy(model: Any) -> Any:
-    """A copy of a model in eval mode that needs no gradients."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def save_model(
