@@ -55,18 +55,9 @@ class TrainingRows:
         return f"prompt: {encoder.description}"
 
     def encode(self, encoder: PromptTemplate, parts: Collection[str], seed: int) -> dict[str, list[TokenRow]]:
-        """Tokenize the rows.
+        """Tokenize the rows of the parts that the losses read, by part; one alternate for each forget row.
 
-        Args:
-            encoder: Tokenizes questions and answers; its tokenizer serves text.
-            parts: What the losses read: `forget`, `retain`, `alternate`.
-            seed: Chooses the refusal of each forget row.
-
-        Returns:
-            Part to its rows; one alternate for each forget row.
-
-        Raises:
-            UserError: Rows are missing or unusable.
+        `seed` chooses the refusal of each forget row.
         """
         encoded = {"forget": _encode(self.forget, encoder, "forget")}
         if "retain" in parts:

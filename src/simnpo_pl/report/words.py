@@ -27,11 +27,7 @@ class Tile(NamedTuple):
 
 
 def measured(runs: Sequence[Run], columns: Sequence[str] | None = None) -> list[str]:
-    """Metrics that a model of one of the runs has a value of, or those of them that are named.
-
-    Raises:
-        UserError: A named column was measured by no run.
-    """
+    """Metrics that a model of one of the runs has a value of, or those of them that are named."""
     names = [*titles.TITLES, *dict.fromkeys(name for run in runs for name in run.record.get("titles", {}))]
     known = titles.measured((metrics for run in runs for metrics in run.models.values()), names)
     for name in columns or ():

@@ -164,10 +164,9 @@ def run(options: Namespace) -> None:
 
 
 def work(folder: Path, runs: Sequence[Job], models: Sequence[Job]) -> list[str]:
-    """Make the models, or wait until another worker has made them, then the runs that nobody else makes.
+    """Make the models, or wait until another worker has, then the runs that nobody else makes; messages of failures.
 
-    Returns:
-        Messages of the runs that failed; a model that fails ends the sweep.
+    A model that fails ends the sweep.
     """
 
     def log(job: Job) -> Path:

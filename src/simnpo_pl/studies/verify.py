@@ -96,14 +96,11 @@ def compare(plan: Verification, name: str, found: Mapping[str, float | None]) ->
     lines = []
     for metric, published in plan.checkpoints[name].values.items():
         here, tolerance = found.get(metric), plan.tolerances.get(metric, plan.tolerance)
-        if here is None or here != here:
-            lines.append(([name, metric, "not measured", number(published), "-", number(tolerance), "no"], False))
-            continue
-        difference = here - published
-        # Published values are rounded: a difference of exactly the tolerance is within it.
-        good = abs(difference) <= tolerance * (1 + 1e-9)
-        shown = f"{difference:+.4f}"
-        lines.append(
-            ([name, metric, number(here), number(published), shown, number(tolerance), "yes" if good else "no"], good)
-        )
+        measured, difference, good = "not measured", "-", False
+        if here is not None and here == here:
+            measured, difference = number(here), f"{here - published:+.4f}"
+            # Published values are rounded: a difference of exactly the tolerance is within it.
+            good = abs(here - published) <= tolerance * (1 + 1e-9)
+        cells = [name, metric, measured, number(published), difference, number(tolerance), "yes" if good else "no"]
+        lines.append((cells, good))
     return lines
