@@ -41,7 +41,7 @@ class TrainingRows:
 
     def only(self, chosen: Sequence[int]) -> "TrainingRows":
         """The same with some of the forget rows (of text: documents), by their index from 0."""
-        items = _items(self.forget)
+        items = items_of(self.forget)
         for row in chosen:
             if not 0 <= row < len(items):
                 raise UserError(f"--data.forget_rows names row {row}, but there are {len(items)}, counted from 0")
@@ -61,12 +61,12 @@ class TrainingRows:
         """
         encoded = {"forget": _encode(self.forget, encoder, "forget")}
         if "retain" in parts:
-            if not _items(self.retain):
+            if not items_of(self.retain):
                 raise UserError(
                     "the retain loss needs retain rows, got none: give --data.retain FILE or --data.retain auto"
                 )
             encoded["retain"] = _encode(self.retain, encoder, "retain")
-            check_disjoint(_items(self.forget), _items(self.retain), "retain")
+            check_disjoint(items_of(self.forget), items_of(self.retain), "retain")
         if "alternate" in parts:
             encoded["alternate"] = encoder.encode_rows(self._alternates(seed), "alternate")
         return encoded
@@ -88,7 +88,8 @@ def _encode(rows: Rows, encoder: PromptTemplate, name: str) -> list[TokenRow]:
     return encoder.encode_rows([(row["question"], row["answer"]) for row in rows], name)
 
 
-def _items(rows: Rows) -> Sequence[Any]:
+def items_of(rows: Rows) -> Sequence[Any]:
+    """The rows themselves, of plain text its documents."""
     return rows.documents if isinstance(rows, Texts) else rows
 
 
