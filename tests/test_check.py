@@ -13,8 +13,10 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from helpers import results
 from simnpo_pl.__main__ import main
 from simnpo_pl.report.robustness import OTHERS, SHOWN, judge, outcome
+from simnpo_pl.runs.record import Run
 from simnpo_pl.studies import parse
 from simnpo_pl.studies.check import ATTACKS
+from simnpo_pl.studies.relearn import rate_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "robustness.md"
 
@@ -109,6 +111,20 @@ def test_rounding_and_sampling_are_told():
         "for 4: comes back"
     )
     assert "outcome" not in found["leak"]["old"]
+
+
+def test_rounding_that_leaves_nothing_is_a_measurement():
+    gone = {"metrics": {"forget/probability": 0.0}}
+    judge(record(quantized={"8-bit": gone}))
+    assert gone["sentence"] == (
+        "rounded weights (8-bit): forget probability 0.1 -> at most 0 (8-bit), retrained model 0.2: holds"
+    )
+
+
+def test_the_rate_of_a_model_that_was_only_evaluated(tmp_path: Path):
+    """`--model.lr auto` finds a rate in `fit` alone."""
+    for given, expected in (("auto", 1e-5), (3e-4, 3e-4)):
+        assert rate_of(Run("", tmp_path, {"settings": {"model": {"lr": given}}})) == expected
 
 
 def test_a_run_is_checked(run: Path, capsys: pytest.CaptureFixture[str]):

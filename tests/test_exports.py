@@ -265,6 +265,23 @@ def test_model_card_as_the_hub_reads_it(tmp_path: Path):
         assert text in card.text
 
 
+def test_model_card_reads_the_hub_s_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A license comes from a card that is on this machine already; the network is not asked, even where it is there."""
+    import huggingface_hub.file_download as hub
+
+    asked: list[Any] = []
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address))
+    assert card_of(tmp_path / "bare").data.license is None
+    start = tmp_path / "cache" / "models--org--start"
+    for file, text in (("refs/main", "abc"), ("snapshots/abc/README.md", "---\nlicense: mit\n---\n# start\n")):
+        (start / file).parent.mkdir(parents=True)
+        (start / file).write_text(text)
+    assert card_of(tmp_path / "known").data.license == "mit"
+    assert asked == []
+
+
 def test_model_card_of_a_local_start_model(tmp_path: Path):
     """License and base come from the folder's own card; no path of this machine is published."""
     base = tmp_path / "private" / "start"

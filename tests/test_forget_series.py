@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from simnpo_pl.__main__ import main
-from simnpo_pl.studies import launch as fit_once
+from simnpo_pl.studies import launch
 from simnpo_pl.utils.errors import UserError
 
 SPLITS = ["raw/forget[:50%]", "raw/forget[50%:]"]
@@ -28,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         main([*command[3:], "--debug"])
         return 0
 
-    monkeypatch.setattr(fit_once, "start", start)
+    monkeypatch.setattr(launch, "start", start)
     return made
 
 

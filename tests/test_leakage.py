@@ -15,7 +15,7 @@ from simnpo_pl.__main__ import main
 from simnpo_pl.data.conversation import Conversation
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.models.generation import Sampler, draws_of, generate, greedy
-from simnpo_pl.studies.leak import expected_best, leak_at, with_bounds
+from simnpo_pl.studies.leak import expected_best, with_bounds
 
 
 def test_expected_best_by_hand():
@@ -33,19 +33,19 @@ def test_expected_best_is_the_mean_over_all_choices(scores: list[float]):
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=7))
-def test_leak_at_is_the_share_of_choices_with_a_right_answer(correct: list[bool]):
+def test_best_of_right_or_wrong_is_the_share_of_choices_with_a_right_answer(correct: list[bool]):
     expected = []
     for k in range(1, len(correct) + 1):
         choices = [any(choice) for choice in itertools.combinations(correct, k)]
         expected.append(sum(choices) / len(choices))
-    assert leak_at(torch.tensor([correct]))[0].tolist() == pytest.approx(expected, abs=1e-12)
+    assert expected_best(torch.tensor([correct]))[0].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_leak_at_as_published(shared: Path):
+def test_leak_as_published(shared: Path):
     """Values of the public code, in all and by row."""
     golden = json.loads((shared / "goldens" / "A" / "newer.json").read_text())["leak"]
     for table in golden["tables"]:
-        leaks = leak_at(torch.tensor(table["correct"]).bool())
+        leaks = expected_best(torch.tensor(table["correct"]).bool())
         assert leaks.mean(dim=0).tolist() == pytest.approx(table["leak_at_k"], abs=1e-12)
         for row, expected in zip(leaks.tolist(), table["leak_at_k_per_row"], strict=True):
             assert [row[k - 1] for k in golden["per_row_k"]] == pytest.approx(expected, abs=1e-12)
@@ -105,10 +105,10 @@ def test_command(run_options: list[str], tmp_path: Path, capsys: pytest.CaptureF
     config = (other / "config.yaml").read_text()
     (other / "config.yaml").write_text(config.replace("prompts_per_batch: null", "prompts_per_batch: 3"))
     main(["leak", str(one), str(other), "--k", "5", "--debug"])
-    main(["leak", str(one), "--k", "5", "--seed", "1", "--debug"])
+    main(["leak", str(one), "--k", "5", "--seed", "1234567", "--debug"])
     found = [json.loads((folder / "results.json").read_text())["leak"] for folder in (one, other)]
     key = "k=5 temperature=1 seed={} correct=0.8"
-    first, second = found[0][key.format(0)], found[0][key.format(1)]
+    first, second = found[0][key.format(0)], found[0][key.format(1234567)]
     assert found[1] == {key.format(0): first}
     assert first["n"] == 10
     values = [first["metrics"][f"best_rouge@{k}"] for k in range(1, 6)]

@@ -100,7 +100,7 @@ def attacked(folder: Path) -> Path:
         return {"seed": seed, "rows": [1, 2], "epochs": epochs}
 
     relearnt = {"subset": "random", "share": 0.2, "epochs": 1, "lr": 1e-5}
-    leaks, best = {"leak@1": 0.2, "leak@2": 0.4}, {"best_rouge@1": 0.3, "best_rouge@2": 0.5}
+    leaks, best = {"leak@1": 0.2, "leak@2": 0.4, "leak@2/high": 0.9}, {"best_rouge@1": 0.3, "best_rouge@2": 0.5}
     leak = {"settings": {"k": 2, "temperature": 1.0, "seed": 0}, "n": 6, "metrics": best, "prompts": {"any": leaks}}
     return write_run(
         folder,

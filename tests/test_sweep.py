@@ -13,9 +13,10 @@ import yaml
 from filelock import FileLock
 
 from simnpo_pl.__main__ import main
-from simnpo_pl.studies import launch as fit_once
-from simnpo_pl.studies.launch import RunFailed, Taken
-from simnpo_pl.studies.sweep import read_sweep
+from simnpo_pl.studies import launch
+from simnpo_pl.studies.launch import Job, RunFailed, Taken, read_record
+from simnpo_pl.studies.plans import read_plan
+from simnpo_pl.studies.sweep import Sweep
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +94,7 @@ def test_shards_share_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_later_files_change_earlier_ones(tmp_path: Path):
     change = tmp_path / "change.yaml"
     change.write_text("seeds: [0]\nmethods: {NPO: null, GA: --model.objective GradAscent}\nmodels: {other: null}\n")
-    sweep = read_sweep([write(tmp_path), change])
+    sweep = read_plan([write(tmp_path), change], Sweep)
     assert sweep.seeds == [0]
     assert list(sweep.methods) == ["Vector", "GA"]
     assert sweep.models == {}
@@ -187,51 +188,58 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
                 (folder / "results.json").write_text(json.dumps(record))
             return code
 
-        monkeypatch.setattr(fit_once, "start", start)
+        monkeypatch.setattr(launch, "start", start)
         return calls
 
     return install
+
+
+def fit_once(
+    folder: Path, options: Sequence[str], study: Path, log: Path | None = None, wait: bool = True
+) -> dict[str, Any]:
+    Job(folder, options, study).make(log, wait)
+    return read_record(folder)
 
 
 def test_a_run_is_made_once(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
     folder = tmp_path / "runs" / "one"
     calls = program(code=2, says="plan\nerror: no such model\n")
     with pytest.raises(RunFailed, match="ended with exit code 2: no such model; its output is in"):
-        fit_once.fit_once(folder, ["--model.lr", "1"], tmp_path, tmp_path / "log.txt")
+        fit_once(folder, ["--model.lr", "1"], tmp_path, tmp_path / "log.txt")
     calls = program()
-    assert fit_once.fit_once(folder, ["--model.lr", "1"], tmp_path)["finished"]
+    assert fit_once(folder, ["--model.lr", "1"], tmp_path)["finished"]
     kept = ["--eval.cache_dir", str(tmp_path / ".evaluations")]
     assert calls == [["fit", *kept, "--model.lr", "1", "--run_dir", str(folder), "--ckpt_path", "last"]]
-    assert fit_once.fit_once(folder, ["--model.lr", "1"], tmp_path)["finished"]
+    assert fit_once(folder, ["--model.lr", "1"], tmp_path)["finished"]
     assert len(calls) == 1
     with pytest.raises(UserError, match=r"holds a run that was started with other options \(see"):
-        fit_once.fit_once(folder, ["--model.lr", "2"], tmp_path)
+        fit_once(folder, ["--model.lr", "2"], tmp_path)
 
 
 def test_a_config_that_changed_is_noticed(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
     program()
     config = tmp_path / "a.yaml"
     config.write_text("model: {lr: 1}\n")
-    fit_once.fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
+    fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
     config.write_text("# the same\nmodel: {lr: 1}\n")
-    fit_once.fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
+    fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
     config.write_text("model: {lr: 2}\n")
     with pytest.raises(UserError, match="started with other configs"):
-        fit_once.fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
+        fit_once(tmp_path / "run", ["--config", str(config)], tmp_path)
     with pytest.raises(UserError, match=r"cannot read .*b.yaml"):
-        fit_once.fit_once(tmp_path / "run", ["--config", str(tmp_path / "b.yaml")], tmp_path)
+        fit_once(tmp_path / "run", ["--config", str(tmp_path / "b.yaml")], tmp_path)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "results.json").write_text("{}")
     with pytest.raises(UserError, match="this command did not start"):
-        fit_once.fit_once(tmp_path / "own", [], tmp_path)
+        fit_once(tmp_path / "own", [], tmp_path)
 
 
 def test_two_workers_never_take_the_same_run(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
     calls = program()
     with FileLock(tmp_path / ".run.lock"), pytest.raises(Taken):
-        fit_once.fit_once(tmp_path / "run", [], tmp_path, wait=False)
+        fit_once(tmp_path / "run", [], tmp_path, wait=False)
     assert not calls
-    fit_once.fit_once(tmp_path / "run", [], tmp_path, wait=False)
+    fit_once(tmp_path / "run", [], tmp_path, wait=False)
     assert len(calls) == 1
 
 
@@ -239,7 +247,7 @@ def test_a_stopped_run_stops_the_worker(program: Callable[..., list[Sequence[str
     for code in (143, -15):
         program(code=code)
         with pytest.raises(SystemExit) as stop:
-            fit_once.fit_once(tmp_path / "run", [], tmp_path)
+            fit_once(tmp_path / "run", [], tmp_path)
         assert stop.value.code == 143
 
 
@@ -258,7 +266,7 @@ def test_signal_reaches_the_run(tmp_path: Path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=send).start()
-    assert fit_once.start([sys.executable, "-u", "-c", script], log) == 7
+    assert launch.start([sys.executable, "-u", "-c", script], log) == 7
 
 
 def test_table_by_hand(program: Callable[..., list[Sequence[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):

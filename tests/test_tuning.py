@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from simnpo_pl.__main__ import main
-from simnpo_pl.studies import launch as fit_once
-from simnpo_pl.studies.tune import NotANumber, Search, Tuning, measured, parsed, read_tuning, table, violation
+from simnpo_pl.studies import launch
+from simnpo_pl.studies.plans import read_plan
+from simnpo_pl.studies.tune import NotANumber, Search, Tuning, measured, parsed, table, violation
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -39,7 +40,7 @@ def write(into: Path, **changed: Any) -> Path:
 
 @pytest.fixture
 def tuning(tmp_path: Path) -> Tuning:
-    return read_tuning([write(tmp_path, folder=str(tmp_path / "runs"))])
+    return read_plan([write(tmp_path, folder=str(tmp_path / "runs"))], Tuning)
 
 
 def value_of(command: Sequence[str], option: str, default: str) -> str:
@@ -77,7 +78,7 @@ def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Sequence[str]
             (folder / "results.json").write_text(json.dumps({**record, "seconds": {"total": 3.0}}))
             return code
 
-        monkeypatch.setattr(fit_once, "start", start)
+        monkeypatch.setattr(launch, "start", start)
         return calls
 
     return install
@@ -256,14 +257,14 @@ def test_a_broken_model_is_a_failed_trial(program: Callable[..., list[Sequence[s
 def test_another_rule_needs_another_folder(program: Callable[..., list[Sequence[str]]], tmp_path: Path, tuning: Tuning):
     program()
     Search(tuning, "A").work()
-    other = read_tuning([write(tmp_path, folder=tuning.folder, subject_to=[])])
+    other = read_plan([write(tmp_path, folder=tuning.folder, subject_to=[])], Tuning)
     with pytest.raises(UserError, match="holds trials of A with another rule or search space"):
         Search(other, "A")
 
 
 def test_storage_by_url(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
     calls = program()
-    tuning = read_tuning([write(tmp_path, folder=str(tmp_path / "runs"), storage="sqlite:///{folder}/tune.db")])
+    tuning = read_plan([write(tmp_path, folder=str(tmp_path / "runs"), storage="sqlite:///{folder}/tune.db")], Tuning)
     Search(tuning, "A").work()
     Search(tuning, "A").work()
     assert len(calls) == 4
@@ -279,7 +280,7 @@ def test_unknown_method(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize("files", FILES, ids=lambda f: "+".join(file.stem for file in f))
 def test_shipped_files(files: list[Path], capsys: pytest.CaptureFixture[str]):
     """The first value of every range gives a command that `fit` understands."""
-    tuning = read_tuning(files)
+    tuning = read_plan(files, Tuning)
     for name, method in tuning.methods.items():
         values = {
             option: choice["choices"][0] if "choices" in choice else choice["low"]

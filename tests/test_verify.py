@@ -88,7 +88,7 @@ def test_tiny_checkpoints(
 
 def test_shipped_values():
     """Every figure of a checkpoint is one of a known metric; the models are those of the sources' names."""
-    plan = read_plan([SHIPPED], Verification, "")
+    plan = read_plan([SHIPPED], Verification)
     assert len(plan.checkpoints) == 10
     assert {tuple(one.values) for one in plan.checkpoints.values()} == {tuple(plan.checkpoints["start"].values)}
     assert all(one.model.startswith("open-unlearning/") for one in plan.checkpoints.values())

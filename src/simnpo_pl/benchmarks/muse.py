@@ -4,12 +4,13 @@ Training reads plain text. Verbatim and knowledge memorization and privacy leaka
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
-from simnpo_pl.data.sources import check_disjoint, load_split
+from simnpo_pl.data.sources import check_disjoint, load_split, text_of
 from simnpo_pl.data.text import Texts, text_ids, text_rows
 from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.evaluation.options import EvalOptions
@@ -64,7 +65,7 @@ class MuseData(UnlearningData):
         forget = Texts(self._documents(self.forget_split), self.rows, self.last_block)
         if "retain" not in parts:
             return TrainingRows(forget)
-        return TrainingRows(forget, Texts(self._documents(self.retain_split), self.rows, self.last_block))
+        return TrainingRows(forget, replace(forget, documents=self._documents(self.retain_split)))
 
     def build_evaluation(self, build: EvaluationBuilder) -> None:
         """Adds VerbMem, KnowMem of forget and retain, their balance, membership inference and PrivLeak."""
@@ -144,10 +145,7 @@ def _generated(name: str, texts: list[dict[str, Any]], generation: Generation) -
 def _check_texts(rows: Sequence[dict[str, Any]], columns: Sequence[str], split: str) -> None:
     for index, row in enumerate(rows):
         for column in columns:
-            if not isinstance(row[column], str) or not row[column].strip():
-                raise UserError(
-                    f"{split} row {index}, counted from 0: expected text as {column}, got {row[column]!r}; fix the row"
-                )
+            text_of(row, column, f"{split} row {index}, counted from 0")
 
 
 def _check_length(split: Split, limit: int | None) -> None:

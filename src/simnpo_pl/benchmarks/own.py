@@ -11,7 +11,7 @@ from simnpo_pl.benchmarks.neutral import AUTO, START_ANSWERS, NeutralPrompts, ke
 from simnpo_pl.data.columns import Columns, Records
 from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines, load_table
 from simnpo_pl.data.text import Texts
-from simnpo_pl.data.training import Rows, TrainingRows
+from simnpo_pl.data.training import Rows, TrainingRows, items_of
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.utils.errors import UserError
@@ -167,10 +167,7 @@ class OwnData(UnlearningData):
             build.holdout(rows)
 
     def _check_disjoint(self) -> None:
-        items: dict[str, Any] = {}
-        for name in self.sources:
-            rows = self._rows(name)
-            items[name] = rows.documents if isinstance(rows, Texts) else rows
+        items = {name: items_of(self._rows(name)) for name in self.sources}
         for one, other in combinations(items, 2):
             check_disjoint(items[one], items[other], other, one)
 

@@ -11,7 +11,7 @@ from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.sources import load_jsonl, load_split
 from simnpo_pl.data.text import Texts, text_rows
-from simnpo_pl.data.training import TrainingRows
+from simnpo_pl.data.training import Rows, TrainingRows
 from simnpo_pl.utils.errors import UserError
 
 
@@ -48,10 +48,8 @@ class WmdpData(UnlearningData):
 
     def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """The forget documents and, where the losses ask for them, the retain documents."""
-        forget = Texts(self.documents("forget"), "documents")
-        if "retain" not in parts:
-            return TrainingRows(forget)
-        return TrainingRows(forget, Texts(self.documents("retain"), "documents"))
+        retain: Rows = Texts(self.documents("retain"), "documents") if "retain" in parts else []
+        return TrainingRows(Texts(self.documents("forget"), "documents"), retain)
 
     def build_evaluation(self, build: EvaluationBuilder) -> None:
         """Adds the loss on the first documents of each side, nats per token."""
@@ -63,11 +61,7 @@ class WmdpData(UnlearningData):
         build.unavailable["accuracy"] = f"measured on a run's model, by {command}"
 
     def documents(self, side: str) -> list[str]:
-        """Documents of a side that are long enough; read once.
-
-        Raises:
-            UserError: There is none, or the source cannot be read.
-        """
+        """Documents of a side that are long enough; read once."""
         if side not in self._documents:
             source, split = self.sources[side]
             rows = load_jsonl(source, ("text",)) if split is None else load_split(source, split, ("text",))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from string import Formatter
 from typing import Any
 
@@ -19,7 +19,6 @@ INPUT = "input"
 """Optional column next to `instruction`: the text that the instruction is about."""
 
 
-@dataclass(frozen=True)
 class Records:
     """Makes a question and an answer of a record, by texts with the names of its columns in braces.
 
@@ -31,23 +30,10 @@ class Records:
         UserError: A text has no column in braces, or its braces do not match.
     """
 
-    question: str
-    answer: str
-
-    def __post_init__(self) -> None:
-        for part in ("question", "answer"):
-            option, text = f"--data.template_{part}", getattr(self, part)
-            try:
-                names = placeholders(text)
-            except ValueError as error:
-                raise UserError(f"{option} {text!r}: {error}; write a column as {{name}}") from error
-            if not names:
-                raise UserError(f"{option} {text!r}: expected a column in braces, as in {{name}}")
-
-    @property
-    def names(self) -> list[str]:
-        """Columns that are read."""
-        return list(dict.fromkeys([*placeholders(self.question), *placeholders(self.answer)]))
+    def __init__(self, question: str, answer: str) -> None:
+        self.question, self.answer = question, answer
+        found = [*_placeholders(question, "--data.template_question"), *_placeholders(answer, "--data.template_answer")]
+        self.names = list(dict.fromkeys(found))
 
     def read(self, row: Mapping[str, Any], where: str) -> Row:
         """The question and answer of one record; raises UserError where a value is missing or blank."""
@@ -60,11 +46,16 @@ class Records:
         return {"question": self.question.format_map(values), "answer": self.answer.format_map(values)}
 
 
-def placeholders(text: str) -> list[str]:
-    """Names in braces; raises ValueError where the braces do not match or are empty."""
-    names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
-    if "" in names:
-        raise ValueError("empty braces")
+def _placeholders(text: str, option: str) -> list[str]:
+    """Names in braces."""
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+        if "" in names:
+            raise ValueError("empty braces")
+    except ValueError as error:
+        raise UserError(f"{option} {text!r}: {error}; write a column as {{name}}") from error
+    if not names:
+        raise UserError(f"{option} {text!r}: expected a column in braces, as in {{name}}")
     return names
 
 
@@ -117,12 +108,12 @@ class Columns:
                     f"--data.template_answer; its columns are: {', '.join(present)}"
                 )
             return [records.read(row, where) | self._optional(row, where) for row, where in places]
-        if (self.question in present and self.answer in present) or self.messages in present:
-            return [self._question_and_answer(row, where, present) for row, where in places]
-        for question, answer in KNOWN:
-            if question in present and answer in present:
-                known = replace(self, question=question, answer=answer)
-                return [known._question_and_answer(row, where, present) for row, where in places]
+        pairs = ((self.question, self.answer), *([] if self.messages in present else KNOWN))
+        for pair in pairs:
+            if set(pair) <= set(present):
+                return [_pair(row, *pair, where) | self._optional(row, where) for row, where in places]
+        if self.messages in present:
+            return [self._last_turn(row, where) | self._optional(row, where) for row, where in places]
         if self.text in present:
             return [text_of(row, self.text, where) for row, where in places]
         missing = next(name for name, column in asdict(self).items() if column not in present)
@@ -132,14 +123,9 @@ class Columns:
             f"--data.columns.{missing} NAME"
         )
 
-    def _question_and_answer(self, row: Mapping[str, Any], where: str, present: Sequence[str]) -> Row:
-        if self.question in present and self.answer in present:
-            question, answer = text_of(row, self.question, where), text_of(row, self.answer, where)
-            if self.question == "instruction" and row.get(INPUT):
-                question = f"{question}\n\n{text_of(row, INPUT, where)}"
-        else:
-            question, answer = question_and_answer(column_of(row, self.messages, where), where)
-        return {"question": question, "answer": answer, **self._optional(row, where)}
+    def _last_turn(self, row: Mapping[str, Any], where: str) -> Row:
+        question, answer = question_and_answer(column_of(row, self.messages, where), where)
+        return {"question": question, "answer": answer}
 
     def _optional(self, row: Mapping[str, Any], where: str) -> Row:
         made: Row = {}
@@ -149,6 +135,13 @@ class Columns:
         if row.get(self.perturbed_answer):
             made["perturbed_answer"] = _texts(row[self.perturbed_answer], self.perturbed_answer, where)
         return made
+
+
+def _pair(row: Mapping[str, Any], question: str, answer: str, where: str) -> Row:
+    found = {"question": text_of(row, question, where), "answer": text_of(row, answer, where)}
+    if question == "instruction" and row.get(INPUT):
+        found["question"] += f"\n\n{text_of(row, INPUT, where)}"
+    return found
 
 
 def _texts(value: Any, column: str, where: str) -> list[str]:

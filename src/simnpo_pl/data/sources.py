@@ -123,11 +123,7 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def check_rows(rows: Sequence[AnyRow], name: str) -> None:
-    """Refuses blank and repeated rows, which would weigh more than the others; messages call them `name`.
-
-    Raises:
-        UserError: A question, an answer or a text is not text or is blank, or two rows differ in white space alone.
-    """
+    """Refuses blank rows, and rows that repeat others but for white space; messages call them `name`."""
     seen: dict[tuple[str, ...], int] = {}
     for index, row in enumerate(rows):
         texts = {"text": row} if isinstance(row, str) else row
@@ -140,11 +136,7 @@ def check_rows(rows: Sequence[AnyRow], name: str) -> None:
 
 
 def check_disjoint(one: Sequence[AnyRow], other: Sequence[AnyRow], name: str, first: str = "forget") -> None:
-    """Refuses two sets that share a row, but for white space around its texts; messages call them `first` and `name`.
-
-    Raises:
-        UserError: A row is in both.
-    """
+    """Refuses two sets that share a row, but for white space around texts; messages call them `first` and `name`."""
 
     def key(row: AnyRow) -> tuple[str, str]:
         return ("", row.strip()) if isinstance(row, str) else (row["question"].strip(), row["answer"].strip())

@@ -3,12 +3,13 @@
 Each micro-batch brings what a mean over its effective batch needs.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from simnpo_pl.data.pairing import MicroBatch, PairedSampler, draw_alternate
@@ -39,12 +40,8 @@ class TrainingRows:
     refusals: list[str] = field(default_factory=list)
 
     def only(self, chosen: Sequence[int]) -> "TrainingRows":
-        """The same with some of the forget rows (of text: documents), by their index from 0.
-
-        Raises:
-            UserError: There is no such row.
-        """
-        items = _items(self.forget)
+        """The same with some of the forget rows (of text: documents), by their index from 0."""
+        items = items_of(self.forget)
         for row in chosen:
             if not 0 <= row < len(items):
                 raise UserError(f"--data.forget_rows names row {row}, but there are {len(items)}, counted from 0")
@@ -58,27 +55,18 @@ class TrainingRows:
         return f"prompt: {encoder.description}"
 
     def encode(self, encoder: PromptTemplate, parts: Collection[str], seed: int) -> dict[str, list[TokenRow]]:
-        """Tokenize the rows.
+        """Tokenize the rows of the parts that the losses read, by part; one alternate for each forget row.
 
-        Args:
-            encoder: Tokenizes questions and answers; its tokenizer serves text.
-            parts: What the losses read: `forget`, `retain`, `alternate`.
-            seed: Chooses the refusal of each forget row.
-
-        Returns:
-            Part to its rows; one alternate for each forget row.
-
-        Raises:
-            UserError: Rows are missing or unusable.
+        `seed` chooses the refusal of each forget row.
         """
         encoded = {"forget": _encode(self.forget, encoder, "forget")}
         if "retain" in parts:
-            if not _items(self.retain):
+            if not items_of(self.retain):
                 raise UserError(
                     "the retain loss needs retain rows, got none: give --data.retain FILE or --data.retain auto"
                 )
             encoded["retain"] = _encode(self.retain, encoder, "retain")
-            check_disjoint(_items(self.forget), _items(self.retain), "retain")
+            check_disjoint(items_of(self.forget), items_of(self.retain), "retain")
         if "alternate" in parts:
             encoded["alternate"] = encoder.encode_rows(self._alternates(seed), "alternate")
         return encoded
@@ -100,7 +88,8 @@ def _encode(rows: Rows, encoder: PromptTemplate, name: str) -> list[TokenRow]:
     return encoder.encode_rows([(row["question"], row["answer"]) for row in rows], name)
 
 
-def _items(rows: Rows) -> Sequence[Any]:
+def items_of(rows: Rows) -> Sequence[Any]:
+    """The rows themselves, of plain text its documents."""
     return rows.documents if isinstance(rows, Texts) else rows
 
 
@@ -120,16 +109,17 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> Part:
     """
     if not rows:
         raise ValueError("expected at least one row to collate, got none")
-    shape = len(rows), max(len(row.input_ids) for row in rows)
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    for index, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[index, :length] = torch.tensor(row.input_ids, dtype=torch.long)
-        labels[index, :length] = torch.tensor(row.labels, dtype=torch.long)
-        attention_mask[index, :length] = 1
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+    def padded(values: Iterable[Sequence[int]], fill: int) -> Tensor:
+        return pad_sequence(
+            [torch.tensor(row, dtype=torch.long) for row in values], batch_first=True, padding_value=fill
+        )
+
+    return {
+        "input_ids": padded((row.input_ids for row in rows), pad_id),
+        "labels": padded((row.labels for row in rows), IGNORE_INDEX),
+        "attention_mask": padded(([1] * len(row.input_ids) for row in rows), 0),
+    }
 
 
 class TrainingSet(Dataset[dict[str, Part]]):

@@ -16,11 +16,7 @@ def body_of(model: Any) -> Any:
 
 
 def layers_of(model: Any) -> nn.ModuleList:
-    """The list of a model's layers.
-
-    Raises:
-        UserError: The model has no such list.
-    """
+    """The list of a model's layers; raises UserError where it has none."""
     count = model.config.get_text_config().num_hidden_layers
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
@@ -56,11 +52,7 @@ def layer_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, lis
 
 
 def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze all parameters but those whose whole name one of the regular expressions matches.
-
-    Raises:
-        UserError: An expression is invalid, or none matches a parameter.
-    """
+    """Freeze all parameters but those whose whole name one of the regular expressions matches."""
     try:
         expressions = [re.compile(pattern) for pattern in patterns]
     except re.error as error:

@@ -1,6 +1,5 @@
 """Loading and saving models: safetensors only, no remote code, one clear line when a model cannot be loaded."""
 
-import copy
 import os
 import re
 import shutil
@@ -30,11 +29,7 @@ def trust_remote_code(trusted: bool) -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Tokenizer of a model, a hub id or folder.
-
-    Raises:
-        UserError: The tokenizer cannot be loaded.
-    """
+    """Tokenizer of a model, a hub id or folder; raises UserError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
     with _one_line(name, "tokenizer"):
@@ -42,21 +37,13 @@ def load_tokenizer(name: str) -> Any:
 
 
 def context_length(name: str) -> int | None:
-    """Longest sequence that a model supports, tokens; None where its config does not say.
-
-    Raises:
-        UserError: The config cannot be loaded.
-    """
+    """Longest sequence that a model supports, tokens; None where its config does not say."""
     length = getattr(_config(name).get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
 def model_shapes(name: str, dtype: str = "float32") -> Any:
-    """A model, or an adapter's base, on the meta device, from its config only.
-
-    Raises:
-        UserError: The config cannot be loaded.
-    """
+    """A model, or an adapter's base, on the meta device, from its config only."""
     from transformers import AutoModelForCausalLM
 
     config = _config(name)
@@ -65,7 +52,7 @@ def model_shapes(name: str, dtype: str = "float32") -> Any:
 
 
 def _config(name: str) -> Any:
-    """Config of a model, or of an adapter's base."""
+    """Config of a model, or of an adapter's base; raises UserError where it cannot be loaded."""
     from transformers import AutoConfig
 
     with _one_line(name, "config"):
@@ -147,11 +134,6 @@ def quiet_loading() -> None:
 
     if not os.environ.get("TRANSFORMERS_VERBOSITY"):
         transformers_logging.disable_progress_bar()
-
-
-def frozen_copy(model: Any) -> Any:
-    """A copy of a model in eval mode that needs no gradients."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def save_model(

@@ -56,9 +56,6 @@ def add_adapter(model: Any, options: LoraOptions) -> dict[str, Any]:
 
     Returns:
         Base, rank, scale and layers: a checkpoint of this adapter fits no other, see `check_adapter`.
-
-    Raises:
-        UserError: peft is not installed, no layer has a name that was given, or a layer's weights are tied.
     """
     require_merged(model, "--model.name")
     base = base_fingerprint(model)
@@ -121,12 +118,7 @@ def save_adapter(model: Any, folder: Path, state: Mapping[str, Tensor] | None = 
 
 
 def load_with_adapter(folder: Path, load_base: Callable[[str], Any], merge: bool, option: str) -> Any:
-    """Model of an adapter's folder; without `merge` the adapter stays next to its base in float32.
-
-    Raises:
-        UserError: peft is not installed, the weights are not safetensors or incomplete, the base cannot be loaded, or
-            the adapter is on tied weights.
-    """
+    """Model of an adapter's folder; without `merge` the adapter stays next to its base in float32."""
     peft = _peft()
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(f"{option}: {folder} contains no {ADAPTER_WEIGHTS}; give an adapter with safetensors weights")

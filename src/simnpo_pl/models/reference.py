@@ -1,5 +1,6 @@
 """Frozen models: a resident copy, or only their answer log-probs where these are enough."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simnpo_pl.models.loading import frozen_copy
 from simnpo_pl.models.logprobs import Rows, Scorer
-from simnpo_pl.models.sharding import is_sharded, shard_like
+from simnpo_pl.models.sharding import is_sharded, shard
 from simnpo_pl.utils.errors import UserError
 
 REFERENCE_KEY = "reference_logps"
@@ -39,12 +39,12 @@ class FrozenModel:
         if scorer is None:
             sharded = is_sharded(policy.model)
             if same and not sharded:
-                model = frozen_copy(policy.model)
+                model = copy.deepcopy(policy.model)
             else:
                 model = self._load(self.name, option=self.option, sharded=sharded)
             model.requires_grad_(False).eval()
             if sharded:
-                shard_like(model, policy.model)
+                shard(model, next(policy.model.parameters()).device_mesh)
             scorer = Scorer(model.to(device))
         if scorer.vocabulary != policy.vocabulary:
             raise UserError(

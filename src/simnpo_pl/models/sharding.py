@@ -42,9 +42,6 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
         model: Causal language model from transformers, with its weights on the first process, on the meta device on
             all others, see `load_causal_lm(sharded=True)`.
         mesh: The devices, along one dimension.
-
-    Raises:
-        UserError: The model keeps its layers in no list.
     """
     first = mesh.get_local_rank() == 0
     weights = model.state_dict() if first else {}
@@ -63,11 +60,6 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
 
     model.run_body = MethodType(body, model)
     register_fsdp_forward_method(model, "run_body")
-
-
-def shard_like(model: Any, other: Any) -> None:
-    """Shard a model over the devices of another one."""
-    shard(model, next(other.parameters()).device_mesh)
 
 
 def is_sharded(model: Any) -> bool:

@@ -61,10 +61,8 @@ def find_rate(module: Any, loader: Any, factors: float) -> dict[str, Any]:
     arXiv 1506.01186) that reads what unlearning is to change. AdamW moves a weight by about its rate in a step, so the
     sum of the ramp's rates says how far the weights have to move; the run's rates add up to `LENGTH` times that.
 
-    Args:
-        module: An `UnlearningModule` in training, with all its frozen models at hand.
-        loader: Micro-batches of this process.
-        factors: Sum of the schedule's factors over all steps of the run.
+    `module` is an `UnlearningModule` in training, with all its frozen models at hand, `loader` has the micro-batches of
+    this process, `factors` is the sum of the schedule's factors over all steps of the run.
 
     Returns:
         `lr`; `steps` and `seconds` that it took; before and after, the probability of `forget` and, with a retain loss,
@@ -121,9 +119,8 @@ class _Ramp:
         self.sharded = is_sharded(module.policy)
         self._reshard()
         self.optimizer = adamw(module.policy, 0.0, module.betas, 0.0, module.eight_bit)
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        self.weights = weights
-        self.kept = [_local(weight).to("cpu", copy=True) for weight in weights]
+        self.weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        self.kept = [_local(weight).to("cpu", copy=True) for weight in self.weights]
 
     def step(self, rate: float) -> None:
         """One optimizer step at a rate, on the next effective batch."""

@@ -107,10 +107,7 @@ def _known(record: Mapping[str, Any], model: str) -> float | None:
 def peak(attacks: Sequence[Mapping[str, Any]], metric: str, role: str = "epochs") -> Peak | None:
     """Highest point of relearning attacks with the same rows, over all rates and epochs; None if it was not measured.
 
-    Args:
-        attacks: Entries of results.json.
-        metric: Such as `SHOWN`, of the rows that were relearned, or `OTHERS`.
-        role: `epochs` for the unlearned model, `control` for the retrained one.
+    `role` is `epochs` for the unlearned model, `control` for the retrained one.
     """
     found = []
     for attack in attacks:
@@ -124,9 +121,7 @@ def peak(attacks: Sequence[Mapping[str, Any]], metric: str, role: str = "epochs"
 def is_learned(attacks: Sequence[Mapping[str, Any]], top: float | None) -> bool:
     """Whether attacks with forget rows taught these rows; one that did not cannot tell.
 
-    Args:
-        attacks: Entries of results.json.
-        top: Probability of the answers for a model that knows them, such as the start model; None takes 1.
+    `top` is the probability of the answers for a model that knows them, such as the start model; None takes 1.
     """
     own = peak(attacks, SHOWN)
     return own is not None and own.value - own.before >= LEARNED * ((1.0 if top is None else top) - own.before)
@@ -160,7 +155,8 @@ def _relearned(attacks: Sequence[Mapping[str, Any]], top: float | None, strong: 
 
 def _rounded(record: Mapping[str, Any], rounded: Mapping[str, Mapping[str, Any]], top: float | None) -> tuple[str, str]:
     kind = f"rounded weights ({', '.join(rounded)})"
-    known = {name: entry["metrics"][FORGET] for name, entry in rounded.items() if entry["metrics"].get(FORGET)}
+    values = {name: entry["metrics"].get(FORGET) for name, entry in rounded.items()}
+    known = {name: value for name, value in values.items() if value is not None}
     before, level = _known(record, "final"), _known(record, "retrained")
     if not known or before is None:
         return "inconclusive", f"{kind}: the probability of the forget answers was not measured"

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 from simnpo_pl.metrics import titles
 from simnpo_pl.metrics.titles import number, title_of
-from simnpo_pl.runs.card import UNTESTED
 from simnpo_pl.runs.record import Run
 from simnpo_pl.utils.errors import UserError
 
@@ -28,11 +27,7 @@ class Tile(NamedTuple):
 
 
 def measured(runs: Sequence[Run], columns: Sequence[str] | None = None) -> list[str]:
-    """Metrics that a model of one of the runs has a value of, or those of them that are named.
-
-    Raises:
-        UserError: A named column was measured by no run.
-    """
+    """Metrics that a model of one of the runs has a value of, or those of them that are named."""
     names = [*titles.TITLES, *dict.fromkeys(name for run in runs for name in run.record.get("titles", {}))]
     known = titles.measured((metrics for run in runs for metrics in run.models.values()), names)
     for name in columns or ():
@@ -68,10 +63,9 @@ def summary(run: Run) -> str:
 def tiles(run: Run) -> list[Tile]:
     """What was forgotten, what was kept, and what attacks brought back."""
     recovered = run.recovered
-    untested = run.verdict.get("untested", [] if recovered else list(UNTESTED))
     lines = [f"{name} {number(value)}" for name, value in recovered.items()]
-    if untested:
-        lines.append(f"{'not tested: ' if recovered else ''}{'; '.join(untested)}")
+    if run.untested:
+        lines.append(f"{'not tested: ' if recovered else ''}{'; '.join(run.untested)}")
     worst = number(max(recovered.values())) if recovered else "not tested"
     return [_tile("Forgotten", run, FORGOTTEN), _tile("Kept", run, KEPT), Tile("May come back", worst, lines)]
 

@@ -31,15 +31,11 @@ def log_evaluation(trainer: pl.Trainer, result: EvalResult, step: int) -> None:
 
 
 def log_outcome(trainer: pl.Trainer, record: Mapping[str, Any]) -> None:
-    """Log the settings of a run with its final metrics, by which TensorBoard compares runs.
+    """Log the settings of a run, from its results.json, with its final metrics, by which TensorBoard compares runs.
 
     In TensorBoard start, retrained and final model are lines in the charts of the epochs' metrics.
-
-    Args:
-        trainer: Holds the logger.
-        record: Content of results.json.
     """
-    if trainer.logger is None or not trainer.is_global_zero:
+    if trainer.logger is None:
         return
     models = {model: record[model]["metrics"] for model in ("start", "retrained", "final") if record.get(model)}
     logger: Any = trainer.logger

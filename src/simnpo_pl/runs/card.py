@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from simnpo_pl.metrics import titles
 from simnpo_pl.models.lora import ADAPTER_CONFIG
@@ -14,8 +14,6 @@ from simnpo_pl.utils import markdown
 from simnpo_pl.utils.files import write_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-UNTESTED = ("relearning", "rounded weights", "sampled answers")
-"""Attacks, for runs without a verdict."""
 
 
 def write_card(run: Run) -> None:
@@ -60,14 +58,14 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _card_of(model: str) -> ModelCardData:
-    """Front matter of the start model's own card; empty if it has none."""
+    """Front matter of the start model's own card, in its folder or the hub's cache; nothing is downloaded."""
     try:
         folder = Path(model).expanduser()
-        file = folder / "README.md" if folder.is_dir() else hf_hub_download(model, "README.md")
-        data: Any = ModelCard.load(file, ignore_metadata_errors=True).data
+        file: Any = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(model, "README.md")
+        data: Any = ModelCard(Path(file).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
         return data
     except Exception:
-        # Offline, no card, or none that can be read: what it says is left out.
+        # No card on this machine, or none that can be read: what it says is left out.
         return ModelCardData()
 
 
@@ -88,13 +86,12 @@ def _body(run: Run) -> str:
     if rows:
         parts += ["## Metrics", markdown.table(["metric", *shown], rows)]
     found = [f"{name} {titles.number(value)}" for name, value in run.recovered.items()]
-    untested = verdict.get("untested", () if found else UNTESTED)
     parts += [
         "## What may come back",
         "Metrics of greedy answers do not prove that the rows are removed.",
         *(["Most that an attack brought back:"] if found else []),
         *_list(found),
-        *([f"Not tested: {'; '.join(untested)}."] if untested else []),
+        *([f"Not tested: {'; '.join(run.untested)}."] if run.untested else []),
         "## Versions",
         ", ".join(f"{name} {version}" for name, version in run.record["versions"].items()) + ".",
     ]

@@ -29,17 +29,11 @@ PACKAGES = ("simnpo_pl", "torch", "lightning", "transformers", "torchmetrics", "
 
 
 class RunFolder(Callback):
-    """Writes results as soon as they are known.
-
-    Args:
-        folder: Where to write.
-        config: Resolved config, YAML; null writes none.
-        settings: Settings to repeat in the results, such as the objective's.
-        seed: Seed of the run.
+    """Writes results as soon as they are known, and the resolved `config`, YAML, if there is one.
 
     Attributes:
-        role: Which model is evaluated next: start, neutral (its answers to
-            neutral prompts), retrained, mia_reference, epoch (of the policy) or final.
+        role: Which model is evaluated next: start, neutral (its answers to neutral prompts), retrained, mia_reference,
+            epoch (of the policy) or final.
         result: Newest evaluation of the policy.
         result_step: Optimizer steps behind that evaluation.
     """
@@ -150,11 +144,7 @@ class RunFolder(Callback):
     def finish(self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None) -> None:
         """Write the final results, the rows and the benchmark's own files.
 
-        Args:
-            trainer: Tells which process writes.
-            data: Data module.
-            result: Evaluation of the exported model; None if none was made.
-            epoch: Epoch of the exported model; None if nothing was trained.
+        `result` is the evaluation of the exported model, `epoch` its epoch; None if there is none.
         """
         if epoch is not None:
             self.record["exported_epoch"] = epoch

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simnpo_pl.metrics.titles import number
+from simnpo_pl.runs.verdict import ATTACKS
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, read_json_lines
 
@@ -141,13 +142,20 @@ class Run:
         """Attack and score to the most that any attack of this kind brought back."""
         relearned = (epoch for attack in self.relearned for repeat in attack["repeats"] for epoch in repeat["epochs"])
         rounded = self.record.get("quantized", {}).values()
+        # Not the bounds beside it.
+        sampled = [one["prompts"]["any"][f"leak@{one['settings']['k']}"] for one in self.sampled]
         found = {
             "relearning, forget prob.": [entry["metrics"].get("forget/probability") for entry in relearned],
             "rounded weights, forget prob.": [entry["metrics"].get("forget/probability") for entry in rounded],
-            "sampled answers, rows with a right one": [max(one["prompts"]["any"].values()) for one in self.sampled],
+            "sampled answers, rows with a right one": sampled,
         }
         known = {name: [value for value in values if value is not None] for name, values in found.items()}
         return {name: max(values) for name, values in known.items() if values}
+
+    @property
+    def untested(self) -> list[str]:
+        """What could still change the verdict; of a run without one, the attacks."""
+        return self.verdict.get("untested", [] if self.recovered else list(ATTACKS.values()))
 
     @property
     def config(self) -> str:
@@ -156,15 +164,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path], labels: Sequence[str] = ()) -> list[Run]:
-    """Runs in these folders, or the newest run in runs/ if there are none.
-
-    Args:
-        folders: Each was written by `fit` or `test`.
-        labels: Names of the runs, instead of those that they have.
-
-    Raises:
-        UserError: A folder holds no results, no run was found, or there are more or fewer labels than runs.
-    """
+    """Runs in these folders, or the newest run in runs/ if there are none; `labels` replace their names."""
     if not folders:
         found = sorted(Path("runs").glob("*/results.json"), key=lambda file: file.stat().st_mtime)
         if not found:

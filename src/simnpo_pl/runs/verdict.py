@@ -82,9 +82,7 @@ class Verdict:
         self.attacks = [(group, entry) for group in ATTACKS for entry in record.get(group, {}).values()]
 
     def change(self, name: str) -> Change:
-        values = (_level(name, metrics.get(name)) for metrics in self.models.values())
-        start, final, retrained = values
-        return Change(name, start, final, retrained)
+        return Change(name, *(_level(name, metrics.get(name)) for metrics in self.models.values()))
 
     def splits(self, ending: str, kept: bool) -> list[str]:
         """Metrics with this ending of rows to keep, or to forget."""
@@ -232,11 +230,7 @@ class Verdict:
 
 
 def verdict(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The verdict on a run: `category` of `CATEGORIES`, `reasons`, `untested` and `advice`.
-
-    Args:
-        record: Content of results.json.
-    """
+    """The verdict on a results.json: `category` of `CATEGORIES`, `reasons`, `untested` and `advice`."""
     found = Verdict(record)
     category = found.category()
     return {

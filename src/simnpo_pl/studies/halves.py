@@ -45,11 +45,7 @@ def by_order(rows: int) -> dict[str, list[int]]:
 def qualities(
     rows: Sequence[Row], retrained: Sequence[Row], subsets: Mapping[str, Sequence[int]]
 ) -> list[ForgetSubset]:
-    """Forget quality on subsets of the forget rows, of a model's rows as in `rows.jsonl` and the retrained model's.
-
-    Raises:
-        UserError: A row was not evaluated by one of the models.
-    """
+    """Forget quality on subsets of the forget rows, of a model's rows as in `rows.jsonl` and the retrained model's."""
     import torch
 
     from simnpo_pl.metrics.functional import forget_quality

@@ -1,7 +1,6 @@
 """Runs in processes of their own: finished runs are skipped, interrupted ones resumed.
 
-Everything that makes many runs (sweep, tune) makes each of them here. Workers on several machines may share the
-folders: a run is locked while it is made.
+Workers on several machines may share the folders: a run is locked while it is made.
 """
 
 import json
@@ -120,14 +119,6 @@ class Job:
                 f"{self.folder} holds a run that was started with other {' and '.join(different)} (see {file}); give "
                 "another folder, or remove this one to make the run again"
             )
-
-
-def fit_once(
-    folder: Path, options: Sequence[str], study: Path, log: Path | None = None, wait: bool = True
-) -> dict[str, Any]:
-    """Results of a run of `fit`, which is made or resumed first unless it is finished; see `Job.make`."""
-    Job(folder, options, study).make(log, wait)
-    return read_record(folder)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

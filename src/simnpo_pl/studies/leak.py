@@ -13,6 +13,7 @@ skipped.
 from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
+from itertools import product
 from math import comb
 from typing import Any
 
@@ -52,7 +53,9 @@ def measure(run: Run, options: Namespace) -> None:
     """Add leak@k to a run's results, unless they hold it already."""
     least = options.correct if options.correct is not None else 0.1 if options.entailment else 0.8
     settings = {"k": options.k, "temperature": options.temperature, "seed": options.seed, "correct": least}
-    key, judge = " ".join(f"{name}={value:g}" for name, value in settings.items()), None
+    # All digits of a seed: entries of two seeds must not share a key.
+    words = {name: value if isinstance(value, int) else f"{value:g}" for name, value in settings.items()}
+    key, judge = " ".join(f"{name}={word}" for name, word in words.items()), None
     if options.entailment:
         key += f" entailment={options.entailment}"
         settings |= {"entailment": options.entailment}
@@ -98,7 +101,8 @@ def _sample(
         judge.device = module.device
         pairs = [(text, answers[row % count]) for row, texts in enumerate(drawn) for text in texts]
         correct &= torch.tensor(judge(*zip(*pairs, strict=True))).view_as(correct) >= 0.5
-    leaks = dict(zip(prompts, leak_at(correct).split(count), strict=True))
+    # Of scores that are right or wrong, the best of k is whether one of k is right.
+    leaks = dict(zip(prompts, expected_best(correct).split(count), strict=True))
     leaks["any"] = 1 - torch.stack([1 - leak for leak in leaks.values()]).prod(dim=0)
     if write:
         rows = [
@@ -151,10 +155,11 @@ def expected_best(scores: Tensor) -> Tensor:
     """Mean, over all choices of k out of the K scores of a row, of the best one chosen: `(N, K)`, k from 1 to K.
 
     The score at place i of the sorted ones, from 0, is the best of C(i, k - 1) choices out of C(K, k); so k = 1 gives
-    the mean, k = K the maximum, and nothing depends on the order in which the answers were drawn.
+    the mean, k = K the maximum, and nothing depends on the order in which the answers were drawn. Of scores 1 for a
+    right answer and else 0 it is leak@k of a row (arXiv 2511.04934): 1 - C(K - c, k) / C(K, k) for c right ones.
 
     Args:
-        scores: `(N, K)`.
+        scores: `(N, K)`, numbers or bool.
 
     Example:
         >>> expected_best(torch.tensor([[3.0, 0.0, 0.0]]))
@@ -163,23 +168,6 @@ def expected_best(scores: Tensor) -> Tensor:
     count = scores.shape[1]
     weights = [[comb(i, k - 1) / comb(count, k) for k in range(1, count + 1)] for i in range(count)]
     return scores.double().sort(dim=1).values @ torch.tensor(weights, dtype=torch.float64)
-
-
-def leak_at(correct: Tensor) -> Tensor:
-    """Probability that one of k answers is right, for k drawn without replacement out of n: `(N, n)`, k from 1 to n.
-
-    1 - C(n - c, k) / C(n, k) for c right answers of n: leak@k of a row (arXiv 2511.04934), as pass@k of code models.
-
-    Args:
-        correct: `(N, n)` bool.
-
-    Example:
-        >>> leak_at(torch.tensor([[True, False]]))
-        tensor([[0.5000, 1.0000]], dtype=torch.float64)
-    """
-    n = correct.shape[1]
-    table = [[1 - comb(n - c, k) / comb(n, k) for k in range(1, n + 1)] for c in range(n + 1)]
-    return torch.tensor(table, dtype=torch.float64)[correct.sum(dim=1)]
 
 
 def with_bounds(leaks: Tensor) -> dict[str, Any]:
@@ -216,7 +204,7 @@ class SamplingModule(PolicyModule):
     def test_dataloader(self) -> DataLoader:
         """Every prompt k times, those of similar length together; each process its share."""
         order = sorted(range(len(self.prompts)), key=lambda row: -len(self.prompts[row]))
-        cells = [(row, answer) for row in order for answer in range(self.settings["k"])]
+        cells = list(product(order, range(self.settings["k"])))
         _, size = self.data.eval.batch_sizes(self.trainer)
         batches = [{"cells": cells[start : start + size]} for start in range(0, len(cells), size)]
         share: Any = share_of(batches, self.trainer.global_rank, self.trainer.world_size)

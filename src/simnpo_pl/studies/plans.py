@@ -2,9 +2,9 @@
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -14,18 +14,22 @@ from simnpo_pl.utils.files import write_text
 
 Words = str | list[str]
 """Options as on a command line, in one text or several."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a sweep and a tuning have in common.
+    """What the files of `sweep`, `tune` and `verify` have in common.
 
     Args:
         title: Of the table.
         folder: Of the runs; options may name it as `{folder}`.
         fit: Options of every run, before those of its method.
     """
+
+    EXAMPLE: ClassVar[str]
+    """A correct file, for messages."""
+    BY_NAME: ClassVar[tuple[str, ...]] = ()
+    """Mappings whose entries a later file changes one by one, or removes by null; it replaces all else."""
 
     title: str
     folder: str
@@ -41,9 +45,8 @@ class Plan:
             words = [word.replace("{" + name + "}", value) for word in words]
         return list(words)
 
-    def in_folder(self, folder: str | None) -> Self:
-        """This plan with its runs in another folder, if one is given."""
-        return self if folder is None else replace(self, folder=folder)
+
+P = TypeVar("P", bound=Plan)
 
 
 def write_tables(text: str, *files: Path | None) -> None:
@@ -72,24 +75,19 @@ def read_yaml(file: Path, example: str = "configs/demo.yaml") -> dict[str, Any]:
     return content
 
 
-def read_plan(files: Sequence[Path], kind: type[T], example: str, by_name: Sequence[str] = ()) -> T:
-    """A plan, read from YAML files.
-
-    Args:
-        files: The first, and those that change it.
-        kind: The plan's dataclass.
-        example: A correct file, for messages.
-        by_name: Mappings whose entries a later file changes one by one, or removes by null; it replaces all else.
-    """
+def read_plan(files: Sequence[Path], kind: type[P], folder: str | None = None) -> P:
+    """A plan, read from a YAML file and those that change it; with its runs in another folder, if one is given."""
     content: dict[str, Any] = {}
     for file in files:
-        read = read_yaml(file, example)
-        for name in by_name:
+        read = read_yaml(file, kind.EXAMPLE)
+        for name in kind.BY_NAME:
             if isinstance(read.get(name), dict):
                 known = content.get(name)
                 merged = {**known, **read[name]} if isinstance(known, dict) else read[name]
                 read[name] = {key: value for key, value in merged.items() if value is not None}
         content |= read
+    if folder is not None:
+        content["folder"] = folder
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "plan", instantiate=True)
     try:
@@ -98,4 +96,4 @@ def read_plan(files: Sequence[Path], kind: type[T], example: str, by_name: Seque
         # jsonargparse wraps what the plan's own __post_init__ raises.
         own = next((one for one in (error, error.__cause__) if isinstance(one, UserError)), None)
         reason = " ".join(str(own or error).split())[:300]
-        raise UserError(f"{files[-1]}: {reason}; {example} is an example") from error
+        raise UserError(f"{files[-1]}: {reason}; {kind.EXAMPLE} is an example") from error

@@ -61,10 +61,7 @@ def evaluate_rounded(run: Run, bits: Bits, group_size: int | None) -> dict[str, 
 def quantize(model: Any, bits: Bits, group_size: int | None = None) -> int:
     """Round the weights of all linear layers in place, except output head and embeddings; how many were rounded.
 
-    Args:
-        model: Causal language model from transformers.
-        bits: 8, 4, or "nf4" for four bits on the grid of a normal distribution.
-        group_size: Weights of an output row that share a scale; None gives each row one scale.
+    `group_size` weights of an output row share a scale; None gives each row one scale.
     """
     package, extra = ("bitsandbytes", "8bit") if bits == NF4 else ("torchao", "quantize")
     if find_spec(package) is None:

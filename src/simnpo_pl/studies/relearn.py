@@ -17,7 +17,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from simnpo_pl.data.sources import load_table, text_of
@@ -28,6 +28,7 @@ from simnpo_pl.report.robustness import OTHERS, SHOWN, relearning_table
 from simnpo_pl.runs.record import Run
 from simnpo_pl.studies.reopen import add_results, model_of, reopen, retrained_of, runs_of
 
+PAPER_RATE = 1e-5
 Evaluated = tuple[int, int, EvalResult]
 """Epoch, optimizer step and what was measured."""
 
@@ -52,17 +53,6 @@ class Attack:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-class _Curve(Callback):
-    """Every evaluation."""
-
-    def __init__(self) -> None:
-        self.evaluated: list[Evaluated] = []
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else 0
-        self.evaluated.append((epoch, trainer.global_step, pl_module.evaluation_result))
-
-
 def run(options: Namespace) -> None:
     runs = runs_of(options)
     subsets = [*options.subset, *(["text"] if options.text else [])]
@@ -78,17 +68,13 @@ def run(options: Namespace) -> None:
 
 
 def rate_of(run: Run) -> float:
-    """The learning rate of the run itself."""
-    return float(run.record["settings"]["model"]["lr"])
+    """The learning rate of the run itself; the paper's for a model that was only evaluated where it is `auto`."""
+    rate = run.record["settings"]["model"]["lr"]
+    return PAPER_RATE if rate == "auto" else float(rate)
 
 
 class Relearning:
-    """Attacks on the model of a run, and on its retrained model as the control.
-
-    Args:
-        run: A finished run.
-        retrained: Hub id or folder of the retrained model, by default the run's.
-    """
+    """Attacks on the model of a finished run, and on a retrained model, by default the run's, as the control."""
 
     def __init__(self, run: Run, retrained: str | None = None) -> None:
         self.run = run
@@ -120,9 +106,15 @@ class Relearning:
             *("--eval.splits", "[forget]", "--eval.generate_rows", "0"),
             model=model,
         )
-        module, data, curve = opened.model, opened.datamodule, _Curve()
+        module, data = opened.model, opened.datamodule
+        evaluated: list[Evaluated] = []
+
+        def keep(trainer: pl.Trainer, pl_module: Any) -> None:
+            epoch = trainer.current_epoch + 1 if trainer.state.fn == "fit" else 0
+            evaluated.append((epoch, trainer.global_step, pl_module.evaluation_result))
+
         trainer: Any = opened.trainer
-        trainer.callbacks.append(curve)
+        trainer.callbacks.append(LambdaCallback(on_validation_end=keep))
         data.prepare_data()
         pool = attacking_rows(data, attack)
         count = max(1, round(attack.share * len(data.token_rows(("forget",))["forget"])))
@@ -133,12 +125,12 @@ class Relearning:
         rank_zero_only(print)(f"{self.run.name}: relearning {what}; {model}", flush=True)
         if model not in self._before:
             trainer.validate(module, datamodule=data, verbose=False)
-            self._before[model] = curve.evaluated.pop()
+            self._before[model] = evaluated.pop()
         trainer.fit(module, datamodule=data)
         (split,) = data.evaluation().splits
         shown = {tuple(row.input_ids) for row in chosen}
         relearned = {index for index, answers in enumerate(split.answers) if tuple(answers[0].input_ids) in shown}
-        measured = [_measured(one, relearned) for one in (self._before[model], *curve.evaluated)]
+        measured = [_measured(one, relearned) for one in (self._before[model], *evaluated)]
         # A run may have unlearned some of the rows alone.
         origin = data.forget_rows if attack.subset in ("shortest", "random") else None
         return [origin[row] for row in rows] if origin else rows, measured

@@ -52,11 +52,7 @@ class LoadedRun(UnlearningCLI):
 
 
 def runs_of(options: Namespace) -> list[Run]:
-    """The runs that a command names; of a model in their place, the run of `test` that evaluates it.
-
-    Raises:
-        UserError: A model comes without a config, options of `test` without a model, or a run is not finished.
-    """
+    """The runs that a command names; of a model in their place, the run of `test` that evaluates it."""
     given = [word for file in options.config for word in ("--config", file)] + options.fit
     models = [place for place in options.runs if not (place.expanduser() / RESULTS).is_file()]
     if given and not models:

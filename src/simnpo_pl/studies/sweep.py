@@ -93,6 +93,9 @@ class Sweep(Plan):
         note: Text below the table.
     """
 
+    EXAMPLE = "configs/sweep/table1.yaml"
+    BY_NAME = ("methods", "models")
+
     table: str
     methods: dict[str, Words]
     splits: dict[str, Words] = field(default_factory=lambda: {"all": ""})
@@ -140,13 +143,8 @@ def _command(words: Words) -> tuple[str, list[str]]:
     return split[0], split[1:]
 
 
-def read_sweep(files: Sequence[Path]) -> Sweep:
-    """The sweep in a file; later files change methods and models by name, and replace all else."""
-    return read_plan(files, Sweep, "configs/sweep/table1.yaml", by_name=("methods", "models"))
-
-
 def run(options: Namespace) -> None:
-    sweep = read_sweep(options.files).in_folder(options.folder)
+    sweep = read_plan(options.files, Sweep, options.folder)
     runs, models = sweep.runs(options.fit), sweep.made_models(options.fit)
     share = list(runs.values())[options.shard]
     if options.list:
@@ -166,10 +164,9 @@ def run(options: Namespace) -> None:
 
 
 def work(folder: Path, runs: Sequence[Job], models: Sequence[Job]) -> list[str]:
-    """Make the models, or wait until another worker has made them, then the runs that nobody else makes.
+    """Make the models, or wait until another worker has, then the runs that nobody else makes; messages of failures.
 
-    Returns:
-        Messages of the runs that failed; a model that fails ends the sweep.
+    A model that fails ends the sweep.
     """
 
     def log(job: Job) -> Path:

@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from simnpo_pl.metrics.titles import number, title_of
-from simnpo_pl.studies.launch import RunFailed, Taken, fit_once, read_record
+from simnpo_pl.studies.launch import Job, RunFailed, Taken, read_record
 from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tables
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
@@ -118,6 +118,9 @@ class Tuning(Plan):
             the folder.
     """
 
+    EXAMPLE = "configs/tune/tofu_forget05.yaml"
+    BY_NAME = ("methods",)
+
     methods: dict[str, Method]
     trials: int
     maximize: str
@@ -162,11 +165,6 @@ def distribution(option: str, values: dict[str, Any]) -> BaseDistribution:
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise UserError(f"search space of {option}: {' '.join(str(error).split())}") from error
-
-
-def read_tuning(files: Sequence[Path]) -> Tuning:
-    """The tuning in a file; later files change methods by name, and replace all else."""
-    return read_plan(files, Tuning, "configs/tune/tofu_forget05.yaml", by_name=("methods",))
 
 
 class Search:
@@ -229,7 +227,9 @@ class Search:
         log = self.tuning.path / "logs" / f"{self.method}-{trial.number:03d}.txt"
         options = self.tuning.options(self.method, trial.params, self.more)
         try:
-            record = fit_once(self.folder(trial.number), options, self.tuning.path, log, wait=False)
+            job = Job(self.folder(trial.number), options, self.tuning.path)
+            job.make(log, wait=False)
+            record = read_record(job.folder)
             violations = {condition: violation(condition, record) for condition in self.tuning.subject_to}
             value = measured(record, "final", self.tuning.maximize)
             result = f"{self.tuning.maximize} {value:.4g}, {time.monotonic() - began:.0f} s"
@@ -284,7 +284,7 @@ def meets(trial: FrozenTrial) -> bool:
 
 
 def run(options: Namespace) -> None:
-    tuning = read_tuning(options.files).in_folder(options.folder)
+    tuning = read_plan(options.files, Tuning, options.folder)
     methods = options.methods or list(tuning.methods)
     for method in methods:
         if method not in tuning.methods:

@@ -18,8 +18,6 @@ from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tabl
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
-EXAMPLE = "configs/verify/tofu_1b_forget10.yaml"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -48,6 +46,8 @@ class Verification(Plan):
         tolerances: Metric to its own tolerance.
     """
 
+    EXAMPLE = "configs/verify/tofu_1b_forget10.yaml"
+
     source: str
     needs: str
     checkpoints: dict[str, Checkpoint]
@@ -68,7 +68,7 @@ class Verification(Plan):
 
 
 def run(options: Namespace) -> None:
-    plan = read_plan([options.file], Verification, EXAMPLE).in_folder(options.folder)
+    plan = read_plan([options.file], Verification, options.folder)
     names = options.checkpoints or list(plan.checkpoints)
     if unknown := [name for name in names if name not in plan.checkpoints]:
         raise UserError(f"--checkpoints {unknown[0]}: {options.file} has {', '.join(plan.checkpoints)}")
@@ -96,14 +96,11 @@ def compare(plan: Verification, name: str, found: Mapping[str, float | None]) ->
     lines = []
     for metric, published in plan.checkpoints[name].values.items():
         here, tolerance = found.get(metric), plan.tolerances.get(metric, plan.tolerance)
-        if here is None or here != here:
-            lines.append(([name, metric, "not measured", number(published), "-", number(tolerance), "no"], False))
-            continue
-        difference = here - published
-        # Published values are rounded: a difference of exactly the tolerance is within it.
-        good = abs(difference) <= tolerance * (1 + 1e-9)
-        shown = f"{difference:+.4f}"
-        lines.append(
-            ([name, metric, number(here), number(published), shown, number(tolerance), "yes" if good else "no"], good)
-        )
+        measured, difference, good = "not measured", "-", False
+        if here is not None and here == here:
+            measured, difference = number(here), f"{here - published:+.4f}"
+            # Published values are rounded: a difference of exactly the tolerance is within it.
+            good = abs(here - published) <= tolerance * (1 + 1e-9)
+        cells = [name, metric, measured, number(published), difference, number(tolerance), "yes" if good else "no"]
+        lines.append((cells, good))
     return lines

@@ -68,11 +68,9 @@ def chosen_epochs(run: Run, epochs: Sequence[int]) -> dict[int, list[Row]]:
 
 
 def difficulty(run: Run) -> dict[int, float] | None:
-    """The start model's loss on every forget row, nats per token; low if it memorized the row.
+    """Row index to the start model's loss, nats per token; low if it memorized the row.
 
-    Returns:
-        Row index to loss; None if the start model was not evaluated on the rows that the run trained on, which the
-        losses of the first optimizer step show.
+    None if it was not evaluated on the rows that the run trained on, which the losses of the first optimizer step show.
     """
     known = {row["index"]: row["answer_nll"] for row in run.start_rows if row["split"] == "forget"}
     rows = [row for row in run.weights if row["epoch"] == 1]

@@ -114,11 +114,7 @@ def read_json_lines(file: Path) -> list[Any]:
 
 def _sync_folder(folder: Path) -> None:
     """New names in a folder survive a loss of power."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        # Some systems open no folders.
-        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
