@@ -32,10 +32,15 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model.objectivee", "NPO"), "objectivee"),
+        (("--model.objectivee", "NPO"), "--model.objectivee NPO; the nearest is --model.objective"),
+        (("--model.beta", "1"), "error: unrecognized arguments: --model.beta 1; the nearest is --model.objective.beta"),
+        (("--lr=1",), "error: unrecognized arguments: --lr=1; the nearest is --model.lr"),
+        (("--trainer.max_epoch", "1"), "--trainer.max_epoch 1; the nearest is --trainer.max_epochs"),
+        (("--trainer.max_epochs", "ten"), "error: --trainer.max_epochs: expected a whole number or null, got ten"),
         (
             ("--model.objective", "NOP"),
-            "known are CEU, DPO, FineTune, GradAscent, GradDiff, IDK, LengthNormalizedNPO, NPO, NPORawLogits, PDU, "
+            "no such class; the nearest is NPO; known are CEU, DPO, FineTune, "
+            "GradAscent, GradDiff, IDK, LengthNormalizedNPO, NPO, NPORawLogits, PDU, "
             "RKLD, RMU, ReferenceFreeNPO, SatImp, SimNPO, SimNPORawLogits, UNDIAL, WGA",
         ),
         (("--model.retain_loss", "NL"), "known are EmbedDiff, KL, NLL"),
@@ -46,26 +51,36 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--config", "configs/no_such.yaml"), "error: --config: File does not exist: "),
         (
             ("--model.objective.betta", "1"),
-            "error: --model.objective: Option 'betta' is not accepted by SimNPO; --model.objective.help SimNPO lists",
+            "Option 'betta' is not accepted by SimNPO; the nearest is beta; --model.objective.help SimNPO lists",
         ),
-        (("--data", "Tofu"), "--data Tofu: no such class; known are DemoData, MarkovData, MuseData, OwnData, TofuData"),
+        (
+            ("--data", "Tofu"),
+            "no such class; the nearest is TofuData; known are DemoData, MarkovData, MuseData, OwnData, TofuData",
+        ),
         (
             ("--data.forget_splits", "forget10"),
-            "error: --data: Option 'forget_splits' is not accepted by TofuData; --data.help TofuData lists",
+            "error: --data: Option 'forget_splits' is not accepted by TofuData; the nearest is forget_split;",
         ),
-        (("--data.max_length", "long"), "error: --data.max_length: expected int or null, got long"),
-        (("--model.lr", "fast"), "error: --model.lr: expected float or 'auto', got fast"),
+        (("--data.max_length", "long"), "error: --data.max_length: expected a whole number or null, got long"),
+        (("--model.lr", "fast"), "error: --model.lr: expected a number or 'auto', got fast"),
         (("--model.schedule", "cosine"), "error: --model.schedule: expected 'linear' or 'constant', got cosine"),
-        (("--model.objective.beta", "x"), "error: --model.objective.beta: expected float, got x"),
-        (("--model.trainable", "3"), "error: --model.trainable: expected list[str] or null, got 3"),
-        (("--model.lora.ranks", "1"), "error: --model.lora: Option 'ranks' is not accepted by LoraOptions"),
-        (("--eval.start", "maybe"), "error: --eval.start: expected bool, got maybe"),
-        (("--seed_everything", "x"), "error: --seed_everything: expected bool or int, got x"),
+        (("--model.objective.beta", "x"), "error: --model.objective.beta: expected a number, got x"),
+        (("--model.trainable", "3"), "error: --model.trainable: expected list of text or null, got 3"),
+        (
+            ("--model.lora.ranks", "1"),
+            "error: --model.lora: Option 'ranks' is not accepted by LoraOptions; the nearest is rank;",
+        ),
+        (("--eval.start", "maybe"), "error: --eval.start: expected true or false, got maybe"),
+        (("--seed_everything", "x"), "error: --seed_everything: expected true or false or a whole number, got x"),
         (("--seed_everything", "-1"), "error: --seed_everything must be a whole number from 0 to"),
         (("--config", "missing.yaml"), "missing.yaml"),
         (("--model.name", "./no_such_folder"), "folder ./no_such_folder does not exist"),
         (("--data.path", "./no_such_folder"), "no_such_folder"),
         (("--data.forget_split", "forget42"), "forget42"),
+        (
+            ("--data.forget_split", "forget5"),
+            "--data.forget_split forget5: TOFU has forget01, forget05 and forget10; the nearest is forget05",
+        ),
         (("--data.forget_split", "dogs"), "give --data.retain_split too"),
         (("--data.effective_batch", "3"), "3"),
         (("--trainer.accumulate_grad_batches", "3"), "contradicts --data.effective_batch 4 = 1 device(s) x 2 rows x 2"),
@@ -88,7 +103,6 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--export.best", "forget_quality"), "no retrained model to compare with"),
         (("--export.best", "model_utility", "--trainer.check_val_every_n_epoch", "9"), "evaluates none of 2"),
         (("--trainer.limit_val_batches", "0"), "above 0"),
-        (("--trainer.accelerator", "gpu"), "gpu backend"),
         (
             ("--trainer.precision", "64-true"),
             "--trainer.precision 64-true is not supported: give 32-true, bf16-mixed or",
@@ -114,10 +128,38 @@ def test_setting_of_data_before_a_benchmark(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--data.forget", "rows.jsonl", "--model.name", "MODEL"])
     assert stop.value.code == 2
-    said = (
-        "error: --data: Option 'forget' is not accepted before a class is chosen: give --config or --data first, one of"
-    )
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{said} DemoData, ")
+    said = "error: --data.forget needs a class: give --config FILE or --data first, one of DemoData, "
+    assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fit"], "no model is named: give --config FILE of a run, such as configs/demo.yaml, or --model.name MODEL"),
+        (["fit", "--config", "configs/sweep/table1.yaml"], "no model is named: give --config FILE of a run, such as"),
+        (["fit", "--model.name", "MODEL"], "no benchmark is named: give --config FILE of a run, such as configs/demo"),
+        (
+            ["sweep", "configs/demo.yaml"],
+            "configs/demo.yaml is the config of a run, for fit --config configs/demo.yaml",
+        ),
+        (["tune", "configs/demo.yaml"], "expected a file such as configs/tune/tofu_forget05.yaml"),
+    ],
+)
+def test_without_the_config_of_a_run(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    from simnpo_pl.__main__ import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda", "mps"])
+def test_a_gpu_where_there_is_none(cli_error: Error, name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    said = cli_error("fit", "--trainer.accelerator", name)
+    assert f"--trainer.accelerator {name}: PyTorch {torch.__version__} finds no such device here; give cpu" in said
 
 
 def test_predict_without_generation(cli_error: Error, tmp_path: Path):

@@ -34,7 +34,7 @@ def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_mistyped_option(capsys: pytest.CaptureFixture[str]):
     said = error(capsys, "task-vector", "--start", "a", "--overfit", "b", "--out", "c", "--alhpa", "1")
-    assert said == "error: unrecognized arguments: --alhpa 1; --help lists the options\n"
+    assert said == "error: unrecognized arguments: --alhpa 1; the nearest is --alpha; --help lists the options\n"
 
 
 def test_options_are_read_before_torch_is_imported():
@@ -51,7 +51,9 @@ def test_options_are_read_before_torch_is_imported():
 
 def test_mistyped_command(capsys: pytest.CaptureFixture[str]):
     said = error(capsys, "reprot", "runs/A")
-    assert said.startswith("error: reprot: no such command; known are fit, validate, test, predict, ")
+    assert said.startswith(
+        "error: reprot: no such command; the nearest is report; known are fit, validate, test, predict, "
+    )
     assert all(name in said for name in COMMANDS)
 
 
@@ -102,10 +104,19 @@ def test_doctor(
     assert "HF_ENDPOINT must be a web address, got here" in error(capsys, "doctor", str(config))
 
 
+@pytest.mark.parametrize("on_path", [True, False])
 @pytest.mark.parametrize("board", [True, False])
-def test_tensorboard_is_named_where_it_was_used(tmp_path: Path, board: bool):
+def test_next_commands_work_as_printed(tmp_path: Path, board: bool, on_path: bool, monkeypatch: pytest.MonkeyPatch):
+    """An environment that is not active is named by its path; TensorBoard only where it was used."""
     from simnpo_pl.cli.summary import written
 
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin") if on_path else "")
+    monkeypatch.chdir(tmp_path)
+    for name in ("python", "tensorboard"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).touch(0o755)
     said = written(tmp_path / "run", board).splitlines()
-    assert f"  python -m simnpo_pl report {tmp_path / 'run'}" in said
-    assert (f"  tensorboard --logdir {tmp_path}" in said) == board
+    place = "" if on_path else "bin/"
+    assert f"  {place}python -m simnpo_pl report {tmp_path / 'run'}" in said
+    assert (f"  {place}tensorboard --logdir {tmp_path}" in said) == board

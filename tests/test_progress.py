@@ -1,21 +1,43 @@
-"""The progress bar: names of the losses, and one bar in a run."""
+"""The progress bar: one in a run, one line, with time left and the losses by name."""
 
+import io
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+import rich
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
+from rich.console import Console
 
 from simnpo_pl.cli.main import UnlearningCLI
-from simnpo_pl.runs.progress import ProgressBar
+from simnpo_pl.cli.summary import say
 
 
-def test_losses_have_short_names(monkeypatch: pytest.MonkeyPatch):
-    metrics = {"v_num": "", "train/loss": 1.5, "train/forget_loss": 0.5, "train/retain_loss": 1.0}
-    monkeypatch.setattr(RichProgressBar, "get_metrics", lambda *_: metrics)
-    shown = ProgressBar().get_metrics(None, None)
-    assert shown == {"v_num": "", "loss": 1.5, "forget": 0.5, "retain": 1.0}
+def test_bars_of_a_run(cli: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each shows its last state: the start model, then both epochs in one; 80 columns are enough."""
+    output = io.StringIO()
+    monkeypatch.setattr(rich, "_console", Console(file=output, width=80))
+    options = ["--run_dir", str(tmp_path / "run"), "--eval.generate_rows", "1", "--trainer.enable_progress_bar", "true"]
+    cli("fit", *options)
+    start, training = output.getvalue().splitlines()
+    assert re.fullmatch(r"evaluating start model ━{16} (\d+)/\1 took 0:\d\d:\d\d *", start)
+    assert re.fullmatch(r"epoch 2 of 2 ━{16} 6/6 took 0:\d\d:\d\d forget \d\.\d{3}  retain \d\.\d{3} *", training)
+    output.truncate(0)
+    cli("test", *options[2:], "--run_dir", str(tmp_path / "test"))
+    assert "evaluating model" in output.getvalue()
+
+
+def test_lines_break_between_words_in_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    text = "data: 60 forget rows, 540 retain rows\n  fluency: no classifier"
+    say(text)
+    assert capsys.readouterr().out == f"{text}\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "30")
+    say(text)
+    assert capsys.readouterr().out == "data: 60 forget rows, 540\n    retain rows\n  fluency: no classifier\n"
 
 
 class Mine(Callback):

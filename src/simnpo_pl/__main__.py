@@ -13,7 +13,7 @@ from urllib.request import getproxies
 from simnpo_pl.cli import RUNS
 from simnpo_pl.studies import COMMANDS
 from simnpo_pl.studies import run as run_command
-from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.errors import UserError, nearest
 from simnpo_pl.utils.files import causes
 
 ASK_HUB = (*RUNS, "check", "leak", "lm-eval", "perturb", "quantize", "relearn", "task-vector")
@@ -66,11 +66,15 @@ def _run(arguments: list[str]) -> None:
     if name in COMMANDS:
         run_command(name, arguments[1:])
     elif name in RUNS or name.startswith("-"):
+        # What is shown may be redirected to a file, and other processes of the run have said it.
+        if name in RUNS and "LOCAL_RANK" not in os.environ:
+            print("loading ...", file=sys.stderr, flush=True)
         from simnpo_pl.cli.main import run
 
         run(arguments)
     else:
-        raise UserError(f"{name}: no such command; known are {', '.join((*RUNS, *COMMANDS))}")
+        known = (*RUNS, *COMMANDS)
+        raise UserError(f"{name}: no such command{nearest(name, known)}; known are {', '.join(known)}")
 
 
 def usage() -> str:

@@ -15,7 +15,7 @@ from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.metrics.answers import ModelUtility
 from simnpo_pl.metrics.export import open_unlearning_log
 from simnpo_pl.metrics.logs import RetainLog, read_retain_log
-from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.errors import UserError, nearest
 
 QUESTIONS = ("question", "answer")
 ANSWERS = (*QUESTIONS, "paraphrased_answer", "perturbed_answer")
@@ -135,7 +135,9 @@ class TofuData(UnlearningData):
 def _complement(forget_split: str) -> str:
     match = re.fullmatch(r"forget(\d\d)", forget_split)
     if match is None:
+        closest = nearest(forget_split, ("forget01", "forget05", "forget10"))
         raise UserError(
-            f"--data.forget_split {forget_split}: give --data.retain_split too, its complement is not known"
+            f"--data.forget_split {forget_split}: TOFU has forget01, forget05 and forget10{closest}; for another split "
+            "give --data.retain_split too"
         )
     return f"retain{100 - int(match[1])}"

@@ -4,15 +4,18 @@ The parser keeps every setting that a new class also has: a `beta` tuned for Sim
 settings, the loss weights and the choice of parameters are cleared wherever a later config or flag names another class.
 """
 
+import inspect
+import pydoc
 import re
 from argparse import Action
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import DefaultHelpFormatter
 
+from simnpo_pl.utils.errors import nearest
 from simnpo_pl.utils.files import causes
 
 CLEARED = {
@@ -74,47 +77,83 @@ def _named_classes(name: str, value: str) -> Iterator[tuple[str, str]]:
 
 # jsonargparse's exceptions have no fields: option, class and types are only in their messages.
 _OPTION = re.compile(r'Parser key "([\w.]+)":')
-_OWNER = re.compile(r"Problem with given class_path '[\w.]*?(\w+)'")
+_OWNER = re.compile(r"Problem with given class_path '([\w.]*?(\w+))'")
 _TYPE = re.compile(r"<class '[\w.]*?(\w+)'>|typing\.Literal\[(.*?)\]")
 _NO_CLASS = "Expected a dot import path string: "
+_REFUSED = re.compile(r"Option '(\w+)' is not accepted")
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_RUN = "give --config FILE of a run, such as configs/demo.yaml, or --model.name MODEL and --data CLASS"
 
 
-def explain(error: Exception, bases: Mapping[str, type[Any]]) -> str:
+def explain(error: Exception, bases: Mapping[str, type[Any]], options: Iterable[str]) -> str:
     """One line for an error of the parser: the option, then the innermost of the errors that led to it.
 
-    `bases` has the options that name a class, with the base class.
+    Args:
+        error: The parser's.
+        bases: Options that name a class, with the base class.
+        options: All others, with their dashes.
     """
     messages = [" ".join(str(cause).split()) for cause in causes(error)]
     names = dict.fromkeys(found[1] for message in messages if (found := _OPTION.match(message)))
+    if messages[0].startswith("the following arguments are required"):
+        return f"no benchmark is named: {_RUN}"
     if not names:
-        return messages[0]
+        mistyped = re.search(r"--[\w.]+", messages[0])
+        return messages[0] + (_nearest_option(mistyped[0], bases, options) if mistyped else "")
     option, reason = f"--{'.'.join(names)}", messages[-1]
     owner = _OWNER.search(messages[0])
+    refused = _REFUSED.search(reason)
     if base := bases.get(option[2:]):
-        known = ", ".join(_known_classes(base))
+        classes = _known_classes(base)
+        known = ", ".join(classes)
         if reason.startswith(_NO_CLASS):
             name = reason.removeprefix(_NO_CLASS)
-            return f"{option} {name}: no such class; known are {known}, or give the class path of a custom one"
-        if owner and owner[1] == base.__name__:
-            return f"{option}: {reason} before a class is chosen: give --config or {option} first, one of {known}"
-    if owner and reason.endswith("is not accepted"):
-        return f"{option}: {reason} by {owner[1]}; {option}.help {owner[1]} lists its settings"
+            here = f"no such class{nearest(name, classes)}; known are {known}"
+            return f"{option} {name}: {here}, or give the class path of a custom one"
+        if owner and refused and owner[2] == base.__name__:
+            return f"{option}.{refused[1]} needs a class: give --config FILE or {option} first, one of {known}"
+    if owner and refused:
+        closest = nearest(refused[1], _settings(pydoc.locate(owner[1])))
+        return f"{option}: {reason} by {owner[2]}{closest}; {option}.help {owner[2]} lists its settings"
+    if option == "--model.name":
+        return f"no model is named: {_RUN}"
     expected, _, value = reason.partition(". Got value: ")
     if not value:
         return f"{option}: {reason}"
     # Where several types are possible the innermost error is only of the first one.
     union = messages[-2].partition("Subtypes: [")[2].partition("] Errors: ")[0]
     types = _TYPE.sub(lambda kind: kind[1] or kind[2], union or expected.removeprefix("Expected a "))
-    return f"{option}: expected {types.replace('NoneType', 'null').replace(', ', ' or ')}, got {value}"
+    words = re.sub(r"list\[(\w+)\]", r"list of \1", types.replace(", ", " or "))
+    words = re.sub(r"\w+", lambda word: _WORDS.get(word[0], word[0]), words)
+    return f"{option}: expected {words}, got {value}"
 
 
-def _known_classes(base: type[Any]) -> list[str]:
-    """Subclasses in this package, without bases and the parser's stand-ins for defaults."""
+def _nearest_option(mistyped: str, bases: Mapping[str, type[Any]], options: Iterable[str]) -> str:
+    """The option that was most likely meant: one that ends in the same word, else one that is spelled like it."""
+    known = {
+        f"--{option}.{name}"
+        for option, base in bases.items()
+        for cls in _known_classes(base).values()
+        for name in _settings(cls)
+    }
+    known.update(options)
+    same = [option for option in known if re.split(r"[.-]", option)[-1] == re.split(r"[.-]", mistyped)[-1]]
+    return f"; the nearest is {same[0]}" if len(same) == 1 else nearest(mistyped, sorted(same or known))
+
+
+def _settings(cls: Any) -> set[str]:
+    """Names that a class is configured with, its bases' too."""
+    names = {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters}
+    return names - {"self", "args", "kwargs"}
+
+
+def _known_classes(base: type[Any]) -> dict[str, type[Any]]:
+    """Subclasses, by name, in this package, without bases and the parser's stand-ins for defaults."""
     found, new = set(), {base}
     while new := {sub for cls in new for sub in cls.__subclasses__()}:
         found |= new
     ours = [c for c in found if c.__module__.startswith("simnpo_pl.") and not c.__module__.endswith(".base")]
-    return sorted(c.__name__ for c in ours if not c.__name__.startswith("Lazy"))
+    return {c.__name__: c for c in sorted(ours, key=lambda c: c.__name__) if not c.__name__.startswith("Lazy")}
 
 
 class HelpFormatter(DefaultHelpFormatter):

@@ -24,7 +24,7 @@ import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short
 from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.cli import RUNS
 from simnpo_pl.cli.arguments import HelpFormatter, clear_changed_classes, explain
-from simnpo_pl.cli.summary import generates, measures, memory, plan, show, written
+from simnpo_pl.cli.summary import generates, measures, memory, plan, say, show, written
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.losses import AnswerLosses
 from simnpo_pl.evaluation.options import EvalOptions
@@ -64,7 +64,7 @@ class UnlearningCLI(LightningCLI):
     """Whether the run continues the one in its folder."""
 
     def __init__(self, args: list[str] | None = None) -> None:
-        parser: dict[str, Any] = {"exit_on_error": False, "formatter_class": HelpFormatter}
+        parser: dict[str, Any] = {"exit_on_error": False, "formatter_class": HelpFormatter, "allow_abbrev": False}
         commands = {name: {**parser, "usage": USAGE.format(name), "description": what} for name, what in RUNS.items()}
         super().__init__(
             UnlearningModule,
@@ -101,7 +101,7 @@ class UnlearningCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise UserError(explain(error, CLASSES)) from error
+            raise UserError(explain(error, CLASSES, self._parser("fit")._option_string_actions)) from error
         seed = self.config[self.config["subcommand"]].seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise UserError(f"--seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}")
@@ -127,6 +127,7 @@ class UnlearningCLI(LightningCLI):
         config, made = self.config[self.subcommand], self.config_init[self.subcommand]
         given, folder = made.trainer, self._folder(config)
         strategy, plugins = str(given.strategy), _as_list(given.plugins)
+        check_accelerator(given.accelerator)
         if strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
             raise UserError(
                 f"--trainer.strategy {strategy} needs DeepSpeed: pip install 'simnpo_pl[deepspeed]', or give "
@@ -138,7 +139,7 @@ class UnlearningCLI(LightningCLI):
         self.signals = StopSignals(plugins)
         callbacks: list[Any] = [*_as_list(given.callbacks), self.run_folder]
         if given.enable_progress_bar is not False and not any(isinstance(c, AnyProgressBar) for c in callbacks):
-            callbacks.append(ProgressBar())
+            callbacks.append(ProgressBar(self.run_folder))
         if self.subcommand == "fit":
             self.export = ExportModel(folder / "model", made.export)
             callbacks += [self.export, History(folder), GradientWeights(folder)]
@@ -224,7 +225,7 @@ class UnlearningCLI(LightningCLI):
         # Some data modules make their models on first use.
         data.prepare_data()
         if first:
-            print(plan(self.trainer, self.model, self.run_folder.folder, fit))
+            say(plan(self.trainer, self.model, self.run_folder.folder, fit))
         if fit:
             if self.model.lr == "auto":
                 check_ramp(self.trainer)
@@ -234,12 +235,12 @@ class UnlearningCLI(LightningCLI):
             # Mistakes in the training rows show before the first evaluation.
             data.load_training(self.model.parts)
             if first:
-                print(memory(self.trainer, self.model, data), flush=True)
+                say(memory(self.trainer, self.model, data))
         data.setup("validate")
         self._evaluate_references()
         if first:
             measured = (generates if self.subcommand == "predict" else measures)(data.evaluation())
-            print(*([data.describe()] if fit else []), measured, sep="\n")
+            say("\n".join([*([data.describe()] if fit else []), measured]))
 
     def _evaluate_references(self) -> None:
         data, options = self.datamodule, self.datamodule.eval
@@ -288,7 +289,7 @@ class UnlearningCLI(LightningCLI):
         if self.trainer.is_global_zero:
             show(self.run_folder.record)
             board = any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers)
-            print(written(self.run_folder.folder, board))
+            say(written(self.run_folder.folder, board))
 
     # -- settings ------------------------------------------------------------------------------------------
 
@@ -323,6 +324,16 @@ def precision(trainer: Any) -> Any:
     on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if trainer["precision"] is None and bfloat16 else trainer["precision"]
+
+
+def check_accelerator(name: Any) -> None:
+    """Refuse a GPU that is asked for where PyTorch finds none."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name in (*found, "gpu") and not found.get(name, any(found.values())):
+        raise UserError(
+            f"--trainer.accelerator {name}: PyTorch {torch.__version__} finds no such device here; give cpu, or auto, "
+            "which takes what there is"
+        )
 
 
 def run(arguments: list[str]) -> None:

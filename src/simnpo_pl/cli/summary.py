@@ -1,6 +1,9 @@
 """What the terminal shows: the plan before a run and the table after it."""
 
 import os
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +187,25 @@ def _place(name: str) -> int:
 
 def written(folder: Path, board: bool = True) -> str:
     """The files of a run and how to look at them; `board` if TensorBoard's events are among them."""
-    files = [f"  {folder / name}  {what}" for name, what in FILES.items() if (folder / name).exists()]
-    tensorboard = [f"  tensorboard --logdir {folder.parent}"] if board else []
-    return "\n".join(["written:", *files, "to look at it:", f"  python -m simnpo_pl report {folder}", *tensorboard])
+    width = max(map(len, FILES))
+    files = [f"  {name:{width}}  {what}" for name, what in FILES.items() if (folder / name).exists()]
+    report = f"  {program(Path(sys.executable).name)} -m simnpo_pl report {folder}"
+    tensorboard = [f"  {program('tensorboard')} --logdir {folder.parent}"] if board else []
+    return "\n".join([f"written to {folder}:", *files, "to look at it:", report, *tensorboard])
+
+
+def program(name: str) -> str:
+    """A program of this environment as it is to be typed here: its name if the shell finds it, else its path."""
+    path, found = Path(sys.executable).with_name(name), shutil.which(name)
+    if found is not None and Path(found).parent == path.parent:
+        return name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def say(text: str) -> None:
+    """Print lines; in a terminal they are broken between words."""
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        wrap = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+        text = "\n".join(map(wrap.fill, text.splitlines()))
+    print(text, flush=True)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.errors import UserError, nearest
 
 Row = dict[str, Any]
 AnyRow = Mapping[str, Any] | str
@@ -174,7 +174,8 @@ def _read_split(path: str, name: str) -> list[Row]:
         if (file := folder / f"{name}{suffix}").is_file():
             return _read_file(file)
     names = sorted({file.stem for file in (folder / name).parent.glob("*") if file.suffix in _FILES})
-    raise UserError(f"no split {name!r} in {path}: the splits are: {', '.join(names) or 'none'}; choose one")
+    there = f"the splits are: {', '.join(names) or 'none'}"
+    raise UserError(f"no split {name!r} in {path}{nearest(name, names)}; {there}; choose one")
 
 
 def _local(path: str) -> Path:

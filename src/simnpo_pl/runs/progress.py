@@ -1,13 +1,122 @@
-"""Lightning's progress bar with short names of the losses."""
+"""The progress bar: one line that says what runs, how far it is, how long it still takes, and the losses."""
 
+import math
+from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from simnpo_pl.runs.folder import RunFolder
+
+EVALUATED = {"start": "start model", "retrained": "retrained model", "mia_reference": "reference", "final": "model"}
+"""Name in the terminal of the model that is evaluated in a role."""
 
 
-class ProgressBar(RichProgressBar):
-    """Shows `forget` and `retain` for the losses `train/forget_loss` and `train/retain_loss`, in 80 columns."""
+class ProgressBar(AnyProgressBar):
+    """One bar at a time: the whole training, with the evaluations in it, or one evaluation; 80 columns are enough.
 
-    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        return {name.removeprefix("train/").removesuffix("_loss"): value for name, value in metrics.items()}
+    Args:
+        folder: Knows which model is evaluated; by default the policy.
+    """
+
+    def __init__(self, folder: RunFolder | None = None) -> None:
+        super().__init__()
+        self.folder = folder
+        self._enabled = True
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def disable(self) -> None:
+        """By Lightning, in all processes but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        self._start("training", trainer.estimated_stepping_batches, trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
+        of = f" of {trainer.max_epochs}" if trainer.max_epochs != -1 else ""
+        self._update(description=f"epoch {trainer.current_epoch + 1}{of}")
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if self._enabled:
+            self._update(completed=trainer.global_step, note=_losses(trainer))
+
+    def on_train_end(self, *_: Any) -> None:
+        self._stop()
+
+    def on_validation_start(self, trainer: Any, *_: Any) -> None:
+        self._evaluation(trainer, trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Any, *_: Any) -> None:
+        self._evaluation(trainer, trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Any, *_: Any) -> None:
+        self._start("generating", sum(trainer.num_predict_batches))
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int, *_: Any) -> None:
+        if trainer.state.fn == "fit":
+            self._update(note=f"evaluating {index + 1}/{sum(trainer.num_val_batches)}")
+        else:
+            self._update(advance=1)
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        self._update(advance=1)
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        self._update(advance=1)
+
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.state.fn != "fit":
+            self._stop()
+        elif self._enabled:
+            self._update(note=_losses(trainer))
+
+    def on_test_end(self, *_: Any) -> None:
+        self._stop()
+
+    def on_predict_end(self, *_: Any) -> None:
+        self._stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self._stop()
+
+    def _evaluation(self, trainer: Any, batches: list[int]) -> None:
+        if trainer.state.fn != "fit":
+            role = "final" if self.folder is None else self.folder.role
+            self._start(f"evaluating {EVALUATED[role]}", sum(batches))
+
+    def _start(self, what: str, total: float, done: int = 0) -> None:
+        self._stop()
+        columns = [TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), _Time()]
+        # Speed over the whole bar: the evaluations between the epochs count, too.
+        self._bar = Progress(
+            *columns, TextColumn("{task.fields[note]}"), disable=not self._enabled, speed_estimate_period=math.inf
+        )
+        self._task = self._bar.add_task(what, total=total if math.isfinite(total) else None, completed=done, note="")
+        self._bar.start()
+
+    def _update(self, **values: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, **values)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _losses(trainer: Any) -> str:
+    found = {name: trainer.progress_bar_metrics.get(f"train/{name}_loss") for name in ("forget", "retain")}
+    return "  ".join(f"{name} {value:.3f}" for name, value in found.items() if value is not None)
+
+
+class _Time(ProgressColumn):
+    """Time left until the end of the bar, then what it took."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"took {timedelta(seconds=int(task.finished_time or 0))}")
+        left = "-:--:--" if task.time_remaining is None else timedelta(seconds=int(task.time_remaining))
+        return Text(f"{left} left")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from simnpo_pl.studies import options
-from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.errors import UserError, nearest
 
 COMMANDS = {
     "check": "does it come back? relearning, rounded weights and sampled answers of finished runs or other models",
@@ -68,7 +68,8 @@ def parse(name: str, arguments: Sequence[str]) -> Namespace:
     if name in TAKE_FIT_OPTIONS:
         found.fit = unknown
     elif unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        closest = nearest(unknown[0].partition("=")[0], parser._option_string_actions)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{closest}")
     return found
 
 

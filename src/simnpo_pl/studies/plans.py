@@ -80,6 +80,9 @@ def read_plan(files: Sequence[Path], kind: type[P], folder: str | None = None) -
     content: dict[str, Any] = {}
     for file in files:
         read = read_yaml(file, kind.EXAMPLE)
+        if {"model", "trainer"} & read.keys():
+            expected = f"expected a file such as {kind.EXAMPLE}"
+            raise UserError(f"{file} is the config of a run, for fit --config {file}; {expected}")
         for name in kind.BY_NAME:
             if isinstance(read.get(name), dict):
                 known = content.get(name)
