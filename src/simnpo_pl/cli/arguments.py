@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import DefaultHelpFormatter
 
-from simnpo_pl.utils.errors import nearest
+from simnpo_pl.utils.errors import UserError, nearest
 from simnpo_pl.utils.files import causes
 
 CLEARED = {
@@ -154,6 +155,16 @@ def _known_classes(base: type[Any]) -> dict[str, type[Any]]:
         found |= new
     ours = [c for c in found if c.__module__.startswith("simnpo_pl.") and not c.__module__.endswith(".base")]
     return {c.__name__: c for c in sorted(ours, key=lambda c: c.__name__) if not c.__name__.startswith("Lazy")}
+
+
+def check_accelerator(name: Any) -> None:
+    """Refuse a GPU that is asked for where PyTorch finds none."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name in (*found, "gpu") and not found.get(name, any(found.values())):
+        raise UserError(
+            f"--trainer.accelerator {name}: PyTorch {torch.__version__} finds no such device here; give cpu, or auto, "
+            "which takes what there is"
+        )
 
 
 class HelpFormatter(DefaultHelpFormatter):

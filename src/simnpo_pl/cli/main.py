@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
 from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.cli import RUNS
-from simnpo_pl.cli.arguments import HelpFormatter, clear_changed_classes, explain
+from simnpo_pl.cli.arguments import HelpFormatter, check_accelerator, clear_changed_classes, explain
 from simnpo_pl.cli.summary import generates, measures, memory, plan, say, show, written
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.losses import AnswerLosses
@@ -324,16 +324,6 @@ def precision(trainer: Any) -> Any:
     on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if trainer["precision"] is None and bfloat16 else trainer["precision"]
-
-
-def check_accelerator(name: Any) -> None:
-    """Refuse a GPU that is asked for where PyTorch finds none."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name in (*found, "gpu") and not found.get(name, any(found.values())):
-        raise UserError(
-            f"--trainer.accelerator {name}: PyTorch {torch.__version__} finds no such device here; give cpu, or auto, "
-            "which takes what there is"
-        )
 
 
 def run(arguments: list[str]) -> None:
