@@ -59,7 +59,9 @@ RECIPES = {
     "wmdp_bio": WMDP,
     "wmdp_cyber": WMDP,
 }
+FIRST_PAGES = {file.name: file for file in (ROOT / "README.md", ROOT / "docs" / "quickstart.md")}
 SHOWN = {
+    "configs/demo.yaml": RECIPES["demo"],
     "configs/tofu.yaml": TOFU_1B,
     "configs/tofu.yaml --config configs/hardware/low_memory.yaml": TOFU_1B,
     "configs/tofu.yaml --config configs/hardware/lora.yaml": LORA,
@@ -78,7 +80,7 @@ SHOWN = {
     "configs/tofu.yaml --model.objective RKLD --model.memorizing FOLDER": (5e-5, "RKLD", None, 1.0, 1.0),
     "configs/own.yaml --data.forget forget.jsonl --data.retain retain.jsonl --model.name MODEL": OWN,
 }
-"""What README's commands of `fit` give."""
+"""What the commands of `fit` on the first pages give."""
 COMBINED = {
     # Whichever of the paper's two comes last holds as a whole.
     "configs/tofu.yaml --config configs/models/llama2-7b.yaml --config configs/tofu_forget05.yaml": PAPER_05,
@@ -197,20 +199,23 @@ def test_own_objective_by_class_path(
 
 
 def shown_commands(file: Path) -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", file.read_text(), flags=re.S)
+    """Commands of a page's blocks, and of README's text."""
+    text = file.read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.S)
+    if file.name == "README.md":
+        blocks += re.findall(r"`(python -m simnpo_pl [^`\n]+)`", text)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 @pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
 def test_shown_commands_parse(file: Path, capsys: pytest.CaptureFixture[str]):
-    """Every command line of README and docs is understood as written, README's give the recipes above; make targets and
-    scripts exist.
+    """Every command line of README and docs is understood as written, those of the first pages give the recipes above;
+    make targets and scripts exist.
     """
     from simnpo_pl.studies import COMMANDS, parse
 
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    recipes = {}
     for command in shown_commands(file):
         words = shlex.split(command)
         if words[0] == "make":
@@ -222,15 +227,17 @@ def test_shown_commands_parse(file: Path, capsys: pytest.CaptureFixture[str]):
                 arguments = ["fit", *options.fit] if hasattr(options, "fit") else []
             if arguments:
                 got = resolved(arguments, capsys)
-                if file.name == "README.md" and arguments[0] == "fit":
-                    recipes[" ".join(arguments[2:])] = got
+                if file.name in FIRST_PAGES and words[3] == "fit":
+                    check(got, SHOWN[" ".join(arguments[2:])])
         elif words[0] == "python" and words[1] == "-m":
             assert importlib.util.find_spec(words[2])
         elif words[0] == "python":
             assert (ROOT / words[1]).is_file()
         else:
-            assert words[0] in ("tensorboard", "git", "cd", "pip")
-    if file.name == "README.md":
-        assert recipes.keys() == SHOWN.keys()
-        for command, got in recipes.items():
-            check(got, SHOWN[command])
+            assert words[0] in ("tensorboard", "git", "cd", "pip", "python3", "source")
+
+
+def test_the_first_pages_show_every_recipe():
+    commands = [command for page in FIRST_PAGES.values() for command in shown_commands(page)]
+    shown = {command.partition("simnpo_pl fit --config ")[2].strip() for command in commands}
+    assert shown - {""} == SHOWN.keys()

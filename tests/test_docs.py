@@ -23,7 +23,7 @@ def test_links_lead_somewhere(page: Path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_configs_exist(page: Path):
-    for block in re.findall(r"```(?:bash)?\n(.*?)```", page.read_text(), re.DOTALL):
+    for block in re.findall(r"^```\w*.*?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         for line in block.replace("\\\n", " ").splitlines():
             match = re.search(r"python -m simnpo_pl (.*)", line)
             if match:

@@ -1,6 +1,8 @@
 """The training path in every precision: whole runs, clipping, and every objective with every retain loss."""
 
+import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from transformers import AutoTokenizer
 
 import simnpo_pl.objectives as objectives
 from helpers import history, results
@@ -132,24 +135,37 @@ def test_test_of_an_exported_model(cli: CLI, bf16_run: Path, tmp_path: Path):
 
 
 def test_the_lines_of_the_readme(
-    data_folder: Path, model_folder: Path, clipping: Clipping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data_folder: Path,
+    model_folder: Path,
+    clipping: Clipping,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     text = (Path(__file__).parents[1] / "README.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    quiet = "limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False"
+    changed = "'max_epochs': 1, 'gradient_clip_val': 0.1, 'accelerator': 'cpu', 'precision': 'bf16-mixed'"
     for old, new in (
-        ("MODEL", str(model_folder)),
-        ("FOLDER", str(data_folder)),
-        ("forget05", "forget10"),
-        ("max_epochs=10", f"max_epochs=1, accelerator='cpu', precision='bf16-mixed', {quiet}"),
-        ("gradient_clip_val=1.0", "gradient_clip_val=0.1"),
+        ("runs/demo-data/start", str(model_folder)),
+        ("runs/demo-data", str(data_folder)),
+        ("**TRAINER_DEFAULTS", f"**(TRAINER_DEFAULTS | {{{changed}}})"),
+        ("check_val_every_n_epoch=10", "check_val_every_n_epoch=1"),
     ):
         assert old in lines
         lines = lines.replace(old, new)
+    monkeypatch.setattr("simnpo_pl.benchmarks.demo.models.prepare", lambda folder, seed: None)
     monkeypatch.chdir(tmp_path)
-    exec(lines, {})
+    try:
+        with warnings.catch_warnings():
+            exec(lines, {})
+    finally:
+        logging.disable(logging.NOTSET)
     clipping.check(0.1)
-    load_causal_lm(str(tmp_path / "unlearned"))
+    load_causal_lm(str(tmp_path / "runs" / "unlearned"))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "runs" / "unlearned")) > 0
+    shown = capsys.readouterr()
+    assert re.fullmatch(r"forget/probability 0\.\d+\nretain/probability 0\.\d+\n", shown.out)
+    assert shown.err == ""
 
 
 # -- the Trainer on one tiny layer -----------------------------------------------------------------------------
