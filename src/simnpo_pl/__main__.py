@@ -14,7 +14,7 @@ from simnpo_pl.cli import RUNS
 from simnpo_pl.studies import COMMANDS
 from simnpo_pl.studies import run as run_command
 from simnpo_pl.utils.errors import UserError, nearest
-from simnpo_pl.utils.files import causes
+from simnpo_pl.utils.files import causes, program
 
 ASK_HUB = (*RUNS, "check", "leak", "lm-eval", "perturb", "quantize", "relearn", "task-vector")
 """Commands that may load a model or data from the hub in this process."""
@@ -30,7 +30,7 @@ commands:
   --debug   show the traceback of an error
 
 Each command lists its options with --help; start with
-  python -m simnpo_pl fit --config configs/demo.yaml
+  {python} -m simnpo_pl fit --config configs/demo.yaml
 """
 
 
@@ -81,7 +81,8 @@ def usage() -> str:
     """Help over all commands."""
     known = {**RUNS, **COMMANDS}
     width = max(map(len, known))
-    return HELP.format(commands="\n".join(f"  {name:{width}}  {what}" for name, what in known.items()))
+    commands = "\n".join(f"  {name:{width}}  {what}" for name, what in known.items())
+    return HELP.format(commands=commands, python=program())
 
 
 def _go_offline_without_network() -> None:

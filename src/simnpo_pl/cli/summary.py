@@ -22,6 +22,7 @@ from simnpo_pl.runs.checkpoint import LAST
 from simnpo_pl.runs.folder import describe_objective
 from simnpo_pl.runs.history import HISTORY
 from simnpo_pl.runs.weights import WEIGHTS
+from simnpo_pl.utils.files import program
 
 SHOWN = (
     *("forget_quality", "model_utility", "forget/probability", "forget/rouge", "forget/truth_ratio"),
@@ -189,17 +190,9 @@ def written(folder: Path, board: bool = True) -> str:
     """The files of a run and how to look at them; `board` if TensorBoard's events are among them."""
     width = max(map(len, FILES))
     files = [f"  {name:{width}}  {what}" for name, what in FILES.items() if (folder / name).exists()]
-    report = f"  {program(Path(sys.executable).name)} -m simnpo_pl report {folder}"
+    report = f"  {program()} -m simnpo_pl report {folder}"
     tensorboard = [f"  {program('tensorboard')} --logdir {folder.parent}"] if board else []
     return "\n".join([f"written to {folder}:", *files, "to look at it:", report, *tensorboard])
-
-
-def program(name: str) -> str:
-    """A program of this environment as it is to be typed here: its name if the shell finds it, else its path."""
-    path, found = Path(sys.executable).with_name(name), shutil.which(name)
-    if found is not None and Path(found).parent == path.parent:
-        return name
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def say(text: str) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,3 +139,14 @@ def _finite(content: Any) -> Any:
     if isinstance(content, list | tuple):
         return [_finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def program(name: str | None = None) -> str:
+    """A program of this environment as it is to be typed here, by default Python: its name if the shell finds it,
+    else its path.
+    """
+    path = Path(sys.executable).with_name(name or Path(sys.executable).name)
+    found = shutil.which(path.name)
+    if found is not None and Path(found).parent == path.parent:
+        return path.name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
