@@ -151,7 +151,9 @@ def test_without_the_config_of_a_run(arguments: list[str], message: str, capsys:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    lines = capsys.readouterr().err.splitlines()
+    assert message in lines[-1]
+    assert lines[:-1] == (["loading ..."] if arguments[0] == "fit" else [])
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda", "mps"])
