@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from simnpo_pl.metrics.titles import number, title_of
+from simnpo_pl.runs.verdict import UNMOVED, Verdict
 from simnpo_pl.studies.launch import Job, RunFailed, Taken, read_record
 from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tables
 from simnpo_pl.utils import markdown
@@ -41,8 +42,6 @@ CONDITION = re.compile(r"(\S+) (>=|<=) ([\d.e+-]+)(?: x (start|retrained))?")
 MEMBERSHIP = re.compile(r"(^|[/_])(mia|privleak|membership)")
 SHOWN = ("forget/probability", "model_utility", "retain/probability")
 """Metrics in the table of trials, next to the one that is maximized."""
-FORGOTTEN = 0.9
-"""Nothing was forgotten where forget probability is above this share of the start model's."""
 
 
 class NotANumber(Exception):
@@ -80,11 +79,9 @@ def violation(condition: str, record: dict[str, Any]) -> float:
 
 
 def forgot(record: dict[str, Any]) -> bool | None:
-    """Whether a run lowered forget probability; None if it was not measured."""
-    before, after = (
-        (record.get(model) or {}).get("metrics", {}).get("forget/probability") for model in ("start", "final")
-    )
-    return None if before is None or after is None else after <= FORGOTTEN * before
+    """Whether a run forgot anything, as the verdict tells it; None if no metric shows that."""
+    left = Verdict(record).left()
+    return min(left.values()) < UNMOVED if left else None
 
 
 @dataclass(frozen=True)
