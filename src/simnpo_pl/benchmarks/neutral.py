@@ -72,9 +72,6 @@ def keep_answers(
         rows: With `question` and `generation`.
         forget: Answers to forget.
         encoder: Of the prompts.
-
-    Raises:
-        UserError: Too few are left.
     """
     secret, unlimited = {answer.strip().casefold() for answer in forget}, replace(encoder, max_length=None)
     kept = []

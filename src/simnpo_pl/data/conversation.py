@@ -42,10 +42,8 @@ def messages_of(question: str) -> tuple[Message, ...]:
 def question_and_answer(messages: Any, where: str) -> tuple[str, str]:
     """Prompt and answer of a conversation, a list of objects with `role` and `content` that the assistant ends.
 
-    A single question is returned as a string, which any template takes, all else as a `Conversation`.
-
-    Raises:
-        UserError: The messages are no such conversation; `where` names the row.
+    A single question is returned as a string, which any template takes, all else as a `Conversation`. `where` names the
+    row in messages.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise UserError(f"{where}: expected a list of messages, got {messages!r}; fix or remove the row")

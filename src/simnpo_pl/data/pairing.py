@@ -116,11 +116,7 @@ class PairedSampler(Sampler[MicroBatch]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Skip the micro-batches that were yielded before in the next iteration over the state's epoch.
-
-        Raises:
-            UserError: The state is from the middle of an epoch that was cut with other settings.
-        """
+        """Skip the micro-batches that were yielded before in the next iteration over the state's epoch."""
         if not state["all"]:
             for name, value in state["cut"].items():
                 if getattr(self, name) != value:

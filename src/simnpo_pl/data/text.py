@@ -34,11 +34,7 @@ class Texts:
     last_block: Literal["short", "filled"] = "short"
 
     def encode(self, encoder: PromptTemplate, name: str) -> list[TokenRow]:
-        """Token rows, with the encoder's tokenizer and maximum length; `name` is what messages call the rows.
-
-        Raises:
-            UserError: There is no text, a document is longer than the maximum, or blocks have no maximum length.
-        """
+        """Token rows, with the encoder's tokenizer and maximum length; `name` is what messages call the rows."""
         for index, document in enumerate(self.documents):
             where = f"{name} text {index}, counted from 0"
             check_unicode(text_of({"text": document}, "text", where), where)
@@ -55,11 +51,7 @@ class Texts:
 
 
 def text_blocks(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> list[TokenRow]:
-    """One text, tokenized as a whole and cut into rows of `length` tokens, the last one shorter.
-
-    Raises:
-        UserError: `length` is below 2.
-    """
+    """One text, tokenized as a whole and cut into rows of `length` tokens, at least 2, the last one shorter."""
     if length < 2:
         raise UserError(f"blocks of text need at least 2 tokens, got max_length {length}: raise it")
     front = front_ids(tokenizer)
@@ -77,11 +69,7 @@ def text_rows(
     truncate: bool = False,
     name: str = "given",
 ) -> list[TokenRow]:
-    """One row per document, each tokenized by itself; `truncate` cuts those of more than `max_length` tokens.
-
-    Raises:
-        UserError: A document is too long, or too short to score a token of it.
-    """
+    """One row per document, each tokenized by itself; `truncate` cuts those of more than `max_length` tokens."""
     rows = [_scored(ids) for ids in text_ids(tokenizer, documents)]
     for index, row in enumerate(rows):
         if row.length < 1:

@@ -84,9 +84,6 @@ def load_causal_lm(
         sharded: Whether the model will be sharded: then only the first process reads the weights, on all others the
             model is on the meta device, see `simnpo_pl.models.sharding.shard`.
         merge: Whether an adapter is merged in bfloat16, too.
-
-    Raises:
-        UserError: The model cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
 
