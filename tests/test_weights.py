@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.models.logprobs import AnswerLogps
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import DPO, IDK, NPO, WGA, FineTune, ForgetInputs, GradDiff, Objective, SimNPO
+from simnpo_pl.runs.weights import GradientWeights
 
 CLI = Callable[..., None]
 LN3 = math.log(3)
@@ -219,6 +221,19 @@ def test_resumed_run_has_every_epoch(npo_rows: Path, cli: CLI, tmp_path: Path):
     cli(*options, "--ckpt_path", "last")
     assert [(r["epoch"], r["index"]) for r in read(folder)] == [(e, i) for e in (1, 2) for i in range(10)]
     assert read(folder)[:10] == read(npo_rows)[:10]
+
+
+def test_an_epoch_starts_without_the_last_one(tmp_path: Path):
+    """A checkpoint from an epoch's end holds its rows; with those of a second process they would be added twice."""
+    kept = GradientWeights(tmp_path)
+    trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(reduce=lambda found, reduce_op: found))
+    module, saved = SimpleNamespace(device=torch.device("cpu")), dict[str, Any]()
+    kept.on_load_checkpoint(trainer, module, {"gradient_weights": torch.ones(3, 5)})
+    kept.on_save_checkpoint(trainer, module, saved)
+    assert saved["gradient_weights"].shape == (3, 5)
+    kept.on_train_epoch_start(trainer, module)
+    kept.on_save_checkpoint(trainer, module, saved)
+    assert saved["gradient_weights"] is None
 
 
 def test_no_file_without_weights(cli: CLI, tmp_path: Path):

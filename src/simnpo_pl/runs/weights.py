@@ -37,6 +37,10 @@ class GradientWeights(Callback):
         if trainer.ckpt_path is not None and self.file.is_file():
             self.rows = [row for row in read_json_lines(self.file) if row["epoch"] <= trainer.current_epoch]
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        # A checkpoint from the end of an epoch holds that epoch's.
+        self._passes = []
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._step = trainer.global_step + 1
 
