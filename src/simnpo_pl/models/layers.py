@@ -51,6 +51,34 @@ def layer_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, lis
             handle.remove()
 
 
+@contextmanager
+def replaced_outputs(model: Any, layer: int, at: Tensor, states: Tensor) -> Iterator[None]:
+    """Puts states in the place of some outputs of a layer, numbered from 0, in the forward passes inside the context.
+
+    Args:
+        model: Causal language model.
+        layer: Its outputs are `(N, D)` over all passes, one after the other.
+        at: `(S,)` which of the N are replaced.
+        states: `(S, D)`.
+    """
+    done = 0
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        nonlocal done
+        hidden = output[0] if isinstance(output, tuple) else output
+        flat = hidden.flatten(0, 1).clone()
+        inside = (at >= done) & (at < done + len(flat))
+        flat[at[inside] - done] = states[inside].to(flat)
+        done += len(flat)
+        return (flat.view_as(hidden), *output[1:]) if isinstance(output, tuple) else flat.view_as(hidden)
+
+    handle = layers_of(model)[layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
     """Freeze all parameters but those whose whole name one of the regular expressions matches."""
     try:
