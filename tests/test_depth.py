@@ -1,6 +1,9 @@
 """The Unlearning Depth Score: values of the public code, by hand, in a run and in `check`."""
 
 import json
+import math
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from helpers import results
 from simnpo_pl.__main__ import main
@@ -18,7 +22,11 @@ from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.metrics.functional import depth_score
 from simnpo_pl.module.depth import UDS, measure_depth
 from simnpo_pl.module.policy import PolicyModule
+from simnpo_pl.runs.folder import add_depth
+from simnpo_pl.runs.record import Run
 from simnpo_pl.utils.errors import UserError
+
+PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 
 def measure(models: dict[str, str], rows: list[TokenRow], **settings: Any) -> tuple[dict[str, Any], list[Any]]:
@@ -186,3 +194,53 @@ def test_what_is_missing_is_said(
 def test_text_without_a_forget_split(public: dict[str, Any], models: dict[str, str]):
     with pytest.raises(UserError, match="reads the answers of a split `forget`, which is not measured here"):
         measure(models, [scored(public["rows"][0])], split="retain")
+
+
+COMMANDS = [
+    line.removeprefix("python -m simnpo_pl ")
+    for block in re.findall(r"## Unlearning Depth Score\n\n```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_of_the_page(
+    command: str, run: Path, run_options: list[str], model_folder: Path, other_folder: Path, tmp_path: Path
+):
+    """As they are written, on small models and rows."""
+    names = {"runs/demo": run, "MODEL": run / "model", "START": model_folder, "RETRAINED": other_folder}
+    words = [str(names.get(word, word)) for word in shlex.split(command)]
+    place = run_options.index("--model.name")
+    if words[0] == "fit":
+        words += [*run_options[2:], "--trainer.max_epochs", "1", "--run_dir", str(tmp_path / "run")]
+    elif "--config" in words:
+        words += [*run_options[2:place], *run_options[place + 2 :], "--out", str(tmp_path)]
+    main([*words, "--debug"])
+    if words[0] == "fit":
+        assert UDS in results(tmp_path / "run")["final"]["metrics"]
+
+
+def test_a_score_of_no_row_has_a_reason(public: dict[str, Any], models: dict[str, str], tmp_path: Path):
+    """A model retrained to be the start model lacks nothing."""
+    depth = measure({**models, "retrained": models["start"]}, [scored(row) for row in public["rows"][:3]])
+    record: dict[str, Any] = {"final": {"metrics": {}}}
+    add_depth(Run("run", tmp_path, record), record, *depth)
+    assert math.isnan(record["final"]["metrics"][UDS])
+    assert "lack nothing of any forget row" in record["unavailable"][UDS]
+    assert "Score - over 0 of 3 rows" in record["depth"]["sentence"]
+
+
+def test_a_broken_model_has_no_score(public: dict[str, Any], models: dict[str, str], tmp_path: Path):
+    """Its rows are not left out."""
+    model = AutoModelForCausalLM.from_pretrained(models["unlearned"])
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(math.nan)
+    model.save_pretrained(tmp_path / "broken")
+    rows = [scored(row) for row in public["rows"][:3]]
+    depth = measure({**models, "unlearned": str(tmp_path / "broken")}, rows)
+    record: dict[str, Any] = {"final": {"metrics": {}}}
+    add_depth(Run("run", tmp_path, record), record, *depth)
+    assert math.isnan(record["final"]["metrics"][UDS])
+    assert record["unavailable"][UDS] == "one of its scores is not a number"
+    assert record["counts"][UDS] == 3
+    assert record["final"]["intervals"] == {}

@@ -20,30 +20,49 @@ def interval(values: Tensor, draws: int = 1000) -> tuple[Any, Any]:
     return found.low.tolist(), found.high.tolist()
 
 
-def forget_quality_chance(start: Tensor, retrained: Tensor, n: int | None = None, draws: int = 200) -> dict[str, Any]:
-    """What forget quality scores by chance at n rows, and how often it finds a model that forgot half of them.
+def forget_quality_chance(
+    start: Tensor, retrained: Tensor, n: int | None = None, left: float = 0.5, draws: int = 1000
+) -> dict[str, Any]:
+    """What forget quality scores by chance at n rows, and how often it finds a model that did not forget some of them.
 
     Args:
         start: Truth ratios of the start model.
         retrained: Truth ratios of the retrained model.
         n: Rows of a test; by default as many as `retrained` has.
+        left: Share of the rows that are not forgotten; a half, unless given.
         draws: Tests of each kind. Each compares two samples of n rows.
 
     Returns:
         `n`; `retrained`, 5 %, 50 % and 95 % quantiles of forget quality between two samples of one distribution, which
-        the test does not depend on; `half`, the same between rows drawn from the retrained model and rows of which half
-        are drawn from the start model; and `power`, the share of the latter tests that score below 0.05.
+        the test does not depend on; `half`, the same between rows drawn from the retrained model and rows of which the
+        share `left` is drawn from the start model; and `power`, the share of the latter tests that score below 0.05.
     """
     known, unseen = start.double().numpy(), retrained.double().numpy()
     rng, n = np.random.default_rng(0), n or len(unseen)
-    null, half = [], []
-    for _ in range(draws):
-        null.append(ks_2samp(rng.random(n), rng.random(n)).pvalue)
-        mixed = np.concatenate([rng.choice(known, n // 2), rng.choice(unseen, n - n // 2)])
-        half.append(ks_2samp(mixed, rng.choice(unseen, n)).pvalue)
-    found = {"retrained": null, "half": half}
+    few = round(left * n)
+    p_values: dict[int, float] = {}
+
+    def test(one: Any, other: Any) -> float:
+        gap = _largest_gap(one, other)
+        # Of samples of equal size p depends on the gap alone.
+        if gap not in p_values:
+            p_values[gap] = float(ks_2samp(one, other).pvalue)
+        return p_values[gap]
+
+    def mixed() -> Any:
+        return np.concatenate([rng.choice(known, few), rng.choice(unseen, n - few)])
+
+    null = [test(rng.random(n), rng.random(n)) for _ in range(draws)]
+    half = [test(mixed(), rng.choice(unseen, n)) for _ in range(draws)]
     quantiles = {
         model: {name: float(np.quantile(values, share)) for name, share in QUANTILES.items()}
-        for model, values in found.items()
+        for model, values in {"retrained": null, "half": half}.items()
     }
     return {"n": n, **quantiles, "power": float(np.mean(np.array(half) < SIGNIFICANT))}
+
+
+def _largest_gap(one: Any, other: Any) -> int:
+    """How many more of one sample than of the other are at most some value."""
+    places = np.concatenate([one, other])
+    counts = [np.searchsorted(np.sort(sample), places, side="right") for sample in (one, other)]
+    return int(np.abs(counts[0] - counts[1]).max())

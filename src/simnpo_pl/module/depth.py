@@ -142,14 +142,14 @@ def measure_depth(
     found = {row: drops for part in gather(module.drops) for row, drops in part.items()}
     names, order = ("retrained", "unlearned"), sorted(found)
     by_model = torch.tensor([found[row] for row in order], dtype=torch.float64).unbind(dim=1)
-    scores = depth_score(*by_model, LEAST)
-    known = scores[scores.isfinite()]
-    score = known.mean().item() if len(known) else None
+    scores = depth_score(by_model[0], by_model[1], LEAST)
+    known = scores[(by_model[0] > LEAST).any(dim=1)]
+    score = known.mean().item()
     entry = {
         "settings": {"start": start, "retrained": retrained, "least": LEAST},
         "n": len(known),
         "metrics": {UDS: score},
-        "intervals": {UDS: interval(known)} if len(known) > 1 else {},
+        "intervals": {UDS: interval(known)} if len(known) > 1 and score == score else {},
         "layers": {name: drops.nanmean(dim=0).tolist() for name, drops in zip(names, by_model, strict=True)},
         "sentence": f"Unlearning Depth Score {number(score)} over {len(known)} of {len(order)} rows: 0 is the start "
         "model's, 1 the retrained model's",
@@ -163,12 +163,8 @@ def measure_depth(
 
 def _forget_rows(data: Any) -> list[TokenRow]:
     """The true answers without their ends."""
-    for split in data.evaluation().splits:
-        if split.name == "forget" and split.answers:
-            return [_without_end(answers[0]) for answers in split.answers]
-    raise UserError("the Unlearning Depth Score reads the answers of a split `forget`, which is not measured here")
-
-
-def _without_end(row: TokenRow) -> TokenRow:
-    kept = len(row.labels) - row.end
-    return TokenRow(row.input_ids, row.labels[:kept] + [IGNORE_INDEX] * row.end)
+    rows = [answers[0] for split in data.evaluation().splits if split.name == "forget" for answers in split.answers]
+    if not rows:
+        raise UserError("the Unlearning Depth Score reads the answers of a split `forget`, which is not measured here")
+    ends = [len(row.labels) - row.end for row in rows]
+    return [TokenRow(r.input_ids, r.labels[:end] + [IGNORE_INDEX] * r.end) for r, end in zip(rows, ends, strict=True)]

@@ -223,6 +223,11 @@ def add_depth(run: Run, record: dict[str, Any], entry: dict[str, Any], rows: lis
     for name in ("metrics", "intervals"):
         record["final"][name] = record["final"].get(name, {}) | entry[name]
     record["counts"] = record.get("counts", {}) | dict.fromkeys(entry["metrics"], entry["n"])
+    reason = "one of its scores is not a number"
+    if not entry["n"]:
+        reason = "the retrained model's hidden states lack nothing of any forget row, in any layer"
+    lost = [name for name, value in entry["metrics"].items() if value != value]
+    record["unavailable"] = record.get("unavailable", {}) | dict.fromkeys(lost, reason)
 
 
 def describe_objective(module: Any) -> dict[str, Any]:
