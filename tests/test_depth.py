@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers import results
+from helpers import results, run_processes
 from simnpo_pl.__main__ import main
 from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
 from simnpo_pl.evaluation.options import EvalOptions
@@ -244,3 +244,21 @@ def test_a_broken_model_has_no_score(public: dict[str, Any], models: dict[str, s
     assert record["unavailable"][UDS] == "one of its scores is not a number"
     assert record["counts"][UDS] == 3
     assert record["final"]["intervals"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+def test_two_processes_find_the_same(
+    overlay: str, cli: Callable[..., None], run_options: list[str], other_folder: Path, tmp_path: Path
+):
+    """Whole or sharded models; each process keeps the states of its own rows."""
+    options = ["--eval.retrained", str(other_folder), "--eval.depth", "true", "--trainer.max_epochs", "1"]
+    options += ["--eval.tokens_per_batch", "128"]
+    cli("fit", *options, "--run_dir", str(tmp_path / "one"))
+    config = ["--config", f"configs/hardware/{overlay}.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    words = ["fit", *run_options, *config, *options, "--run_dir", str(tmp_path / "two"), "--debug"]
+    assert run_processes(2, words, tmp_path / "log") == 0
+    one, two = (results(tmp_path / name)["depth"] for name in ("one", "two"))
+    assert (two["n"], len((tmp_path / "two" / "depth.jsonl").read_text().splitlines())) == (one["n"], 10)
+    for model, drops in one["layers"].items():
+        assert two["layers"][model] == pytest.approx(drops, abs=2e-3), model
