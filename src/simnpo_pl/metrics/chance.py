@@ -26,8 +26,8 @@ def forget_quality_chance(
     """What forget quality scores by chance at n rows, and how often it finds a model that did not forget some of them.
 
     Args:
-        start: Truth ratios of the start model.
-        retrained: Truth ratios of the retrained model.
+        start: Its truth ratios.
+        retrained: Those of the retrained model.
         n: Rows of a test; by default as many as `retrained` has.
         left: Share of the rows that are not forgotten; a half, unless given.
         draws: Tests of each kind. Each compares two samples of n rows.

@@ -53,13 +53,9 @@ def layer_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, lis
 
 @contextmanager
 def replaced_outputs(model: Any, layer: int, at: Tensor, states: Tensor) -> Iterator[None]:
-    """Puts states in the place of some outputs of a layer, numbered from 0, in the forward passes inside the context.
+    """Puts `states` `(S, D)` in the place of a layer's outputs, numbered from 0, in each forward pass inside the context.
 
-    Args:
-        model: Causal language model.
-        layer: Its outputs are `(N, D)` over all passes, one after the other.
-        at: `(S,)` which of the N are replaced.
-        states: `(S, D)`.
+    The outputs are `(N, D)` over all passes, one after the other; `at` `(S,)` says which of the N are replaced.
     """
     done = 0
 

@@ -52,13 +52,7 @@ def check_depth(retrained: str, start: str | None) -> None:
 
 
 class DepthModule(PolicyModule):
-    """The Trainer's `test` keeps a model's states, or puts those of others into it.
-
-    Args:
-        like: Has the precision of the models.
-        name: The model.
-        data: Data module of the forget rows.
-        sources: States of other models to put into this one; if there are none, its own are kept.
+    """The Trainer's `test` keeps a model's states, or puts those of others, the `sources`, into it.
 
     Attributes:
         states: The model's own, of this process's batches.
@@ -118,15 +112,7 @@ class DepthModule(PolicyModule):
 def measure_depth(
     trainer: Any, like: PolicyModule, data: Any, start: str, retrained: str, unlearned: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The entry `depth` of results.json, and the rows behind it. One model is on the device at a time.
-
-    Args:
-        trainer: Lightning's.
-        like: Has the precision of the models.
-        data: Data module of the forget rows.
-        start: The model that states are put into.
-        retrained: A model that never saw the forget rows.
-        unlearned: The model that is measured.
+    """The entry `depth` of results.json, and the rows behind it. One model is on the device at a time, as `like` is.
 
     Raises:
         UserError: The models differ in shape, or the benchmark has no answers of a split `forget`.
