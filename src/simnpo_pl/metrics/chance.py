@@ -13,7 +13,7 @@ QUANTILES = {"q05": 0.05, "q50": 0.5, "q95": 0.95}
 def interval(values: Tensor, draws: int = 1000) -> tuple[Any, Any]:
     """Bounds of the means of values `(N,)` or `(N, K)`: their 2.5 % and 97.5 % quantiles by bootstrap over the N rows.
 
-    Numbers for `(N,)`, arrays `(K,)` for `(N, K)`; the same values always give the same bounds. N is at least 2.
+    Numbers for `(N,)`, lists of K for `(N, K)`; the same values always give the same bounds. N is at least 2.
     """
     table = values.double().numpy()
     found = bootstrap((table,), np.mean, axis=0, n_resamples=draws, method="percentile", rng=0).confidence_interval
@@ -26,8 +26,8 @@ def forget_quality_chance(
     """What forget quality scores by chance at n rows, and how often it finds a model that did not forget some of them.
 
     Args:
-        start: Its truth ratios.
-        retrained: Those of the retrained model.
+        start: Truth ratios of the start model.
+        retrained: Truth ratios of the retrained model.
         n: Rows of a test; by default as many as `retrained` has.
         left: Share of the rows that are not forgotten; a half, unless given.
         draws: Tests of each kind. Each compares two samples of n rows.

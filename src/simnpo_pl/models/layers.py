@@ -53,7 +53,7 @@ def layer_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, lis
 
 @contextmanager
 def replaced_outputs(model: Any, layer: int, at: Tensor, states: Tensor) -> Iterator[None]:
-    """Puts `states` `(S, D)` in the place of a layer's outputs, numbered from 0, in each forward pass inside the context.
+    """Puts `states` `(S, D)` in the place of outputs of a layer, from 0, in the forward passes inside the context.
 
     The outputs are `(N, D)` over all passes, one after the other; `at` `(S,)` says which of the N are replaced.
     """
