@@ -142,6 +142,7 @@ def test_a_run_is_checked(run: Path, capsys: pytest.CaptureFixture[str]):
     groups = [list(found[name].values()) for name in ("relearn", "quantized", "leak")]
     told = [attack["sentence"] for group in groups for attack in group if attack["sentence"]]
     assert len(told) == 4
+    told.append(found["depth"]["sentence"])
     shown = capsys.readouterr().out.splitlines()
     assert [line for line in shown if line.startswith("* ")] == [
         *(f"* {sentence}" for sentence in told),

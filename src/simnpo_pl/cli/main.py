@@ -1,10 +1,8 @@
 """The command line: LightningCLI with the order of a whole run and its folder."""
 
-import logging
 import os
 import sys
 import time
-import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +22,12 @@ import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short
 from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.cli import RUNS
 from simnpo_pl.cli.arguments import HelpFormatter, check_accelerator, clear_changed_classes, explain
-from simnpo_pl.cli.summary import generates, measures, memory, plan, say, show, written
+from simnpo_pl.cli.summary import generates, measures, memory, plan, quiet, say, show, written
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.losses import AnswerLosses
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import trust_remote_code
+from simnpo_pl.module.depth import check_depth, measure_depth
 from simnpo_pl.module.policy import PolicyModule, check_trainer
 from simnpo_pl.module.ramp import check_ramp
 from simnpo_pl.module.unlearning import UnlearningModule
@@ -168,7 +167,7 @@ class UnlearningCLI(LightningCLI):
                 # The run was stopped between its last epoch and the export, and had nothing left to train.
                 self.export.save_last(self.trainer, self.model)
             result = self._final_result() if self.datamodule.eval.final else None
-            self._finish(result, self.export.epoch)
+            self._finish(result, self.export.epoch, self._depth() if self.datamodule.eval.depth else None)
 
     def validate(self, **_: Any) -> None:
         """Plan, evaluation, table."""
@@ -236,6 +235,8 @@ class UnlearningCLI(LightningCLI):
             data.load_training(self.model.parts)
             if first:
                 say(memory(self.trainer, self.model, data))
+        if data.eval.depth:
+            check_depth(data.eval.retrained, self.model.name if fit else None)
         data.setup("validate")
         self._evaluate_references()
         if first:
@@ -283,9 +284,15 @@ class UnlearningCLI(LightningCLI):
             raise UserError("nothing was evaluated: leave --trainer.limit_val_batches and limit_test_batches above 0")
         return self.run_folder.result
 
-    def _finish(self, result: EvalResult | None, epoch: int | None = None) -> None:
+    def _depth(self) -> Any:
+        """Unlearning Depth Score of the exported model, see `measure_depth`."""
+        self.run_folder.role, retrained = "depth", self.datamodule.eval.retrained
+        models = (self.model.name, retrained, str(self.export.folder))
+        return measure_depth(self.trainer, self.model, self.datamodule, *models)
+
+    def _finish(self, result: EvalResult | None, epoch: int | None = None, depth: Any = None) -> None:
         """Write the results, show table and files."""
-        self.run_folder.finish(self.trainer, self.datamodule, result, epoch)
+        self.run_folder.finish(self.trainer, self.datamodule, result, epoch, depth)
         if self.trainer.is_global_zero:
             show(self.run_folder.record)
             board = any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers)
@@ -330,19 +337,3 @@ def run(arguments: list[str]) -> None:
     """Run the command line with these arguments."""
     quiet()
     UnlearningCLI(clear_changed_classes(arguments))
-
-
-def quiet() -> None:
-    """Leave out messages that advertise or repeat what the plan says."""
-    for message in (
-        "treespec, LeafSpec",
-        "args parameter is intended to run from within Python",
-        "does not have many workers",
-        "predict returned None",
-        # A process may have had no row of a small split; the others have.
-        "was called before the ``update`` method",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{message}")
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.WARNING)

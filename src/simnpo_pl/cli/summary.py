@@ -1,9 +1,11 @@
-"""What the terminal shows: the plan before a run and the table after it."""
+"""What the terminal shows: the plan before a run and the table after it, and which messages not."""
 
+import logging
 import os
 import shutil
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from simnpo_pl.utils.files import program
 
 SHOWN = (
     *("forget_quality", "model_utility", "forget/probability", "forget/rouge", "forget/truth_ratio"),
-    *("forget/verbatim", "forget/degenerate", "retain/probability", "retain/degenerate"),
+    *("forget/uds", "forget/verbatim", "forget/degenerate", "retain/probability", "retain/degenerate"),
     *("verbmem_forget", "knowmem_forget", "knowmem_retain", "privleak"),
     *("forget/nll", "retain/nll", "probe/nll"),
 )
@@ -202,3 +204,19 @@ def say(text: str) -> None:
         wrap = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
         text = "\n".join(map(wrap.fill, text.splitlines()))
     print(text, flush=True)
+
+
+def quiet() -> None:
+    """Leave out messages that advertise or repeat what the plan says."""
+    for message in (
+        "treespec, LeafSpec",
+        "args parameter is intended to run from within Python",
+        "does not have many workers",
+        "predict returned None",
+        # A process may have had no row of a small split; the others have.
+        "was called before the ``update`` method",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)

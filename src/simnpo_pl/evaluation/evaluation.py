@@ -37,6 +37,7 @@ class EvalResult:
         unavailable: Metric name to the reason why it was not measured or is not a number.
         rows: One object per row and split: question, answer, scores, generated text.
         titles: Metric name to its title, unit and direction, of metrics that `metrics.titles` does not know.
+        intervals: Mean over rows to its 95 % interval by bootstrap.
     """
 
     values: dict[str, float]
@@ -44,6 +45,7 @@ class EvalResult:
     unavailable: dict[str, str]
     rows: list[dict[str, Any]] = field(repr=False)
     titles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 class _RawScores(RowMetric):
@@ -233,7 +235,7 @@ class Evaluation:
         """
         values: dict[str, float] = {}
         counts: dict[str, int] = {}
-        unavailable, titles = dict(self.unavailable), {}
+        unavailable, titles, intervals = dict(self.unavailable), {}, {}
         for name, metric in self._named():
             if name in self.unavailable:
                 continue
@@ -243,6 +245,8 @@ class Evaluation:
                 unavailable[name] = "one of its scores is not a number" if counts[name] else "no row was scored"
             keys = getattr(metric, "result_keys", ())
             values |= {f"{name}/{key}": result[key] for key in keys if key != "value"}
+            if isinstance(metric, RowMetric) and (bounds := metric.interval()):
+                intervals[name] = bounds
             if name not in TITLES:
                 titles[name] = vars(title_of(name, metric))
         rows = self._rows()
@@ -254,7 +258,7 @@ class Evaluation:
                     "look for weights that are not numbers"
                 )
                 break
-        return EvalResult(values, counts, unavailable, rows, titles)
+        return EvalResult(values, counts, unavailable, rows, titles, intervals)
 
     def texts_only(self) -> EvalResult:
         """The generated answers over all processes, without metrics."""

@@ -31,6 +31,8 @@ class EvalOptions:
             all takes hardly longer than a token of one.
         min_k: Share of an answer's tokens, the least likely ones, that the Min-K% attacks and PrivLeak average.
         mia_reference: Reference model of the reference attack: hub id or folder.
+        depth: Whether `fit` measures the Unlearning Depth Score of the exported model, with hidden states of the start
+            model and of the one that `retrained` names.
         gradnorm: Whether the gradient-norm attack is made: a backward pass for every forget and holdout row.
         fluency_classifier: Text classifier that rates the generated forget answers: hub id or folder.
         fluency_label: Its label of fluent text; the rating is that label's probability.
@@ -52,6 +54,7 @@ class EvalOptions:
     prompts_per_batch: int | None = None
     min_k: float = 0.4
     mia_reference: str | None = None
+    depth: bool = False
     gradnorm: bool = False
     fluency_classifier: str | None = None
     fluency_label: str = "clean"
@@ -60,6 +63,11 @@ class EvalOptions:
     def __post_init__(self) -> None:
         if self.retain_log and self.retrained:
             raise UserError("--eval.retain_log and --eval.retrained both name the retrained model; give one of them")
+        if self.depth and not (self.retrained and self.final):
+            raise UserError(
+                "--eval.depth compares hidden states of the exported model with those of a retrained model, which no "
+                "log holds: give --eval.retrained MODEL, and leave --eval.final true"
+            )
         for name in ("max_new_tokens", "tokens_per_batch", "prompts_per_batch"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--eval.{name} must be at least 1, got {value}")

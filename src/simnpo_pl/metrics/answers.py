@@ -61,8 +61,8 @@ class RowMean(RowMetric):
         self.feature = feature
         self.scale = scale
 
-    def aggregate(self, row_values: Tensor) -> dict[str, float]:
-        return {"value": self.scale * row_values.mean().item()}
+    def averaged(self, row_values: Tensor) -> Tensor:
+        return self.scale * row_values
 
 
 class TruthRatio(RowMetric):
@@ -112,11 +112,10 @@ class TruthRatio(RowMetric):
     def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
         return F.truth_ratio(values[:, self.right], values[:, self.right + 1 :], self.convention)
 
-    def aggregate(self, row_values: Tensor) -> dict[str, float]:
+    def averaged(self, row_values: Tensor) -> Tensor:
         if self.convention == "prob_mean":
-            return super().aggregate(row_values)
-        score = F.forget_truth_ratio if self.goal == "forget" else F.utility_truth_ratio
-        return {"value": score(row_values)}
+            return row_values
+        return F.closeness(row_values) if self.goal == "forget" else F.truthfulness(row_values)
 
 
 class ForgetQuality(TruthRatio):

@@ -14,6 +14,7 @@ from torch.nn import Module, ModuleList
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
+from simnpo_pl.metrics.chance import interval
 from simnpo_pl.utils.errors import UserError
 
 
@@ -132,9 +133,20 @@ class RowMetric(Metric):
         """
         return values[:, 0]
 
+    def averaged(self, row_values: Tensor) -> Tensor:
+        """The `(n,)` values whose mean `aggregate` takes by default: the rows' own."""
+        return row_values
+
     def aggregate(self, row_values: Tensor) -> dict[str, float]:
         """Reduce the `(n,)` float64 values of the complete rows, n > 0, to the entries of `result_keys`."""
-        return {"value": row_values.mean().item()}
+        return {"value": self.averaged(row_values).mean().item()}
+
+    def interval(self) -> tuple[float, float] | None:
+        """After `compute`: 95 % interval of a mean by bootstrap over rows; None of a single row or another number."""
+        values = self.averaged(torch.tensor(list(self.rows.values()), dtype=torch.float64))
+        if type(self).aggregate is not RowMetric.aggregate or len(values) < 2 or not values.isfinite().all():
+            return None
+        return interval(values)
 
     def reset(self) -> None:
         super().reset()

@@ -93,17 +93,27 @@ def truth_ratio(paraphrase_nll: Tensor, perturbed_nll: Tensor, kind: str = "geom
     return torch.sigmoid(wrong.mean(dim=1) - right)
 
 
+def closeness(ratios: Tensor) -> Tensor:
+    """min(R, 1/R) of truth ratios `(N,)`, float64; R of 0 or infinity counts as 0."""
+    ratios = ratios.double()
+    return torch.minimum(ratios, 1 / ratios)
+
+
+def truthfulness(ratios: Tensor) -> Tensor:
+    """max(0, 1 - R) of truth ratios `(N,)`, float64."""
+    return torch.clamp(1 - ratios.double(), min=0)
+
+
 def forget_truth_ratio(ratios: Tensor) -> float:
     """Mean of min(R, 1/R): 1 when right and wrong answers are equally likely in every row.
 
-    R of 0 or infinity counts as 0; a NaN or an empty input gives NaN.
+    A NaN or an empty input gives NaN.
 
     Example:
         >>> forget_truth_ratio(torch.tensor([0.5, 4.0, 0.0, math.inf]))
         0.1875
     """
-    ratios = ratios.double()
-    return torch.minimum(ratios, 1 / ratios).mean().item()
+    return closeness(ratios).mean().item()
 
 
 def utility_truth_ratio(ratios: Tensor) -> float:
@@ -115,7 +125,7 @@ def utility_truth_ratio(ratios: Tensor) -> float:
         >>> utility_truth_ratio(torch.tensor([0.5, 4.0]))
         0.25
     """
-    return torch.clamp(1 - ratios.double(), min=0).mean().item()
+    return truthfulness(ratios).mean().item()
 
 
 def forget_quality(unlearned: Tensor, retrained: Tensor) -> ForgetQualityResult:
@@ -224,6 +234,28 @@ def extraction_strength(correct: Tensor) -> float:
 def exact_memorization(correct: Tensor) -> float:
     """Share of answer tokens predicted right, 0 to 1; takes what `extraction_strength` takes, NaN for T = 0."""
     return correct.double().mean().item()
+
+
+def depth_score(retrained: Tensor, unlearned: Tensor, least: float = 0.05) -> Tensor:
+    """Unlearning Depth Score of each row (arXiv 2605.24614): `(N,)` float64, 0 to 1; NaN where no layer counts.
+
+    What another model's hidden states take off an answer's log-prob in the start model, layer by layer. The layers that
+    count are those where the retrained model's take off more than `least`: UDS = sum of clip(unlearned, 0, retrained)
+    over these layers / sum of retrained over them.
+
+    Args:
+        retrained: `(N, L)` drops by the retrained model's states, nats per token.
+        unlearned: `(N, L)` drops by the unlearned model's.
+        least: Of a drop that counts.
+
+    Example:
+        >>> depth_score(torch.tensor([[0.01, 1.0, 3.0], [0, 0, 0]]), torch.tensor([[2.0, -1.0, 2.0], [1, 1, 1]]))
+        tensor([0.5000,    nan], dtype=torch.float64)
+    """
+    retrained, unlearned = retrained.double(), unlearned.double()
+    counts = retrained > least
+    gone = torch.minimum(unlearned.clamp(min=0), retrained)
+    return torch.where(counts, gone, 0).sum(dim=1) / torch.where(counts, retrained, 0).sum(dim=1)
 
 
 def lowest_share(values: Tensor, share: float) -> float:

@@ -60,6 +60,7 @@ _ALL = [
     Title("forget/probability/others", "prob., other rows", text="of the forget rows that were not relearned"),
     Title("forget/extraction_strength", "ES", "", False, "extraction strength of the forget answers"),
     Title("forget/exact_memorization", "EM", "", False, "exact memorization of the forget answers"),
+    Title("forget/uds", "UDS", "", True, "Unlearning Depth Score: 0 as the start model, 1 as the retrained model"),
     Title("forget/verbatim", "forget verbatim", "", False, "share of answers that are given word for word"),
     _degenerate("forget", "forget"),
     Title("forget/fluency", "fluency", "", True, "a classifier's probability that a forget answer is fluent"),

@@ -51,6 +51,30 @@ def layer_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, lis
             handle.remove()
 
 
+@contextmanager
+def replaced_outputs(model: Any, layer: int, at: Tensor, states: Tensor) -> Iterator[None]:
+    """Puts `states` `(S, D)` in the place of outputs of a layer, from 0, in the forward passes inside the context.
+
+    The outputs are `(N, D)` over all passes, one after the other; `at` `(S,)` says which of the N are replaced.
+    """
+    done = 0
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        nonlocal done
+        hidden = output[0] if isinstance(output, tuple) else output
+        flat = hidden.flatten(0, 1).clone()
+        inside = (at >= done) & (at < done + len(flat))
+        flat[at[inside] - done] = states[inside].to(flat)
+        done += len(flat)
+        return (flat.view_as(hidden), *output[1:]) if isinstance(output, tuple) else flat.view_as(hidden)
+
+    handle = layers_of(model)[layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
     """Freeze all parameters but those whose whole name one of the regular expressions matches."""
     try:

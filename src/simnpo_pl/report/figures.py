@@ -134,6 +134,9 @@ def _trade_off(axis: Any, runs: Sequence[Run]) -> None:
             axis.plot([], [], marker, color=GREY, label=f"{model} model")
     if "forget_quality/log10_p" in pair:
         axis.axhline(LOG10_005, color=GREY, linewidth=0.8, linestyle="--", label="p = 0.05")
+        for n, chance in {run.chance["n"]: run.chance["retrained"] for run in runs if run.chance}.items():
+            low, high = math.log10(chance["q05"]), math.log10(chance["q95"])
+            axis.axhspan(low, high, color=GREY, alpha=0.15, linewidth=0, label=f"retrained anew, n = {n}")
     axis.set(xlabel=_axis_title(pair[0]), ylabel=_axis_title(pair[1]))
     if title_of(pair[0]).higher_is_better is False:
         axis.invert_xaxis()
@@ -230,6 +233,15 @@ def _leak(axis: Any, runs: Sequence[Run]) -> None:
     axis.set(xlabel="k, sampled answers to a prompt", ylabel="share of rows with a right answer", ylim=(0, 1))
 
 
+def _depth(axis: Any, runs: Sequence[Run]) -> None:
+    for number, run in enumerate(runs):
+        for model, drops in run.record.get("depth", {}).get("layers", {}).items():
+            style = {"shade": color(number), "line": ":" if model == "retrained" else "-"}
+            _curve(axis, f"{run.name}, {model}", list(enumerate(drops)), **style, tip="layer {:g}, {:.3g}")
+    whole_numbers(axis)
+    axis.set(xlabel="layer", ylabel="drop of log-prob, nats per token")
+
+
 class Figure(NamedTuple):
     """A figure by its file name."""
 
@@ -245,7 +257,8 @@ FIGURES = (
         "Forgotten against kept",
         "Each line is a run, the numbers are its epochs, the ring is the exported model. To the right more is kept. "
         "Upwards more is forgotten if the axis is forget quality, by which the retrained model has p = 1, or a loss; "
-        "downwards if it is a probability or a score of the forget rows.",
+        "downwards if it is a probability or a score of the forget rows. Of models retrained with other seeds 90 % "
+        "would score inside the grey band if their rows were drawn independently.",
         _trade_off,
     ),
     Figure(
@@ -254,6 +267,14 @@ FIGURES = (
         "Share of rows up to a truth ratio. Forget quality asks whether two of these curves could come from one "
         "distribution; the dotted line is the largest gap to the retrained model, the KS statistic.",
         _truth_ratios,
+    ),
+    Figure(
+        "depth",
+        "How deep it is gone",
+        "What hidden states lack of the forgotten answers: put into the start model, layer by layer, those of the "
+        "unlearned model should take off as much of the answers' log-prob as those of the retrained model, dotted. The "
+        "Unlearning Depth Score is the share that they do, from 0 to 1.",
+        _depth,
     ),
     Figure("losses", "Losses by optimizer step", "Before their weights, over the effective batch.", _losses),
     Figure(

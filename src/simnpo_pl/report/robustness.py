@@ -237,4 +237,5 @@ def shown_ks(n: int) -> list[int]:
 def sentences(run: Run) -> list[str]:
     """What the attacks on a run found."""
     attacks = [entry for group in ("relearn", "quantized", "leak") for entry in run.record.get(group, {}).values()]
+    attacks.append(run.record.get("depth", {}))
     return [entry["sentence"] for entry in attacks if entry.get("sentence")]

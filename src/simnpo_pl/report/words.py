@@ -18,6 +18,12 @@ KEPT = (
 )
 """Metrics of the first two tiles; the first that was measured is shown large."""
 TILE_LINES = 3
+TRUST = (
+    "Which metric to trust: on 150 unlearned 1B models, faithfulness / robustness to relearning and rounding were "
+    "0.971 / 0.933 for the Unlearning Depth Score (UDS), 0.891 / 0.859 for extraction strength (ES) and 0.947 / 0.379 "
+    "for the truth ratio, on which forget quality rests (arXiv 2605.24614). Forget quality tells how alike answers are "
+    "now, UDS and ES better what may come back."
+)
 
 
 class Tile(NamedTuple):
@@ -84,6 +90,12 @@ def _tile(title: str, run: Run, names: Sequence[str]) -> Tile:
     (first, value, compared), *others = changes
     lines = [f"{short} {change}{compared}" for short, change, compared in others[: TILE_LINES - 1]]
     return Tile(title, value, [first + compared, *lines])
+
+
+def interval(run: Run, model: str, name: str) -> str:
+    """95 % interval of a mean over rows, in brackets; empty if there is none."""
+    low, high = run.intervals(model).get(name, (None, None))
+    return "" if low is None else f"[{number(low)}, {number(high)}]"
 
 
 def not_measured(runs: Sequence[Run]) -> list[str]:

@@ -11,9 +11,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.finished import FinishedBatches
+from simnpo_pl.metrics.chance import forget_quality_chance
+from simnpo_pl.metrics.logs import RetainLog
 from simnpo_pl.runs.board import log_evaluation, log_outcome
 from simnpo_pl.runs.card import write_card
 from simnpo_pl.runs.record import Run
@@ -23,6 +26,7 @@ from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
+DEPTH = "depth.jsonl"
 SHARED = ("start", "retrained", "mia_reference", "neutral")
 """Roles of models that do not change."""
 PACKAGES = ("simnpo_pl", "torch", "lightning", "transformers", "torchmetrics", "datasets", "scipy", "rouge-score")
@@ -33,7 +37,7 @@ class RunFolder(Callback):
 
     Attributes:
         role: Which model is evaluated next: start, neutral (its answers to neutral prompts), retrained, mia_reference,
-            epoch (of the policy) or final.
+            epoch (of the policy), final or depth (hidden states of three models).
         result: Newest evaluation of the policy.
         result_step: Optimizer steps behind that evaluation.
     """
@@ -122,10 +126,10 @@ class RunFolder(Callback):
 
     def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
         """Record an evaluation under the present role."""
-        if self.role in ("mia_reference", "neutral"):
+        if self.role in ("mia_reference", "neutral", "depth"):
             # Only metrics of other models, or training rows, are made from it.
             return
-        metrics = {"metrics": result.values}
+        metrics = {"metrics": result.values, "intervals": result.intervals}
         if self.role == "epoch":
             self.record["epochs"].append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics})
         elif self.role != "final":
@@ -141,21 +145,27 @@ class RunFolder(Callback):
                 log_evaluation(trainer, result, trainer.global_step if self.role == "epoch" else 0)
         self._write(trainer)
 
-    def finish(self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None) -> None:
+    def finish(
+        self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None, depth: Any = None
+    ) -> None:
         """Write the final results, the rows and the benchmark's own files.
 
-        `result` is the evaluation of the exported model, `epoch` its epoch; None if there is none.
+        `result` is the evaluation of the exported model, `epoch` its epoch, `depth` what `measure_depth` found; None if
+        there is none.
         """
         if epoch is not None:
             self.record["exported_epoch"] = epoch
         if result is not None:
-            self.record["final"] = {"metrics": result.values}
+            self.record["final"] = {"metrics": result.values, "intervals": result.intervals}
+            if depth is not None:
+                add_depth(Run(self.folder.name, self.folder, self.record), self.record, *depth)
         self.record["finished"] = True
         log = data.find_retain_log()
         if log is not None:
             self.record["comparator"] = log.about()
             if log.metrics:
                 self.record.setdefault("retrained", {"metrics": log.metrics})
+            self._add_chance(log)
         if unlearned(self.record):
             self.record["verdict"] = verdict(self.record)
         if trainer.is_global_zero and result is not None:
@@ -172,6 +182,14 @@ class RunFolder(Callback):
             self.finished.drop()
             if epoch is not None:
                 write_card(Run(self.folder.name, self.folder, self.record))
+
+    def _add_chance(self, log: RetainLog) -> None:
+        """What forget quality can tell at this number of rows, from the truth ratios that it compares."""
+        run = Run(self.folder.name, self.folder, self.record)
+        start = [row["forget_quality"] for row in run.start_rows if row.get("forget_quality") is not None]
+        retrained = [row["truth_ratio"] for row in log.splits["forget"].values() if row.get("truth_ratio") is not None]
+        if start and retrained:
+            self.record["forget_quality_chance"] = forget_quality_chance(torch.tensor(start), torch.tensor(retrained))
 
     def _add_seconds(self, phase: str, started: float) -> None:
         seconds = self.record["seconds"].get(phase, 0.0) + time.monotonic() - started
@@ -196,6 +214,20 @@ def _peak_memory(trainer: pl.Trainer) -> dict[str, float]:
     if trainer.strategy.root_device.type == "cuda":
         peak["device"] = torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30
     return {name: round(value, 3) for name, value in peak.items()}
+
+
+def add_depth(run: Run, record: dict[str, Any], entry: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """Add the Unlearning Depth Score to a record, and its rows to the run's folder."""
+    rank_zero_only(write_json_lines)(run.folder / DEPTH, rows)
+    record["depth"] = entry
+    for name in ("metrics", "intervals"):
+        record["final"][name] = record["final"].get(name, {}) | entry[name]
+    record["counts"] = record.get("counts", {}) | dict.fromkeys(entry["metrics"], entry["n"])
+    reason = "one of its scores is not a number"
+    if not entry["n"]:
+        reason = "the retrained model's hidden states lack nothing of any forget row, in any layer"
+    lost = [name for name, value in entry["metrics"].items() if value != value]
+    record["unavailable"] = record.get("unavailable", {}) | dict.fromkeys(lost, reason)
 
 
 def describe_objective(module: Any) -> dict[str, Any]:

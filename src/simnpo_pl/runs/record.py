@@ -158,6 +158,15 @@ class Run:
         return self.verdict.get("untested", [] if self.recovered else list(ATTACKS.values()))
 
     @property
+    def chance(self) -> dict[str, Any]:
+        """What forget quality scores by chance, see `forget_quality_chance`; empty if it is not known."""
+        return self.record.get("forget_quality_chance", {})
+
+    def intervals(self, model: str) -> dict[str, list[float]]:
+        """95 % intervals of a model's means over rows."""
+        return (self.record.get(model) or {}).get("intervals", {})
+
+    @property
     def config(self) -> str:
         file = self.folder / "config.yaml"
         return file.read_text() if file.is_file() else ""

@@ -162,7 +162,12 @@ class Verdict:
         quality = self.models["final"].get("forget_quality")
         if quality is not None and quality == quality:
             differs = "no difference from" if quality > 0.05 else "a difference to"
-            found.append(f"forget quality {number(quality)}: the test finds {differs} the retrained model")
+            finds = f"the test finds {differs} the retrained model"
+            if quality > 0.05 and (chance := self.record.get("forget_quality_chance")):
+                times = f"{round(100 * chance['power'])} times in 100"
+                finds += f"; at {chance['n']} rows it would tell a half-unlearned model apart {times}"
+            found.append(f"forget quality {number(quality)}: {finds}")
+        found.append(self.record.get("depth", {}).get("sentence", ""))
         found += [entry.get("sentence", "") for _, entry in self.attacks]
         return [sentence for sentence in found if sentence]
 

@@ -2,9 +2,9 @@
 
 Relearning of a fifth of the forget rows, and of as many retain rows: from the run's own learning rate upwards until
 the relearned rows are learned. Weights rounded to 8 and 4 bits and to NF4, where the packages are installed. Sampled
-answers, to the questions, their paraphrases, and after examples. The retrained model, if it is known, is attacked in
-the same way, as the control. Each attack is one sentence, kept in the run's results.json with its verdict; relearn,
-quantize and leak make them one by one, with all settings.
+answers, to the questions, their paraphrases, and after examples. Hidden states, by the Unlearning Depth Score. The
+retrained model, if it is known, is attacked in the same way, as the control. Each attack is one sentence, kept in the
+run's results.json with its verdict; relearn, quantize and leak make them one by one, with all settings.
 """
 
 from argparse import Namespace
@@ -13,14 +13,16 @@ from contextlib import contextmanager
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from simnpo_pl.module.depth import measure_depth
 from simnpo_pl.report.robustness import is_learned, sentences
+from simnpo_pl.runs.folder import add_depth
 from simnpo_pl.runs.record import Run
 from simnpo_pl.studies import parse
 from simnpo_pl.studies.leak import measure as measure_leak
 from simnpo_pl.studies.quantize import NAMES
 from simnpo_pl.studies.quantize import measure as measure_rounded
 from simnpo_pl.studies.relearn import Attack, Relearning, rate_of
-from simnpo_pl.studies.reopen import runs_of
+from simnpo_pl.studies.reopen import add_results, model_of, reopen, retrained_of, runs_of
 from simnpo_pl.utils.errors import UserError
 
 FACTORS = (1, 3, 10)
@@ -70,6 +72,24 @@ def sampling(run: Run, options: Namespace) -> None:
         measure_leak(run, parse("leak", [str(run.folder), *given]))
 
 
+def depth(run: Run, options: Namespace) -> None:
+    """How much of what the retrained model lacks in its hidden states the unlearned one lacks, too."""
+    if "depth" in run.record:
+        return
+    start, retrained = options.start, retrained_of(run, options.retrained)
+    if start is None and run.unlearned:
+        start = run.start_model
+    with untested("hidden states"):
+        if start is None or retrained is None:
+            lacking = "the start model, --start MODEL" if start is None else "a retrained model, --retrained MODEL"
+            raise UserError(f"the Unlearning Depth Score needs {lacking}")
+        opened = reopen(run)
+        opened.datamodule.prepare_data()
+        opened.datamodule.setup("validate")
+        found = measure_depth(opened.trainer, opened.model, opened.datamodule, start, retrained, model_of(run))
+        add_results(run, lambda results: add_depth(run, results, *found))
+
+
 @contextmanager
 def untested(what: str) -> Iterator[None]:
     """Say in a line that an attack is not possible here."""
@@ -79,4 +99,9 @@ def untested(what: str) -> Iterator[None]:
         rank_zero_only(print)(f"not tested: {what} ({error})", flush=True)
 
 
-ATTACKS: dict[str, Callable[[Run, Namespace], None]] = {"relearn": relearn, "quantize": rounding, "leak": sampling}
+ATTACKS: dict[str, Callable[[Run, Namespace], None]] = {
+    "relearn": relearn,
+    "quantize": rounding,
+    "leak": sampling,
+    "depth": depth,
+}

@@ -27,6 +27,7 @@ from simnpo_pl.data.text import Texts
 from simnpo_pl.evaluation.evaluation import gather_texts
 from simnpo_pl.evaluation.fluency import FluencyClassifier
 from simnpo_pl.evaluation.plan import Split, share_of
+from simnpo_pl.metrics.chance import interval
 from simnpo_pl.models.generation import Sampler, draws_of, generate
 from simnpo_pl.module.policy import PolicyModule
 from simnpo_pl.report.robustness import leak_table, shown_ks
@@ -38,8 +39,6 @@ from simnpo_pl.utils.files import write_json_lines
 SCORE = "rougeL_recall"
 EXAMPLES = 3
 """Retain rows in front of a question."""
-DRAWS = 2000
-"""Resamples of the rows for an interval."""
 
 
 def run(options: Namespace) -> None:
@@ -178,11 +177,10 @@ def with_bounds(leaks: Tensor) -> dict[str, Any]:
     """
     count, n = leaks.shape
     found: dict[str, Any] = {f"leak@{k}": value for k, value in enumerate(leaks.mean(dim=0).tolist(), start=1)}
-    rng = np.random.default_rng(0)
-    resampled = rng.multinomial(count, [1 / count] * count, size=DRAWS) / count @ leaks.numpy()
-    low, high = np.quantile(resampled, (0.025, 0.975), axis=0)
-    for k in shown_ks(n):
-        found[f"leak@{k}/low"], found[f"leak@{k}/high"] = float(low[k - 1]), float(high[k - 1])
+    if count > 1:
+        low, high = interval(leaks)
+        for k in shown_ks(n):
+            found[f"leak@{k}/low"], found[f"leak@{k}/high"] = low[k - 1], high[k - 1]
     return found
 
 

@@ -72,7 +72,8 @@ def _attacked(add: Add, control: bool = True) -> None:
 
 def check(add: Add) -> None:
     _attacked(add)
-    add("--attacks", nargs="+", choices=("relearn", "quantize", "leak"), help="only these attacks")
+    add("--attacks", nargs="+", choices=("relearn", "quantize", "leak", "depth"), help="only these attacks")
+    add("--start", metavar="MODEL", help="start model, for depth; by default that of a run of fit")
     add("--epochs", type=at_least_1, default=5, help="of relearning")
     add("--text", metavar="FILE", help="text to relearn with, such as a page of general text")
     add("--k", type=at_least_1, default=8, help="answers drawn for each prompt")

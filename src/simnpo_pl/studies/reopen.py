@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from simnpo_pl.benchmarks.neutral import START_ANSWERS
 from simnpo_pl.cli.arguments import clear_changed_classes
-from simnpo_pl.cli.main import UnlearningCLI, precision, quiet
+from simnpo_pl.cli.main import UnlearningCLI, precision
+from simnpo_pl.cli.summary import quiet
 from simnpo_pl.report.robustness import judge
 from simnpo_pl.runs.card import write_card
 from simnpo_pl.runs.record import Run, read_runs
@@ -100,7 +101,7 @@ def reopen(run: Run, *options: str, model: str | None = None) -> LoadedRun:
     kept = run.folder / "retrained_rows.jsonl"
     retrained = str(kept) if kept.is_file() else "null"
     arguments = ["fit", "--config", str(run.folder / "config.yaml"), "--model.name", model or model_of(run)]
-    arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained]
+    arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained, "--eval.depth", "false"]
     if (answers := run.folder / START_ANSWERS).is_file():
         arguments += ["--data.retain", str(answers)]
     arguments += options
