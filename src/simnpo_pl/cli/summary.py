@@ -108,6 +108,8 @@ def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
             f"{retain}; lr {module.lr}{trained}, {long}",
             f"reference: {module.reference_use}",
         ]
+        if module.update is not None:
+            lines.append(f"update: {found['update']}; {module.update.cost}")
     return "\n".join(lines)
 
 

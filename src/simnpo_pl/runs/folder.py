@@ -199,16 +199,22 @@ def _peak_memory(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def describe_objective(module: Any) -> dict[str, Any]:
-    """Name, settings and weights of a module's objective and retain loss, after all defaults."""
-    objective = module.objective
-    names = [name for name in inspect.signature(type(objective).__init__).parameters if hasattr(objective, name)]
+    """Name, settings and weights of a module's objective and retain loss, after all defaults, and its update rule."""
+    rule = module.update
+    used = rule and f"{_class_name(rule)} ({', '.join(f'{name} {value}' for name, value in _settings(rule).items())})"
     return {
-        "name": _class_name(objective),
-        "settings": {name: getattr(objective, name) for name in names},
+        "name": _class_name(module.objective),
+        "settings": _settings(module.objective),
         "forget_weight": module.forget_weight,
         "retain_loss": None if module.retain_loss is None else _class_name(module.retain_loss),
         "retain_weight": module.retain_weight,
+        "update": used,
     }
+
+
+def _settings(instance: Any) -> dict[str, Any]:
+    names = inspect.signature(type(instance).__init__).parameters
+    return {name: getattr(instance, name) for name in names if hasattr(instance, name)}
 
 
 def _class_name(instance: Any) -> str:

@@ -88,6 +88,7 @@ class Run:
         named = ", ".join(f"{k} {v if isinstance(v, str) else number(v)}" for k, v in given.items())
         retain = objective["retain_loss"] or "no retain loss"
         weights = f"weights {number(objective['forget_weight'])} / {number(objective['retain_weight'])} ({retain})"
+        weights += f"; update {objective['update']}" if objective.get("update") else ""
         return f"{named}; {weights}" if named else weights
 
     @property
