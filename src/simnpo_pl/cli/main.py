@@ -226,7 +226,8 @@ class UnlearningCLI(LightningCLI):
             check_fit(self.model, self.trainer)
             if first and "retain" not in self.model.parts and self.model.objective.default_retain_weight:
                 print("warning: there is no retain loss, so the model may lose everything else, too")
-            data.make_retain_rows(self.run_folder.folder, partial(self._evaluate_once, "neutral", self.model))
+            answer = partial(self._evaluate_once, "answers", self.model)
+            data.make_rows(self.model.parts, self.run_folder.folder, answer)
             # Mistakes in the training rows show before the first evaluation.
             data.load_training(self.model.parts)
             if first:

@@ -23,7 +23,7 @@ from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines
 
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
-SHARED = ("start", "retrained", "mia_reference", "neutral")
+SHARED = ("start", "retrained", "mia_reference", "answers")
 """Roles of models that do not change."""
 PACKAGES = ("simnpo_pl", "torch", "lightning", "transformers", "torchmetrics", "datasets", "scipy", "rouge-score")
 
@@ -32,7 +32,7 @@ class RunFolder(Callback):
     """Writes results as soon as they are known, and the resolved `config`, YAML, if there is one.
 
     Attributes:
-        role: Which model is evaluated next: start, neutral (its answers to neutral prompts), retrained, mia_reference,
+        role: Which model is evaluated next: start, answers (its answers that are trained on), retrained, mia_reference,
             epoch (of the policy) or final.
         result: Newest evaluation of the policy.
         result_step: Optimizer steps behind that evaluation.
@@ -122,7 +122,7 @@ class RunFolder(Callback):
 
     def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
         """Record an evaluation under the present role."""
-        if self.role in ("mia_reference", "neutral"):
+        if self.role in ("mia_reference", "answers"):
             # Only metrics of other models, or training rows, are made from it.
             return
         metrics = {"metrics": result.values}
