@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from helpers import history, killed_in_epoch, run_processes, same_weights
+from helpers import history, killed_in_epoch, results, run_processes, same_weights
 from simnpo_pl.benchmarks import TofuData
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import load_causal_lm
@@ -18,6 +18,7 @@ from simnpo_pl.models.lora import LoraOptions
 from simnpo_pl.module import GRU, SAM, UpdateRule
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import NPO, PDU, GradDiff
+from simnpo_pl.runs.record import Run
 from simnpo_pl.utils.errors import UserError
 
 RULES = {"SAM": lambda: SAM(rho=0.5), "GRU": GRU}
@@ -140,6 +141,8 @@ def test_killed_run_resumes(options: list[str], tmp_path: Path, capsys: pytest.C
     shown = capsys.readouterr().out
     assert "update: GRU (newest 0.8); one forward pass, two backward passes; two more copies" in shown
     assert "update rule 0." in shown
+    found = Run("whole", tmp_path / "whole", results(tmp_path / "whole"))
+    assert (found.method, found.settings) == ("NPO+GRU", "beta 0.1, newest 0.8; weights 1 / 0 (NLL)")
     cut = [*run, "--run_dir", str(tmp_path / "cut")]
     with killed_in_epoch(2):
         main(cut)

@@ -109,7 +109,8 @@ def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
             f"reference: {module.reference_use}",
         ]
         if module.update is not None:
-            lines.append(f"update: {found['update']}; {module.update.cost}")
+            settings = ", ".join(f"{name} {value}" for name, value in found["update"]["settings"].items())
+            lines.append(f"update: {found['update']['name']} ({settings}); {module.update.cost}")
     return "\n".join(lines)
 
 

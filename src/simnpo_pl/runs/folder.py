@@ -201,14 +201,13 @@ def _peak_memory(trainer: pl.Trainer) -> dict[str, float]:
 def describe_objective(module: Any) -> dict[str, Any]:
     """Name, settings and weights of a module's objective and retain loss, after all defaults, and its update rule."""
     rule = module.update
-    used = rule and f"{_class_name(rule)} ({', '.join(f'{name} {value}' for name, value in _settings(rule).items())})"
     return {
         "name": _class_name(module.objective),
         "settings": _settings(module.objective),
         "forget_weight": module.forget_weight,
         "retain_loss": None if module.retain_loss is None else _class_name(module.retain_loss),
         "retain_weight": module.retain_weight,
-        "update": used,
+        "update": rule and {"name": _class_name(rule), "settings": _settings(rule)},
     }
 
 
