@@ -159,7 +159,7 @@ def test_killed_run_resumes(options: list[str], tmp_path: Path, capsys: pytest.C
             "--model.update SAM needs whole gradients on every device: give --trainer.strategy ddp or auto",
         ),
         (["--model.update.rho", "0"], "--model.update.rho must be a number above 0, got 0.0"),
-        (["--model.update", "ASAM"], "--model.update ASAM: no such class; known are GRU, SAM"),
+        (["--model.update", "ASAM"], "no such class; the nearest is SAM; known are GRU, SAM"),
     ],
 )
 def test_what_cannot_work_is_refused(
