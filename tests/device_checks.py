@@ -19,7 +19,7 @@ from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.objectives import Models, Objective
 from simnpo_pl.objectives.base import batch_losses
-from simnpo_pl.objectives.retain import KL, NLL, EmbedDiff
+from simnpo_pl.objectives.retain import JSD, KL, NLL, EmbedDiff
 
 ROOT = Path(__file__).parents[1]
 SETTINGS: dict[str, dict[str, Any]] = {"RMU": {"layer": 0}, "PDU": {"eps": 0.5}}
@@ -28,6 +28,7 @@ RETAIN = {
     "NLL": NLL,
     "KL": KL,
     "KL over all": lambda: KL("all"),
+    "JSD": JSD,
     "EmbedDiff": lambda: EmbedDiff(0),
     "none": lambda: None,
 }
@@ -71,7 +72,7 @@ class Step:
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.models = [load_causal_lm(str(folder)).train() for folder in folders]
-        self.batch = {name: rows(4, 100, n) for n, name in enumerate(("forget", "retain", "alternate"))}
+        self.batch = {name: rows(4, 100, n) for n, name in enumerate(("forget", "retain", "alternate", "sampled"))}
         self.cpu = torch.device("cpu")
         self.scorers = {self.cpu: [Scorer(model) for model in self.models]}
 

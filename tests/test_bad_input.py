@@ -39,11 +39,11 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--trainer.max_epochs", "ten"), "error: --trainer.max_epochs: expected a whole number or null, got ten"),
         (
             ("--model.objective", "NOP"),
-            "no such class; the nearest is NPO; known are CEU, DPO, FineTune, "
-            "GradAscent, GradDiff, IDK, LengthNormalizedNPO, NPO, NPORawLogits, PDU, "
-            "RKLD, RMU, ReferenceFreeNPO, SatImp, SimNPO, SimNPORawLogits, UNDIAL, WGA",
+            "no such class; the nearest is NPO; known are AltPO, CEU, DPO, FineTune, GradAscent, "
+            "GradDiff, IDK, IHL, JensUn, LengthNormalizedNPO, NPO, "
+            "NPORawLogits, PDU, RKLD, RMU, ReferenceFreeNPO, SatImp, SimNPO, SimNPORawLogits, UNDIAL, WGA",
         ),
-        (("--model.retain_loss", "NL"), "known are EmbedDiff, KL, NLL"),
+        (("--model.retain_loss", "NL"), "known are EmbedDiff, JSD, KL, NLL"),
         (("--model.objective", "RKLD"), "name it by --model.memorizing FOLDER"),
         (("--model.objective", "RKLD", "--model.memorizing", "./none"), "--model.memorizing: folder ./none does not"),
         (("--model.objective", "NPO", "--model.reference", "./none"), "--model.reference: folder ./none does not"),

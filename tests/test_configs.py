@@ -81,7 +81,16 @@ SHOWN = {
     "configs/own.yaml --data.forget forget.jsonl --data.retain retain.jsonl --model.name MODEL": OWN,
 }
 """What the commands of `fit` on the first pages give."""
+NEWER = {
+    "configs/tofu.yaml --model.objective AltPO --model.retain_weight 2": (5e-5, "AltPO", {"beta": 0.1}, 1, 2),
+    "configs/tofu.yaml --model.objective JensUn --model.retain_loss JSD --model.lr 8e-6": (8e-6, "JensUn", None, 1, 1),
+    "configs/tofu.yaml --model.objective IHL": (5e-5, "IHL", None, 1, 1),
+    "configs/tofu.yaml --model.update SAM": TOFU_1B,
+    "configs/tofu.yaml --model.objective NPO --model.update GRU": (5e-5, "NPO", {"beta": 0.1}, 1, 1),
+}
+"""What commands of docs/methods.md give."""
 COMBINED = {
+    **NEWER,
     # Whichever of the paper's two comes last holds as a whole.
     "configs/tofu.yaml --config configs/models/llama2-7b.yaml --config configs/tofu_forget05.yaml": PAPER_05,
     "configs/tofu.yaml --config configs/tofu_forget05.yaml --config configs/models/llama2-7b.yaml": PAPER_10,
@@ -118,11 +127,16 @@ def test_parses(config: Path, capsys: pytest.CaptureFixture[str]):
     check(got, RECIPES[str(config.relative_to(ROOT / "configs").with_suffix(""))])
 
 
+def test_methods_page_shows_these_commands():
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert not [command for command in NEWER if f"python -m simnpo_pl fit --config {command}" not in page]
+
+
 @pytest.mark.parametrize("command", COMBINED)
 def test_combinations_give_their_recipe(command: str, capsys: pytest.CaptureFixture[str]):
     got = resolved(["fit", "--config", *command.split()], capsys)
     check(got, COMBINED[command])
-    if "tofu" in command:
+    if "tofu" in command and command not in NEWER:
         last = "forget05" if command.rfind("forget05.yaml") > command.rfind("7b.yaml") else "forget10"
         assert got["model"]["name"] == "locuslab/tofu_ft_llama2-7b"
         assert got["data"]["init_args"]["forget_split"] == last

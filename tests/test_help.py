@@ -45,7 +45,7 @@ def test_every_option_has_its_text(command: str, capsys: pytest.CaptureFixture[s
 
 def test_classes_are_listed_by_name(capsys: pytest.CaptureFixture[str]):
     text = " ".join(shown(capsys, "fit", "--help").split())
-    assert re.search(r"known subclasses: RetainLoss, NLL, KL, EmbedDiff\)", text)
+    assert re.search(r"known subclasses: RetainLoss, NLL, KL, JSD, EmbedDiff\)", text)
     assert re.search(r"known subclasses: PairedData, UnlearningData, TofuData, DemoData, MuseData", text)
     assert re.search(r"known subclasses: Objective, .*\bSimNPO, ", text)
 

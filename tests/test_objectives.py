@@ -14,16 +14,19 @@ from simnpo_pl.objectives import (
     CEU,
     DPO,
     IDK,
+    IHL,
     NPO,
     PDU,
     RKLD,
     RMU,
     UNDIAL,
     WGA,
+    AltPO,
     FineTune,
     ForgetInputs,
     GradAscent,
     GradDiff,
+    JensUn,
     NPORawLogits,
     Objective,
     Positions,
@@ -32,7 +35,7 @@ from simnpo_pl.objectives import (
     SimNPORawLogits,
 )
 from simnpo_pl.objectives.base import RetainInputs
-from simnpo_pl.objectives.retain import KL, EmbedDiff
+from simnpo_pl.objectives.retain import JSD, KL, EmbedDiff
 from simnpo_pl.utils.errors import UserError
 
 
@@ -346,3 +349,45 @@ def test_gamma_must_not_be_negative(gamma: float):
 def test_forward_must_be_written():
     with pytest.raises(TypeError, match="Objective must implement forward"):
         Objective()(ForgetInputs())
+
+
+def test_altpo():
+    """As DPO, with sampled answers in the place of refusals: the values of `test_dpo`."""
+    inputs = {"sampled": ALTERNATE, "reference_forget": REFERENCE, "reference_sampled": REFERENCE_ALTERNATE}
+    loss = AltPO(beta=0.5)(ForgetInputs(forget=FORGET, **inputs))
+    torch.testing.assert_close(loss, torch.tensor([0.8056533, 4.5474848], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_ihl():
+    """1 + p - q: row 1 has p - q = 1/2 and -1/2, row 2 has 0."""
+    assert IHL()(ForgetInputs(states=STATES)).tolist() == pytest.approx([1.0, 1.0])
+    assert IHL()(ForgetInputs(states=replace(STATES, labels=torch.tensor([0, 0, 0])))).tolist() == [1.5, 1.0]
+
+
+def test_jensun():
+    """log 2 + (p log p - (1 + p) log(1 + p)) / 2, p 1/4: 0.3803956; p 3/4: 0.0956026; p 1/2: 0.2157616.
+
+    Row 1 is the mean of the first two, by the distributions: p = (3/4, 1/4) and (0, 1), their mean (3/8, 5/8);
+    KL(p || m) = 3/4 log 2 + 1/4 log(2/5) = 0.2907877, KL((0, 1) || m) = log(8/5) = 0.4700036, half of the sum.
+    """
+    loss = JensUn()(ForgetInputs(states=STATES, alternate_tokens=torch.tensor([1, 0, 1])))
+    assert loss.tolist() == pytest.approx([(0.3803956 + 0.0956026) / 2, 0.2157616], rel=1e-5)
+
+
+def test_refusal_is_repeated_to_the_length_of_each_answer():
+    """Refusals 7 8 and 9, whose ends 1 (and 1 2 for the second) are left out; answers of 3 and 2 tokens."""
+    skip = -100
+    labels = torch.tensor([[skip, 7, 8, 1], [skip, 9, 1, 2]])
+    scored = states([[0.0, 0.0]] * 5, [0] * 5, [0, 0, 0, 1, 1])
+    inputs = ForgetInputs({"alternate": {"labels": labels, "end": torch.tensor([1, 2])}}, {"forget": scored})
+    assert inputs.alternate_tokens.tolist() == [7, 8, 7, 9, 9]
+
+
+def test_jsd_retain_loss():
+    """Reference certain to one half, policy (3/4, 1/4) and (1/2, 1/2).
+
+    m = (5/8, 3/8): (log(4/5) / 2 + log(4/3) / 2 + 3/4 log(6/5) + 1/4 log(2/3)) / 2 = 0.0338221, and 0.
+    """
+    reference = states([[0.0, 0.0]] * 3, [0, 1, 0], [0, 0, 1])
+    loss = JSD()(RetainInputs(states=STATES, reference_states=reference))
+    assert loss.tolist() == pytest.approx([0.0338221, 0.0], abs=1e-6)

@@ -66,8 +66,13 @@ class TestSecondDevice(DeviceChecks):
 
     @pytest.mark.parametrize(
         ("options", "budget"),
-        [([], BUDGET), (["--model.objective", "NPO", "--model.retain_loss", "KL"], {"step": 1})],
-        ids=["SimNPO", "NPO and KL"],
+        [
+            ([], BUDGET),
+            (["--model.objective", "NPO", "--model.retain_loss", "KL"], {"step": 1}),
+            (["--model.objective", "JensUn", "--model.retain_loss", "JSD", "--model.update", "SAM"], {"step": 1}),
+            (["--model.objective", "IHL", "--model.update", "GRU"], {"step": 1}),
+        ],
+        ids=["SimNPO", "NPO and KL", "JensUn, JSD, SAM", "IHL, GRU"],
     )
     def test_host_waits(self, common: list[str], tmp_path: Path, options: list[str], budget: dict[str, float]):
         """Bounds that may only fall: what a step, a batch of answers scored and a generated token wait for."""

@@ -7,7 +7,8 @@ batch that its losses read.
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -17,6 +18,8 @@ import lightning.pytorch as pl
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from simnpo_pl.benchmarks.accumulation import set_accumulation
+from simnpo_pl.benchmarks.answers import ALTERNATES, Answer, read_alternates, sample_alternates, write_rows
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.conversation import AnswerEnd
 from simnpo_pl.data.pairing import PairedSampler
@@ -82,8 +85,8 @@ class PairedData(pl.LightningDataModule):
     end_ids: Collection[int] = ()
     """Tokens that end an answer."""
 
-    def make_retain_rows(self, folder: Path, answer: Callable[[Any], EvalResult]) -> None:
-        """Make retain rows of what a start model answers, once for a run folder; most benchmarks have their own."""
+    def make_rows(self, parts: Collection[str], folder: Path, answer: Answer) -> None:
+        """Make training rows of these parts from what a start model answers, once for a run folder."""
 
     def use_retrained_rows(self, rows: list[dict[str, Any]], source: str) -> None:
         """Compare with a retrained model's rows, as `EvalResult.rows` holds them; ignored where no metric does."""
@@ -120,31 +123,7 @@ class PairedData(pl.LightningDataModule):
             trainer.global_rank,
             self.seed,
         )
-        step = self.sampler.accumulate
-        # Lightning has no public name for this setting.
-        if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise UserError(
-                "rows are distributed to processes by this data module: set --trainer.use_distributed_sampler false"
-            )
-        if trainer.accumulate_grad_batches not in (1, step):
-            raise UserError(
-                f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} contradicts "
-                f"--data.effective_batch {self.effective_batch} = {trainer.world_size} device(s) x "
-                f"{self.per_device_batch} rows x {step}: leave it out"
-            )
-        trainer.accumulate_grad_batches = step
-        if trainer.overfit_batches:
-            raise UserError(
-                "--trainer.overfit_batches is not supported, since every epoch draws its batches anew: train on fewer "
-                "forget rows, or set --trainer.limit_train_batches"
-            )
-        limit, total = trainer.limit_train_batches, len(self.sampler)
-        batches = limit if isinstance(limit, int) else int(limit * total)
-        if batches < total and batches % step and not trainer.fast_dev_run:
-            raise UserError(
-                f"--trainer.limit_train_batches {limit} ends an epoch inside an optimizer step of {step} "
-                f"micro-batches: give a multiple of {step}"
-            )
+        set_accumulation(trainer, self.sampler)
 
     def describe(self) -> str:
         """Rows, effective batch and steps in one line."""
@@ -232,6 +211,8 @@ class UnlearningData(PairedData):
         max_length: Longest sequence, tokens; null takes the limit of tokenizer and model.
         truncate: Whether longer sequences are cut at the end of the answer instead of being refused.
         forget_rows: Rows the objective is applied to, by their index in the forget set from 0; null for all.
+        alternates: For AltPO: how many other answers to each forget question the start model is asked for, or a file
+            of them, see docs/methods.md.
         kwargs: Passed on to `PairedData`.
     """
 
@@ -247,6 +228,7 @@ class UnlearningData(PairedData):
         max_length: int | None = None,
         truncate: bool = False,
         forget_rows: list[int] | None = None,
+        alternates: int | str = 5,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -260,6 +242,9 @@ class UnlearningData(PairedData):
         self.max_length = max_length
         self.truncate = truncate
         self.forget_rows = forget_rows
+        self.alternates = alternates
+        if isinstance(alternates, int) and alternates < 1:
+            raise UserError(f"--data.alternates must be a file or a number of at least 1, got {alternates}")
         self.retrained_log: RetainLog | None = None
         self.reference_losses: dict[str, Tensor] | None = None
 
@@ -310,8 +295,18 @@ class UnlearningData(PairedData):
     def end_ids(self) -> Collection[int]:  # type: ignore[override]
         return self.encoder.end_ids
 
+    def make_rows(self, parts: Collection[str], folder: Path, answer: Answer) -> None:
+        if "sampled" in parts and isinstance(self.alternates, int):
+            file, rows = folder / ALTERNATES, self.training_rows(("forget",)).forget
+            if not file.is_file():
+                made = sample_alternates(rows, self.alternates, self.encoder, self.eval, self.seed, answer)
+                write_rows(self.trainer, file, made)
+            self.alternates = str(file)
+
     def token_rows(self, parts: Collection[str]) -> dict[str, list[TokenRow]]:
         rows = self.training_rows(parts)
+        if "sampled" in parts and isinstance(self.alternates, str):
+            rows = replace(rows, sampled=read_alternates(self.alternates, rows.forget))
         chosen = rows if self.forget_rows is None else rows.only(self.forget_rows)
         self._form = chosen.form(self.encoder)
         return chosen.encode(self.encoder, parts, self.seed)

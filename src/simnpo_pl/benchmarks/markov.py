@@ -116,8 +116,8 @@ class MarkovData(PairedData):
 
     def token_rows(self, parts: Collection[str]) -> dict[str, list[TokenRow]]:
         """Sequences of both forget chains, and of the retain chain."""
-        if "alternate" in parts:
-            raise UserError("sequences of states have no refusals; choose an objective that reads none")
+        if {"alternate", "sampled"} & set(parts):
+            raise UserError("sequences of states have no refusals and no questions; choose another objective")
         known = sequences(self.size, self.forget2_length, self.seed, train=True)
         found = {"forget": known["forget1"] + known["forget2"], "retain": known["retain"]}
         return {name: found[name] for name in parts}

@@ -1,21 +1,20 @@
 """Custom data: rows to forget, to retain and to hold out, in any form and from anywhere."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+from simnpo_pl.benchmarks.answers import Answer, write_rows
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
-from simnpo_pl.benchmarks.neutral import AUTO, START_ANSWERS, NeutralPrompts, keep_answers
+from simnpo_pl.benchmarks.neutral import AUTO, START_ANSWERS, keep_answers, neutral_prompts
 from simnpo_pl.data.columns import Columns, Records
 from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines, load_table
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.training import Rows, TrainingRows, items_of
-from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.utils.errors import UserError
-from simnpo_pl.utils.files import write_json_lines
 
 COLUMNS = Columns()
 ONLY_FIT = f"only `fit` makes the rows of --data.retain auto; give --data.retain RUN/{START_ANSWERS}"
@@ -80,20 +79,17 @@ class OwnData(UnlearningData):
         self.retain_eval_rows = retain_eval_rows
         self._read: dict[str, Rows] = {}
 
-    def make_retain_rows(self, folder: Path, answer: Callable[[Any], EvalResult]) -> None:
+    def make_rows(self, parts: Collection[str], folder: Path, answer: Answer) -> None:
         """Retain the start model's answers to neutral prompts, made once for a run folder, if `retain` is `auto`."""
+        super().make_rows(parts, folder, answer)
         if not self.keeps_start_answers:
             return
         # Mistakes in the forget rows show first.
         forget, file = self._rows("forget"), folder / START_ANSWERS
         if not file.is_file():
-            generated = answer(NeutralPrompts(self.encoder, self.eval)).rows
+            generated = answer(neutral_prompts(self.encoder, self.eval)).rows
             known = [] if isinstance(forget, Texts) else [row["answer"] for row in forget]
-            kept = keep_answers(generated, known, self.encoder)
-            trainer: Any = self.trainer
-            if trainer.is_global_zero:
-                write_json_lines(file, kept)
-            trainer.strategy.barrier()
+            write_rows(self.trainer, file, keep_answers(generated, known, self.encoder))
         self.sources["retain"], self.columns["retain"] = str(file), COLUMNS
 
     def training_rows(self, parts: Collection[str]) -> TrainingRows:

@@ -16,14 +16,26 @@ import torch
 import yaml
 from jsonargparse import DefaultHelpFormatter
 
+from simnpo_pl.benchmarks.base import PairedData
+from simnpo_pl.module.updates import UpdateRule
+from simnpo_pl.objectives import Objective
+from simnpo_pl.objectives.retain import RetainLoss
 from simnpo_pl.utils.errors import UserError, nearest
 from simnpo_pl.utils.files import causes
 
 CLEARED = {
     "model.objective": ("model.objective", "model.forget_weight", "model.retain_weight", "model.trainable"),
     "model.retain_loss": ("model.retain_loss",),
+    "model.update": ("model.update",),
 }
 """Option that names a class to the options cleared where the class changes."""
+CLASSES: dict[str, type[Any]] = {
+    "model.objective": Objective,
+    "model.retain_loss": RetainLoss,
+    "model.update": UpdateRule,
+    "data": PairedData,
+}
+"""Options that name a class, with the base class."""
 
 
 def clear_changed_classes(arguments: list[str]) -> list[str]:

@@ -21,18 +21,16 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
 from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.cli import RUNS
-from simnpo_pl.cli.arguments import HelpFormatter, check_accelerator, clear_changed_classes, explain
+from simnpo_pl.cli.arguments import CLASSES, HelpFormatter, check_accelerator, clear_changed_classes, explain
 from simnpo_pl.cli.summary import generates, measures, memory, plan, quiet, say, show, written
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.losses import AnswerLosses
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import trust_remote_code
+from simnpo_pl.module.checks import check_fit
 from simnpo_pl.module.depth import check_depth, measure_depth
 from simnpo_pl.module.policy import PolicyModule, check_trainer
-from simnpo_pl.module.ramp import check_ramp
 from simnpo_pl.module.unlearning import UnlearningModule
-from simnpo_pl.objectives import Objective
-from simnpo_pl.objectives.retain import RetainLoss
 from simnpo_pl.runs.checkpoint import LAST, AtomicCheckpointIO, CheckpointOptions, SaveState, Stopped, StopSignals
 from simnpo_pl.runs.export import ExportModel, ExportOptions
 from simnpo_pl.runs.folder import PREDICTIONS, RunFolder
@@ -43,8 +41,6 @@ from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import recover
 
 RUN_DIR_VARIABLE = "SIMNPO_PL_RUN_DIR"
-CLASSES: dict[str, type[Any]] = {"model.objective": Objective, "model.retain_loss": RetainLoss, "data": PairedData}
-"""Options that name a class, with the base class."""
 TRAINER_DEFAULTS = {
     "max_epochs": 10,
     "gradient_clip_val": 1.0,
@@ -226,11 +222,11 @@ class UnlearningCLI(LightningCLI):
         if first:
             say(plan(self.trainer, self.model, self.run_folder.folder, fit))
         if fit:
-            if self.model.lr == "auto":
-                check_ramp(self.trainer)
+            check_fit(self.model, self.trainer)
             if first and "retain" not in self.model.parts and self.model.objective.default_retain_weight:
                 print("warning: there is no retain loss, so the model may lose everything else, too")
-            data.make_retain_rows(self.run_folder.folder, partial(self._evaluate_once, "neutral", self.model))
+            answer = partial(self._evaluate_once, "answers", self.model)
+            data.make_rows(self.model.parts, self.run_folder.folder, answer)
             # Mistakes in the training rows show before the first evaluation.
             data.load_training(self.model.parts)
             if first:

@@ -110,6 +110,9 @@ def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
             f"{retain}; lr {module.lr}{trained}, {long}",
             f"reference: {module.reference_use}",
         ]
+        if module.update is not None:
+            settings = ", ".join(f"{name} {value}" for name, value in found["update"]["settings"].items())
+            lines.append(f"update: {found['update']['name']} ({settings}); {module.update.cost}")
     return "\n".join(lines)
 
 

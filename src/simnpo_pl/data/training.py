@@ -20,7 +20,7 @@ from simnpo_pl.utils.errors import UserError
 
 Part = dict[str, Tensor]
 Batch = Mapping[str, Part]
-"""Parts `forget`, `retain`, `alternate`, see `TrainingSet`."""
+"""Parts `forget`, `retain`, `alternate`, `sampled`, see `TrainingSet`."""
 Rows = list[dict[str, Any]] | Texts
 """Rows with `question` and `answer`, or plain text."""
 
@@ -33,11 +33,13 @@ class TrainingRows:
         forget: What the objective is applied to.
         retain: What the retain loss is applied to; may be empty.
         refusals: Answers that may replace a forget answer; may be empty.
+        sampled: The start model's other answers to each forget question; may be empty.
     """
 
     forget: Rows
     retain: Rows = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    sampled: list[list[str]] = field(default_factory=list)
 
     def only(self, chosen: Sequence[int]) -> "TrainingRows":
         """The same with some of the forget rows (of text: documents), by their index from 0."""
@@ -46,7 +48,8 @@ class TrainingRows:
             if not 0 <= row < len(items):
                 raise UserError(f"--data.forget_rows names row {row}, but there are {len(items)}, counted from 0")
         kept = [items[row] for row in chosen]
-        return replace(self, forget=replace(self.forget, documents=kept) if isinstance(self.forget, Texts) else kept)
+        forget = replace(self.forget, documents=kept) if isinstance(self.forget, Texts) else kept
+        return replace(self, forget=forget, sampled=[self.sampled[row] for row in chosen] if self.sampled else [])
 
     def form(self, encoder: PromptTemplate) -> str:
         """How the forget rows become tokens, for the plan of a run."""
@@ -57,7 +60,7 @@ class TrainingRows:
     def encode(self, encoder: PromptTemplate, parts: Collection[str], seed: int) -> dict[str, list[TokenRow]]:
         """Tokenize the rows of the parts that the losses read, by part; one alternate for each forget row.
 
-        `seed` chooses the refusal of each forget row.
+        `seed` chooses the refusal of each forget row. Where sampled answers are read, a forget row comes once for each.
         """
         encoded = {"forget": _encode(self.forget, encoder, "forget")}
         if "retain" in parts:
@@ -69,7 +72,22 @@ class TrainingRows:
             check_disjoint(items_of(self.forget), items_of(self.retain), "retain")
         if "alternate" in parts:
             encoded["alternate"] = encoder.encode_rows(self._alternates(seed), "alternate")
+        if "sampled" in parts:
+            rows, pairs = self._pairs()
+            encoded["sampled"] = encoder.encode_rows(pairs, "alternates")
+            encoded["forget"] = [encoded["forget"][row] for row in rows]
         return encoded
+
+    def _pairs(self) -> tuple[list[int], list[tuple[str, str]]]:
+        """Number of the forget row and question of each of the sampled answers, with the answer."""
+        if not self.sampled or isinstance(self.forget, Texts):
+            raise UserError(
+                "this objective needs other answers to the forget questions, got none: `fit` asks the start model for "
+                "them, or give --data.alternates FILE"
+            )
+        rows = [row for row, texts in enumerate(self.sampled) for _ in texts]
+        texts = [text for texts in self.sampled for text in texts]
+        return rows, [(self.forget[row]["question"], text) for row, text in zip(rows, texts, strict=True)]
 
     def _alternates(self, seed: int) -> list[tuple[str, str]]:
         """Every forget question with a refusal."""
@@ -125,14 +143,14 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> Part:
 class TrainingSet(Dataset[dict[str, Part]]):
     """Makes the batch of a `MicroBatch`.
 
-    A part holds `input_ids`, `labels`, `attention_mask` `(B, T)` and `index` `(B,)`; and, so that a mean over the
-    effective batch does not depend on how it is cut: `weight` `(B,)`, 0 for a filler row and else 1, and
-    `step_rows` and `step_tokens`, the rows and scored tokens of the whole effective batch, scalars. Sums weighted by
-    these add up over micro-batches and processes to the mean.
+    A part holds `input_ids`, `labels`, `attention_mask` `(B, T)`, and of its rows the `index` and `end` (of a
+    `TokenRow`) `(B,)`; and, so that a mean over the effective batch does not depend on how it is cut: `weight` `(B,)`,
+    0 for a filler row and else 1, and `step_rows` and `step_tokens`, the rows and scored tokens of the whole effective
+    batch, scalars. Sums weighted by these add up over micro-batches and processes to the mean.
 
     Args:
-        rows: `forget` rows, and `retain` and `alternate` rows where the losses read them; one alternate for each
-            forget row.
+        rows: `forget` rows, and `retain`, `alternate` and `sampled` rows where the losses read them; as many of the
+            latter two as forget rows.
         pad_id: Token id of the padding.
     """
 
@@ -149,6 +167,7 @@ class TrainingSet(Dataset[dict[str, Part]]):
         return {
             **collate([rows[i] for i in indices], self.pad_id),
             "index": torch.tensor(indices),
+            "end": torch.tensor([rows[i].end for i in indices]),
             "weight": torch.tensor(real, dtype=torch.float32),
             # Integers, since half precision would round floats of a batch.
             "step_rows": torch.tensor(len(step)),

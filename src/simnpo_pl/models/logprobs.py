@@ -3,6 +3,7 @@
 The head is applied to the hidden states of the scored positions alone.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -201,6 +202,13 @@ def divergence(one: Tensor, other: Tensor) -> Tensor:
     """KL(one || other) of logits `(..., V)`: `(...)`, nats."""
     logps = one.log_softmax(dim=-1)
     return (logps.exp() * (logps - other.log_softmax(dim=-1))).sum(dim=-1)
+
+
+def jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of logits `(..., V)`: `(...)`, nats, at most log 2."""
+    first, second = one.log_softmax(dim=-1), other.log_softmax(dim=-1)
+    mean = torch.logaddexp(first, second) - math.log(2)
+    return 0.5 * (first.exp() * (first - mean) + second.exp() * (second - mean)).sum(dim=-1)
 
 
 def _standardized(logits: Tensor, labels: Tensor) -> Tensor:

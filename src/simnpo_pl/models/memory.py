@@ -32,6 +32,7 @@ class Step:
         gpu: Whether on a GPU, where more logits are kept, and computed at once; see `simnpo_pl.models.head`.
         shards: Devices over which everything but activations and logits is sharded.
         buckets: Whether DDP's buckets hold the gradients a second time.
+        copies: Copies of the trained weights that an update rule keeps.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class Step:
     gpu: bool = True
     shards: int = 1
     buckets: bool = False
+    copies: int = 0
 
 
 def training_bytes(model: Any, step: Step) -> dict[str, float]:
@@ -63,6 +65,7 @@ def training_bytes(model: Any, step: Step) -> dict[str, float]:
     found: dict[str, float] = {
         "weights": weights / step.shards,
         "gradients": gradients / step.shards * (2 if step.buckets else 1),
+        "update rule": step.copies * gradients,
         "AdamW": (small + large) / step.shards,
         "frozen models": step.frozen * (weights - adapter) / step.shards,
         # With gradients: what is outside the layers, one layer, and the one that is prefetched.

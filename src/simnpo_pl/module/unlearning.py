@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from jsonargparse import lazy_instance
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -28,9 +27,11 @@ from simnpo_pl.models.lora import (
     without_base,
 )
 from simnpo_pl.models.reference import REFERENCE_KEY, FrozenModel, Reference
+from simnpo_pl.module.checks import check_settings, warn_of_rounding
 from simnpo_pl.module.optimization import Shape, adamw, not_finite, schedule
 from simnpo_pl.module.policy import EvalData, PolicyModule
 from simnpo_pl.module.ramp import use_found_rate
+from simnpo_pl.module.updates import UpdateRule
 from simnpo_pl.objectives import Objective, SimNPO
 from simnpo_pl.objectives.base import Batch, Loss, Models, RetainLoss, batch_losses
 from simnpo_pl.objectives.retain import NLL
@@ -58,7 +59,9 @@ class UnlearningModule(PolicyModule):
             takes SimNPO.
         retain_loss: Loss on the retain rows (`NLL`, `KL`, `EmbedDiff`), or null for none.
         forget_weight: Coefficient of the forget loss; null takes the objective's own default.
-        retain_weight: Coefficient of the retain loss; null takes the objective's own default.
+        retain_weight: Coefficient of the retain loss; null takes the objective's own default, with GRU 0.
+        update: How the forget and the retain gradient make a step: `SAM`, `GRU`, or any subclass of `UpdateRule`; null
+            takes the gradient of the total loss.
         reference: Frozen reference: hub id or folder; null means the start model. Loaded only where the objective
             or the retain loss needs one.
         memorizing: For objectives that read one: the start model fine-tuned further on the forget rows, hub id or
@@ -87,6 +90,7 @@ class UnlearningModule(PolicyModule):
         retain_loss: RetainLoss | None = DEFAULT_RETAIN_LOSS,
         forget_weight: float | None = None,
         retain_weight: float | None = None,
+        update: UpdateRule | None = None,
         reference: str | None = None,
         memorizing: str | None = None,
         trainable: list[str] | None = None,
@@ -106,7 +110,9 @@ class UnlearningModule(PolicyModule):
         self.objective = objective or SimNPO()
         self.retain_loss = retain_loss
         self.forget_weight = self.objective.default_forget_weight if forget_weight is None else forget_weight
-        self.retain_weight = self.objective.default_retain_weight if retain_weight is None else retain_weight
+        self.update = update
+        default = 0.0 if update is not None and update.reads_retain else self.objective.default_retain_weight
+        self.retain_weight = default if retain_weight is None else retain_weight
         self.trainable = self.objective.default_trainable if trainable is None else trainable
         self.lora, self.eight_bit = lora, optimizer == "adamw_8bit"
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
@@ -123,30 +129,12 @@ class UnlearningModule(PolicyModule):
         self.found_rate: dict[str, Any] | None = None
         if lora is not None and trainable is not None:
             raise UserError("--model.trainable and --model.lora both say what is trained: give one of them")
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs", "warmup_steps"):
-            value = getattr(self, option)
-            if value not in (None, "auto") and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
-        name = type(self.objective).__name__
-        if self.objective.runs_memorizing and self._memorizing is None:
-            raise UserError(
-                f"--model.objective {name} reads a model that was fine-tuned further on the forget rows: name it by "
-                "--model.memorizing FOLDER; fit --config configs/finetune.yaml --model.name START --data.train_split "
-                "FORGET makes one"
-            )
-        if self.objective.needs_retain and self.retain_loss is None:
-            raise UserError(
-                f"--model.objective {name} bounds the retain loss: name one, such as --model.retain_loss NLL"
-            )
-        if self.schedule not in ("linear", "constant"):
-            raise UserError(f"--model.schedule must be linear or constant, got {self.schedule!r}")
+        check_settings(self)
 
     @property
     def _active_retain_loss(self) -> RetainLoss | None:
-        retains = self.retain_weight != 0 or self.objective.needs_retain
+        reads = self.update is not None and self.update.reads_retain
+        retains = self.retain_weight != 0 or self.objective.needs_retain or reads
         return self.retain_loss if retains else None
 
     @property
@@ -211,6 +199,7 @@ class UnlearningModule(PolicyModule):
             "eight_bit": self.eight_bit,
             "frozen": (self._runs_reference and not self._base_is_reference) + self.objective.runs_memorizing,
             "reads_logits": any(loss.reads_logits for loss in self._losses),
+            "copies": 0 if self.update is None else self.update.copies,
         }
 
     def _reference_scorer(self, resident: bool = True) -> Scorer:
@@ -246,11 +235,7 @@ class UnlearningModule(PolicyModule):
     def on_fit_start(self) -> None:
         """Prepare policy and frozen models; transformers loads models in eval mode, so train mode is set here."""
         data = self._training_data
-        if self.dtype_name == "bfloat16" and self.lora is None:
-            rank_zero_warn(
-                "--model.dtype bfloat16: updates smaller than 1/256 of a weight are lost; train in float32 with "
-                "--trainer.precision bf16-mixed, or train an adapter (--model.lora.rank 16)"
-            )
+        warn_of_rounding(self)
         if data is not None:
             self.check_vocabulary(data)
             if self.objective.caches_reference:
@@ -267,6 +252,8 @@ class UnlearningModule(PolicyModule):
         self.policy.train()
         if self.lr == "auto" and self.trainer.ckpt_path is None:
             self.found_rate = use_found_rate(self)
+        if self.update is not None:
+            self.update.start(self)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Losses of one batch.
@@ -289,14 +276,23 @@ class UnlearningModule(PolicyModule):
         return {"loss": total, "forget_loss": forget, "retain_loss": retain}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        seed = 0 if self._training_data is None else self._training_data.seed
-        torch.manual_seed(draw_step_seed(seed, self.current_epoch, batch_idx, self.global_rank))
+        data = self._training_data
+        seed = draw_step_seed(0 if data is None else data.seed, self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(seed)
         self._reference.add_to(batch)
         losses = self.losses(batch)
         rows = {name: part["index"] for name, part in batch.items() if "index" in part}
         self._micro_batches.append((torch.stack((losses["forget_loss"], losses["retain_loss"])).detach(), rows))
+        if self.update is not None:
+            self.update.take(self, batch, seed, losses["forget_loss"], losses["retain_loss"])
         # The losses add up over micro-batches and processes, of which Lightning takes the mean.
         return losses["loss"] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.update is None:
+            super().backward(loss, *args, **kwargs)
+        else:
+            self.update.backward()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the losses of the whole effective batch, and pass them to the objective."""
@@ -309,6 +305,8 @@ class UnlearningModule(PolicyModule):
             number = next((n for n, losses in enumerate(each) if not losses.isfinite().all()), 0)
             raise not_finite(self.trainer.global_step, self._with_total(*each[number]), self._micro_batches[number][1])
         self._micro_batches.clear()
+        if self.update is not None:
+            self.update.finish(self)
         values |= self.objective.after_step(whole[1], self.retain_weight, self.current_epoch)
         for name, value in values.items():
             self.log(f"train/{name}", torch.as_tensor(value), prog_bar=True)
@@ -337,6 +335,7 @@ class UnlearningModule(PolicyModule):
         checkpoint["objective"] = {name: getattr(self.objective, name) for name in self.objective.checkpointed}
         checkpoint["reference_logps"] = self._reference.state_dict()
         checkpoint["adapter"], checkpoint["found_rate"] = self._adapter, self.found_rate
+        checkpoint["update"] = self.update and self.update.state_dict()
         if self._adapter is not None:
             checkpoint["state_dict"] = without_base(checkpoint["state_dict"], "policy.")
 
@@ -347,3 +346,5 @@ class UnlearningModule(PolicyModule):
             setattr(self.objective, name, checkpoint["objective"].get(name, getattr(self.objective, name)))
         self._reference.load_state_dict(checkpoint["reference_logps"])
         self.found_rate = checkpoint.get("found_rate")
+        if self.update is not None and checkpoint.get("update"):
+            self.update.load_state_dict(checkpoint["update"])

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from simnpo_pl.data.tokenization import IGNORE_INDEX
 from simnpo_pl.data.training import Batch, effective_mean
 from simnpo_pl.models.logprobs import AnswerLogps, AnswerStates, Scorer, answer_lengths, score_together
 from simnpo_pl.models.reference import REFERENCE_KEY
@@ -117,6 +118,22 @@ class ForgetInputs(Inputs):
         return self._scored["alternate"].logps()
 
     @cached_property
+    def sampled(self) -> AnswerLogps:
+        """Policy, answers that the start model gave instead of the forget answers."""
+        return self._scored["sampled"].logps()
+
+    @cached_property
+    def alternate_tokens(self) -> Tensor:
+        """`(S,)` the refusal's tokens, without its end, repeated to the length of each forget answer."""
+        alternate, states = self._batch["alternate"], self.states
+        scored = alternate["labels"] != IGNORE_INDEX
+        counts = (scored.sum(dim=1) - alternate.get("end", 0)).clamp(min=1)
+        lengths = states.lengths().long()
+        place = torch.arange(len(states.rows), device=lengths.device) - (lengths.cumsum(0) - lengths)[states.rows]
+        first = scored.int().argmax(dim=1)
+        return alternate["labels"][states.rows, first[states.rows] + place % counts[states.rows]]
+
+    @cached_property
     def reference_forget(self) -> Tensor:
         """`(B,)` reference, forget answers: sum of log-probs, nats."""
         return self._reference_total("forget")
@@ -125,6 +142,11 @@ class ForgetInputs(Inputs):
     def reference_alternate(self) -> Tensor:
         """`(B,)` reference, refusals: sum of log-probs, nats."""
         return self._reference_total("alternate")
+
+    @cached_property
+    def reference_sampled(self) -> Tensor:
+        """`(B,)` reference, the start model's answers: sum of log-probs, nats."""
+        return self._reference_total("sampled")
 
     def _reference_total(self, part: str) -> Tensor:
         """From the batch, where the log-probs were computed before training; else from the model."""
@@ -150,7 +172,7 @@ class Loss(nn.Module):
     """Parts of a training batch that it reads."""
     needs: frozenset[str] = frozenset()
     """What must be known before a batch is run: the properties of its inputs that it reads, and `reference` for
-    `reference_forget` and `reference_alternate`, which are computed once before training."""
+    `reference_forget`, `reference_alternate` and `reference_sampled`, which are computed once before training."""
     mean_over: Literal["examples", "tokens"] = "examples"
     """`tokens`: a row's loss is a mean over its scored tokens and is weighted by their number."""
     layer: int | None = None
@@ -215,7 +237,8 @@ class Objective(Loss):
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
         """Forget rows define an epoch even where only their refusals are scored."""
-        return ("forget", "alternate") if "alternate" in self.needs else ("forget",)
+        read = (part for part in ("alternate", "sampled") if any(name.startswith(part) for name in self.needs))
+        return ("forget", *read)
 
     @property
     def caches_reference(self) -> bool:
@@ -261,7 +284,7 @@ class Objective(Loss):
             `(B,)`, per nat of the summed log-prob, below 0 where the answer becomes more likely, 0 where the loss has
             no gradient with respect to it; None for an objective that reads only refusals or single tokens.
         """
-        if not {"forget"} <= self.needs <= {"forget", "alternate", "reference"}:
+        if not {"forget"} <= self.needs <= {"forget", "alternate", "sampled", "reference"}:
             return None
         total = inputs.forget.total
         if not losses.requires_grad:

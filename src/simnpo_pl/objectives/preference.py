@@ -50,6 +50,28 @@ class DPO(Objective):
         return -2 / self.beta * logsigmoid(self.beta * (alternate - forget))
 
 
+class AltPO(Objective):
+    """Alternate preference optimization (arXiv 2409.13474): DPO with answers that the start model itself gives.
+
+    The formula is that of `DPO`; a is an answer sampled from the start model before training, or one of
+    `--data.alternates FILE`. A forget row with K of them makes K rows of an epoch, each with one of them.
+
+    Args:
+        beta: Inverse temperature, above 0, per nat of the summed log-ratio; 0.05 to 0.5 in the paper.
+    """
+
+    needs = frozenset({"forget", "sampled", "reference"})
+
+    def __init__(self, beta: float = 0.1) -> None:
+        super().__init__()
+        self.beta = positive("beta", beta)
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        forget = inputs.forget.total - inputs.reference_forget
+        sampled = inputs.sampled.total - inputs.reference_sampled
+        return -2 / self.beta * logsigmoid(self.beta * (sampled - forget))
+
+
 class SimNPO(Objective):
     """Simple NPO: no reference, log-probs normalized by answer length (SimNPO paper, equation 4).
 

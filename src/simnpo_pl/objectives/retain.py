@@ -4,11 +4,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from simnpo_pl.models.logprobs import divergence
+from simnpo_pl.models.logprobs import divergence, jensen_shannon
 from simnpo_pl.objectives.base import RetainInputs, RetainLoss, row_means
 from simnpo_pl.objectives.checks import one_of
 
-__all__ = ["KL", "NLL", "EmbedDiff", "RetainLoss"]
+__all__ = ["JSD", "KL", "NLL", "EmbedDiff", "RetainLoss"]
 
 
 class NLL(RetainLoss):
@@ -40,6 +40,21 @@ class KL(RetainLoss):
             return divergence(inputs.reference_positions, inputs.positions.logits).mean(dim=-1)
         policy, reference = inputs.states, inputs.reference_states
         return row_means(policy, policy.per_token(lambda logits, _, target: divergence(target, logits), reference))
+
+
+class JSD(RetainLoss):
+    """Jensen-Shannon divergence of reference and policy on the retain answers, nats per token, at most log 2.
+
+    The retain term of JensUn (arXiv 2509.02820).
+    """
+
+    needs = frozenset({"states", "reference_states"})
+
+    def forward(self, inputs: RetainInputs) -> Tensor:
+        def divergence(logits: Tensor, _: Tensor, reference: Tensor) -> Tensor:
+            return jensen_shannon(reference, logits)
+
+        return row_means(inputs.states, inputs.states.per_token(divergence, inputs.reference_states))
 
 
 class EmbedDiff(RetainLoss):

@@ -1,4 +1,7 @@
-"""Objectives that weight every token of an answer separately."""
+"""Objectives that are a mean over the tokens of an answer, each with a loss of its own."""
+
+import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -52,6 +55,45 @@ class SatImp(Objective):
         logps = inputs.states.token_logps()
         probability = logps.detach().exp()
         return row_means(inputs.states, probability**self.beta1 * (1 - probability) ** self.beta2 * logps)
+
+
+class IHL(Objective):
+    """Inverted hinge loss (Cha et al. 2025, "Towards Robust and Parameter-Efficient Knowledge Unlearning for LLMs").
+
+    `1 + p - q` of each token, p the probability of the label, q that of the most probable other token: it moves
+    probability from the label to that token alone, and is never below 0. The initialization of adapters of the same
+    paper (FILA) is left out.
+    """
+
+    needs = frozenset({"states"})
+    mean_over = "tokens"
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        def hinge(logits: Tensor, labels: Tensor) -> Tensor:
+            probability, label = logits.softmax(dim=-1), labels.unsqueeze(1)
+            others = probability.scatter(1, label, 0.0).amax(dim=-1)
+            return 1 + probability.gather(1, label).squeeze(1) - others
+
+        return row_means(inputs.states, inputs.states.per_token(hinge))
+
+
+class JensUn(Objective):
+    """Jensen-Shannon unlearning (arXiv 2509.02820); its retain loss is `JSD`.
+
+    Jensen-Shannon divergence, nats, at each token of a forget answer, of the policy and the distribution that is
+    certain of a refusal's token; the refusal's tokens are repeated to the length of the answer. With p the policy's
+    probability of that token it is `log 2 + (p log p - (1 + p) log(1 + p)) / 2`, between 0 and log 2. Public code
+    clamps both distributions to at least 1e-9, which lowers the loss by 4e-9 for each token of the vocabulary.
+    """
+
+    needs = frozenset({"states", "alternate_tokens"})
+    mean_over = "tokens"
+
+    def forward(self, inputs: ForgetInputs) -> Tensor:
+        logps = replace(inputs.states, labels=inputs.alternate_tokens, known_logps=None).token_logps()
+        probability = logps.exp()
+        entropies = probability * logps - (1 + probability) * probability.log1p()
+        return row_means(inputs.states, math.log(2) + 0.5 * entropies)
 
 
 class CEU(Objective):

@@ -27,7 +27,7 @@ from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines
 RESULTS = "results.json"
 PREDICTIONS = "predictions.jsonl"
 DEPTH = "depth.jsonl"
-SHARED = ("start", "retrained", "mia_reference", "neutral")
+SHARED = ("start", "retrained", "mia_reference", "answers")
 """Roles of models that do not change."""
 PACKAGES = ("simnpo_pl", "torch", "lightning", "transformers", "torchmetrics", "datasets", "scipy", "rouge-score")
 
@@ -36,7 +36,7 @@ class RunFolder(Callback):
     """Writes results as soon as they are known, and the resolved `config`, YAML, if there is one.
 
     Attributes:
-        role: Which model is evaluated next: start, neutral (its answers to neutral prompts), retrained, mia_reference,
+        role: Which model is evaluated next: start, answers (its answers that are trained on), retrained, mia_reference,
             epoch (of the policy), final or depth (hidden states of three models).
         result: Newest evaluation of the policy.
         result_step: Optimizer steps behind that evaluation.
@@ -126,7 +126,7 @@ class RunFolder(Callback):
 
     def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
         """Record an evaluation under the present role."""
-        if self.role in ("mia_reference", "neutral", "depth"):
+        if self.role in ("mia_reference", "answers", "depth"):
             # Only metrics of other models, or training rows, are made from it.
             return
         metrics = {"metrics": result.values, "intervals": result.intervals}
@@ -231,16 +231,21 @@ def add_depth(run: Run, record: dict[str, Any], entry: dict[str, Any], rows: lis
 
 
 def describe_objective(module: Any) -> dict[str, Any]:
-    """Name, settings and weights of a module's objective and retain loss, after all defaults."""
-    objective = module.objective
-    names = [name for name in inspect.signature(type(objective).__init__).parameters if hasattr(objective, name)]
+    """Name, settings and weights of a module's objective and retain loss, after all defaults, and its update rule."""
+    rule = module.update
     return {
-        "name": _class_name(objective),
-        "settings": {name: getattr(objective, name) for name in names},
+        "name": _class_name(module.objective),
+        "settings": _settings(module.objective),
         "forget_weight": module.forget_weight,
         "retain_loss": None if module.retain_loss is None else _class_name(module.retain_loss),
         "retain_weight": module.retain_weight,
+        "update": rule and {"name": _class_name(rule), "settings": _settings(rule)},
     }
+
+
+def _settings(instance: Any) -> dict[str, Any]:
+    names = inspect.signature(type(instance).__init__).parameters
+    return {name: getattr(instance, name) for name in names if hasattr(instance, name)}
 
 
 def _class_name(instance: Any) -> str:

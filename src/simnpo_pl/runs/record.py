@@ -70,8 +70,11 @@ class Run:
 
     @property
     def method(self) -> str:
-        """Name of the objective; "evaluation" if the run did not train."""
-        return self.record["objective"]["name"] if self.unlearned else "evaluation"
+        """Name of the objective, and after a plus that of the update rule; "evaluation" if the run did not train."""
+        if not self.unlearned:
+            return "evaluation"
+        objective = self.record["objective"]
+        return f"{objective['name']}+{objective['update']['name']}" if objective.get("update") else objective["name"]
 
     @property
     def title(self) -> str:
@@ -84,7 +87,8 @@ class Run:
         if not self.unlearned:
             return ""
         objective = self.record["objective"]
-        given = {name: value for name, value in objective["settings"].items() if value is not None}
+        found = objective["settings"] | (objective["update"]["settings"] if objective.get("update") else {})
+        given = {name: value for name, value in found.items() if value is not None}
         named = ", ".join(f"{k} {v if isinstance(v, str) else number(v)}" for k, v in given.items())
         retain = objective["retain_loss"] or "no retain loss"
         weights = f"weights {number(objective['forget_weight'])} / {number(objective['retain_weight'])} ({retain})"

@@ -1,0 +1,52 @@
+"""Checks of a module's settings, before anything is loaded or trained."""
+
+import math
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from simnpo_pl.module.ramp import check_ramp
+from simnpo_pl.utils.errors import UserError
+
+
+def check_settings(module: Any) -> None:
+    """Refuse settings that are out of range or contradict each other."""
+    for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs", "warmup_steps"):
+        value = getattr(module, option)
+        if value not in (None, "auto") and not (math.isfinite(value) and value >= 0):
+            raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
+    name = type(module.objective).__name__
+    if module.objective.runs_memorizing and module._memorizing is None:
+        raise UserError(
+            f"--model.objective {name} reads a model that was fine-tuned further on the forget rows: name it by "
+            "--model.memorizing FOLDER; fit --config configs/finetune.yaml --model.name START --data.train_split "
+            "FORGET makes one"
+        )
+    if module.objective.needs_retain and module.retain_loss is None:
+        raise UserError(f"--model.objective {name} bounds the retain loss: name one, such as --model.retain_loss NLL")
+    if module.schedule not in ("linear", "constant"):
+        raise UserError(f"--model.schedule must be linear or constant, got {module.schedule!r}")
+    rule = module.update
+    if rule is not None and rule.reads_retain:
+        chosen = f"--model.update {type(rule).__name__}"
+        if module.retain_loss is None:
+            raise UserError(f"{chosen} reads the gradient of a retain loss: name one, such as --model.retain_loss NLL")
+        if module.objective.needs_retain:
+            raise UserError(f"{chosen} does not know how to bound the retain loss, as --model.objective {name} does")
+
+
+def check_fit(module: Any, trainer: Any) -> None:
+    """Refuse a Trainer that cannot train with these settings."""
+    if module.lr == "auto":
+        check_ramp(trainer)
+    if module.update is not None:
+        module.update.check(trainer, module)
+
+
+def warn_of_rounding(module: Any) -> None:
+    """Warn of weights in which small updates are lost."""
+    if module.dtype_name == "bfloat16" and module.lora is None:
+        rank_zero_warn(
+            "--model.dtype bfloat16: updates smaller than 1/256 of a weight are lost; train in float32 with "
+            "--trainer.precision bf16-mixed, or train an adapter (--model.lora.rank 16)"
+        )
