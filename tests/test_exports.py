@@ -261,8 +261,11 @@ def test_model_card_as_the_hub_reads_it(tmp_path: Path):
         "* relearning, forget prob. 0.5",
         "Not tested: rounded weights; sampled answers.",
         "torch 2.13.0.",
+        "Metrics of greedy answers do not prove",
     ):
         assert text in card.text
+    sampled = card_of(tmp_path / "sampled", settings={**RECORD["settings"], "eval": {"temperature": 0.7}})
+    assert "Metrics of answers sampled at temperature 0.7 do not prove" in sampled.text
 
 
 def test_model_card_reads_the_hub_s_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

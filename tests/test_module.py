@@ -353,6 +353,37 @@ class Broken(Objective):
         return inputs.forget.mean / (inputs._batch["forget"]["index"] != 7)
 
 
+class Reads(Objective):
+    """Reads one input."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, inputs: ForgetInputs) -> torch.Tensor:
+        getattr(inputs, self.name)
+        return inputs.forget.mean
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("states",) * 2, ("positions",) * 2, ("alternate",) * 2, ("reference_states", "the reference model")],
+)
+def test_what_is_read_must_be_named(fit: Callable[..., Any], name: str, said: str):
+    with pytest.raises(UserError, match=f"the loss of the forget rows reads {said}, which its `needs` must name"):
+        fit(Reads(name))
+
+
+def test_unknown_needs_are_refused():
+    objective, retain_loss = Reads("forget"), NLL()
+    objective.needs = frozenset({"forget", "entropy"})
+    with pytest.raises(UserError, match=r"objective Reads: `needs` names entropy; known are forget, .*: name those"):
+        UnlearningModule("x", objective=objective)
+    retain_loss.needs = frozenset({"forget"})
+    with pytest.raises(UserError, match=r"retain_loss NLL: `needs` names forget; known are retain, states, "):
+        UnlearningModule("x", retain_loss=retain_loss)
+
+
 @pytest.mark.parametrize("per_device", [1, 2, 4])
 def test_loss_that_is_not_finite_stops_and_names_the_rows(
     fit: Callable[..., Any], per_device: int, monkeypatch: pytest.MonkeyPatch

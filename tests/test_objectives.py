@@ -383,6 +383,14 @@ def test_refusal_is_repeated_to_the_length_of_each_answer():
     assert inputs.alternate_tokens.tolist() == [7, 8, 7, 9, 9]
 
 
+@pytest.mark.parametrize(("kind", "name"), [(ForgetInputs, "forget"), (RetainInputs, "retain")])
+def test_log_probs_follow_from_states(kind: type[ForgetInputs | RetainInputs], name: str):
+    """Token probabilities 3/4 and 1/4, and 1/2."""
+    total, length = getattr(kind(states=STATES), name)
+    assert total.tolist() == pytest.approx([math.log(3 / 16), math.log(1 / 2)])
+    assert length.tolist() == [2, 1]
+
+
 def test_jsd_retain_loss():
     """Reference certain to one half, policy (3/4, 1/4) and (1/2, 1/2).
 

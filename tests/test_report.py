@@ -14,7 +14,7 @@ from scipy.stats import ks_2samp
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.metrics.titles import TITLES, Title, title_of
-from simnpo_pl.report import figures, latex, words
+from simnpo_pl.report import figures, latex, page, words
 from simnpo_pl.report.robustness import Spread
 from simnpo_pl.runs.record import Run, read_runs
 
@@ -226,6 +226,13 @@ def test_an_unfinished_run_and_an_evaluation_in_words(tmp_path: Path):
     del record["objective"]
     only = Run("only", tmp_path, {**record, "finished": True, "epochs": []})
     assert words.summary(only).startswith("A model, evaluated.")
+
+
+def test_sampled_answers_in_words(tmp_path: Path):
+    settings = {"model": {"name": "org/start"}, "eval": {"temperature": 0.7}}
+    run = read_runs([write_run(tmp_path / "hot", 0.5, 0.5, settings=settings)])[0]
+    assert words.method(run).endswith("rows of forget. Metrics of answers sampled at temperature 0.7.")
+    assert words.method(run) in page.html([run], words.measured([run]))
 
 
 def test_settings_that_are_words(tmp_path: Path):

@@ -32,9 +32,10 @@ def test_an_answer_follows_from_seed_split_and_row(cli: CLI, tmp_path: Path):
     assert answers(cli, tmp_path / "cold", "--eval.temperature", "1e-6") == greedy
 
 
-def test_rouge_of_sampled_answers(cli: CLI, tmp_path: Path):
+def test_rouge_of_sampled_answers(cli: CLI, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = (*FEW, "--eval.temperature", "2", "--eval.splits", "[forget]")
     cli("test", *options, "--run_dir", str(tmp_path / "run"))
+    assert "; answers sampled at temperature 2\n" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
     found = [row["rougeL_recall"] for row in rows if "generation" in row]
     content = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from simnpo_pl.cli.summary import show
+from simnpo_pl.cli.summary import generates, measures, show
+from simnpo_pl.evaluation.evaluation import Evaluation
+from simnpo_pl.evaluation.plan import Generation, Split
+from simnpo_pl.metrics.base import RowMetric
 
 LONG = "47 of 200 forget answers are still given word for word (start model 200, retrained model 0)"
 RECORD: dict[str, Any] = {
@@ -46,6 +49,23 @@ def test_table_and_verdict(width: int):
     assert " ".join(" ".join(after).split()) == (
         f"{LONG} not tested: relearning; rounded weights next, one of: raise --model.lr from 5e-05 to 0.0001"
     )
+
+
+class Known(RowMetric):
+    title = "known answers"
+
+
+def test_what_is_measured():
+    """By titles, a custom metric's too; sampled answers are said where answers are generated."""
+    split = Split("forget", [{"answer": "a"}], [], {"forget/share_known": Known(1)})
+    evaluation = Evaluation([split], {}, {"forget_quality": "no retained rows"}, str)
+    said = "measured on 1 forget rows: known answers"
+    assert measures(evaluation) == f"{said}\nnot measured:\n  forget quality: no retained rows"
+    evaluation.temperature = 0.7
+    assert measures(evaluation).startswith(f"{said}\n")
+    split.generation = Generation([[1]], 8)
+    assert f"{said}; answers sampled at temperature 0.7\n" in measures(evaluation)
+    assert generates(evaluation) == "answers are generated for 1 forget rows; answers sampled at temperature 0.7"
 
 
 def test_an_evaluation_has_no_verdict():

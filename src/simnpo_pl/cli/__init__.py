@@ -4,6 +4,6 @@ RUNS = {
     "fit": "evaluate the start model, unlearn, export the model, evaluate it",
     "validate": "evaluate a model",
     "test": "evaluate a model",
-    "predict": "write a model's greedy answers",
+    "predict": "write a model's answers, greedy or at --eval.temperature",
 }
 """Subcommands of LightningCLI."""

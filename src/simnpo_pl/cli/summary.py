@@ -166,23 +166,27 @@ def _memory_of(device: torch.device, processes: int) -> float | None:
 def measures(evaluation: Any) -> str:
     """What an `Evaluation` measures, and what it cannot measure and why."""
     rows = ", ".join(f"{len(split.texts)} {split.name} rows" for split in evaluation.splits)
-    names = ", ".join(dict.fromkeys(_short(name) for name in sorted(evaluation.names(), key=_place)))
+    known = evaluation.titles()
+    names = ", ".join(dict.fromkeys(_short(name, known) for name in sorted(evaluation.names(), key=_place)))
     reasons: dict[str, list[str]] = {}
     for name, reason in evaluation.unavailable.items():
-        reasons.setdefault(reason, []).append(_short(name))
+        reasons.setdefault(reason, []).append(_short(name, known))
     lost = [f"  {', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
-    return "\n".join([f"measured on {rows}: {names}", *(["not measured:", *lost] if lost else [])])
+    generated = any(split.generate for split in evaluation.splits)
+    how = f"; {titles.answers_at(evaluation.temperature)}" if generated and evaluation.temperature else ""
+    return "\n".join([f"measured on {rows}: {names}{how}", *(["not measured:", *lost] if lost else [])])
 
 
 def generates(evaluation: Any) -> str:
     """Rows of an `Evaluation` that answers are generated for."""
     rows = ", ".join(f"{split.generate} {split.name} rows" for split in evaluation.splits if split.generate)
-    return f"answers are generated for {rows}"
+    how = f"; {titles.answers_at(evaluation.temperature)}" if evaluation.temperature else ""
+    return f"answers are generated for {rows}{how}"
 
 
-def _short(name: str) -> str:
+def _short(name: str, known: dict[str, titles.Title]) -> str:
     """A metric's title; the attacks by membership inference have one together."""
-    return "membership inference" if name.startswith("mia_") else titles.title_of(name).short
+    return "membership inference" if name.startswith("mia_") else (known.get(name) or titles.title_of(name)).short
 
 
 def _place(name: str) -> int:

@@ -12,7 +12,7 @@ from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.utils.errors import UserError
 
 ONE_A_ROW = (*OF_GENERATED, GRADIENT_NORM)
-"""Scores that the first answer of a row has alone."""
+"""Scores that only a row's first answer has."""
 
 
 def add_metrics(splits: Sequence[Split], entries: Sequence[Mapping[str, Any]]) -> None:

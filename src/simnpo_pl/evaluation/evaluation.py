@@ -21,7 +21,7 @@ from simnpo_pl.evaluation.scoring import ON_DEMAND, score_rows
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.generated import DEGENERATE, VERBATIM, text_scores
-from simnpo_pl.metrics.titles import TITLES, title_of
+from simnpo_pl.metrics.titles import TITLES, Title, title_of
 from simnpo_pl.models.generation import Choose, Sampler, draws_of, most_probable
 from simnpo_pl.models.logprobs import AnswerStates
 from simnpo_pl.utils.errors import UserError
@@ -141,6 +141,10 @@ class Evaluation:
     def names(self) -> list[str]:
         """Metrics that are measured."""
         return sorted({name for name, _ in self._named()} - set(self.unavailable))
+
+    def titles(self) -> dict[str, Title]:
+        """Titles of its metrics by name, measured or not."""
+        return {name: title_of(name, metric) for name, metric in self._named()}
 
     def _all_metrics(self) -> list[Metric]:
         return [*self._raw, *(m for split in self.splits for m in split.all_metrics), *self.summary.values()]

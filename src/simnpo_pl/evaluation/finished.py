@@ -109,7 +109,7 @@ def gather(thing: T) -> list[T]:
 
 
 def identity(model: torch.nn.Module, evaluation: Any, *settings: object) -> str:
-    """Of all that outcomes depend on: weights, over all processes if they are sharded, rows, code and settings."""
+    """Digest of everything that outcomes depend on: weights, of all processes if sharded, rows, code and settings."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         local: Tensor = getattr(weight, "_local_tensor", weight).detach()

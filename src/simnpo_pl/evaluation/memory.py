@@ -13,7 +13,7 @@ Batch = dict[str, Any]
 
 
 class Halves:
-    """Runs a batch, in two halves if it does not fit, and from then on none of that size as a whole.
+    """Runs a batch; after a failure for lack of memory, splits every batch at least that large.
 
     Args:
         run: Gives the outcome of a batch: lists of token ids, one a row, or scores `(B,)` by name.

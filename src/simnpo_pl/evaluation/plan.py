@@ -23,7 +23,7 @@ OF_GENERATED = (*ROUGE, *TEXT_SCORES, FLUENCY)
 """Scores of generated answers."""
 
 PLACES = ("split", "index", "kind", "end")
-"""What the CPU reads of a batch's rows `(B,)`: the places of their scores, and the length of the answers' end."""
+"""Where scores are stored, and length of the answer's end; `(B,)` each."""
 
 
 @dataclass

@@ -161,6 +161,11 @@ def table(
     return markdown.table([*heads, *(own.get(name, title_of(name).short) for name in names)], cells)
 
 
+def answers_at(temperature: float) -> str:
+    """How answers were generated."""
+    return f"answers sampled at temperature {temperature:g}" if temperature else "greedy answers"
+
+
 def number(value: float | None) -> str:
     """A value for people: three digits, a power of ten if it is small, a dash if it is missing or NaN."""
     if value is None or value != value:

@@ -16,6 +16,13 @@ def check_settings(module: Any) -> None:
         if value not in (None, "auto") and not (math.isfinite(value) and value >= 0):
             raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
     name = type(module.objective).__name__
+    for option in ("objective", "retain_loss"):
+        loss = getattr(module, option)
+        if loss is not None and (unknown := sorted(set(loss.needs).difference(loss.known_needs))):
+            raise UserError(
+                f"--model.{option} {type(loss).__name__}: `needs` names {', '.join(unknown)}; known are "
+                f"{', '.join(loss.known_needs)}: name those that it is computed from"
+            )
     if module.objective.runs_memorizing and module._memorizing is None:
         raise UserError(
             f"--model.objective {name} reads a model that was fine-tuned further on the forget rows: name it by "

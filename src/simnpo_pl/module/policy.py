@@ -138,7 +138,7 @@ class PolicyModule(pl.LightningModule):
             )
 
     def transfer_batch_to_device(self, batch: dict[str, Any], device: torch.device, dataloader_idx: int) -> Any:
-        """Copy a batch to the device with the plans of its rows; what the CPU reads stays where it is."""
+        """Copy a batch to the device with the plans of its rows; keys in `PLACES` stay on the CPU."""
         parts = {name: part for name, part in batch.items() if name not in PLACES}
         if "input_ids" in parts:
             parts = with_plan(parts)

@@ -22,11 +22,11 @@ FALL = 0.5
 READ = ("forget", "retain")
 """Parts of a batch whose probability is read."""
 LENGTH = 2.0
-"""The run's rates add up to this many times the rates of the ramp: a halved probability is not enough."""
+"""Sum of the run's rates, as a multiple of the ramp's: a halved probability is not enough."""
 
 
 def check_ramp(trainer: Any) -> None:
-    """Refuse strategies and precisions in which the ramp's own optimizer steps would not be the run's."""
+    """Refuse strategies and precisions where the ramp cannot take the run's steps."""
     if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy) or trainer.precision == "16-mixed":
         raise UserError(
             "--model.lr auto works with ddp and fsdp2, in 32-true and bf16-mixed: give --model.lr a number; got "
@@ -35,7 +35,7 @@ def check_ramp(trainer: Any) -> None:
 
 
 def use_found_rate(module: Any) -> dict[str, Any]:
-    """Gives the optimizer and the schedule of a fit that starts, made for a rate of 1, the rate of `find_rate`."""
+    """Sets the found rate in optimizer and schedule, built for rate 1."""
     scheduler = module.trainer.lr_scheduler_configs[0].scheduler
     steps = range(int(module.trainer.estimated_stepping_batches))
     found = find_rate(module, module.trainer.train_dataloader, sum(map(scheduler.lr_lambdas[0], steps)))
@@ -98,7 +98,7 @@ def find_rate(module: Any, loader: Any, factors: float) -> dict[str, Any]:
 
 
 def _crossing(start: float, last: float, now: float) -> float | None:
-    """Share of the last step after which a probability was at `FALL` of its start, by its logarithm; None if above."""
+    """Fraction of the last step at which probability reached `FALL` x start, by its logarithm; None if above."""
     goal = FALL * start
     if now > goal:
         return None

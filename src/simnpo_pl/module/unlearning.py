@@ -285,7 +285,7 @@ class UnlearningModule(PolicyModule):
         self._micro_batches.append((torch.stack((losses["forget_loss"], losses["retain_loss"])).detach(), rows))
         if self.update is not None:
             self.update.take(self, batch, seed, losses["forget_loss"], losses["retain_loss"])
-        # The losses add up over micro-batches and processes, of which Lightning takes the mean.
+        # Lightning averages over micro-batches and processes; losses must be summed, so multiply.
         return losses["loss"] * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -323,7 +323,7 @@ class UnlearningModule(PolicyModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_fit_end(self) -> None:
-        """Free the memory of frozen models; unfreeze parameters, since gradient norms are those of all."""
+        """Free the memory of frozen models; unfreeze parameters, since gradient norms cover all weights."""
         for model in (self._reference, self._memorizing):
             if model is not None:
                 model.free()

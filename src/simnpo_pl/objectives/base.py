@@ -1,9 +1,9 @@
-"""From a batch's rows to its forget and retain loss: the two kinds of losses, what they may read, their means.
+"""Forget and retain losses: their inputs and their averages.
 
 `Inputs` and `ForgetInputs` are the one place where inputs are made: a new input is a new property there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ from simnpo_pl.data.tokenization import IGNORE_INDEX
 from simnpo_pl.data.training import Batch, effective_mean
 from simnpo_pl.models.logprobs import AnswerLogps, AnswerStates, Scorer, answer_lengths, score_together
 from simnpo_pl.models.reference import REFERENCE_KEY
+from simnpo_pl.utils.errors import UserError
 
 
 class Models(NamedTuple):
@@ -42,6 +43,7 @@ class Inputs:
         batch: Parts of the batch with their rows.
         scored: Scored positions under the policy, by part, from one forward pass.
         models: What else is run.
+        needs: The loss's own; a read of `states` or `positions` that it does not name raises `UserError`.
         values: Values of properties by name, to compute a loss without a model.
     """
 
@@ -52,14 +54,18 @@ class Inputs:
         batch: Batch | None = None,
         scored: Mapping[str, AnswerStates] | None = None,
         models: Models | None = None,
+        needs: Collection[str] = ("states", "positions"),
         **values: Any,
     ) -> None:
-        self._batch, self._scored, self._models = batch or {}, scored or {}, models
+        self._batch, self._scored, self._models, self._needs = batch or {}, dict(scored or {}), models, needs
+        if "states" in values:
+            self._scored[self.part] = values["states"]
         vars(self).update(values)
 
     @cached_property
     def states(self) -> AnswerStates:
         """Policy, every scored token of the answers, and hidden states of the loss's `layer`."""
+        self._require("states", "states" in self._needs)
         return self._scored[self.part]
 
     @cached_property
@@ -75,6 +81,7 @@ class Inputs:
     @cached_property
     def positions(self) -> Positions:
         """Policy, every position of the rows."""
+        self._require("positions", "positions" in self._needs)
         rows = self._batch[self.part]
         return Positions(self._scorer("policy").all_logits(rows), rows["labels"], rows["attention_mask"])
 
@@ -84,14 +91,22 @@ class Inputs:
         with torch.no_grad():
             return self._scorer("reference").all_logits(self._batch[self.part])
 
+    def _logps(self, part: str) -> AnswerLogps:
+        self._require(part, part in self._scored)
+        return self._scored[part].logps()
+
+    def _require(self, name: str, there: bool) -> None:
+        if not there:
+            raise UserError(f"the loss of the {self.part} rows reads {name}, which its `needs` must name")
+
     @torch.no_grad()
     def _frozen(self, model: str, part: str) -> AnswerStates:
         layers = self._scored[part].layers if part in self._scored else ()
         return self._scorer(model)({part: self._batch[part]}, list(layers))[part]
 
     def _scorer(self, model: str) -> Scorer:
-        scorer: Scorer | None = getattr(self._models, model)
-        assert scorer is not None, f"a loss reads the {model} model, which its `needs` does not name"
+        scorer: Scorer = getattr(self._models, model)
+        self._require(f"the {model} model", scorer is not None)
         return scorer
 
 
@@ -110,17 +125,17 @@ class ForgetInputs(Inputs):
     @cached_property
     def forget(self) -> AnswerLogps:
         """Policy, forget answers."""
-        return self._scored["forget"].logps()
+        return self._logps("forget")
 
     @cached_property
     def alternate(self) -> AnswerLogps:
         """Policy, refusals instead of the forget answers."""
-        return self._scored["alternate"].logps()
+        return self._logps("alternate")
 
     @cached_property
     def sampled(self) -> AnswerLogps:
         """Policy, answers that the start model gave instead of the forget answers."""
-        return self._scored["sampled"].logps()
+        return self._logps("sampled")
 
     @cached_property
     def alternate_tokens(self) -> Tensor:
@@ -162,7 +177,7 @@ class RetainInputs(Inputs):
     @cached_property
     def retain(self) -> AnswerLogps:
         """Policy, retain answers."""
-        return self._scored["retain"].logps()
+        return self._logps("retain")
 
 
 class Loss(nn.Module):
@@ -171,8 +186,9 @@ class Loss(nn.Module):
     parts: tuple[str, ...]
     """Parts of a training batch that it reads."""
     needs: frozenset[str] = frozenset()
-    """What must be known before a batch is run: the properties of its inputs that it reads, and `reference` for
-    `reference_forget`, `reference_alternate` and `reference_sampled`, which are computed once before training."""
+    """What must be known before a batch is run: those of `known_needs` that it reads, or that what it reads is computed
+    from; `reference` for `reference_forget`, `reference_alternate` and `reference_sampled`."""
+    known_needs: ClassVar[tuple[str, ...]] = ("states", "reference_states", "positions", "reference_positions")
     mean_over: Literal["examples", "tokens"] = "examples"
     """`tokens`: a row's loss is a mean over its scored tokens and is weighted by their number."""
     layer: int | None = None
@@ -202,7 +218,7 @@ class Loss(nn.Module):
         return "positions" in self.needs or ("states" in self.needs and self.layer is None)
 
     def effective_mean(self, per_row: Tensor, batch: Batch) -> Tensor:
-        """Mean of per-row losses `(B,)` over the effective batch, or what this batch adds to it."""
+        """This batch's share of the mean of per-row losses `(B,)` over the effective batch."""
         part = batch[(*self.scored_parts, *self.parts)[0]]
         lengths = answer_lengths(part) if self.mean_over == "tokens" else None
         return effective_mean(per_row, part, lengths, self.skipped_tokens)
@@ -212,6 +228,7 @@ class RetainLoss(Loss):
     """Base of all retain losses; subclasses implement `forward(inputs: RetainInputs) -> Tensor`: each row's, `(B,)`."""
 
     parts = ("retain",)
+    known_needs = ("retain", *Loss.known_needs)
     mean_over: Literal["examples", "tokens"] = "tokens"
 
     def forward(self, inputs: RetainInputs) -> Tensor:
@@ -225,6 +242,10 @@ class Objective(Loss):
     """
 
     needs = frozenset({"forget"})
+    known_needs = (
+        *("forget", "alternate", "sampled", "reference", "alternate_tokens", "memorizing_states"),
+        *Loss.known_needs,
+    )
     needs_retain: ClassVar[bool] = False
     """Whether it requires a retain loss."""
     checkpointed: ClassVar[tuple[str, ...]] = ()
@@ -236,7 +257,7 @@ class Objective(Loss):
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Forget rows define an epoch even where only their refusals are scored."""
+        """Always contains `forget`: an epoch is one pass over it."""
         read = (part for part in ("alternate", "sampled") if any(name.startswith(part) for name in self.needs))
         return ("forget", *read)
 
@@ -281,8 +302,8 @@ class Objective(Loss):
             losses: What `forward` gave, `(B,)`.
 
         Returns:
-            `(B,)`, per nat of the summed log-prob, below 0 where the answer becomes more likely, 0 where the loss has
-            no gradient with respect to it; None for an objective that reads only refusals or single tokens.
+            `(B,)`, per nat of the summed log-prob. Negative: a step makes the answer more likely; 0: the loss has no
+            gradient with respect to it. None for an objective that reads only refusals or single tokens.
         """
         if not {"forget"} <= self.needs <= {"forget", "alternate", "sampled", "reference"}:
             return None
@@ -310,7 +331,7 @@ def batch_losses(objective: Objective, retain_loss: RetainLoss | None, batch: Ba
     needs = frozenset[str]().union(*(loss.needs for loss in losses))
     layers = {loss.layer for loss in losses if loss.layer is not None}
     scored = score_together(models.policy(rows, layers), [part for part in rows if part in needs]) if rows else {}
-    inputs = ForgetInputs(batch, scored, models)
+    inputs = ForgetInputs(batch, scored, models, objective.needs)
     per_row = objective(inputs)
     scores: dict[str, Tensor] = {}
     if (weights := objective.gradient_weights(inputs, per_row)) is not None:
@@ -318,7 +339,7 @@ def batch_losses(objective: Objective, retain_loss: RetainLoss | None, batch: Ba
     forget = objective.effective_mean(per_row, batch)
     if retain_loss is None:
         return StepLosses(forget, forget.new_zeros(()), scores)
-    kept = retain_loss(RetainInputs(batch, scored, models))
+    kept = retain_loss(RetainInputs(batch, scored, models, retain_loss.needs))
     return StepLosses(forget, retain_loss.effective_mean(kept, batch), scores)
 
 

@@ -40,7 +40,8 @@ class RKLD(Objective):
 
     KL(policy || teacher) at every token of a forget answer, nats, with
     `teacher = softmax(z_ref - alpha * relu(z_mem - z_ref))`: z_ref are the reference's logits, z_mem those of a
-    memorizing model, the start model fine-tuned further on the forget rows. What that makes more likely is removed.
+    memorizing model, the start model fine-tuned further on the forget rows. The teacher
+    lowers tokens that the memorizing model prefers.
 
     Args:
         alpha: How much is subtracted, at least 0; 0 leaves the reference itself.

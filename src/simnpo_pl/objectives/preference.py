@@ -99,7 +99,7 @@ class SimNPO(Objective):
 class LengthNormalizedNPO(Objective):
     """NPO with log-probs per token, the reference kept: `-(2 / beta) * log sigmoid(-(beta / n) (L - L_ref))`.
 
-    Half of the step from NPO to SimNPO. L and L_ref are the answer's summed log-probs under policy and reference,
+    NPO with one of SimNPO's two changes. L and L_ref are the answer's summed log-probs under policy and reference,
     nats, over n scored tokens.
 
     Args:
@@ -120,7 +120,7 @@ class LengthNormalizedNPO(Objective):
 class ReferenceFreeNPO(NPO):
     """NPO without its reference, log-probs summed over tokens: `-(2 / beta) * log sigmoid(-beta L)`.
 
-    The other half of the step from NPO to SimNPO. `beta` is as in NPO, per nat of the summed log-prob.
+    NPO with the other of SimNPO's two changes. `beta` is as in NPO, per nat of the summed log-prob.
     """
 
     needs = frozenset({"forget"})

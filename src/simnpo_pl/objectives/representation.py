@@ -22,8 +22,8 @@ class RMU(Objective):
         layer: Number of the layer, from 0.
         coefficient: c, length of the target vector, above 0; 2 to 20 in public code.
         seed: Seed of u, independent of all other random numbers.
-        average_over: `answers` averages over the answers' tokens. `crossed` divides the sum of each row by the
-            number of tokens of every row of the forward pass, as public code does; it exists for comparison.
+        average_over: `answers` averages over the answers' tokens. `crossed` multiplies each row's sum by the mean of
+            1/length over the rows of the forward pass, as public code does; it exists for comparison.
     """
 
     needs = frozenset({"states"})

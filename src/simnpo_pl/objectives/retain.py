@@ -65,8 +65,8 @@ class EmbedDiff(RetainLoss):
 
     Args:
         layer: Number of the layer, from 0; the objective's own.
-        average_over: `answers` averages over the answers' tokens. `crossed` divides the sum of each row by the
-            number of tokens of every row of the forward pass, as public code does; it exists for comparison.
+        average_over: `answers` averages over the answers' tokens. `crossed` multiplies each row's sum by the mean of
+            1/length over the rows of the forward pass, as public code does; it exists for comparison.
     """
 
     needs = frozenset({"states", "reference_states"})

@@ -306,7 +306,7 @@ FIGURES = (
     Figure(
         "leak",
         "Rows for which a sampled answer is right",
-        "Greedy answers may hide what sampled ones show: leak@k, whether one of k answers to any prompt is right.",
+        "One answer may hide what several sampled ones show: leak@k, whether one of k answers to any prompt is right.",
         _leak,
     ),
 )

@@ -53,6 +53,8 @@ def method(run: Run) -> str:
     done = "A model, evaluated."
     if run.unlearned:
         done = f"{run.method} ({run.settings}) on {number(run.forget_rows)} rows of {run.forget_split}."
+    if run.temperature:
+        done = f"{done} Metrics of {titles.answers_at(run.temperature)}."
     return done if run.finished else f"{done} The run is not finished."
 
 

@@ -88,7 +88,7 @@ def _body(run: Run) -> str:
     found = [f"{name} {titles.number(value)}" for name, value in run.recovered.items()]
     parts += [
         "## What may come back",
-        "Metrics of greedy answers do not prove that the rows are removed.",
+        f"Metrics of {titles.answers_at(run.temperature)} do not prove that the rows are removed.",
         *(["Most that an attack brought back:"] if found else []),
         *_list(found),
         *([f"Not tested: {'; '.join(run.untested)}."] if run.untested else []),

@@ -100,6 +100,11 @@ class Run:
         return self.record.get("verdict") or {}
 
     @property
+    def temperature(self) -> float:
+        """Of generated answers; 0 is greedy."""
+        return float(self.record["settings"].get("eval", {}).get("temperature") or 0)
+
+    @property
     def start_model(self) -> str:
         return self.record["settings"]["model"]["name"]
 
@@ -143,7 +148,7 @@ class Run:
 
     @property
     def recovered(self) -> dict[str, float]:
-        """Attack and score to the most that any attack of this kind brought back."""
+        """Highest score recovered, by attack."""
         relearned = (epoch for attack in self.relearned for repeat in attack["repeats"] for epoch in repeat["epochs"])
         rounded = self.record.get("quantized", {}).values()
         # Not the bounds beside it.

@@ -20,11 +20,11 @@ from simnpo_pl.metrics.titles import number, title_of
 CATEGORIES = ("forgotten", "partly forgotten", "not forgotten", "over-forgotten", "model damaged", "inconclusive")
 
 LEFT, VERBATIM_LEFT = 0.25, 0.05
-"""Forgotten: at most this share is left of what the start model knew more than the retrained one."""
+"""Forgotten: at most this share of the start model's lead over the retrained one remains."""
 UNMOVED = 0.9
 """Not forgotten: at least this share is left by every metric."""
 KNOWN = 0.1
-"""A metric tells something if the start model exceeds the retrained one by this."""
+"""A metric counts only if start and retrained model differ by this."""
 BELOW = 0.2
 """Over-forgotten: less than this share of the retrained model's value."""
 DEGENERATE = 0.2
@@ -37,7 +37,7 @@ COMPARED = ("forget/rouge", "forget/truth_ratio", "forget/exact_memorization", "
 """Metrics that tell something only beside a retrained model."""
 MAIN = ("forget/probability", "verbmem_forget", "knowmem_forget", "forget/nll")
 ALSO = ("forget/extraction_strength", *COMPARED[:-1])
-"""Metrics of forget rows that are told in any case, and those that are told if they show what is left."""
+"""Metrics of forget rows. MAIN: always reported; ALSO: only if more than `LEFT` is left."""
 KEEP = ("model_utility", "retain/probability", "knowmem_retain", "retain/nll", "probe/nll")
 WORDS = {
     "forget/probability": "forget probability",
