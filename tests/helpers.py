@@ -227,7 +227,7 @@ def command_on_gpu(arguments: list[str]) -> None:
     from simnpo_pl.__main__ import main
 
     def for_precision(*args: Any, **kwargs: Any) -> bool:
-        return sys._getframe(1).f_code.co_name == "precision"
+        return sys._getframe(1).f_code.co_name in ("precision", "check_accelerator")
 
     torch.cuda.is_available = torch.cuda.is_bf16_supported = for_precision
     os.environ.pop("SIMNPO_PL_RUN_DIR", None)

@@ -282,7 +282,9 @@ def rows(data_folder: Path, small: Path) -> Batch:
     data = tofu(data_folder, small, batch=2)
     data.trainer = trainer()
     data.load_training(("forget", "retain", "alternate"))
-    return next(iter(data.train_dataloader()))
+    batch = next(iter(data.train_dataloader()))
+    # In place of the start model's own samples.
+    return {**batch, "sampled": batch["alternate"]}
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,7 @@ def test_history_and_objective(finished: Path):
         "forget_weight": 0.25,
         "retain_loss": "NLL",
         "retain_weight": 1.0,
+        "update": None,
     }
 
 
