@@ -94,7 +94,7 @@ def fit(learned: Callable[[int], Path], tmp_path: Path) -> Fit:
 def words(folder: Path) -> list[str]:
     own = ["fit", "--config", str(ROOT / "configs" / "own.yaml"), "--model.name", str(folder / "model")]
     own += ["--data.forget", str(folder / "forget.jsonl"), "--trainer.accelerator", "cpu"]
-    return [*own, "--trainer.enable_progress_bar", "false", "--eval.generate_rows", "0"]
+    return [*own, "--eval.generate_rows", "0"]
 
 
 QUICK = ("--trainer.max_epochs", "2", "--eval.start", "false", "--eval.final", "false")

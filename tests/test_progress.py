@@ -30,6 +30,20 @@ def test_bars_of_a_run(cli: Callable[..., None], tmp_path: Path, monkeypatch: py
     assert "evaluating model" in output.getvalue()
 
 
+def test_bars_of_every_model(
+    cli: Callable[..., None], other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also of models that give no metrics by themselves."""
+    output = io.StringIO()
+    monkeypatch.setattr(rich, "_console", Console(file=output, width=80))
+    options = ["--eval.retrained", str(other_folder), "--eval.depth", "true", "--model.objective", "AltPO"]
+    options += ["--trainer.enable_progress_bar", "true", "--eval.generate_rows", "1", "--trainer.max_epochs", "1"]
+    cli("fit", *options, "--run_dir", str(tmp_path / "run"))
+    bars = [line.split(" ━")[0] for line in output.getvalue().splitlines()]
+    for bar in ("answers of the start model", "retrained model", "start model", "depth of unlearning"):
+        assert f"evaluating {bar}" in bars
+
+
 def test_lines_break_between_words_in_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     text = "data: 60 forget rows, 540 retain rows\n  fluency: no classifier"
     say(text)

@@ -10,8 +10,11 @@ from rich.text import Text
 
 from simnpo_pl.runs.folder import RunFolder
 
-EVALUATED = {"start": "start model", "retrained": "retrained model", "mia_reference": "reference", "final": "model"}
-"""Name in the terminal of the model that is evaluated in a role."""
+EVALUATED = {
+    **{"start": "start model", "retrained": "retrained model", "mia_reference": "reference"},
+    **{"answers": "answers of the start model", "depth": "depth of unlearning"},
+}
+"""What is evaluated in a role, as the terminal calls it; in others it is the model."""
 
 
 class ProgressBar(AnyProgressBar):
@@ -85,7 +88,7 @@ class ProgressBar(AnyProgressBar):
     def _evaluation(self, trainer: Any, batches: list[int]) -> None:
         if trainer.state.fn != "fit":
             role = "final" if self.folder is None else self.folder.role
-            self._start(f"evaluating {EVALUATED[role]}", sum(batches))
+            self._start(f"evaluating {EVALUATED.get(role, 'model')}", sum(batches))
 
     def _start(self, what: str, total: float, done: int = 0) -> None:
         self._stop()
