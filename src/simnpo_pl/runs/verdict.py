@@ -211,8 +211,13 @@ class Verdict:
         beta = objective.get("settings", {}).get("beta")
 
         def change(option: str, value: Any, factor: float) -> list[str]:
+            if not isinstance(value, int | float):
+                return []
             word = "raise" if factor > 1 else "lower"
-            return [f"{word} {option} from {value:g} to {value * factor:.2g}"] if isinstance(value, int | float) else []
+            # Another setting would change the rate that is found, too.
+            found = "lr_auto" in self.record and option != "--model.lr"
+            alone = f" and give --model.lr {lr:g}, so that only this changes" if found else ""
+            return [f"{word} {option} from {value:g} to {value * factor:.2g}{alone}"]
 
         if category in ("not forgotten", "partly forgotten"):
             factor = 3 if category == "not forgotten" else 2
