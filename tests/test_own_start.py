@@ -137,6 +137,8 @@ def test_without_retain_rows_the_start_models_answers_are_retained(
     assert len(rows) > 100
     assert rows[0] == {"question": "What is the capital of Japan?", "answer": "It is blue."}
     assert results(auto)["counts"]["retain/probability"] == len(rows)
+    said = f"answers to {len(rows)} neutral prompts (your other data was not measured) {before:.3g} -> {after:.3g}"
+    assert said in results(auto)["verdict"]["reasons"]
 
     fast = ("--model.lr", "1e-2", "--eval.start", "false", "--eval.final", "false")
     fast += ("--trainer.check_val_every_n_epoch", "99")

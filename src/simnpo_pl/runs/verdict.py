@@ -177,7 +177,12 @@ class Verdict:
         if start is None or final is None:
             return ""
         beside = "" if unseen is None else f" (retrained model {number(unseen)})"
-        return f"{WORDS.get(name) or title_of(name).short} {number(start)} -> {number(final)}{beside}"
+        words = WORDS.get(name) or title_of(name).short
+        data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
+        if name == "retain/probability" and data.get("retain") == "auto":
+            rows = self.record.get("counts", {}).get(name, "the")
+            words = f"answers to {rows} neutral prompts (your other data was not measured)"
+        return f"{words} {number(start)} -> {number(final)}{beside}"
 
     def _count(self, name: str, what: str) -> str:
         """A share of rows as a count of them."""
