@@ -49,6 +49,7 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--model.objective", "NPO", "--model.reference", "./none"), "--model.reference: folder ./none does not"),
         (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),
         (("--config", "configs/no_such.yaml"), "error: --config: File does not exist: "),
+        (("--config", "./none.yaml"), "; run this from the repository's folder, or give the file's full path"),
         (
             ("--model.objective.betta", "1"),
             "Option 'betta' is not accepted by SimNPO; the nearest is beta; --model.objective.help SimNPO lists",

@@ -104,6 +104,14 @@ def test_doctor(
     assert "HF_ENDPOINT must be a web address, got here" in error(capsys, "doctor", str(config))
 
 
+def test_which_part_of_a_run_may_be_passed_on(tmp_path: Path):
+    from simnpo_pl.cli.summary import written
+
+    (tmp_path / "model").mkdir()
+    said = written(tmp_path).splitlines()
+    assert f"this folder and its reports hold the forget rows in clear: pass on only {tmp_path / 'model'}" in said
+
+
 @pytest.mark.parametrize("on_path", [True, False])
 @pytest.mark.parametrize("board", [True, False])
 def test_next_commands_work_as_printed(tmp_path: Path, board: bool, on_path: bool, monkeypatch: pytest.MonkeyPatch):
@@ -117,6 +125,7 @@ def test_next_commands_work_as_printed(tmp_path: Path, board: bool, on_path: boo
         (tmp_path / "bin").mkdir(exist_ok=True)
         (tmp_path / "bin" / name).touch(0o755)
     said = written(tmp_path / "run", board).splitlines()
+    assert not any("pass on only" in line for line in said)
     place = "" if on_path else "bin/"
     assert f"  {place}python -m simnpo_pl report {tmp_path / 'run'}" in said
     assert (f"  {place}tensorboard --logdir {tmp_path}" in said) == board

@@ -260,7 +260,8 @@ def test_columns_by_source(cli_own: Callable[..., Path], tmp_path: Path):
     ("table", "message"),
     [
         ([{"q": "a", "answer": "b"}], r"t: expected columns question and answer, or messages, or text; its columns "
-         r"are: q, answer; name yours, as in --data.columns.question NAME"),
+         r"are: q, answer; name yours, as in --data.columns.question NAME, or for records: --data.template_question "
+         r"and --data.template_answer"),
         ([{"question": "a", "answer": "b"}, {"question": "c"}], r"t row 1, counted from 0, has no column 'answer'"),
         ([{"question": "a", "answer": " "}], r"t row 0, counted from 0: expected text as answer, got ' '"),
         ([{"question": None, "answer": "b"}], r"expected text as question, got None"),

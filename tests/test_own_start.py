@@ -23,7 +23,7 @@ from simnpo_pl.benchmarks.pretraining import batches_of, new_llama, train
 from simnpo_pl.data.tokenization import PLAIN_TEMPLATE, PromptTemplate
 from simnpo_pl.models.loading import load_causal_lm, save_model
 from simnpo_pl.module import UnlearningModule
-from simnpo_pl.module.ramp import _crossing, check_ramp
+from simnpo_pl.module.ramp import _crossing, _Ramp, check_ramp
 from simnpo_pl.objectives import FineTune
 from simnpo_pl.utils.errors import UserError
 
@@ -137,6 +137,8 @@ def test_without_retain_rows_the_start_models_answers_are_retained(
     assert len(rows) > 100
     assert rows[0] == {"question": "What is the capital of Japan?", "answer": "It is blue."}
     assert results(auto)["counts"]["retain/probability"] == len(rows)
+    said = f"answers to {len(rows)} neutral prompts (your other data was not measured) {before:.3g} -> {after:.3g}"
+    assert said in results(auto)["verdict"]["reasons"]
 
     fast = ("--model.lr", "1e-2", "--eval.start", "false", "--eval.final", "false")
     fast += ("--trainer.check_val_every_n_epoch", "99")
@@ -233,6 +235,19 @@ def test_a_probability_that_does_not_fall_has_no_rate(learned: Callable[[int], P
         UserError, match=r"did not halve the forget probability, which went from .*; give --model.lr a num"
     ):
         own_fit(learned(0), objective=FineTune(), retain_loss=None)
+
+
+def test_retain_rows_that_end_the_ramp_are_named(
+    learned: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The ninth step, at 1e-6 x 2^8, halves the retain probability alone."""
+    readings = [{"forget": 0.998, "retain": 0.737}] * 9 + [{"forget": 0.983, "retain": 0.267}]
+    monkeypatch.setattr(_Ramp, "read", lambda ramp: readings[ramp.number])
+    own_fit(learned(0))
+    assert (
+        "warning: the kept answers halved before the forget answers did; this rate may forget little: give "
+        "--data.retain, or --model.lr 0.00026\n"
+    ) in capsys.readouterr().out
 
 
 def test_where_between_two_readings():

@@ -1,12 +1,13 @@
 """What the terminal shows after a run: a table and the verdict, at any width."""
 
 import io
+import warnings
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from simnpo_pl.cli.summary import generates, measures, show
+from simnpo_pl.cli.summary import generates, measures, quiet, show
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.plan import Generation, Split
 from simnpo_pl.metrics.base import RowMetric
@@ -33,6 +34,14 @@ def shown(record: dict[str, Any], width: int) -> list[str]:
     output = io.StringIO()
     show(record, Console(file=output, width=width, highlight=False, markup=False))
     return [line.rstrip() for line in output.getvalue().splitlines()]
+
+
+def test_a_warning_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    with warnings.catch_warnings():
+        quiet()
+    said = warnings.formatwarning("answers\nmay be poor", UserWarning, "generation.py", 145, "rank_zero_warn(")
+    assert said == "warning: answers may be poor\n"
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -132,7 +132,8 @@ def explain(error: Exception, bases: Mapping[str, type[Any]], options: Iterable[
         return f"no model is named: {_RUN}"
     expected, _, value = reason.partition(". Got value: ")
     if not value:
-        return f"{option}: {reason}"
+        place = "; run this from the repository's folder, or give the file's full path" if option == "--config" else ""
+        return f"{option}: {reason}{place if reason.startswith('File does not exist') else ''}"
     # Where several types are possible the innermost error is only of the first one.
     union = messages[-2].partition("Subtypes: [")[2].partition("] Errors: ")[0]
     types = _TYPE.sub(lambda kind: kind[1] or kind[2], union or expected.removeprefix("Expected a "))

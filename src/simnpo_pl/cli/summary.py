@@ -201,7 +201,9 @@ def written(folder: Path, board: bool = True) -> str:
     files = [f"  {name:{width}}  {what}" for name, what in FILES.items() if (folder / name).exists()]
     report = f"  {program()} -m simnpo_pl report {folder}"
     tensorboard = [f"  {program('tensorboard')} --logdir {folder.parent}"] if board else []
-    return "\n".join([f"written to {folder}:", *files, "to look at it:", report, *tensorboard])
+    clear = f"this folder and its reports hold the forget rows in clear: pass on only {folder / 'model'}"
+    private = [clear] if (folder / "model").exists() else []
+    return "\n".join([f"written to {folder}:", *files, *private, "to look at it:", report, *tensorboard])
 
 
 def say(text: str) -> None:
@@ -214,7 +216,8 @@ def say(text: str) -> None:
 
 
 def quiet() -> None:
-    """Leave out messages that advertise or repeat what the plan says."""
+    """Print warnings in one line; leave out messages that advertise or repeat what the plan says."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     for message in (
         "treespec, LeafSpec",
         "args parameter is intended to run from within Python",

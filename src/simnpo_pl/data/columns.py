@@ -120,7 +120,7 @@ class Columns:
         raise UserError(
             f"{source}: expected columns {' and '.join(names) or f'{self.question} and {self.answer}'}, or "
             f"{self.messages}, or {self.text}; its columns are: {', '.join(present) or 'none'}; name yours, as in "
-            f"--data.columns.{missing} NAME"
+            f"--data.columns.{missing} NAME, or for records: --data.template_question and --data.template_answer"
         )
 
     def _last_turn(self, row: Mapping[str, Any], where: str) -> Row:

@@ -46,10 +46,17 @@ def use_found_rate(module: Any) -> dict[str, Any]:
         f"{part} probability {found[part][0]:.3g} -> {found[part][1]:.3g}" for part in READ if part in found
     )
     rank_zero_only(print)(
-        f"--model.lr auto: {found['steps']} steps at growing rates on a copy of the weights ({found['seconds']} s): "
+        f"--model.lr auto: {found['steps']} steps at growing rates, then undone ({found['seconds']} s): "
         f"{read}; the run takes lr {found['lr']:g}",
         flush=True,
     )
+    before, after = found["forget"]
+    if after > FALL * before:
+        rank_zero_only(print)(
+            "warning: the kept answers halved before the forget answers did; this rate may forget little: "
+            f"give --data.retain, or --model.lr {FIRST_RATE * GROWTH ** (found['steps'] - 1):.2g}",
+            flush=True,
+        )
     return found
 
 

@@ -177,7 +177,12 @@ class Verdict:
         if start is None or final is None:
             return ""
         beside = "" if unseen is None else f" (retrained model {number(unseen)})"
-        return f"{WORDS.get(name) or title_of(name).short} {number(start)} -> {number(final)}{beside}"
+        words = WORDS.get(name) or title_of(name).short
+        data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
+        if name == "retain/probability" and data.get("retain") == "auto":
+            rows = self.record.get("counts", {}).get(name, "the")
+            words = f"answers to {rows} neutral prompts (your other data was not measured)"
+        return f"{words} {number(start)} -> {number(final)}{beside}"
 
     def _count(self, name: str, what: str) -> str:
         """A share of rows as a count of them."""
@@ -211,8 +216,13 @@ class Verdict:
         beta = objective.get("settings", {}).get("beta")
 
         def change(option: str, value: Any, factor: float) -> list[str]:
+            if not isinstance(value, int | float):
+                return []
             word = "raise" if factor > 1 else "lower"
-            return [f"{word} {option} from {value:g} to {value * factor:.2g}"] if isinstance(value, int | float) else []
+            # Another setting would change the rate that is found, too.
+            found = "lr_auto" in self.record and option != "--model.lr"
+            alone = f" and give --model.lr {lr:g}, so that only this changes" if found else ""
+            return [f"{word} {option} from {value:g} to {value * factor:.2g}{alone}"]
 
         if category in ("not forgotten", "partly forgotten"):
             factor = 3 if category == "not forgotten" else 2
