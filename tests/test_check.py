@@ -14,6 +14,7 @@ from helpers import results
 from simnpo_pl.__main__ import main
 from simnpo_pl.report.robustness import OTHERS, SHOWN, judge, outcome
 from simnpo_pl.runs.record import Run
+from simnpo_pl.runs.verdict import headline
 from simnpo_pl.studies import parse
 from simnpo_pl.studies.check import ATTACKS
 from simnpo_pl.studies.relearn import rate_of
@@ -87,6 +88,13 @@ def test_relearning_is_told_at_its_peak():
         "relearning 2 retain rows (lr 0.001, 8 steps): probability of the forget answers 0.1 -> 0.2, of the retrained "
         "model 0.2 -> 0.2: holds"
     )
+    # Without a control the sentence says what is not known.
+    del strong["repeats"][0]["control"]
+    judge(record(relearn={"strong": strong}))
+    assert strong["sentence"].endswith(
+        "0.1 -> 0.43; of those relearned 0.9: comes back; no control: a model that never saw the rows may reach this, "
+        "too; give --retrained MODEL"
+    )
     # Without an attack on forget rows nobody knows whether this one was strong enough.
     judge(record(relearn={"retain": other}))
     assert other["outcome"] == "inconclusive"
@@ -146,7 +154,7 @@ def test_a_run_is_checked(run: Path, capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().out.splitlines()
     assert [line for line in shown if line.startswith("* ")] == [
         *(f"* {sentence}" for sentence in told),
-        f"* verdict: {found['verdict']['category']}",
+        f"* verdict: {headline(found)}",
     ]
     assert set(told) <= set(found["verdict"]["reasons"])
     names = {"relearn": "relearning", "quantized": "rounded weights", "leak": "sampled answers"}

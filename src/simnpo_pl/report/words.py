@@ -62,7 +62,7 @@ def summary(run: Run) -> str:
     """What was done, and the verdict; without one, the tiles in words."""
     found = run.verdict
     if found:
-        said = "; ".join([found["category"].capitalize(), *found["reasons"]])
+        said = "; ".join([run.headline.capitalize(), *found["reasons"]])
     else:
         said = "; ".join(f"{tile.title}: {', '.join([tile.value, *tile.lines])}" for tile in tiles(run))
     return f"{method(run)} {said}."

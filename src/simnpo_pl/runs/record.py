@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simnpo_pl.metrics.titles import number
-from simnpo_pl.runs.verdict import ATTACKS
+from simnpo_pl.runs.verdict import ATTACKS, headline
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, read_json_lines
 
@@ -98,6 +98,11 @@ class Run:
     def verdict(self) -> dict[str, Any]:
         """Whether the run worked: `category`, `reasons`, `untested`, `advice`; empty if it has none."""
         return self.record.get("verdict") or {}
+
+    @property
+    def headline(self) -> str:
+        """The verdict in a few words; empty if it has none."""
+        return headline(self.record) if self.verdict else ""
 
     @property
     def temperature(self) -> float:

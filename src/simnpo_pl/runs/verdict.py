@@ -23,6 +23,8 @@ LEFT, VERBATIM_LEFT = 0.25, 0.05
 """Forgotten: at most this share of the start model's lead over the retrained one remains."""
 UNMOVED = 0.9
 """Not forgotten: at least this share is left by every metric."""
+VERBATIM_UNMOVED = 0.5
+"""Not forgotten: more than this share is left of the answers that are given word for word."""
 KNOWN = 0.1
 """A metric counts only if start and retrained model differ by this."""
 BELOW = 0.2
@@ -106,7 +108,7 @@ class Verdict:
             loss = self.change("forget/nll")
             unmoved = loss.start and loss.final is not None and loss.final / loss.start >= UNMOVED
             return "not forgotten" if unmoved else "inconclusive"
-        if min(left.values()) >= UNMOVED:
+        if min(left.values()) >= UNMOVED or left.get("forget/verbatim", 0.0) > VERBATIM_UNMOVED:
             return "not forgotten"
         if self.over():
             return "over-forgotten"
@@ -194,7 +196,7 @@ class Verdict:
         """What could still change the verdict."""
         held = {group for group, entry in self.attacks if entry.get("outcome") in ("comes back", "holds")}
         found = [words for group, words in ATTACKS.items() if group not in held]
-        if not self.models["retrained"]:
+        if not self.models["retrained"] and not any(attacked_control(entry) for _, entry in self.attacks):
             found.append("what a model that never saw the rows would answer (no retrained model)")
         if not any(self.change(name).final is not None for name in KEEP):
             found.append("what the model still knows of everything else")
@@ -246,9 +248,26 @@ def verdict(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def headline(record: Mapping[str, Any]) -> str:
+    """The category of a results.json's verdict, and the attacks that brought rows back."""
+    back = [
+        words
+        for group, words in ATTACKS.items()
+        if any(entry.get("outcome") == "comes back" for entry in record.get(group, {}).values())
+    ]
+    brings = "brings" if back == ["relearning"] else "bring"
+    category: str = record["verdict"]["category"]
+    return f"{category}; {' and '.join(back)} {brings} rows back" if back else category
+
+
 def unlearned(record: Mapping[str, Any]) -> bool:
     """Whether a run trained a model to forget."""
     return record.get("objective", {}).get("name", "FineTune") != "FineTune"
+
+
+def attacked_control(attack: Mapping[str, Any]) -> bool:
+    """Whether an attack was also made on a retrained model."""
+    return "control" in attack or any("control" in repeat for repeat in attack.get("repeats", []))
 
 
 def _level(name: str, value: float | None) -> float | None:
