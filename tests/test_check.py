@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from helpers import results
 from simnpo_pl.__main__ import main
 from simnpo_pl.report.robustness import OTHERS, SHOWN, judge, outcome
+from simnpo_pl.runs.progress import ProgressBar
 from simnpo_pl.runs.record import Run
 from simnpo_pl.runs.verdict import headline
 from simnpo_pl.studies import parse
 from simnpo_pl.studies.check import ATTACKS
 from simnpo_pl.studies.relearn import rate_of
+from simnpo_pl.studies.reopen import finished_runs, reopen
 
 PAGE = Path(__file__).parents[1] / "docs" / "robustness.md"
 
@@ -133,6 +136,14 @@ def test_the_rate_of_a_model_that_was_only_evaluated(tmp_path: Path):
     """`--model.lr auto` finds a rate in `fit` alone."""
     for given, expected in (("auto", 1e-5), (3e-4, 3e-4)):
         assert rate_of(Run("", tmp_path, {"settings": {"model": {"lr": given}}})) == expected
+
+
+def test_an_attack_has_the_bar_of_fit(run: Path):
+    """One bar, not Lightning's, or none."""
+    (finished,) = finished_runs([run])
+    for given, expected in (("true", [ProgressBar]), ("false", [])):
+        callbacks = reopen(finished, "--trainer.enable_progress_bar", given).trainer.callbacks
+        assert [type(one) for one in callbacks if isinstance(one, AnyProgressBar)] == expected
 
 
 def test_a_run_is_checked(run: Path, capsys: pytest.CaptureFixture[str]):

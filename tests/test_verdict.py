@@ -59,7 +59,7 @@ def test_half_of_it():
     assert found["category"] == "partly forgotten"
     assert found["reasons"][0] == "47 of 200 forget answers are still given word for word (start model 200)"
     assert "kept answers 0.992 -> 0.992" in found["reasons"]
-    assert "0 of 200 forget answers are degenerate (start model 0)" in found["reasons"]
+    assert "0 of 200 forget answers are degenerate (repetitive or empty; start model 0)" in found["reasons"]
     assert found["untested"][:3] == ["relearning", "rounded weights", "sampled answers"]
     assert "raise --model.forget_weight from 0.5 to 1" in found["advice"]
 
@@ -70,6 +70,16 @@ def test_forgotten():
     assert found["advice"] == []
     assert "what a model that never saw the rows would answer (no retrained model)" in found["untested"]
     assert category(FORGOTTEN, retrained=RETRAINED) == "forgotten"
+
+
+def test_what_decided_comes_first():
+    degenerate = "173 of 200 forget answers are degenerate (repetitive or empty; start model 0)"
+    found = verdict(record({**FORGOTTEN, "forget/degenerate": 173 / ROWS}))
+    assert found["reasons"][0] == degenerate
+    assert found["reasons"].count(degenerate) == 1
+    assert verdict(record({**FORGOTTEN, "retain/probability": 0.5}))["reasons"][0] == "kept answers 0.992 -> 0.5"
+    low = verdict(record({**FORGOTTEN, "forget/probability": 0.01}, retrained=RETRAINED))["reasons"]
+    assert low[0] == "forget probability 0.992 -> 0.01 (retrained model 0.095)"
 
 
 def test_ruined():

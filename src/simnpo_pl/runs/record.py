@@ -90,8 +90,9 @@ class Run:
         found = objective["settings"] | (objective["update"]["settings"] if objective.get("update") else {})
         given = {name: value for name, value in found.items() if value is not None}
         named = ", ".join(f"{k} {v if isinstance(v, str) else number(v)}" for k, v in given.items())
-        retain = objective["retain_loss"] or "no retain loss"
-        weights = f"weights {number(objective['forget_weight'])} / {number(objective['retain_weight'])} ({retain})"
+        loss, weight = objective["retain_loss"], objective["retain_weight"]
+        retain = f"retain weight {number(weight)} ({loss})" if loss else "no retain loss"
+        weights = f"forget weight {number(objective['forget_weight'])}, {retain}"
         return f"{named}; {weights}" if named else weights
 
     @property
@@ -159,7 +160,11 @@ class Run:
         # Not the bounds beside it.
         sampled = [one["prompts"]["any"][f"leak@{one['settings']['k']}"] for one in self.sampled]
         found = {
-            "relearning, forget prob.": [entry["metrics"].get("forget/probability") for entry in relearned],
+            "relearning, forget prob.": [
+                # Of rows that were not relearned; versions before 0.2 did not tell them apart.
+                entry["metrics"].get("forget/probability/others", entry["metrics"].get("forget/probability"))
+                for entry in relearned
+            ],
             "rounded weights, forget prob.": [entry["metrics"].get("forget/probability") for entry in rounded],
             "sampled answers, rows with a right one": sampled,
         }
