@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from helpers import results
 from simnpo_pl.__main__ import main
 from simnpo_pl.report.robustness import OTHERS, SHOWN, judge, outcome
+from simnpo_pl.runs.progress import ProgressBar
 from simnpo_pl.runs.record import Run
+from simnpo_pl.runs.verdict import headline
 from simnpo_pl.studies import parse
 from simnpo_pl.studies.check import ATTACKS
 from simnpo_pl.studies.relearn import rate_of
+from simnpo_pl.studies.reopen import finished_runs, reopen
 
 PAGE = Path(__file__).parents[1] / "docs" / "robustness.md"
 
@@ -87,6 +91,13 @@ def test_relearning_is_told_at_its_peak():
         "relearning 2 retain rows (lr 0.001, 8 steps): probability of the forget answers 0.1 -> 0.2, of the retrained "
         "model 0.2 -> 0.2: holds"
     )
+    # Without a control the sentence says what is not known.
+    del strong["repeats"][0]["control"]
+    judge(record(relearn={"strong": strong}))
+    assert strong["sentence"].endswith(
+        "0.1 -> 0.43; of those relearned 0.9: comes back; no control: a model that never saw the rows may reach this, "
+        "too; give --retrained MODEL"
+    )
     # Without an attack on forget rows nobody knows whether this one was strong enough.
     judge(record(relearn={"retain": other}))
     assert other["outcome"] == "inconclusive"
@@ -127,6 +138,14 @@ def test_the_rate_of_a_model_that_was_only_evaluated(tmp_path: Path):
         assert rate_of(Run("", tmp_path, {"settings": {"model": {"lr": given}}})) == expected
 
 
+def test_an_attack_has_the_bar_of_fit(run: Path):
+    """One bar, not Lightning's, or none."""
+    (finished,) = finished_runs([run])
+    for given, expected in (("true", [ProgressBar]), ("false", [])):
+        callbacks = reopen(finished, "--trainer.enable_progress_bar", given).trainer.callbacks
+        assert [type(one) for one in callbacks if isinstance(one, AnyProgressBar)] == expected
+
+
 def test_a_run_is_checked(run: Path, capsys: pytest.CaptureFixture[str]):
     """All attacks, with the control, at rates up to ten times the run's own; sentences and verdict are kept."""
     main(["check", str(run), "--epochs", "2", "--k", "2", "--debug"])
@@ -146,7 +165,7 @@ def test_a_run_is_checked(run: Path, capsys: pytest.CaptureFixture[str]):
     shown = capsys.readouterr().out.splitlines()
     assert [line for line in shown if line.startswith("* ")] == [
         *(f"* {sentence}" for sentence in told),
-        f"* verdict: {found['verdict']['category']}",
+        f"* verdict: {headline(found)}",
     ]
     assert set(told) <= set(found["verdict"]["reasons"])
     names = {"relearn": "relearning", "quantized": "rounded weights", "leak": "sampled answers"}

@@ -254,7 +254,7 @@ def test_model_card_as_the_hub_reads_it(tmp_path: Path):
     assert card.data.model_name == "ours"
     for text in (
         "# ours",
-        "SimNPO (beta 2.5; weights 0.125 / 1 (NLL)) was applied to 6 rows of forget10",
+        "SimNPO (beta 2.5; forget weight 0.125, retain weight 1 (NLL)) was applied to 6 rows of forget10",
         "starting from the model org/start, with learning rate 1e-05 and seed 3. It is the model after epoch 10.",
         "## Verdict: partly forgotten\n\n* 47 of 200 answers are still given word for word",
         "| metric | unlearned | start |\n|---|---|---|\n| forget prob. | 0.2 | 0.99 |",

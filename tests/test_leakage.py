@@ -96,7 +96,7 @@ def test_a_sample_does_not_depend_on_its_batch(model_folder: Path):
     assert generate(model, prompts, 8, [1], Sampler(draws, temperature=1e-4)) == greedy(model, prompts, 8, [1])
 
 
-def test_command(run_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command(run_options: list[str], other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The same answers in batches of 48 and of 3; another seed draws others; what is there is not drawn again."""
     one, other = tmp_path / "one", tmp_path / "other"
     options = ["--run_dir", str(one), "--trainer.max_epochs", "1", "--eval.start", "false", "--eval.generate_rows", "2"]
@@ -131,6 +131,10 @@ def test_command(run_options: list[str], tmp_path: Path, capsys: pytest.CaptureF
     before = (one / "leak_5_1_0.jsonl").stat().st_mtime_ns
     main(["leak", str(one), "--k", "5", "--debug"])
     assert (one / "leak_5_1_0.jsonl").stat().st_mtime_ns == before
+    # A control that was not known before is sampled beside it.
+    main(["leak", str(one), "--k", "5", "--retrained", str(other_folder), "--debug"])
+    sample = json.loads((one / "results.json").read_text())["leak"]["k=5 temperature=1 seed=0 correct=0.8"]
+    assert sample["control"]["any"]["leak@5"] >= 0
 
 
 def test_examples_in_front(model_folder: Path):

@@ -15,7 +15,7 @@ from scipy.stats import ks_2samp
 from simnpo_pl.__main__ import main
 from simnpo_pl.metrics.titles import TITLES, Title, title_of
 from simnpo_pl.report import figures, latex, page, words
-from simnpo_pl.report.robustness import Spread
+from simnpo_pl.report.robustness import OTHERS, Spread
 from simnpo_pl.runs.record import Run, read_runs
 
 HOSTILE = "</script><script>window.taken = 1</script><img src=x onerror='window.taken = 2'> =1+1 | & % _"
@@ -140,6 +140,17 @@ def test_attacks_are_shown(tmp_path: Path):
         [0.2, 0.3],
         [0.5, 0.4],
     ]
+    assert drawn("quantized", [run]).get_ylim()[1] < 0.6
+    # A second rate and a control can be told apart.
+    (draw,) = run.relearned[0]["repeats"][:1]
+    fast = {"settings": {**run.relearned[0]["settings"], "lr": 1e-3}, "repeats": [{**draw, "control": draw["epochs"]}]}
+    more = Run("more", tmp_path, run.record | {"relearn": {"slow": run.relearned[0], "fast": fast}})
+    lines = [line for line in drawn("relearning", [more]).lines if line.get_linestyle() != "None"]
+    assert [(line.get_linestyle(), line.get_color()) for line in lines] == [
+        (":", figures.PALETTE[0]),
+        ("-", figures.PALETTE[0]),
+        ("-", figures.GREY),
+    ]
     leak = drawn("leak", [run])
     assert leak.lines[0].get_xydata().tolist() == [[1, 0.2], [2, 0.4]]
     assert leak.get_ylim() == (0, 1)
@@ -152,6 +163,17 @@ def test_attacks_are_shown(tmp_path: Path):
             "sampled answers, rows with a right one 0.4",
         ],
     )
+    # Of relearned rows and others, the others are shown.
+    for repeat in run.relearned[0]["repeats"]:
+        for epoch in repeat["epochs"]:
+            value = epoch["metrics"]["forget/probability"]
+            epoch |= {"step": epoch["epoch"], "metrics": {"forget/probability": value, OTHERS: value / 2}}
+    told = Run("told", tmp_path, run.record | {"relearn": {"random": {**run.relearned[0], "outcome": "comes back"}}})
+    assert words.tiles(told)[2].value == "0.4"
+    assert words.tiles(told)[2].lines[:2] == [
+        "comes back: 0.1 → 0.25 after training on 2 of the rows",
+        "relearning, forget prob. 0.3",
+    ]
     main(["report", str(run.folder), "-o", str(tmp_path / "report.md"), str(tmp_path / "report.html")])
     text = (tmp_path / "report.md").read_text()
     assert "| attacked | SimNPO | 2 random rows, 2 draws | forget prob. | 0.2 ± 0 | 0.5 ± 0.141 |" in text
@@ -203,7 +225,7 @@ def test_title_of_a_custom_metric():
 
 def test_a_run_in_words(runs: list[Path], tmp_path: Path):
     one, two = read_runs(runs)
-    method = "SimNPO (beta 2.5, gamma 0; weights 0.125 / 1 (NLL)) on 6 rows of forget10."
+    method = "SimNPO (beta 2.5, gamma 0; forget weight 0.125, retain weight 1 (NLL)) on 6 rows of forget10."
     assert words.tiles(one) == [
         words.Tile("Forgotten", "0.99 → 0.2", ["forget prob. (retrained model 0.15)", "forget quality 1.0e-09 → 0.2"]),
         words.Tile("Kept", "0.7 → 0.55", ["model utility (retrained model 0.65)", "retain prob. 0.9 → 0.9"]),
@@ -239,7 +261,7 @@ def test_settings_that_are_words(tmp_path: Path):
     objective = {"name": "RMU", "settings": {"layer": 7, "average_over": "answers"}, "forget_weight": 1.0}
     objective |= {"retain_loss": None, "retain_weight": 1.0}
     run = read_runs([write_run(tmp_path / "rmu", 0.5, 0.5, objective=objective)])[0]
-    assert run.settings == "layer 7, average_over answers; weights 1 / 1 (no retain loss)"
+    assert run.settings == "layer 7, average_over answers; forget weight 1, no retain loss"
 
 
 def test_names_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -107,11 +107,11 @@ def test_no_rows_to_keep_and_a_large_rate(fit: Callable[..., dict[str, Any]]):
 
 
 def test_a_rate_that_half_works(fit: Callable[..., dict[str, Any]]):
-    content = fit("--model.lr", "3e-4")
+    content = fit("--model.lr", "5e-4")
     found = content["verdict"]
     assert found["category"] == "partly forgotten"
     said = round(40 * content["final"]["metrics"]["forget/verbatim"])
-    assert 2 < said < 40
+    assert 2 < said <= 20
     assert found["reasons"][0] == f"{said} of 40 forget answers are still given word for word (start model 40)"
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from simnpo_pl.runs.verdict import CATEGORIES, verdict
+from simnpo_pl.runs.verdict import CATEGORIES, headline, verdict
 
 ROWS = 200
 START = {
@@ -59,7 +59,7 @@ def test_half_of_it():
     assert found["category"] == "partly forgotten"
     assert found["reasons"][0] == "47 of 200 forget answers are still given word for word (start model 200)"
     assert "kept answers 0.992 -> 0.992" in found["reasons"]
-    assert "0 of 200 forget answers are degenerate (start model 0)" in found["reasons"]
+    assert "0 of 200 forget answers are degenerate (repetitive or empty; start model 0)" in found["reasons"]
     assert found["untested"][:3] == ["relearning", "rounded weights", "sampled answers"]
     assert "raise --model.forget_weight from 0.5 to 1" in found["advice"]
 
@@ -80,6 +80,16 @@ def test_forgotten():
     assert found["advice"] == []
     assert "what a model that never saw the rows would answer (no retrained model)" in found["untested"]
     assert category(FORGOTTEN, retrained=RETRAINED) == "forgotten"
+
+
+def test_what_decided_comes_first():
+    degenerate = "173 of 200 forget answers are degenerate (repetitive or empty; start model 0)"
+    found = verdict(record({**FORGOTTEN, "forget/degenerate": 173 / ROWS}))
+    assert found["reasons"][0] == degenerate
+    assert found["reasons"].count(degenerate) == 1
+    assert verdict(record({**FORGOTTEN, "retain/probability": 0.5}))["reasons"][0] == "kept answers 0.992 -> 0.5"
+    low = verdict(record({**FORGOTTEN, "forget/probability": 0.01}, retrained=RETRAINED))["reasons"]
+    assert low[0] == "forget probability 0.992 -> 0.01 (retrained model 0.095)"
 
 
 def test_ruined():
@@ -104,13 +114,20 @@ def test_ruined():
         ({"retain/degenerate": 0.21}, "model damaged"),
         ({"forget/degenerate": 0.2}, "forgotten"),
         ({"forget/degenerate": 0.21}, "over-forgotten"),
-        # Nothing moved: all that is known keeps nine tenths.
-        ({"forget/probability": 0.893, "forget/verbatim": 0.9}, "not forgotten"),
-        ({"forget/probability": 0.892, "forget/verbatim": 0.9}, "partly forgotten"),
+        # Most answers are still given word for word.
+        ({"forget/verbatim": 101 / ROWS}, "not forgotten"),
+        ({"forget/verbatim": 100 / ROWS}, "partly forgotten"),
     ],
 )
 def test_edges(change: dict[str, float], expected: str):
     assert category({**FORGOTTEN, **change}) == expected
+
+
+def test_nothing_moved():
+    """All that is known keeps nine tenths of 0.992, which is 0.8928."""
+    start = {name: value for name, value in START.items() if name != "forget/verbatim"}
+    assert category({**start, "forget/probability": 0.893}, start) == "not forgotten"
+    assert category({**start, "forget/probability": 0.892}, start) == "partly forgotten"
 
 
 @pytest.mark.parametrize(
@@ -199,3 +216,24 @@ def test_attacks_join(outcome: str, expected: str):
     assert found["category"] == expected
     assert found["reasons"][-1] == f"rounding to 4 bits: {outcome}"
     assert ("rounded weights" in found["untested"]) == (outcome == "inconclusive")
+
+
+def test_the_headline_names_what_brings_rows_back():
+    back, held = {"a": {"outcome": "holds"}, "b": {"outcome": "comes back"}}, {"a": {"outcome": "holds"}}
+
+    def said(**attacks: Any) -> str:
+        found = record({**FORGOTTEN, "forget/degenerate": 0.3}, **attacks)
+        return headline({**found, "verdict": verdict(found)})
+
+    assert said(relearn=held) == "over-forgotten"
+    assert said(relearn=back, quantized=held) == "over-forgotten; relearning brings rows back"
+    assert said(relearn=back, leak=back) == "over-forgotten; relearning and sampled answers bring rows back"
+
+
+@pytest.mark.parametrize(
+    "attacks", [{"relearn": {"a": {"repeats": [{"control": []}]}}}, {"leak": {"a": {"control": {}}}}]
+)
+def test_an_attacked_control_is_a_retrained_model(attacks: dict[str, Any]):
+    lacking = "what a model that never saw the rows would answer (no retrained model)"
+    assert lacking not in verdict(record(FORGOTTEN, **attacks))["untested"]
+    assert lacking in verdict(record(FORGOTTEN, relearn={"a": {"repeats": [{"epochs": []}]}}))["untested"]

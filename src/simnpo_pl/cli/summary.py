@@ -23,6 +23,7 @@ from simnpo_pl.models.sharding import ShardedStrategy
 from simnpo_pl.runs.checkpoint import LAST
 from simnpo_pl.runs.folder import describe_objective
 from simnpo_pl.runs.history import HISTORY
+from simnpo_pl.runs.verdict import headline
 from simnpo_pl.runs.weights import WEIGHTS
 from simnpo_pl.utils.files import program
 
@@ -70,12 +71,11 @@ def show(record: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(title.short + unit, *(titles.number(metrics.get(name)) for metrics in found.values()))
     console.print(table)
     if "verdict" in record:
-        _show_verdict(record["verdict"], console)
+        _show_verdict(record["verdict"], headline(record), console)
 
 
-def _show_verdict(verdict: dict[str, Any], console: Console) -> None:
-    category = verdict["category"]
-    console.print(f"verdict: {category}", style=f"bold {COLORS.get(category, 'yellow')}")
+def _show_verdict(verdict: dict[str, Any], head: str, console: Console) -> None:
+    console.print(f"verdict: {head}", style=f"bold {COLORS.get(verdict['category'], 'yellow')}")
     parts = {
         "": verdict["reasons"],
         "not tested:": ["; ".join(verdict["untested"])],

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,10 @@ PALETTE = ("#3b82c4", "#d9822b", "#3a9d5d", "#b5539c", "#c0504d", "#7a6cc7", "#4
 """Readable on white and on black; a run has the same color in every figure."""
 GREY = "#8a8a8a"
 """Color of the start and retrained models."""
+LINES = (":", "-", "--", "-.")
+"""Of the learning rates of relearning, from low to high."""
+MARKERS = {"random": "o", "retain": "s", "shortest": "^"}
+"""Of the rows that were relearned."""
 LOG10_005 = math.log10(0.05)
 TRADE_OFFS = (
     ("model_utility", "forget_quality/log10_p"),
@@ -87,10 +92,11 @@ def weight_quantiles(rows: Sequence[Row], shares: Sequence[float] = (0.25, 0.5, 
 
 def _curve(axis: Any, name: str, places: Points, shade: str, line: str = "-", tip: str = "", **style: Any) -> None:
     """A line; with a `tip`, a format of x and y, also a marker at every point."""
+    marker = style.pop("marker", "o")
     if places:
         axis.plot(*zip(*places, strict=True), line, color=shade, label=plain(name), **{"linewidth": 1.4, **style})
     if tip:
-        points(axis, places, [f"{name}: {tip.format(*place)}" for place in places], color=shade, markersize=4)
+        points(axis, places, [f"{name}: {tip.format(*place)}" for place in places], marker, color=shade, markersize=4)
 
 
 def _axis_title(name: str) -> str:
@@ -188,16 +194,20 @@ def _weights(axis: Any, runs: Sequence[Run]) -> None:
 def _relearning(metric: str) -> Callable[[Any, Sequence[Run]], None]:
     def draw(axis: Any, runs: Sequence[Run]) -> None:
         for number, run in enumerate(runs):
-            for attack in run.relearned:
+            rates = sorted({attack["settings"]["lr"] for attack in run.relearned})
+            for attack, role in product(run.relearned, ("epochs", "control")):
                 settings, repeats = attack["settings"], attack["repeats"]
-                known = [(epoch, value) for epoch, value in robustness.relearned(attack, metric).items() if value]
+                known = [(epoch, value) for epoch, value in robustness.relearned(attack, metric, role).items() if value]
                 name = f"{run.name}, {len(repeats[0]['rows'])} {settings['subset']} rows, lr {settings['lr']:g}"
+                name += ", retrained model" if role == "control" else ""
                 places = [(epoch, value.mean) for epoch, value in known]
-                line = ":" if settings["subset"] == "random" else "-"
-                _curve(axis, name, places, color(number), line, "epoch {:g}, {:.3g}")
+                shade = GREY if role == "control" else color(number)
+                line = LINES[rates.index(settings["lr"]) % len(LINES)]
+                marker = MARKERS.get(settings["subset"], "D")
+                _curve(axis, name, places, shade, line, "epoch {:g}, {:.3g}", marker=marker)
                 if known and len(repeats) > 1:
                     bars = [value.deviation for _, value in known]
-                    axis.errorbar(*zip(*places, strict=True), bars, fmt="none", ecolor=color(number), capsize=2)
+                    axis.errorbar(*zip(*places, strict=True), bars, fmt="none", ecolor=shade, capsize=2)
         whole_numbers(axis)
         axis.set(xlabel="epoch of relearning", ylabel=_axis_title(metric))
         axis.set_ylim(bottom=0)
@@ -219,7 +229,7 @@ def _quantized(axis: Any, runs: Sequence[Run]) -> None:
         left = [group + (place + 0.5) * 0.8 / len(bars) - 0.4 for group in range(len(names))]
         axis.bar(left, heights, 0.8 / len(bars), color=shade, hatch=hatch, edgecolor="white", label=plain(label))
     axis.set_xticks(range(len(names)), names)
-    axis.set(xlabel="weights", ylabel="probability, utility", ylim=(0, 1))
+    axis.set(xlabel="weights", ylabel="probability, utility")
 
 
 def _leak(axis: Any, runs: Sequence[Run]) -> None:
@@ -294,7 +304,8 @@ FIGURES = (
     Figure(
         "relearning",
         "Relearning: probability of the forgotten answers",
-        "The same attack; over all forget rows, the relearned ones included.",
+        "The same attack; over all forget rows, the relearned ones included. Each line style is a learning rate, each "
+        "marker a kind of rows; the retrained model under the same attack is grey.",
         _relearning("forget/probability"),
     ),
     Figure(

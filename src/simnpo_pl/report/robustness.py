@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from simnpo_pl.metrics import titles
 from simnpo_pl.metrics.titles import number, title_of
 from simnpo_pl.runs.record import Run
-from simnpo_pl.runs.verdict import KNOWN, LEFT
+from simnpo_pl.runs.verdict import KNOWN, LEFT, attacked_control
 from simnpo_pl.utils import markdown
 
 FORGET, SHOWN, OTHERS = "forget/probability", "forget/probability/relearned", "forget/probability/others"
@@ -16,6 +16,8 @@ RELEARNED = ("forget_quality", FORGET, SHOWN, OTHERS)
 QUANTIZED = ("forget_quality", FORGET, "forget/rouge", "model_utility", "retain/probability")
 LEARNED = 0.5
 """An attack is strong enough if it taught its own forget rows at least this share of what the model lacked of them."""
+
+NO_CONTROL = "no control: a model that never saw the rows may reach this, too; give --retrained MODEL"
 
 
 class Spread(NamedTuple):
@@ -84,19 +86,21 @@ def judge(record: dict[str, Any]) -> None:
     # Without a start model, what the attack itself reached shows what a model that knows the rows would.
     top = start if start is not None else own and own.value
     for attacks in groups.values():
-        _tell(attacks, _relearned(attacks, top, is_learned(taught, start)))
+        control = any(map(attacked_control, attacks))
+        _tell(attacks, _relearned(attacks, top, is_learned(taught, start)), control)
     if rounded := record.get("quantized"):
         _tell(list(rounded.values()), _rounded(record, rounded, top))
     for sample in record.get("leak", {}).values():
         if "prompts" in sample:
-            _tell([sample], _sampled(sample))
+            _tell([sample], _sampled(sample), attacked_control(sample))
 
 
-def _tell(attacks: Sequence[dict[str, Any]], found: tuple[str, str]) -> None:
-    """One sentence for attacks that belong together."""
+def _tell(attacks: Sequence[dict[str, Any]], found: tuple[str, str], control: bool = True) -> None:
+    """One sentence for attacks that belong together; without a `control` it says so, if rows come back."""
     for attack in attacks:
         attack["outcome"], attack["sentence"] = found[0], ""
-    attacks[0]["sentence"] = f"{found[1]}: {found[0]}"
+    caveat = f"; {NO_CONTROL}" if found[0] == "comes back" and not control else ""
+    attacks[0]["sentence"] = f"{found[1]}: {found[0]}{caveat}"
 
 
 def _known(record: Mapping[str, Any], model: str) -> float | None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from simnpo_pl.metrics import titles
 from simnpo_pl.metrics.titles import number, title_of
+from simnpo_pl.report import robustness
 from simnpo_pl.runs.record import Run
 from simnpo_pl.utils.errors import UserError
 
@@ -62,7 +63,7 @@ def summary(run: Run) -> str:
     """What was done, and the verdict; without one, the tiles in words."""
     found = run.verdict
     if found:
-        said = "; ".join([found["category"].capitalize(), *found["reasons"]])
+        said = "; ".join([run.headline.capitalize(), *found["reasons"]])
     else:
         said = "; ".join(f"{tile.title}: {', '.join([tile.value, *tile.lines])}" for tile in tiles(run))
     return f"{method(run)} {said}."
@@ -71,11 +72,24 @@ def summary(run: Run) -> str:
 def tiles(run: Run) -> list[Tile]:
     """What was forgotten, what was kept, and what attacks brought back."""
     recovered = run.recovered
-    lines = [f"{name} {number(value)}" for name, value in recovered.items()]
+    lines = _relearned(run) + [f"{name} {number(value)}" for name, value in recovered.items()]
     if run.untested:
         lines.append(f"{'not tested: ' if recovered else ''}{'; '.join(run.untested)}")
     worst = number(max(recovered.values())) if recovered else "not tested"
     return [_tile("Forgotten", run, FORGOTTEN), _tile("Kept", run, KEPT), Tile("May come back", worst, lines)]
+
+
+def _relearned(run: Run) -> list[str]:
+    """What relearning some of the forget rows did to the others, at its peak."""
+    tried = [one for one in run.relearned if "outcome" in one and one["settings"]["subset"] in ("shortest", "random")]
+    peaks = [(robustness.peak([one], robustness.OTHERS), one) for one in tried]
+    lines = {
+        top.value: f"{one['outcome']}: {number(top.before)} → {number(top.value)} after training on "
+        f"{len(one['repeats'][0]['rows'])} of the rows"
+        for top, one in peaks
+        if top is not None
+    }
+    return [lines[max(lines)]] if lines else []
 
 
 def _tile(title: str, run: Run, names: Sequence[str]) -> Tile:

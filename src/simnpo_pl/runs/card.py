@@ -82,7 +82,7 @@ def _body(run: Run) -> str:
         f"{run.record['seed']}. It is the model after epoch {run.record.get('exported_epoch')}.",
     ]
     if verdict:
-        parts += [f"## Verdict: {verdict['category']}", *_list(verdict["reasons"])]
+        parts += [f"## Verdict: {run.headline}", *_list(verdict["reasons"])]
     if rows:
         parts += ["## Metrics", markdown.table(["metric", *shown], rows)]
     found = [f"{name} {titles.number(value)}" for name, value in run.recovered.items()]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from simnpo_pl.metrics.titles import number
-from simnpo_pl.runs.verdict import ATTACKS
+from simnpo_pl.runs.verdict import ATTACKS, headline
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, read_json_lines
 
@@ -90,14 +90,20 @@ class Run:
         found = objective["settings"] | (objective["update"]["settings"] if objective.get("update") else {})
         given = {name: value for name, value in found.items() if value is not None}
         named = ", ".join(f"{k} {v if isinstance(v, str) else number(v)}" for k, v in given.items())
-        retain = objective["retain_loss"] or "no retain loss"
-        weights = f"weights {number(objective['forget_weight'])} / {number(objective['retain_weight'])} ({retain})"
+        loss, weight = objective["retain_loss"], objective["retain_weight"]
+        retain = f"retain weight {number(weight)} ({loss})" if loss else "no retain loss"
+        weights = f"forget weight {number(objective['forget_weight'])}, {retain}"
         return f"{named}; {weights}" if named else weights
 
     @property
     def verdict(self) -> dict[str, Any]:
         """Whether the run worked: `category`, `reasons`, `untested`, `advice`; empty if it has none."""
         return self.record.get("verdict") or {}
+
+    @property
+    def headline(self) -> str:
+        """The verdict in a few words; empty if it has none."""
+        return headline(self.record) if self.verdict else ""
 
     @property
     def temperature(self) -> float:
@@ -154,7 +160,11 @@ class Run:
         # Not the bounds beside it.
         sampled = [one["prompts"]["any"][f"leak@{one['settings']['k']}"] for one in self.sampled]
         found = {
-            "relearning, forget prob.": [entry["metrics"].get("forget/probability") for entry in relearned],
+            "relearning, forget prob.": [
+                # Of rows that were not relearned; versions before 0.2 did not tell them apart.
+                entry["metrics"].get("forget/probability/others", entry["metrics"].get("forget/probability"))
+                for entry in relearned
+            ],
             "rounded weights, forget prob.": [entry["metrics"].get("forget/probability") for entry in rounded],
             "sampled answers, rows with a right one": sampled,
         }

@@ -23,6 +23,8 @@ LEFT, VERBATIM_LEFT = 0.25, 0.05
 """Forgotten: at most this share of the start model's lead over the retrained one remains."""
 UNMOVED = 0.9
 """Not forgotten: at least this share is left by every metric."""
+VERBATIM_UNMOVED = 0.5
+"""Not forgotten: more than this share is left of the answers that are given word for word."""
 KNOWN = 0.1
 """A metric counts only if start and retrained model differ by this."""
 BELOW = 0.2
@@ -41,6 +43,7 @@ ALSO = ("forget/extraction_strength", *COMPARED[:-1])
 KEEP = ("model_utility", "retain/probability", "knowmem_retain", "retain/nll", "probe/nll")
 WORDS = {
     "forget/probability": "forget probability",
+    "forget/extraction_strength": "extraction strength",
     "retain/probability": "kept answers",
     "probe/nll": "loss on general text",
 }
@@ -106,7 +109,7 @@ class Verdict:
             loss = self.change("forget/nll")
             unmoved = loss.start and loss.final is not None and loss.final / loss.start >= UNMOVED
             return "not forgotten" if unmoved else "inconclusive"
-        if min(left.values()) >= UNMOVED:
+        if min(left.values()) >= UNMOVED or left.get("forget/verbatim", 0.0) > VERBATIM_UNMOVED:
             return "not forgotten"
         if self.over():
             return "over-forgotten"
@@ -121,20 +124,23 @@ class Verdict:
         names = [name for name in (*FORGET, *KEEP) if name in final]
         return any(_level(name, final[name]) is None and _level(name, start.get(name)) is not None for name in names)
 
-    def damaged(self) -> bool:
-        kept = [change.kept for change in map(self.change, KEEP)]
-        return any(value is not None and value < KEPT for value in kept) or self._degenerates(kept=True)
+    def damaged(self) -> list[str]:
+        """Metrics by which the model lost what it should keep."""
+        low = [name for name in KEEP if (kept := self.change(name).kept) is not None and kept < KEPT]
+        return low + self._degenerates(kept=True)
 
-    def over(self) -> bool:
-        """Whether the model lacks more than a model that never saw the rows, or says nothing sensible of them."""
-        for name in ("forget/probability", "verbmem_forget", "knowmem_forget"):
-            _, _, final, unseen = self.change(name)
-            if final is not None and unseen is not None and final < BELOW * unseen:
-                return True
-        return self._degenerates(kept=False)
+    def over(self) -> list[str]:
+        """Metrics by which it lacks more than a model that never saw the rows, or says nothing sensible of them."""
+        changes = map(self.change, ("forget/probability", "verbmem_forget", "knowmem_forget"))
+        low = [
+            one.name
+            for one in changes
+            if one.final is not None and one.retrained is not None and one.final < BELOW * one.retrained
+        ]
+        return low + self._degenerates(kept=False)
 
-    def _degenerates(self, kept: bool) -> bool:
-        return any(self._rises(name, DEGENERATE) for name in self.splits("degenerate", kept))
+    def _degenerates(self, kept: bool) -> list[str]:
+        return [name for name in self.splits("degenerate", kept) if self._rises(name, DEGENERATE)]
 
     def _rises(self, name: str, by: float = 0.0) -> bool:
         """Whether a metric is higher than the retrained model's, or than the start model's without one."""
@@ -144,8 +150,8 @@ class Verdict:
 
     # -- in words --------------------------------------------------------------------------------------------------
 
-    def reasons(self) -> list[str]:
-        """The numbers it rests on."""
+    def reasons(self, category: str) -> list[str]:
+        """The numbers it rests on; first those that decided that the model is damaged or over-forgotten."""
         if not self.models["final"]:
             return ["the final model was not evaluated"]
         if not self.models["start"]:
@@ -154,11 +160,11 @@ class Verdict:
         left = self.left()
         if not left:
             found.append("no measured metric shows that the start model knew the forget rows")
-        found += [self._count(name, "still given word for word") for name in self.splits("verbatim", kept=False)]
         also = [name for name in ALSO if left.get(name, 0.0) > LEFT]
-        found += [self._moved(name) for name in (*MAIN, *also, *KEEP)]
-        found += [self._count(name, "degenerate") for name in self.splits("degenerate", kept=False)]
-        found += [self._count(name, "degenerate") for name in self.splits("degenerate", kept=True) if self._rises(name)]
+        names = [*self.splits("verbatim", kept=False), *MAIN, *also, *KEEP, *self.splits("degenerate", kept=False)]
+        names += [name for name in self.splits("degenerate", kept=True) if self._rises(name)]
+        decided = {"model damaged": self.damaged, "over-forgotten": self.over}.get(category, list)()
+        found += [self._said(name) for name in dict.fromkeys([*decided, *names])]
         quality = self.models["final"].get("forget_quality")
         if quality is not None and quality == quality:
             differs = "no difference from" if quality > 0.05 else "a difference to"
@@ -170,6 +176,13 @@ class Verdict:
         found.append(self.record.get("depth", {}).get("sentence", ""))
         found += [entry.get("sentence", "") for _, entry in self.attacks]
         return [sentence for sentence in found if sentence]
+
+    def _said(self, name: str) -> str:
+        if name.endswith("/verbatim"):
+            return self._count(name, "still given word for word")
+        if name.endswith("/degenerate"):
+            return self._count(name, "degenerate", "repetitive or empty; ")
+        return self._moved(name)
 
     def _moved(self, name: str) -> str:
         """A metric before and after, if it was measured."""
@@ -184,7 +197,7 @@ class Verdict:
             words = f"answers to {rows} neutral prompts (your other data was not measured)"
         return f"{words} {number(start)} -> {number(final)}{beside}"
 
-    def _count(self, name: str, what: str) -> str:
+    def _count(self, name: str, what: str, meaning: str = "") -> str:
         """A share of rows as a count of them."""
         n = self.record.get("counts", {}).get(name)
         final = self.models["final"][name]
@@ -193,13 +206,13 @@ class Verdict:
         others = {model: self.models[model].get(name) for model in ("start", "retrained")}
         beside = ", ".join(f"{model} model {round(v * n)}" for model, v in others.items() if v is not None)
         split = name.rsplit("/", 1)[0].replace("_", " ")
-        return f"{round(final * n)} of {n} {split} answers are {what}{f' ({beside})' if beside else ''}"
+        return f"{round(final * n)} of {n} {split} answers are {what}{f' ({meaning}{beside})' if beside else ''}"
 
     def untested(self) -> list[str]:
         """What could still change the verdict."""
         held = {group for group, entry in self.attacks if entry.get("outcome") in ("comes back", "holds")}
         found = [words for group, words in ATTACKS.items() if group not in held]
-        if not self.models["retrained"]:
+        if not self.models["retrained"] and not any(attacked_control(entry) for _, entry in self.attacks):
             found.append("what a model that never saw the rows would answer (no retrained model)")
         if not any(self.change(name).final is not None for name in KEEP):
             found.append("what the model still knows of everything else")
@@ -250,15 +263,29 @@ def verdict(record: Mapping[str, Any]) -> dict[str, Any]:
     category = found.category()
     return {
         "category": category,
-        "reasons": found.reasons(),
+        "reasons": found.reasons(category),
         "untested": found.untested(),
         "advice": found.advice(category),
     }
 
 
+def headline(record: Mapping[str, Any]) -> str:
+    """The category of a results.json's verdict, and the attacks that brought rows back."""
+    attacks = Verdict(record).attacks
+    back = list(dict.fromkeys(ATTACKS[group] for group, entry in attacks if entry.get("outcome") == "comes back"))
+    brings = "brings" if back == ["relearning"] else "bring"
+    category: str = record["verdict"]["category"]
+    return f"{category}; {' and '.join(back)} {brings} rows back" if back else category
+
+
 def unlearned(record: Mapping[str, Any]) -> bool:
     """Whether a run trained a model to forget."""
     return record.get("objective", {}).get("name", "FineTune") != "FineTune"
+
+
+def attacked_control(attack: Mapping[str, Any]) -> bool:
+    """Whether an attack was also made on a retrained model."""
+    return "control" in attack or any("control" in repeat for repeat in attack.get("repeats", []))
 
 
 def _level(name: str, value: float | None) -> float | None:

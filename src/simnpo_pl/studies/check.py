@@ -39,8 +39,7 @@ def run(options: Namespace) -> None:
         for name, attack in ATTACKS.items():
             if options.attacks is None or name in options.attacks:
                 attack(one, options)
-        verdict = one.record.get("verdict")
-        said = [f"verdict: {verdict['category']}"] if verdict else []
+        said = [f"verdict: {one.headline}"] if one.headline else []
         rank_zero_only(print)(f"{one.name}:", *(f"* {line}" for line in (*sentences(one), *said)), sep="\n")
 
 

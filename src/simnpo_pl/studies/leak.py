@@ -60,7 +60,11 @@ def measure(run: Run, options: Namespace) -> None:
         settings |= {"entailment": options.entailment}
         named = ("--entailment", "--entailment_label")
         judge = FluencyClassifier(options.entailment, options.entailment_label, options=named)
-    measure_once(run, "leak", key, sample, settings, judge, retrained_of(run, options.retrained))
+    retrained = retrained_of(run, options.retrained)
+    if retrained is not None and "control" not in run.record.get("leak", {}).get(key, {}):
+        # What was sampled without the control is sampled again beside it.
+        run.record.get("leak", {}).pop(key, None)
+    measure_once(run, "leak", key, sample, settings, judge, retrained)
 
 
 def sample(

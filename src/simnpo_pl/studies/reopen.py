@@ -18,6 +18,7 @@ from simnpo_pl.cli.main import UnlearningCLI, precision
 from simnpo_pl.cli.summary import quiet
 from simnpo_pl.report.robustness import judge
 from simnpo_pl.runs.card import write_card
+from simnpo_pl.runs.progress import ProgressBar
 from simnpo_pl.runs.record import Run, read_runs
 from simnpo_pl.runs.verdict import unlearned, verdict
 from simnpo_pl.studies.launch import RESULTS, Job
@@ -37,10 +38,11 @@ class LoadedRun(UnlearningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """A Trainer on the run's devices that writes no files."""
         given = self._get(self.config_init, "trainer")
+        bar = [] if given.enable_progress_bar is False else [ProgressBar()]
         return pl.Trainer(
             **{name: given[name] for name in KEPT},
             precision=precision(given),
-            callbacks=kwargs.get("callbacks"),
+            callbacks=[*(kwargs.get("callbacks") or []), *bar],
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
