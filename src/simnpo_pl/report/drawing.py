@@ -59,7 +59,8 @@ def render(draw: Callable[[Any, Any], None], content: Any, kind: str) -> bytes:
             return b""
         handles, labels = axis.get_legend_handles_labels()
         if labels:
-            figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
+            small = max(map(len, labels)) > 28
+            figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=6 if small else 8)
         file = BytesIO()
         undated = {"svg": {"Date": None, "Creator": None, "Format": None, "Type": None}, "pdf": {"CreationDate": None}}
         figure.savefig(file, format=kind, metadata=undated.get(kind), transparent=kind == "svg")

@@ -92,9 +92,15 @@ def weight_quantiles(rows: Sequence[Row], shares: Sequence[float] = (0.25, 0.5, 
 
 def _curve(axis: Any, name: str, places: Points, shade: str, line: str = "-", tip: str = "", **style: Any) -> None:
     """A line; with a `tip`, a format of x and y, also a marker at every point."""
-    marker = style.pop("marker", "o")
+    marker = style.get("marker", "o")
     if places:
-        axis.plot(*zip(*places, strict=True), line, color=shade, label=plain(name), **{"linewidth": 1.4, **style})
+        axis.plot(
+            *zip(*places, strict=True),
+            line,
+            color=shade,
+            label=plain(name),
+            **{"linewidth": 1.4, "markersize": 4, **style},
+        )
     if tip:
         points(axis, places, [f"{name}: {tip.format(*place)}" for place in places], marker, color=shade, markersize=4)
 
@@ -198,8 +204,8 @@ def _relearning(metric: str) -> Callable[[Any, Sequence[Run]], None]:
             for attack, role in product(run.relearned, ("epochs", "control")):
                 settings, repeats = attack["settings"], attack["repeats"]
                 known = [(epoch, value) for epoch, value in robustness.relearned(attack, metric, role).items() if value]
-                name = f"{run.name}, {len(repeats[0]['rows'])} {settings['subset']} rows, lr {settings['lr']:g}"
-                name += ", retrained model" if role == "control" else ""
+                name = f"{run.name}, {len(repeats[0]['rows'])} {settings['subset']}, lr {settings['lr']:g}"
+                name += ", control" if role == "control" else ""
                 places = [(epoch, value.mean) for epoch, value in known]
                 shade = GREY if role == "control" else color(number)
                 line = LINES[rates.index(settings["lr"]) % len(LINES)]
@@ -305,7 +311,7 @@ FIGURES = (
         "relearning",
         "Relearning: probability of the forgotten answers",
         "The same attack; over all forget rows, the relearned ones included. Each line style is a learning rate, each "
-        "marker a kind of rows; the retrained model under the same attack is grey.",
+        "marker a kind of rows; the control, the retrained model under the same attack, is grey.",
         _relearning("forget/probability"),
     ),
     Figure(
