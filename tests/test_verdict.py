@@ -68,7 +68,7 @@ def test_advice_where_the_rate_was_found():
     """Another setting would change that rate, too."""
     found = verdict(record({**START, "forget/probability": 0.714}, lr_auto={"lr": 5e-5}))
     assert found["advice"] == [
-        "raise --model.lr from 5e-05 to 0.0001",
+        "raise --model.lr from 5e-05 to 0.00015",
         "raise --model.forget_weight from 0.5 to 1 and give --model.lr 5e-05, so that only this changes",
         "lower --model.objective.beta from 1 to 0.5 and give --model.lr 5e-05, so that only this changes",
     ]
