@@ -59,6 +59,14 @@ def doctor(add: Add) -> None:
     add("--timeout", type=above_0, default=3.0, help="wait for the hub, seconds")
 
 
+def _planned(add: Add, kind: str) -> None:
+    """A plan file, its runs and their table."""
+    add("files", nargs="+", type=path, metavar="FILE", help=f"{kind} file, and files that change it")
+    add("-o", "--out", type=path, metavar="FILE", help="Markdown file for the table")
+    add("--folder", help="where the runs go, instead of the file's")
+    add("--table", action="store_true", help="only the table of what is finished")
+
+
 def _attacked(add: Add, control: bool = True) -> None:
     """What is attacked, and the control beside it."""
     what = "folders of finished runs, or with --config models: hub ids or folders, before all other options"
@@ -125,13 +133,12 @@ def quantize(add: Add) -> None:
 
 def relearn(add: Add) -> None:
     subsets = ("shortest", "random", "retain")
-    what = "rows to relearn: forget rows with the shortest answers, in tokens, a random draw of them, or retain rows"
     _attacked(add)
+    what = "rows to relearn: forget rows with the shortest answers, in tokens, a random draw of them, or retain rows"
     add("--subset", nargs="+", choices=subsets, default=subsets[:2], help=what)
     add("--text", metavar="FILE", help="text to relearn with, too: blocks as long as the longest forget row")
-    add(
-        "--share", type=number(float, above=0, most=1), default=0.2, help="number of rows, as a part of the forget rows"
-    )
+    what = "number of rows, as a part of the forget rows"
+    add("--share", type=number(float, above=0, most=1), default=0.2, help=what)
     add("--epochs", type=at_least_1, default=3, help="passes over these rows")
     add("--lr", nargs="+", type=above_0, help="learning rates at the start, an attack each; by default the run's own")
     add("--repeats", type=at_least_1, default=5, help="random draws")
@@ -149,12 +156,9 @@ def report(add: Add) -> None:
 
 
 def sweep(add: Add) -> None:
-    add("files", nargs="+", type=path, metavar="FILE", help="sweep file, and files that change it")
-    add("-o", "--out", type=path, metavar="FILE", help="Markdown file for the table")
+    _planned(add, "sweep")
     add("--figure", type=path, metavar="FILE", help="PNG file for a figure: a panel for each metric, over the methods")
-    add("--folder", help="where the runs go, instead of the sweep's")
     add("--shard", type=shard, default="0/1", metavar="I/N", help="only every Nth run, from the Ith, counted from 0")
-    add("--table", action="store_true", help="only the table of the finished runs")
     add("--list", action="store_true", help="only print the command of every run")
 
 
@@ -166,19 +170,13 @@ def task_vector(add: Add) -> None:
 
 
 def tune(add: Add) -> None:
-    add("files", nargs="+", type=path, metavar="FILE", help="tuning file, and files that change it")
-    add("-o", "--out", type=path, metavar="FILE", help="Markdown file for the table of all trials")
-    add("--folder", help="where the runs go, instead of the tuning's")
+    _planned(add, "tuning")
     add("--methods", nargs="+", metavar="NAME", help="only these methods")
-    add("--table", action="store_true", help="only the table of the trials so far")
 
 
 def verify(add: Add) -> None:
-    add("file", type=path, metavar="FILE", help="checkpoints and their published values, see configs/verify")
-    add("-o", "--out", type=path, metavar="FILE", help="Markdown file for the table")
-    add("--folder", help="where the evaluations go, instead of the file's")
+    _planned(add, "verification")
     add("--checkpoints", nargs="+", metavar="NAME", help="only these checkpoints")
-    add("--table", action="store_true", help="only the table of the finished evaluations")
 
 
 def weights(add: Add) -> None:

@@ -3,8 +3,9 @@
     python -m simnpo_pl verify configs/verify/tofu_1b_forget10.yaml
     python -m simnpo_pl verify configs/verify/tofu_1b_forget10.yaml --checkpoints retrained SimNPO_lr5e-05_b3.5_g0.125
 
-Each checkpoint is evaluated by `test`; finished evaluations are skipped. All other options are options of each `test`,
-after those of the file. The exit code is 1 if a value is missing or differs by more than its tolerance.
+Files after the first change it. Each checkpoint is evaluated by `test`; finished evaluations are skipped. All other
+options are options of each `test`, after those of the file. The exit code is 1 if a value is missing or differs by more
+than its tolerance.
 """
 
 import sys
@@ -60,39 +61,34 @@ class Verification(Plan):
         if unused := self.tolerances.keys() - {n for one in self.checkpoints.values() for n in one.values}:
             raise UserError(f"tolerances of {', '.join(sorted(unused))}, of which no checkpoint has a published value")
 
-    def job(self, name: str, more: list[str]) -> Job:
-        """The evaluation of a checkpoint."""
-        one = self.checkpoints[name]
-        words = [*words_of(self.fit), *words_of(one.test), "--model.name", one.model, *more]
-        return Job(self.path / name, self.filled(words), self.path, "test")
-
 
 def run(options: Namespace) -> None:
-    plan = read_plan([options.file], Verification, options.folder)
+    plan = read_plan(options.files, Verification, options.folder)
     names = options.checkpoints or list(plan.checkpoints)
     if unknown := [name for name in names if name not in plan.checkpoints]:
-        raise UserError(f"--checkpoints {unknown[0]}: {options.file} has {', '.join(plan.checkpoints)}")
+        raise UserError(f"--checkpoints {unknown[0]}: {options.files[0]} has {', '.join(plan.checkpoints)}")
     print(f"{plan.title}\nvalues: {plan.source}\nneeds: {plan.needs}", flush=True)
-    rows, within, count = [], 0, 0
+    rows = []
     for name in names:
-        job = plan.job(name, options.fit)
+        checkpoint = plan.checkpoints[name]
+        words = [*words_of(plan.fit), *words_of(checkpoint.test), "--model.name", checkpoint.model, *options.fit]
+        job = Job(plan.path / name, plan.filled(words), plan.path, "test")
         if not options.table:
             print(f"{name}: {'evaluated before' if job.is_finished else 'evaluating'}", flush=True)
             job.make(plan.path / "logs" / f"{name}.txt")
         found = (read_record(job.folder).get("final") or {}).get("metrics", {})
-        for line, good in compare(plan, name, found):
-            rows.append(line)
-            within, count = within + good, count + 1
+        rows += compare(plan, name, found)
+    within = sum(row[-1] == "yes" for row in rows)
     heads = ["checkpoint", "metric", "here", "published", "difference", "tolerance", "within"]
-    summary = f"{within} of {count} values are within their tolerance."
+    summary = f"{within} of {len(rows)} values are within their tolerance."
     table = markdown.table(heads, rows)
     write_tables(f"# {plan.title}\n\nPublished values: {plan.source}\n\n{table}\n\n{summary}\n", options.out)
-    if within < count:
+    if within < len(rows):
         sys.exit(1)
 
 
-def compare(plan: Verification, name: str, found: Mapping[str, float | None]) -> list[tuple[list[str], bool]]:
-    """A line of the table for every published value of a checkpoint, and whether it is within its tolerance."""
+def compare(plan: Verification, name: str, found: Mapping[str, float | None]) -> list[list[str]]:
+    """A line of the table for every published value of a checkpoint; "yes" at its end if it is within its tolerance."""
     lines = []
     for metric, published in plan.checkpoints[name].values.items():
         here, tolerance = found.get(metric), plan.tolerances.get(metric, plan.tolerance)
@@ -101,6 +97,6 @@ def compare(plan: Verification, name: str, found: Mapping[str, float | None]) ->
             measured, difference = number(here), f"{here - published:+.4f}"
             # Published values are rounded: a difference of exactly the tolerance is within it.
             good = abs(here - published) <= tolerance * (1 + 1e-9)
-        cells = [name, metric, measured, number(published), difference, number(tolerance), "yes" if good else "no"]
-        lines.append((cells, good))
+        limit, within = number(tolerance), "yes" if good else "no"
+        lines.append([name, metric, measured, number(published), difference, limit, within])
     return lines
