@@ -9,7 +9,7 @@ model is the start model fine-tuned on only the forget rows, for example by
 """
 
 from argparse import Namespace
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -22,39 +22,36 @@ def run(options: Namespace) -> None:
     if options.out.exists():
         raise UserError(f"--out: {options.out} exists already; give another folder")
     if options.command == "perturb":
-        perturb(options.model, options.share, options.seed, options.out)
-        print(f"written: {options.out}, {options.share:g} of it random with seed {options.seed}")
+        model, tokenizer = load_causal_lm(options.model), load_tokenizer(options.model)
+        perturb(model, options.share, options.seed)
+        what = f"{options.share:g} of it random with seed {options.seed}"
     else:
-        task_vector(options.start, options.overfit, options.alpha, options.out)
-        print(f"written: {options.out}, {options.start} moved by alpha {options.alpha:g}")
+        # A start model may lack a tokenizer; a run's model has one.
+        model, tokenizer = load_causal_lm(options.start), load_tokenizer(options.overfit)
+        subtract(model, load_causal_lm(options.overfit), options.alpha)
+        what = f"{options.start} moved by alpha {options.alpha:g}"
+    save_model(model, tokenizer, options.out)
+    print(f"written: {options.out}, {what}")
 
 
-def perturb(name: str, share: float, seed: int, out: Path) -> None:
+def perturb(model: Any, share: float, seed: int) -> None:
     """Average a model's weights with a share of random ones, drawn as the architecture initializes them."""
-    model, tokenizer = load_causal_lm(name), load_tokenizer(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         drawn = dict(AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).named_parameters())
     with torch.no_grad():
         for key, weight in model.named_parameters():
             weight.lerp_(drawn[key], share)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_model(model, tokenizer, out)
 
 
-def task_vector(start_name: str, overfit_name: str, alpha: float, out: Path) -> None:
-    # A start model may lack a tokenizer; a run's model has one.
-    tokenizer = load_tokenizer(overfit_name)
-    start, overfit = load_causal_lm(start_name), load_causal_lm(overfit_name)
+def subtract(start: Any, overfit: Any, alpha: float) -> None:
+    """Subtract from the start model's weights what fine-tuning added to them."""
     ours, weights = dict(start.named_parameters()), dict(overfit.named_parameters())
     shapes = [{(name, tuple(weight.shape)) for name, weight in side.items()} for side in (ours, weights)]
     if different := sorted(shapes[0] ^ shapes[1]):
         raise UserError(
-            f"--start {start_name} and --overfit {overfit_name} differ in {different[0][0]}: the overfit model must be "
-            "the start model fine-tuned"
+            f"--start and --overfit differ in {different[0][0]}: the overfit model must be the start model fine-tuned"
         )
     with torch.no_grad():
         for name, weight in ours.items():
             weight.sub_(weights[name] - weight, alpha=alpha)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_model(start, tokenizer, out)

@@ -75,9 +75,8 @@ def depth(run: Run, options: Namespace) -> None:
     """How much of what the retrained model lacks in its hidden states the unlearned one lacks, too."""
     if "depth" in run.record:
         return
-    start, retrained = options.start, retrained_of(run, options.retrained)
-    if start is None and run.unlearned:
-        start = run.start_model
+    start = options.start or (run.start_model if run.unlearned else None)
+    retrained = retrained_of(run, options.retrained)
     with untested("hidden states"):
         if start is None or retrained is None:
             lacking = "the start model, --start MODEL" if start is None else "a retrained model, --retrained MODEL"

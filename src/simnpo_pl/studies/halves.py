@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from simnpo_pl.metrics.titles import number
-from simnpo_pl.report.drawing import legend_outside, panels
+from simnpo_pl.report.drawing import legend_outside, log_labels, panels
 from simnpo_pl.report.figures import GREY, color, distribution, largest_gap
 from simnpo_pl.runs.record import Row, Run
 from simnpo_pl.utils import markdown
@@ -72,17 +72,13 @@ def table(found: dict[str, list[ForgetSubset]]) -> str:
     for half in next(iter(found.values())):
         heads += [f"{half.name} half: n", "forget quality", "KS", "forget prob."]
     for model, halves in found.items():
-        quality = [
-            (half.quality.n, half.quality.p_value, half.quality.ks_statistic, half.probability) for half in halves
-        ]
+        quality = [(one.quality.n, one.quality.p_value, one.quality.ks_statistic, one.probability) for one in halves]
         rows.append([model, *(number(value) for values in quality for value in values)])
     return markdown.table(heads, rows)
 
 
 def draw(found: dict[str, list[ForgetSubset]], file: Path) -> None:
     """Distribution of truth ratios on two halves (figure 2); dotted lines are the KS statistics, the largest gaps."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     halves = list(zip(*found.values(), strict=True))
     with panels(file, 1, len(halves), (3.3, 2.2), sharex=True, sharey=True) as (_, axes):
         for axis, subsets in zip(axes[0], halves, strict=True):
@@ -94,10 +90,7 @@ def draw(found: dict[str, list[ForgetSubset]], file: Path) -> None:
                 gap = largest_gap(subset.unlearned, retrained)
                 axis.plot([gap.at] * 2, [gap.low, gap.high], color=shade, linewidth=0.8, linestyle=":")
             axis.set_xscale("log")
-            # Few labels, which do not overlap if the ratios span less than a decade.
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter(NullFormatter())
+            log_labels(axis)
             axis.set_title(f"{subsets[0].name} half, n = {len(retrained)}")
             axis.set_xlabel("truth ratio R")
             legend_outside(axis, "forget quality")

@@ -7,10 +7,10 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +70,14 @@ class Job:
 
     def remaining(self) -> list[list[str]]:
         """Command lines that still have to run."""
-        command, *words = self.words
-        if command not in MODEL_COMMANDS:
+        own = self.words
+        if self.command not in MODEL_COMMANDS:
             # Before the options, so that a folder among them wins.
-            words = ["--eval.cache_dir", str(self.study / EVALUATIONS), *words]
-        if command == "fit":
-            words += ["--ckpt_path", "last"]
+            own[1:1] = ["--eval.cache_dir", str(self.study / EVALUATIONS)]
+        if self.command == "fit":
+            own += ["--ckpt_path", "last"]
         done = self._done()
-        own = [] if self.is_finished else [[command, *words]]
-        return [*own, *(words for words in self.after if words not in done)]
+        return [*([] if self.is_finished else [own]), *(words for words in self.after if words not in done)]
 
     def make(self, log: Path | None = None, wait: bool = True) -> None:
         """Run what remains; output goes to the terminal if there is no log.
@@ -107,9 +106,9 @@ class Job:
 
     def _check_options(self) -> None:
         """Note the options and configs of a run; refuse a run that was started with others."""
-        places = [place for place, word in enumerate(self.options[:-1], start=1) if word == "--config"]
-        asked = {"options": self.options, "configs": [read_yaml(Path(self.options[place])) for place in places]}
-        asked, file = json.loads(json.dumps(asked, default=str)), self.folder / MADE_OF
+        configs = [read_yaml(Path(file)) for option, file in pairwise(self.options) if option == "--config"]
+        asked = json.loads(json.dumps({"options": self.options, "configs": configs}, default=str))
+        file = self.folder / MADE_OF
         if not (self.folder / RESULTS).is_file():
             write_json(file, asked)
         elif not file.is_file():
@@ -133,13 +132,11 @@ def start(command: Sequence[str], log: Path | None = None) -> int:
     with nullcontext() if log is None else log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT)
         # An interrupt from a terminal reaches the program by itself, a signal to this process alone does not.
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate()) if main else None
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         while process.returncode is None:
             with suppress(KeyboardInterrupt):
                 process.wait()
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
     return process.returncode
 
 

@@ -52,14 +52,14 @@ def measure(run: Run, options: Namespace) -> None:
     """Add leak@k to a run's results, unless they hold it already."""
     least = options.correct if options.correct is not None else 0.1 if options.entailment else 0.8
     settings = {"k": options.k, "temperature": options.temperature, "seed": options.seed, "correct": least}
-    # All digits of a seed: entries of two seeds must not share a key.
-    words = {name: value if isinstance(value, int) else f"{value:g}" for name, value in settings.items()}
-    key, judge = " ".join(f"{name}={word}" for name, word in words.items()), None
+    judge = None
     if options.entailment:
-        key += f" entailment={options.entailment}"
-        settings |= {"entailment": options.entailment}
+        settings["entailment"] = options.entailment
         named = ("--entailment", "--entailment_label")
         judge = FluencyClassifier(options.entailment, options.entailment_label, options=named)
+    # All digits of a seed: entries of two seeds must not share a key.
+    words = (f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings.items())
+    key = " ".join(words)
     retrained = retrained_of(run, options.retrained)
     if retrained is not None and "control" not in run.record.get("leak", {}).get(key, {}):
         # What was sampled without the control is sampled again beside it.

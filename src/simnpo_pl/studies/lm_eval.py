@@ -53,12 +53,13 @@ def evaluate(model: str, tokenizer: str, options: Namespace) -> dict[str, dict[s
     if (Path(model) / ADAPTER_CONFIG).is_file():
         with base_of(Path(model)) as base:
             weights = {"pretrained": find_model(base), "peft": model}
+    task_manager = _task_manager(options)
     try:
         results = lm_eval.simple_evaluate(
             model="hf",
             model_args={**weights, "tokenizer": tokenizer, "dtype": options.dtype},
             tasks=options.tasks,
-            task_manager=_task_manager(options),
+            task_manager=task_manager,
             num_fewshot=options.num_fewshot,
             limit=options.limit,
             batch_size=options.batch_size,
@@ -66,8 +67,6 @@ def evaluate(model: str, tokenizer: str, options: Namespace) -> dict[str, dict[s
             device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
             log_samples=False,
         )
-    except UserError:
-        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"lm-evaluation-harness cannot measure {model} ({type(error).__name__}: {reason})") from error

@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from simnpo_pl.utils.errors import UserError
-from simnpo_pl.utils.files import write_text
+from simnpo_pl.utils.files import causes, write_text
 
 Words = str | list[str]
 """Options as on a command line, in one text or several."""
@@ -97,6 +97,6 @@ def read_plan(files: Sequence[Path], kind: type[P], folder: str | None = None) -
         return parser.instantiate(parser.parse_object({"plan": content})).plan
     except Exception as error:
         # jsonargparse wraps what the plan's own __post_init__ raises.
-        own = next((one for one in (error, error.__cause__) if isinstance(one, UserError)), None)
+        own = next((cause for cause in causes(error) if isinstance(cause, UserError)), None)
         reason = " ".join(str(own or error).split())[:300]
         raise UserError(f"{files[-1]}: {reason}; {kind.EXAMPLE} is an example") from error

@@ -259,19 +259,20 @@ class Search:
         for trial in self.trials:
             complete = trial.state == TrialState.COMPLETE
             record = read_record(self.folder(trial.number)) if complete else {}
-            entry = {
-                "trial": trial.number,
-                "state": trial.state.name.lower(),
-                "options": trial.params,
-                "value": trial.value if complete else None,
-                "meets": meets(trial),
-                "violations": trial.constraints,
-                "metrics": record.get("final", {}).get("metrics", {}),
-                "forgot": forgot(record),
-                "seconds": record.get("seconds", {}).get("total"),
-                "error": trial.user_attrs.get("error", ""),
-            }
-            entries.append(entry)
+            entries.append(
+                {
+                    "trial": trial.number,
+                    "state": trial.state.name.lower(),
+                    "options": trial.params,
+                    "value": trial.value if complete else None,
+                    "meets": meets(trial),
+                    "violations": trial.constraints,
+                    "metrics": record.get("final", {}).get("metrics", {}),
+                    "forgot": forgot(record),
+                    "seconds": record.get("seconds", {}).get("total"),
+                    "error": trial.user_attrs.get("error", ""),
+                }
+            )
         return {"space": self.tuning.methods[self.method].space, "chosen": self.chosen, "trials": entries}
 
 

@@ -30,18 +30,18 @@ DOTS: dict[str, Any] = {"s": 9, "alpha": 0.55, "linewidths": 0}
 def run(options: Namespace) -> None:
     check_installed()
     runs, epochs = read_runs(options.runs), options.epochs
-    parts, drawn = [table(runs, epochs)], ["length", "knowledge"]
-    files = {name: options.out / f"weights_{name}.png" for name in (*drawn, "halves")}
-    _draw_length(runs, epochs, files["length"])
-    _draw_knowledge(runs, epochs, files["knowledge"])
+    length, knowledge, by_halves = (options.out / f"weights_{name}.png" for name in ("length", "knowledge", "halves"))
+    parts, files = [table(runs, epochs)], [length, knowledge]
+    _draw_length(runs, epochs, length)
+    _draw_knowledge(runs, epochs, knowledge)
     if evaluated := [run for run in runs if len(run.epochs) > 1]:
         parts.append(_quality_table(evaluated, epochs))
     if compared := [run for run in runs if run.rows and run.retrained_rows]:
         found = {run.name: halves.qualities(run.rows, run.retrained_rows, halves.by_length(run)) for run in compared}
         parts.append(halves.table(found))
-        halves.draw(found, files["halves"])
-        drawn.append("halves")
-    print("\n\n".join([*parts, *(f"figure: {files[name]}" for name in drawn)]))
+        halves.draw(found, by_halves)
+        files.append(by_halves)
+    print("\n\n".join([*parts, *(f"figure: {file}" for file in files)]))
 
 
 def pearson(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
