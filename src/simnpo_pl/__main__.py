@@ -7,12 +7,12 @@ import socket
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from importlib import import_module
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from simnpo_pl.cli import RUNS
-from simnpo_pl.studies import COMMANDS
-from simnpo_pl.studies import run as run_command
+from simnpo_pl.studies import COMMANDS, module_of, parse
 from simnpo_pl.utils.errors import UserError, nearest
 from simnpo_pl.utils.files import causes, program
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         message = user_message(error)
         if debug or message is None:
             raise
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", *message.split(), file=sys.stderr)
         sys.exit(2)
 
 
@@ -64,14 +64,15 @@ def _run(arguments: list[str]) -> None:
     if name in ASK_HUB:
         _go_offline_without_network()
     if name in COMMANDS:
-        run_command(name, arguments[1:])
+        options = parse(name, arguments[1:])
+        import_module(module_of(name)).run(options)
     elif name in RUNS or name.startswith("-"):
         # What is shown may be redirected to a file, and other processes of the run have said it.
         if name in RUNS and "LOCAL_RANK" not in os.environ:
             print("loading ...", file=sys.stderr, flush=True)
-        from simnpo_pl.cli.main import run
+        from simnpo_pl.cli.main import UnlearningCLI
 
-        run(arguments)
+        UnlearningCLI(arguments)
     else:
         known = (*RUNS, *COMMANDS)
         raise UserError(f"{name}: no such command{nearest(name, known)}; known are {', '.join(known)}")
@@ -98,25 +99,21 @@ def _go_offline_without_network() -> None:
 
 
 def user_message(error: BaseException) -> str | None:
-    """One line for an error that the user can fix; None for a fault of the program."""
+    """What to say of an error that the user can fix; None for a fault of the program."""
     for cause in causes(error):
         if isinstance(cause, UserError):
-            return _line(str(cause))
+            return str(cause)
         if isinstance(cause, OSError) and cause.errno in UNWRITABLE:
             return _unwritten(cause)
     # Known by its name, since importing Lightning takes seconds.
     if isinstance(error, ArgumentError) or type(error).__name__ == "MisconfigurationException":
-        return _line(str(error))
+        return str(error)
     return _unwritten(error) if isinstance(error, OSError) and error.errno is not None else None
 
 
 def _unwritten(error: OSError) -> str:
     where = f": {error.filename}" if error.filename else ""
-    return _line(f"{error.strerror or error}{where}; files written before are as they were")
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
+    return f"{error.strerror or error}{where}; files written before are as they were"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import inspect
 import pydoc
 import re
 from argparse import Action
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,12 @@ def _options(arguments: list[str]) -> Iterator[tuple[str, str, list[str]]]:
     """Name, value and words of every option: `--NAME VALUE`, `--NAME=VALUE` or `--NAME`."""
     words = list(arguments)
     while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
-        if word.startswith("-") and not equals and words and not words[0].startswith("--"):
+        given = [words.pop(0)]
+        name, equals, value = given[0].partition("=")
+        if name.startswith("-") and not equals and words and not words[0].startswith("--"):
             value = words.pop(0)
-            yield name.lstrip("-"), value, [word, value]
-        else:
-            yield name.lstrip("-"), value, [word]
+            given.append(value)
+        yield name.lstrip("-"), value, given
 
 
 def _named_classes(name: str, value: str) -> Iterator[tuple[str, str]]:
@@ -98,13 +97,10 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false",
 _RUN = "give --config FILE of a run, such as configs/demo.yaml, or --model.name MODEL and --data CLASS"
 
 
-def explain(error: Exception, bases: Mapping[str, type[Any]], options: Iterable[str]) -> str:
+def explain(error: Exception, options: Iterable[str]) -> str:
     """One line for an error of the parser: the option, then the innermost of the errors that led to it.
 
-    Args:
-        error: The parser's.
-        bases: Options that name a class, with the base class.
-        options: All others, with their dashes.
+    `options` are those of a run, with their dashes.
     """
     messages = [" ".join(str(cause).split()) for cause in causes(error)]
     names = dict.fromkeys(found[1] for message in messages if (found := _OPTION.match(message)))
@@ -112,11 +108,11 @@ def explain(error: Exception, bases: Mapping[str, type[Any]], options: Iterable[
         return f"no benchmark is named: {_RUN}"
     if not names:
         mistyped = re.search(r"--[\w.]+", messages[0])
-        return messages[0] + (_nearest_option(mistyped[0], bases, options) if mistyped else "")
+        return messages[0] + (_nearest_option(mistyped[0], options) if mistyped else "")
     option, reason = f"--{'.'.join(names)}", messages[-1]
     owner = _OWNER.search(messages[0])
     refused = _REFUSED.search(reason)
-    if base := bases.get(option[2:]):
+    if base := CLASSES.get(option[2:]):
         classes = _known_classes(base)
         known = ", ".join(classes)
         if reason.startswith(_NO_CLASS):
@@ -142,11 +138,11 @@ def explain(error: Exception, bases: Mapping[str, type[Any]], options: Iterable[
     return f"{option}: expected {words}, got {value}"
 
 
-def _nearest_option(mistyped: str, bases: Mapping[str, type[Any]], options: Iterable[str]) -> str:
+def _nearest_option(mistyped: str, options: Iterable[str]) -> str:
     """The option that was most likely meant: one that ends in the same word, else one that is spelled like it."""
     known = {
         f"--{option}.{name}"
-        for option, base in bases.items()
+        for option, base in CLASSES.items()
         for cls in _known_classes(base).values()
         for name in _settings(cls)
     }

@@ -7,7 +7,6 @@ from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
 from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.cli import RUNS
-from simnpo_pl.cli.arguments import CLASSES, HelpFormatter, check_accelerator, clear_changed_classes, explain
+from simnpo_pl.cli.arguments import HelpFormatter, check_accelerator, clear_changed_classes, explain
 from simnpo_pl.cli.summary import generates, measures, memory, plan, quiet, say, show, written
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.losses import AnswerLosses
@@ -58,7 +57,8 @@ class UnlearningCLI(LightningCLI):
     resumes = False
     """Whether the run continues the one in its folder."""
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, arguments: list[str]) -> None:
+        quiet()
         parser: dict[str, Any] = {"exit_on_error": False, "formatter_class": HelpFormatter, "allow_abbrev": False}
         commands = {name: {**parser, "usage": USAGE.format(name), "description": what} for name, what in RUNS.items()}
         super().__init__(
@@ -68,7 +68,7 @@ class UnlearningCLI(LightningCLI):
             save_config_callback=None,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            args=args,
+            args=clear_changed_classes(arguments),
             parser_kwargs={**parser, **commands},
             trainer_defaults=dict(TRAINER_DEFAULTS),
         )
@@ -96,7 +96,7 @@ class UnlearningCLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise UserError(explain(error, CLASSES, self._parser("fit")._option_string_actions)) from error
+            raise UserError(explain(error, self._parser("fit")._option_string_actions)) from error
         seed = self.config[self.config["subcommand"]].seed_everything
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
             raise UserError(f"--seed_everything must be a whole number from 0 to {2**32 - 1}, got {seed}")
@@ -123,11 +123,6 @@ class UnlearningCLI(LightningCLI):
         given, folder = made.trainer, self._folder(config)
         strategy, plugins = str(given.strategy), _as_list(given.plugins)
         check_accelerator(given.accelerator)
-        if strategy.startswith("deepspeed") and find_spec("deepspeed") is None:
-            raise UserError(
-                f"--trainer.strategy {strategy} needs DeepSpeed: pip install 'simnpo_pl[deepspeed]', or give "
-                "--config configs/hardware/fsdp.yaml, which shards models with PyTorch alone"
-            )
         settings = {group: config[group].clone().as_dict() for group in ("model", "data", "eval")}
         self.run_folder = RunFolder(folder, self._resolved(config), settings, int(config.seed_everything))
         self.run_folder.record["label"] = config.label
@@ -173,7 +168,7 @@ class UnlearningCLI(LightningCLI):
             self.model.logs_metrics = False
             run = self.trainer.validate if self.subcommand == "validate" else self.trainer.test
             run(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path, verbose=False)
-            self._finish(self._measured())
+            self._finish(result_of(self.model))
 
     test = validate
 
@@ -259,9 +254,7 @@ class UnlearningCLI(LightningCLI):
         self.run_folder.role = role
         self.trainer.validate(model, datamodule=data or self.datamodule, verbose=False)
         self.run_folder.role = "final"
-        if model.evaluation_result is None:
-            raise UserError(f"{model.name} was not evaluated: leave --trainer.limit_val_batches above 0")
-        return model.evaluation_result
+        return result_of(model)
 
     def _final_result(self) -> EvalResult:
         """Evaluation of the exported model: that of its epoch if its weights are the same, else a new one."""
@@ -270,15 +263,10 @@ class UnlearningCLI(LightningCLI):
         if result is None or self.model.lora is not None:
             # Merging an adapter rounds.
             model = self.model.like(str(self.export.folder))
-            self.run_folder.role, self.run_folder.result = "final", None
+            self.run_folder.role = "final"
             self.trainer.test(model, datamodule=self.datamodule, verbose=False)
-            result = self._measured()
+            result = result_of(model)
         return result
-
-    def _measured(self) -> EvalResult:
-        if self.run_folder.result is None:
-            raise UserError("nothing was evaluated: leave --trainer.limit_val_batches and limit_test_batches above 0")
-        return self.run_folder.result
 
     def _depth(self) -> Any:
         """Unlearning Depth Score of the exported model, see `measure_depth`."""
@@ -318,6 +306,13 @@ class UnlearningCLI(LightningCLI):
         return self._parser(self.subcommand).dump(shown, skip_none=False, skip_link_targets=True)
 
 
+def result_of(model: PolicyModule) -> EvalResult:
+    if model.evaluation_result is None:
+        limits = "--trainer.limit_val_batches and limit_test_batches"
+        raise UserError(f"{model.name} was not evaluated: leave {limits} above 0")
+    return model.evaluation_result
+
+
 def _as_list(given: Any) -> list[Any]:
     return given if isinstance(given, list) else [] if given is None else [given]
 
@@ -327,9 +322,3 @@ def precision(trainer: Any) -> Any:
     on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16-mixed" if trainer["precision"] is None and bfloat16 else trainer["precision"]
-
-
-def run(arguments: list[str]) -> None:
-    """Run the command line with these arguments."""
-    quiet()
-    UnlearningCLI(clear_changed_classes(arguments))

@@ -23,6 +23,7 @@ from simnpo_pl.models.sharding import ShardedStrategy
 from simnpo_pl.runs.checkpoint import LAST
 from simnpo_pl.runs.folder import describe_objective
 from simnpo_pl.runs.history import HISTORY
+from simnpo_pl.runs.record import Run
 from simnpo_pl.runs.verdict import headline
 from simnpo_pl.runs.weights import WEIGHTS
 from simnpo_pl.utils.files import program
@@ -100,30 +101,19 @@ def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
         trained = f", trained: {', '.join(module.trainable)}" if module.trainable else ""
         if module.lora is not None:
             trained = f", LoRA of rank {module.lora.rank} and alpha {module.lora.alpha:g}"
-        found = describe_objective(module)
-        settings = ", ".join(f"{name} {value}" for name, value in found["settings"].items())
-        name, weight = found["retain_loss"], found["retain_weight"]
-        retain = "no retain loss" if name is None else f"retain loss {name} x {weight}"
+        run = Run("", folder, {"objective": describe_objective(module)})
         long = f"{trainer.max_epochs} epochs" if trainer.max_epochs != -1 else f"{trainer.max_steps} optimizer steps"
         lines += [
-            f"objective: {found['name']} {f'({settings}) ' if settings else ''}x {found['forget_weight']}, "
-            f"{retain}; lr {module.lr}{trained}, {long}",
+            f"objective: {run.method}, {run.settings}; lr {module.lr}{trained}, {long}",
             f"reference: {module.reference_use}",
         ]
         if module.update is not None:
-            settings = ", ".join(f"{name} {value}" for name, value in found["update"]["settings"].items())
-            lines.append(f"update: {found['update']['name']} ({settings}); {module.update.cost}")
+            lines.append(f"update: {module.update.cost}")
     return "\n".join(lines)
 
 
 def memory(trainer: Any, module: Any, data: Any) -> str:
-    """Memory that training takes of a device, estimated from shapes, and what the device has.
-
-    Args:
-        trainer: Lightning's.
-        module: Its weights need not be loaded.
-        data: The data module, set up for training.
-    """
+    """Memory that training takes of a device, estimated from shapes, and what the device has; no weights are loaded."""
     model, settings = module.shapes()
     rows, width = data.micro_batch()
     parts = training_bytes(model, Step(rows, width, **settings, **on_devices(trainer)))

@@ -6,7 +6,6 @@ A module has `run(options)`, and its docstring is the text of `--help`; the opti
 import ast
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -71,8 +70,3 @@ def parse(name: str, arguments: Sequence[str]) -> Namespace:
         closest = nearest(unknown[0].partition("=")[0], parser._option_string_actions)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{closest}")
     return found
-
-
-def run(name: str, arguments: Sequence[str]) -> None:
-    found = parse(name, arguments)
-    import_module(module_of(name)).run(found)

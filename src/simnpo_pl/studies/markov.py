@@ -4,7 +4,6 @@ Three chains over ten states; a small Llama that knows them forgets two. Every m
 sees the same batches at the same seed. Forgetting is a distance in nats to the true chain, which is known.
 """
 
-import logging
 import statistics
 import warnings
 from argparse import Namespace
@@ -24,6 +23,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from simnpo_pl import objectives
 from simnpo_pl.benchmarks import MarkovData
 from simnpo_pl.benchmarks.markov import bayes_floors
+from simnpo_pl.cli.summary import quiet
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.report.drawing import panels
@@ -99,9 +99,8 @@ def study(folder: Path, setting: Setting, seeds: Sequence[int], processes: int) 
 def compare(folder: Path, setting: Setting, length: int, seed: int) -> dict[str, Any]:
     """`length`, `seed`, distances of the `start` and `retrained` models, and the curves of all `methods`."""
     torch.set_num_threads(1)
+    quiet()
     warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     path = folder / f"length{length}-seed{seed}"
 
     def data() -> MarkovData:

@@ -13,9 +13,7 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
 
 from simnpo_pl.benchmarks.neutral import START_ANSWERS
-from simnpo_pl.cli.arguments import clear_changed_classes
-from simnpo_pl.cli.main import UnlearningCLI, precision
-from simnpo_pl.cli.summary import quiet
+from simnpo_pl.cli.main import TRAINER_DEFAULTS, UnlearningCLI, precision
 from simnpo_pl.report.robustness import judge
 from simnpo_pl.runs.card import write_card
 from simnpo_pl.runs.progress import ProgressBar
@@ -40,14 +38,11 @@ class LoadedRun(UnlearningCLI):
         given = self._get(self.config_init, "trainer")
         bar = [] if given.enable_progress_bar is False else [ProgressBar()]
         return pl.Trainer(
-            **{name: given[name] for name in KEPT},
+            **{**TRAINER_DEFAULTS, **{name: given[name] for name in KEPT}},
             precision=precision(given),
             callbacks=[*(kwargs.get("callbacks") or []), *bar],
             logger=False,
             enable_checkpointing=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
         )
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -99,15 +94,13 @@ def reopen(run: Run, *options: str, model: str | None = None) -> LoadedRun:
 
     Further options of `fit` win over the run's.
     """
-    quiet()
     kept = run.folder / "retrained_rows.jsonl"
     retrained = str(kept) if kept.is_file() else "null"
     arguments = ["fit", "--config", str(run.folder / "config.yaml"), "--model.name", model or model_of(run)]
     arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained, "--eval.depth", "false"]
     if (answers := run.folder / START_ANSWERS).is_file():
         arguments += ["--data.retain", str(answers)]
-    arguments += options
-    return LoadedRun(clear_changed_classes(arguments))
+    return LoadedRun([*arguments, *options])
 
 
 def measure_once(run: Run, group: str, key: str, measure: Callable[..., Any], *settings: Any) -> None:
