@@ -354,7 +354,13 @@ def test_chosen_splits_and_no_generation(cli: CLI, tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], ["reference: none", "objective: SimNPO, beta 3.5, gamma 3.5; forget weight 0.25, retain weight 1 (NLL); lr 0.01"]),
+        (
+            [],
+            [
+                "reference: none",
+                "objective: SimNPO, beta 3.5, gamma 3.5; forget weight 0.25, retain weight 1 (NLL); lr 0.01",
+            ],
+        ),
         (["--model.objective", "NPO"], ["its log-probs, made once and kept"]),
         (["--model.retain_loss", "KL"], ["a frozen model, run in every step"]),
         (["--model.retain_loss", "KL", "--model.lora.rank", "2"], ["with its adapter off", "LoRA of rank 2"]),

@@ -263,7 +263,6 @@ class UnlearningCLI(LightningCLI):
         if result is None or self.model.lora is not None:
             # Merging an adapter rounds.
             model = self.model.like(str(self.export.folder))
-            self.run_folder.role = "final"
             self.trainer.test(model, datamodule=self.datamodule, verbose=False)
             result = result_of(model)
         return result

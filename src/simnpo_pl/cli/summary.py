@@ -71,23 +71,19 @@ def show(record: dict[str, Any], console: Console | None = None) -> None:
         unit = f" ({title.unit})" if title.unit else ""
         table.add_row(title.short + unit, *(titles.number(metrics.get(name)) for metrics in found.values()))
     console.print(table)
-    if "verdict" in record:
-        _show_verdict(record["verdict"], headline(record), console)
+    if verdict := record.get("verdict"):
+        color = COLORS.get(verdict["category"], "yellow")
+        _show_list(console, f"verdict: {headline(record)}", verdict["reasons"], f"bold {color}")
+        if verdict["untested"]:
+            _show_list(console, "not tested:", ["; ".join(verdict["untested"])])
+        if verdict["advice"]:
+            _show_list(console, "next, one of:", verdict["advice"])
 
 
-def _show_verdict(verdict: dict[str, Any], head: str, console: Console) -> None:
-    console.print(f"verdict: {head}", style=f"bold {COLORS.get(verdict['category'], 'yellow')}")
-    parts = {
-        "": verdict["reasons"],
-        "not tested:": ["; ".join(verdict["untested"])],
-        "next, one of:": verdict["advice"],
-    }
-    for head, lines in parts.items():
-        if any(lines):
-            if head:
-                console.print(head)
-            for line in lines:
-                console.print(Padding(line, (0, 0, 0, 2)))
+def _show_list(console: Console, head: str, lines: list[str], style: str | None = None) -> None:
+    console.print(head, style=style)
+    for line in lines:
+        console.print(Padding(line, (0, 0, 0, 2)))
 
 
 def plan(trainer: Any, module: Any, folder: Path, fit: bool) -> str:
@@ -156,8 +152,9 @@ def _memory_of(device: torch.device, processes: int) -> float | None:
 def measures(evaluation: Any) -> str:
     """What an `Evaluation` measures, and what it cannot measure and why."""
     rows = ", ".join(f"{len(split.texts)} {split.name} rows" for split in evaluation.splits)
-    known = evaluation.titles()
-    names = ", ".join(dict.fromkeys(_short(name, known) for name in sorted(evaluation.names(), key=_place)))
+    known, measured = evaluation.titles(), evaluation.names()
+    in_order = [*(name for name in titles.TITLES if name in measured), *measured]
+    names = ", ".join(dict.fromkeys(_short(name, known) for name in in_order))
     reasons: dict[str, list[str]] = {}
     for name, reason in evaluation.unavailable.items():
         reasons.setdefault(reason, []).append(_short(name, known))
@@ -177,12 +174,6 @@ def generates(evaluation: Any) -> str:
 def _short(name: str, known: dict[str, titles.Title]) -> str:
     """A metric's title; the attacks by membership inference have one together."""
     return "membership inference" if name.startswith("mia_") else (known.get(name) or titles.title_of(name)).short
-
-
-def _place(name: str) -> int:
-    """Where tables have a metric."""
-    order = list(titles.TITLES)
-    return order.index(name) if name in order else len(order)
 
 
 def written(folder: Path, board: bool = True) -> str:

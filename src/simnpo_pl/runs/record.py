@@ -89,7 +89,7 @@ class Run:
         objective = self.record["objective"]
         found = objective["settings"] | (objective["update"]["settings"] if objective.get("update") else {})
         given = {name: value for name, value in found.items() if value is not None}
-        named = ", ".join(f"{k} {v if isinstance(v, str) else number(v)}" for k, v in given.items())
+        named = ", ".join(f"{k} {number(v) if isinstance(v, int | float) else v}" for k, v in given.items())
         loss, weight = objective["retain_loss"], objective["retain_weight"]
         retain = f"retain weight {number(weight)} ({loss})" if loss else "no retain loss"
         weights = f"forget weight {number(objective['forget_weight'])}, {retain}"

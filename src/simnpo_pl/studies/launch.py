@@ -82,11 +82,8 @@ class Job:
     def make(self, log: Path | None = None, wait: bool = True) -> None:
         """Run what remains; output goes to the terminal if there is no log.
 
-        Raises:
-            Taken: Another process makes this run, and `wait` is false.
-            RunFailed: A command ended with an error.
-            UserError: The folder holds a run with other options.
-            SystemExit: A signal stopped the run.
+        Raises `Taken` if another process makes this run and `wait` is false, `RunFailed` if a command ended with an
+        error, and SystemExit if a signal stopped it.
         """
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -11,9 +11,9 @@ skipped.
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from itertools import product
 from math import comb
 from typing import Any
 
@@ -21,15 +21,13 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from simnpo_pl.data.text import Texts
-from simnpo_pl.evaluation.evaluation import gather_texts
+from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.fluency import FluencyClassifier
-from simnpo_pl.evaluation.plan import Split, share_of
+from simnpo_pl.evaluation.plan import Generation, Split
 from simnpo_pl.metrics.chance import interval
-from simnpo_pl.models.generation import Sampler, draws_of, generate
-from simnpo_pl.module.policy import PolicyModule
+from simnpo_pl.models.generation import Sampler, draws_of
 from simnpo_pl.report.robustness import leak_table, shown_ks
 from simnpo_pl.runs.record import Run
 from simnpo_pl.studies.reopen import measure_once, model_of, reopen, retrained_of, runs_of
@@ -81,7 +79,6 @@ def _sample(
     run: Run, model: str, settings: dict[str, Any], judge: FluencyClassifier | None, write: bool = False
 ) -> dict[str, Any]:
     opened = reopen(run, "--eval.splits", "[forget]", "--eval.generate_rows", "null", model=model)
-    trainer: Any = opened.trainer
     data, k = opened.datamodule, settings["k"]
     data.prepare_data()
     data.setup("validate")
@@ -90,18 +87,23 @@ def _sample(
     if plan is None:
         raise UserError(f"{run.folder}: its forget split has no answers to generate")
     prompts, lacking = prompts_of(data, part, settings["seed"])
-    module = SamplingModule(opened.model, data, plan, [ids for kind in prompts.values() for ids in kind], settings)
     count = len(part.texts)
     what = f"{k} answers to {' and '.join(prompts)} of each of {count} rows"
     rank_zero_only(print)(f"{run.name}: drawing {what}; {model}", *(lacking if write else ()), sep="\n", flush=True)
-    trainer.test(module, verbose=False)
+    decode = partial(data.tokenizer.decode, skip_special_tokens=True)
+    evaluation = SampledAnswers([ids for kind in prompts.values() for ids in kind], k, plan, decode)
+    evaluation.temperature, evaluation.seed = settings["temperature"], settings["seed"]
+    data.measure(evaluation)
+    policy = opened.model.like(model)
+    opened.trainer.predict(policy, datamodule=data)
+    texts = [row["generation"] for row in policy.evaluation_result.rows]
+    drawn = [texts[start : start + k] for start in range(0, len(texts), k)]
     answers = [text["answer"] for text in part.texts]
-    drawn = [[module.texts[row, answer] for answer in range(k)] for row in range(len(prompts) * count)]
     found = [[plan.score(text, answers[row % count])[SCORE] for text in texts] for row, texts in enumerate(drawn)]
     scores = torch.tensor(found, dtype=torch.float64)
     correct = scores >= settings["correct"]
     if judge is not None:
-        judge.device = module.device
+        judge.device = policy.device
         pairs = [(text, answers[row % count]) for row, texts in enumerate(drawn) for text in texts]
         correct &= torch.tensor(judge(*zip(*pairs, strict=True))).view_as(correct) >= 0.5
     # Of scores that are right or wrong, the best of k is whether one of k is right.
@@ -174,11 +176,7 @@ def expected_best(scores: Tensor) -> Tensor:
 
 
 def with_bounds(leaks: Tensor) -> dict[str, Any]:
-    """leak@k for every k, and for powers of two and the largest k a 95 % interval by bootstrap over rows.
-
-    Args:
-        leaks: `(N, n)`, of every row, k from 1 to n.
-    """
+    """Mean over rows of leak@k, `(N, n)`; for powers of two and the largest k with a 95 % interval by bootstrap."""
     count, n = leaks.shape
     found: dict[str, Any] = {f"leak@{k}": value for k, value in enumerate(leaks.mean(dim=0).tolist(), start=1)}
     if count > 1:
@@ -188,40 +186,16 @@ def with_bounds(leaks: Tensor) -> dict[str, Any]:
     return found
 
 
-class SamplingModule(PolicyModule):
-    """Samples k answers to each of some prompts; the Trainer's `test` fills `texts`, by prompt and answer."""
+class SampledAnswers(Evaluation):
+    """`count` answers to each of some prompts, those to one prompt after another."""
 
-    def __init__(
-        self, like: PolicyModule, data: Any, plan: Any, prompts: list[list[int]], settings: Mapping[str, Any]
-    ) -> None:
-        super().__init__(like.name, like.dtype_name, like.attn_implementation)
-        self.data, self.plan, self.prompts, self.settings = data, plan, prompts, settings
-        self.decode = partial(data.tokenizer.decode, skip_special_tokens=True)
-        self.texts: dict[tuple[int, int], str] = {}
+    def __init__(self, prompts: list[list[int]], count: int, plan: Generation, decode: Callable[..., str]) -> None:
+        cells = [ids for ids in prompts for _ in range(count)]
+        unscored = replace(plan, prompts=cells, score=lambda text, answer: {}, fluency=None)
+        super().__init__([Split("samples", [{"answer": ""}] * len(cells), [], {}, unscored)], {}, {}, decode)
+        self.count = count
 
-    @property
-    def _data(self) -> Any:
-        return self.data
-
-    def test_dataloader(self) -> DataLoader:
-        """Every prompt k times, those of similar length together; each process its share."""
-        order = sorted(range(len(self.prompts)), key=lambda row: -len(self.prompts[row]))
-        cells = list(product(order, range(self.settings["k"])))
-        _, size = self.data.eval.batch_sizes(self.trainer)
-        batches = [{"cells": cells[start : start + size]} for start in range(0, len(cells), size)]
-        share: Any = share_of(batches, self.trainer.global_rank, self.trainer.world_size)
-        return DataLoader(share, batch_size=None, collate_fn=lambda batch: batch)
-
-    def on_test_epoch_start(self) -> None:
-        pass
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        limit, cells = self.plan.max_new_tokens, batch["cells"]
-        draws = torch.stack([draws_of(self.settings["seed"], row, answer, limit) for row, answer in cells])
-        sampler = Sampler(draws.to(self.device), self.settings["temperature"])
-        answers = generate(self.policy, [self.prompts[row] for row, _ in cells], limit, self._end_ids(), sampler)
-        for cell, ids in zip(cells, answers, strict=True):
-            self.texts[cell] = self.plan.finish(self.decode(ids))
-
-    def on_test_epoch_end(self) -> None:
-        self.texts = gather_texts(self.texts)
+    def choice(self, batch: Mapping[str, Any]) -> Sampler:
+        cells = [divmod(index, self.count) for index in batch["index"].tolist()]
+        draws = [draws_of(self.seed, row, answer, batch["max_new_tokens"]) for row, answer in cells]
+        return Sampler(torch.stack(draws), self.temperature)

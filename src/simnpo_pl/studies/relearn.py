@@ -48,10 +48,6 @@ class Attack:
         text = "" if self.text is None else f" {self.text}"
         return f"{self.subset}{text} share={self.share:g} epochs={self.epochs} lr={self.lr:g}"
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
 
 def run(options: Namespace) -> None:
     runs = runs_of(options)
@@ -171,6 +167,7 @@ def _measured(evaluated: Evaluated, relearned: set[int]) -> dict[str, Any]:
 
 
 def _add(attack: Attack, repeat: dict[str, Any], results: dict[str, Any]) -> None:
-    entry = results.setdefault("relearn", {}).setdefault(attack.key, {"settings": attack.settings, "repeats": []})
+    settings = {name: value for name, value in asdict(attack).items() if value is not None}
+    entry = results.setdefault("relearn", {}).setdefault(attack.key, {"settings": settings, "repeats": []})
     others = [known for known in entry["repeats"] if known["seed"] != repeat["seed"]]
     entry["repeats"] = sorted([*others, repeat], key=lambda one: one["seed"])

@@ -78,12 +78,6 @@ def violation(condition: str, record: dict[str, Any]) -> float:
     return bound - value if sign == ">=" else value - bound
 
 
-def forgot(record: dict[str, Any]) -> bool | None:
-    """Whether a run forgot anything, as the verdict tells it; None if no metric shows that."""
-    left = Verdict(record).left()
-    return min(left.values()) < UNMOVED if left else None
-
-
 @dataclass(frozen=True)
 class Method:
     """A method to tune.
@@ -259,6 +253,7 @@ class Search:
         for trial in self.trials:
             complete = trial.state == TrialState.COMPLETE
             record = read_record(self.folder(trial.number)) if complete else {}
+            left = Verdict(record).left()
             entries.append(
                 {
                     "trial": trial.number,
@@ -268,7 +263,7 @@ class Search:
                     "meets": meets(trial),
                     "violations": trial.constraints,
                     "metrics": record.get("final", {}).get("metrics", {}),
-                    "forgot": forgot(record),
+                    "forgot": min(left.values()) < UNMOVED if left else None,
                     "seconds": record.get("seconds", {}).get("total"),
                     "error": trial.user_attrs.get("error", ""),
                 }
