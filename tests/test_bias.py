@@ -15,7 +15,7 @@ from simnpo_pl.__main__ import main
 from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.runs.record import Run
 from simnpo_pl.studies import launch, weights
-from simnpo_pl.studies.halves import by_length, by_order, qualities
+from simnpo_pl.studies.weights import by_length, by_order, qualities
 from simnpo_pl.utils.errors import UserError
 
 

@@ -21,9 +21,9 @@ from simnpo_pl.report.drawing import check_installed, panels
 from simnpo_pl.report.figures import GREY, color
 from simnpo_pl.report.robustness import Spread, spread
 from simnpo_pl.runs.record import Row, Run, read_runs
-from simnpo_pl.studies.halves import by_order, qualities
 from simnpo_pl.studies.launch import MODEL_COMMANDS, Job, RunFailed, Taken
 from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tables
+from simnpo_pl.studies.weights import by_order, qualities
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
@@ -211,10 +211,7 @@ def table(sweep: Sweep, jobs: Mapping[Key, Job]) -> str:
 
 
 def draw(sweep: Sweep, jobs: Mapping[Key, Job], file: Path) -> None:
-    """A panel for each metric: methods on the x axis, a line for each split with the spread over seeds as bars.
-
-    The start model is a dashed line, the retrained model a dotted one.
-    """
+    """A panel for each metric: methods on the x axis, a line for each split with the spread over seeds as bars."""
     lines = {split: _lines(jobs, split) for split in sweep.splits}
     columns = {title: name for title, name in COLUMNS[sweep.table].items() if name != "n"}
     with panels(file, 1, len(columns), (2.6, 2.2)) as (figure, axes):

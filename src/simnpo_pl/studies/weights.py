@@ -6,19 +6,18 @@ if the runs were compared with a retrained model. `report` draws the weights by 
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from simnpo_pl.metrics import titles
 from simnpo_pl.metrics.titles import number
-from simnpo_pl.report.drawing import check_installed, legend_outside, panels
-from simnpo_pl.report.figures import color
+from simnpo_pl.report.drawing import check_installed, legend_outside, log_labels, panels
+from simnpo_pl.report.figures import GREY, color, distribution, largest_gap
 from simnpo_pl.runs.record import Row, Run, read_runs
-from simnpo_pl.studies import halves
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
@@ -37,9 +36,9 @@ def run(options: Namespace) -> None:
     if evaluated := [run for run in runs if len(run.epochs) > 1]:
         parts.append(_quality_table(evaluated, epochs))
     if compared := [run for run in runs if run.rows and run.retrained_rows]:
-        found = {run.name: halves.qualities(run.rows, run.retrained_rows, halves.by_length(run)) for run in compared}
-        parts.append(halves.table(found))
-        halves.draw(found, by_halves)
+        found = {run.name: qualities(run.rows, run.retrained_rows, by_length(run)) for run in compared}
+        parts.append(halves_table(found))
+        _draw_halves(found, by_halves)
         files.append(by_halves)
     print("\n\n".join([*parts, *(f"figure: {file}" for file in files)]))
 
@@ -154,3 +153,89 @@ def _draw_knowledge(runs: Sequence[Run], epochs: Sequence[int], file: Path) -> N
                     axis.text(0.5, 0.5, "start model not measured", ha="center", transform=axis.transAxes)
         axes[-1][0].set_xlabel("forget probability at that epoch")
         axes[-1][1].set_xlabel("start model's loss, nats per token")
+
+
+# -- forget quality on halves -------------------------------------------------------------------------------
+
+
+class ForgetSubset(NamedTuple):
+    """A part of the forget rows: truth ratios of both models, `forget_quality` of them, mean answer probability."""
+
+    name: str
+    unlearned: list[float]
+    retrained: list[float]
+    quality: Any
+    probability: float
+
+
+def by_length(run: Run) -> dict[str, list[int]]:
+    """Row indices of the shortest and the longest answers, in scored tokens; equal ones by index.
+
+    The evaluated model unlearned all rows; only the evaluation is halved (SimNPO paper, figure 2).
+    """
+    lengths = {row["index"]: row["length"] for row in run.weights if row["epoch"] == 1}
+    if not lengths:
+        raise UserError(f"{run.folder} holds no weights.jsonl, which has the answers' lengths: give a run of fit")
+    order = sorted(lengths, key=lambda index: (lengths[index], index))
+    half = len(order) // 2
+    return {"shortest": sorted(order[:half]), "longest": sorted(order[half:])}
+
+
+def by_order(rows: int) -> dict[str, list[int]]:
+    """Row indices of the first half, which a start model has seen, and of the second, which it has not."""
+    return {"strong": list(range(rows // 2)), "weak": list(range(rows // 2, rows))}
+
+
+def qualities(
+    rows: Sequence[Row], retrained: Sequence[Row], subsets: Mapping[str, Sequence[int]]
+) -> list[ForgetSubset]:
+    """Forget quality on subsets of the forget rows, of a model's rows as in `rows.jsonl` and the retrained model's."""
+    import torch
+
+    from simnpo_pl.metrics.functional import forget_quality
+
+    ours, theirs = ({row["index"]: row for row in side if row["split"] == "forget"} for side in (rows, retrained))
+    found = []
+    for name, indices in subsets.items():
+        for side, model in ((ours, "the model"), (theirs, "the retrained model")):
+            missing = [index for index in indices if side.get(index, {}).get("truth_ratio") is None]
+            if missing:
+                raise UserError(
+                    f"forget quality of halves: {model} has no truth ratio of forget row {missing[0]}; evaluate the "
+                    "rows that were trained on, with --eval.retrained or --eval.retain_log"
+                )
+        ratios, others = ([float(side[index]["truth_ratio"]) for index in indices] for side in (ours, theirs))
+        quality = forget_quality(torch.tensor(ratios), torch.tensor(others))
+        probability = fmean(math.exp(-ours[index]["answer_nll"]) for index in indices)
+        found.append(ForgetSubset(name, ratios, others, quality, probability))
+    return found
+
+
+def halves_table(found: dict[str, list[ForgetSubset]]) -> str:
+    heads, rows = ["model"], []
+    for half in next(iter(found.values())):
+        heads += [f"{half.name} half: n", "forget quality", "KS", "forget prob."]
+    for model, halves in found.items():
+        quality = [(one.quality.n, one.quality.p_value, one.quality.ks_statistic, one.probability) for one in halves]
+        rows.append([model, *(number(value) for values in quality for value in values)])
+    return markdown.table(heads, rows)
+
+
+def _draw_halves(found: dict[str, list[ForgetSubset]], file: Path) -> None:
+    """Distribution of truth ratios on two halves (figure 2); dotted lines are the KS statistics, the largest gaps."""
+    halves = list(zip(*found.values(), strict=True))
+    with panels(file, 1, len(halves), (3.3, 2.2), sharex=True, sharey=True) as (_, axes):
+        for axis, subsets in zip(axes[0], halves, strict=True):
+            retrained = subsets[0].retrained
+            axis.step(*distribution(retrained), where="post", color=GREY, linewidth=2, label="retrained")
+            for index, (model, subset) in enumerate(zip(found, subsets, strict=True)):
+                shade, label = color(index), f"{model}: {number(subset.quality.p_value)}"
+                axis.step(*distribution(subset.unlearned), where="post", label=label, color=shade, linewidth=1.2)
+                gap = largest_gap(subset.unlearned, retrained)
+                axis.plot([gap.at] * 2, [gap.low, gap.high], color=shade, linewidth=0.8, linestyle=":")
+            axis.set_xscale("log")
+            log_labels(axis)
+            axis.set_title(f"{subsets[0].name} half, n = {len(retrained)}")
+            axis.set_xlabel("truth ratio R")
+            legend_outside(axis, "forget quality")
+        axes[0][0].set_ylabel("share of forget rows")
