@@ -8,7 +8,7 @@ run's results.json with its verdict; relearn, quantize and leak make them one by
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lightning.pytorch.utilities import rank_zero_only
@@ -97,9 +97,4 @@ def untested(what: str) -> Iterator[None]:
         rank_zero_only(print)(f"not tested: {what} ({error})", flush=True)
 
 
-ATTACKS: dict[str, Callable[[Run, Namespace], None]] = {
-    "relearn": relearn,
-    "quantize": rounding,
-    "leak": sampling,
-    "depth": depth,
-}
+ATTACKS = {"relearn": relearn, "quantize": rounding, "leak": sampling, "depth": depth}
