@@ -218,6 +218,20 @@ def test_attacks_join(outcome: str, expected: str):
     assert ("rounded weights" in found["untested"]) == (outcome == "inconclusive")
 
 
+def test_advice_where_relearning_brings_rows_back():
+    """Not a lower weight, which leaves the rows less deep; nothing of SAM where the run had it."""
+    back = {"relearn": {"a": {"outcome": "comes back"}}}
+    resist = "try --model.update SAM, made against relearning"
+    over = {**FORGOTTEN, "forget/degenerate": 0.3}
+    assert verdict(record(over, **back))["advice"] == [resist, "raise --model.objective.beta from 1 to 1.5"]
+    assert verdict(record(FORGOTTEN, **back))["advice"][:2] == [resist, "raise --model.lr from 5e-05 to 0.0001"]
+    found = record(over, **back)
+    found["objective"]["update"] = {"name": "SAM", "settings": {"rho": 0.01}}
+    assert verdict(found)["advice"] == ["raise --model.objective.beta from 1 to 1.5"]
+    rounded = verdict(record(over, quantized={"a": {"outcome": "comes back"}}))["advice"]
+    assert rounded[0] == "lower --model.forget_weight from 0.5 to 0.25"
+
+
 def test_the_headline_names_what_brings_rows_back():
     back, held = {"a": {"outcome": "holds"}, "b": {"outcome": "comes back"}}, {"a": {"outcome": "holds"}}
 

@@ -18,7 +18,7 @@ from simnpo_pl.utils.errors import UserError
 FIRST_RATE, GROWTH, RATES = 1e-6, 2.0, 18
 """The ramp: its first rate, the factor between two rates, and their number at most."""
 FALL = 0.5
-"""The ramp ends where the forget (or retain) probability has fallen to this share of the start model's."""
+"""The ramp ends where the forget probability has fallen to this share of the start model's."""
 READ = ("forget", "retain")
 """Parts of a batch whose probability is read."""
 LENGTH = 2.0
@@ -50,11 +50,10 @@ def use_found_rate(module: Any) -> dict[str, Any]:
         f"{read}; the run takes lr {found['lr']:g}",
         flush=True,
     )
-    before, after = found["forget"]
-    if after > FALL * before:
+    if "retain" in found and found["retain"][1] <= FALL * found["retain"][0]:
         rank_zero_only(print)(
-            "warning: the kept answers halved before the forget answers did; this rate may forget little: "
-            f"give --data.retain, or --model.lr {FIRST_RATE * GROWTH ** (found['steps'] - 1):.2g}",
+            "warning: at this rate the ramp halved the kept answers, too; the run's retain loss has to bring them "
+            "back. If they stay low, give --data.retain FILE, or a lower --model.lr",
             flush=True,
         )
     return found
@@ -64,9 +63,10 @@ def find_rate(module: Any, loader: Any, factors: float) -> dict[str, Any]:
     """Finds the peak of the learning rate by a few optimizer steps at growing rates, which are then undone.
 
     Each step takes the next effective batch of the first epoch and a rate twice the last one, until the probability of
-    the first batch's forget answers, or of its retain answers, has halved: a learning-rate range test (Smith 2017,
-    arXiv 1506.01186) that reads what unlearning is to change. AdamW moves a weight by about its rate in a step, so the
-    sum of the ramp's rates says how far the weights have to move; the run's rates add up to `LENGTH` times that.
+    the first batch's forget answers has halved: a learning-rate range test (Smith 2017, arXiv 1506.01186) that reads
+    what unlearning is to change. AdamW moves a weight by about its rate in a step, so the sum of the ramp's rates says
+    how far the weights have to move; the run's rates add up to `LENGTH` times that. That retain answers lose, too, does
+    not end the ramp: its few steps give the retain loss no time to bring them back, the run's many do.
 
     `module` is an `UnlearningModule` in training, with all its frozen models at hand, `loader` has the micro-batches of
     this process, `factors` is the sum of the schedule's factors over all steps of the run.
@@ -86,13 +86,13 @@ def find_rate(module: Any, loader: Any, factors: float) -> dict[str, Any]:
         rate = FIRST_RATE * GROWTH ** (steps - 1)
         ramp.step(rate)
         total, now = total + rate, ramp.read()
-        ends = [_crossing(before[part], last[part], now[part]) for part in now]
-        if any(end is not None for end in ends):
+        end = _crossing(before["forget"], last["forget"], now["forget"])
+        if end is not None:
             # Where between the last two readings.
-            total -= rate * (1 - min(end for end in ends if end is not None))
+            total -= rate * (1 - end)
             break
         last = now
-    fell = any(end is not None for end in ends) and ramp.forget_loss() < loss
+    fell = end is not None and ramp.forget_loss() < loss
     ramp.restore()
     if not fell:
         raise UserError(

@@ -115,8 +115,11 @@ class Verdict:
             return "over-forgotten"
         limits = {"forget/verbatim": VERBATIM_LEFT}
         gone = all(value <= limits.get(name, LEFT) for name, value in left.items())
-        back = any(entry.get("outcome") == "comes back" for _, entry in self.attacks)
-        return "forgotten" if gone and not back else "partly forgotten"
+        return "forgotten" if gone and not self.back() else "partly forgotten"
+
+    def back(self) -> list[str]:
+        """Attacks that brought rows back."""
+        return list(dict.fromkeys(group for group, entry in self.attacks if entry.get("outcome") == "comes back"))
 
     def broken(self) -> bool:
         """Whether a score that the start model has is not a number any more."""
@@ -237,15 +240,20 @@ class Verdict:
             alone = f" and give --model.lr {lr:g}, so that only this changes" if found else ""
             return [f"{word} {option} from {value:g} to {value * factor:.2g}{alone}"]
 
+        relearned, update = "relearn" in self.back(), (objective.get("update") or {}).get("name")
+        resist = ["try --model.update SAM, made against relearning"] if relearned and update != "SAM" else []
         if category in ("not forgotten", "partly forgotten"):
             factor = 3 if category == "not forgotten" else 2
             return [
+                *resist,
                 *change("--model.lr", lr, factor),
                 *change("--model.forget_weight", weight, 2),
                 *change("--model.objective.beta", beta, 0.5),
             ]
         if category == "over-forgotten":
-            return [*change("--model.forget_weight", weight, 0.5), *change("--model.objective.beta", beta, 1.5)]
+            # A lower weight hides the rows even less deep.
+            gentler = [] if relearned else change("--model.forget_weight", weight, 0.5)
+            return [*resist, *gentler, *change("--model.objective.beta", beta, 1.5)]
         if category == "model damaged":
             kept = objective.get("retain_loss") is not None and objective.get("retain_weight")
             rows = [] if kept else ["train with rows to keep: --data.retain FILE and a --model.retain_weight above 0"]
@@ -271,8 +279,7 @@ def verdict(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def headline(record: Mapping[str, Any]) -> str:
     """The category of a results.json's verdict, and the attacks that brought rows back."""
-    attacks = Verdict(record).attacks
-    back = list(dict.fromkeys(ATTACKS[group] for group, entry in attacks if entry.get("outcome") == "comes back"))
+    back = [ATTACKS[group] for group in Verdict(record).back()]
     brings = "brings" if back == ["relearning"] else "bring"
     category: str = record["verdict"]["category"]
     return f"{category}; {' and '.join(back)} {brings} rows back" if back else category
