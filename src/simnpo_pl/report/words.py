@@ -18,7 +18,6 @@ KEPT = (
     *("retain/rouge", "probe/nll"),
 )
 """Metrics of the first two tiles; the first that was measured is shown large."""
-TILE_LINES = 3
 TRUST = (
     "Which metric to trust: on 150 unlearned 1B models, faithfulness / robustness to relearning and rounding were "
     "0.971 / 0.933 for the Unlearning Depth Score (UDS), 0.891 / 0.859 for extraction strength (ES) and 0.947 / 0.379 "
@@ -56,7 +55,7 @@ def method(run: Run) -> str:
         done = f"{run.method} ({run.settings}) on {number(run.forget_rows)} rows of {run.forget_split}."
     if run.temperature:
         done = f"{done} Metrics of {titles.answers_at(run.temperature)}."
-    return done if run.finished else f"{done} The run is not finished."
+    return done if run.record.get("finished") else f"{done} The run is not finished."
 
 
 def summary(run: Run) -> str:
@@ -104,7 +103,7 @@ def _tile(title: str, run: Run, names: Sequence[str]) -> Tile:
     if not changes:
         return Tile(title, "not measured", [])
     (first, value, compared), *others = changes
-    lines = [f"{short} {change}{compared}" for short, change, compared in others[: TILE_LINES - 1]]
+    lines = [f"{short} {change}{compared}" for short, change, compared in others[:2]]
     return Tile(title, value, [first + compared, *lines])
 
 

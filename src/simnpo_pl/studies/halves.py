@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from simnpo_pl.metrics.titles import number
-from simnpo_pl.report.drawing import legend_outside, panels
-from simnpo_pl.report.figures import GREY, color, distribution, largest_gap
+from simnpo_pl.report.drawing import legend_outside, log_labels, panels
+from simnpo_pl.report.figures import GREY, color, largest_gap
 from simnpo_pl.runs.record import Row, Run
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
@@ -81,23 +81,18 @@ def table(found: dict[str, list[ForgetSubset]]) -> str:
 
 def draw(found: dict[str, list[ForgetSubset]], file: Path) -> None:
     """Distribution of truth ratios on two halves (figure 2); dotted lines are the KS statistics, the largest gaps."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     halves = list(zip(*found.values(), strict=True))
     with panels(file, 1, len(halves), (3.3, 2.2), sharex=True, sharey=True) as (_, axes):
         for axis, subsets in zip(axes[0], halves, strict=True):
             retrained = subsets[0].retrained
-            axis.step(*distribution(retrained), where="post", color=GREY, linewidth=2, label="retrained")
+            axis.ecdf(retrained, color=GREY, linewidth=2, label="retrained")
             for index, (model, subset) in enumerate(zip(found, subsets, strict=True)):
                 shade, label = color(index), f"{model}: {number(subset.quality.p_value)}"
-                axis.step(*distribution(subset.unlearned), where="post", label=label, color=shade, linewidth=1.2)
-                gap = largest_gap(subset.unlearned, retrained)
-                axis.plot([gap.at] * 2, [gap.low, gap.high], color=shade, linewidth=0.8, linestyle=":")
+                axis.ecdf(subset.unlearned, label=label, color=shade, linewidth=1.2)
+                at, *shares = largest_gap(subset.unlearned, retrained)
+                axis.plot([at, at], shares, color=shade, linewidth=0.8, linestyle=":")
             axis.set_xscale("log")
-            # Few labels, which do not overlap if the ratios span less than a decade.
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-            axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter(NullFormatter())
+            log_labels(axis)
             axis.set_title(f"{subsets[0].name} half, n = {len(retrained)}")
             axis.set_xlabel("truth ratio R")
             legend_outside(axis, "forget quality")
