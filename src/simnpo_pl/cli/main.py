@@ -34,9 +34,8 @@ from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.runs.checkpoint import LAST, AtomicCheckpointIO, CheckpointOptions, SaveState, Stopped, StopSignals
 from simnpo_pl.runs.export import ExportModel, ExportOptions
 from simnpo_pl.runs.folder import PREDICTIONS, RunFolder
-from simnpo_pl.runs.history import History
+from simnpo_pl.runs.history import GradientWeights, History
 from simnpo_pl.runs.progress import ProgressBar
-from simnpo_pl.runs.weights import GradientWeights
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import recover
 
