@@ -160,7 +160,7 @@ class UnlearningCLI(LightningCLI):
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path)
             if not self.export.folder.is_dir():
                 # The run was stopped between its last epoch and the export, and had nothing left to train.
-                self.export.save_last(self.trainer, self.model)
+                self.export.save(self.trainer, self.model, self.trainer.current_epoch)
             result = self._final_result() if self.datamodule.eval.final else None
             self._finish(result, self.export.epoch, self._depth() if self.datamodule.eval.depth else None)
 
