@@ -145,9 +145,7 @@ class RunFolder(Callback):
             write_json_lines(self.folder / PREDICTIONS, pl_module.evaluation_result.rows)
             self.finished.drop()
 
-    def finish(
-        self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None, depth: Any = None
-    ) -> None:
+    def finish(self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None, depth: Any) -> None:
         """Write the final results, the rows and the benchmark's own files.
 
         `result` is the evaluation of the exported model, `epoch` its epoch, `depth` what `measure_depth` found; None if
