@@ -60,9 +60,8 @@ def method(run: Run) -> str:
 
 def summary(run: Run) -> str:
     """What was done, and the verdict; without one, the tiles in words."""
-    found = run.verdict
-    if found:
-        said = "; ".join([run.headline.capitalize(), *found["reasons"]])
+    if run.verdict:
+        said = "; ".join([run.headline.capitalize(), *run.verdict["reasons"]])
     else:
         said = "; ".join(f"{tile.title}: {', '.join([tile.value, *tile.lines])}" for tile in tiles(run))
     return f"{method(run)} {said}."
@@ -81,14 +80,12 @@ def tiles(run: Run) -> list[Tile]:
 def _relearned(run: Run) -> list[str]:
     """What relearning some of the forget rows did to the others, at its peak."""
     tried = [one for one in run.relearned if "outcome" in one and one["settings"]["subset"] in ("shortest", "random")]
-    peaks = [(robustness.peak([one], robustness.OTHERS), one) for one in tried]
-    lines = {
-        top.value: f"{one['outcome']}: {number(top.before)} → {number(top.value)} after training on "
-        f"{len(one['repeats'][0]['rows'])} of the rows"
-        for top, one in peaks
-        if top is not None
-    }
-    return [lines[max(lines)]] if lines else []
+    peaks = [(top, one) for one in tried if (top := robustness.peak([one], robustness.OTHERS))]
+    if not peaks:
+        return []
+    top, one = max(peaks, key=lambda found: found[0])
+    rows = len(one["repeats"][0]["rows"])
+    return [f"{one['outcome']}: {number(top.before)} → {number(top.value)} after training on {rows} of the rows"]
 
 
 def _tile(title: str, run: Run, names: Sequence[str]) -> Tile:
