@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from simnpo_pl.benchmarks import DemoData
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import NPO, Objective, SimNPO
-from simnpo_pl.runs.weights import GradientWeights
+from simnpo_pl.runs.history import GradientWeights
 
 
 class Clock:

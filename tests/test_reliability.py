@@ -21,7 +21,7 @@ from simnpo_pl.evaluation.plan import share_of
 from simnpo_pl.module.policy import PolicyModule
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.runs.checkpoint import CheckpointOptions, SaveState, Stopped, StopSignals
-from simnpo_pl.runs.weights import GradientWeights
+from simnpo_pl.runs.history import GradientWeights
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import clean, recover, replace
 

@@ -19,7 +19,7 @@ from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.models.logprobs import AnswerLogps
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import DPO, IDK, NPO, WGA, FineTune, ForgetInputs, GradDiff, Objective, SimNPO
-from simnpo_pl.runs.weights import GradientWeights
+from simnpo_pl.runs.history import GradientWeights
 
 CLI = Callable[..., None]
 LN3 = math.log(3)
@@ -226,14 +226,14 @@ def test_resumed_run_has_every_epoch(npo_rows: Path, cli: CLI, tmp_path: Path):
 def test_an_epoch_starts_without_the_last_one(tmp_path: Path):
     """A checkpoint from an epoch's end holds its rows; with those of a second process they would be added twice."""
     kept = GradientWeights(tmp_path)
-    trainer: Any = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(reduce=lambda found, reduce_op: found))
-    module, saved = SimpleNamespace(device=torch.device("cpu")), dict[str, Any]()
-    kept.on_load_checkpoint(trainer, module, {"gradient_weights": torch.ones(3, 5)})
-    kept.on_save_checkpoint(trainer, module, saved)
-    assert saved["gradient_weights"].shape == (3, 5)
-    kept.on_train_epoch_start(trainer, module)
-    kept.on_save_checkpoint(trainer, module, saved)
-    assert saved["gradient_weights"] is None
+    trainer: Any = SimpleNamespace(is_global_zero=True, current_epoch=0)
+    lines, saved = [{"index": 0}, {"index": 1}], dict[str, Any]()
+    kept.on_load_checkpoint(trainer, None, {"gradient_weights": lines})
+    kept.on_save_checkpoint(trainer, None, saved)
+    assert saved["gradient_weights"] == lines
+    kept.on_train_epoch_start(trainer, None)
+    kept.on_save_checkpoint(trainer, None, saved)
+    assert saved["gradient_weights"] == []
 
 
 def test_no_file_without_weights(cli: CLI, tmp_path: Path):

@@ -33,9 +33,8 @@ from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.runs.checkpoint import LAST, AtomicCheckpointIO, CheckpointOptions, SaveState, Stopped, StopSignals
 from simnpo_pl.runs.export import ExportModel, ExportOptions
 from simnpo_pl.runs.folder import PREDICTIONS, RunFolder
-from simnpo_pl.runs.history import History
+from simnpo_pl.runs.history import GradientWeights, History
 from simnpo_pl.runs.progress import ProgressBar
-from simnpo_pl.runs.weights import GradientWeights
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import recover
 
@@ -156,7 +155,7 @@ class UnlearningCLI(LightningCLI):
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path)
             if not self.export.folder.is_dir():
                 # The run was stopped between its last epoch and the export, and had nothing left to train.
-                self.export.save_last(self.trainer, self.model)
+                self.export.save(self.trainer, self.model, self.trainer.current_epoch)
             result = self._final_result() if self.datamodule.eval.final else None
             self._finish(result, self.export.epoch, self._depth() if self.datamodule.eval.depth else None)
 

@@ -22,10 +22,9 @@ from simnpo_pl.models.memory import Step, training_bytes
 from simnpo_pl.models.sharding import ShardedStrategy
 from simnpo_pl.runs.checkpoint import LAST
 from simnpo_pl.runs.folder import describe_objective
-from simnpo_pl.runs.history import HISTORY
+from simnpo_pl.runs.history import HISTORY, WEIGHTS
 from simnpo_pl.runs.record import Run
 from simnpo_pl.runs.verdict import headline
-from simnpo_pl.runs.weights import WEIGHTS
 from simnpo_pl.utils.files import program
 
 SHOWN = (

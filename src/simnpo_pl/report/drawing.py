@@ -1,10 +1,9 @@
 """Figures, drawn with matplotlib: SVG inside the report's page, PNG and PDF for print."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -45,28 +44,6 @@ def panels(file: Path, rows: int, columns: int, size: tuple[float, float], **opt
             figure.savefig(handle, format=file.suffix[1:])
 
 
-def render(draw: Callable[[Any, Any], None], content: Any, kind: str) -> bytes:
-    """What `draw(axis, content)` shows, with a legend below it, as `svg`, `png` or `pdf`; empty if that is nothing."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    # Read on a phone, too.
-    with rc_context({**STYLE, "font.size": 9}):
-        figure = Figure(figsize=(4.4, 3.4), dpi=200, layout="constrained")
-        axis = figure.subplots()
-        draw(axis, content)
-        if not axis.has_data():
-            return b""
-        handles, labels = axis.get_legend_handles_labels()
-        if labels:
-            small = max(map(len, labels)) > 28
-            figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=6 if small else 8)
-        file = BytesIO()
-        undated = {"svg": {"Date": None, "Creator": None, "Format": None, "Type": None}, "pdf": {"CreationDate": None}}
-        figure.savefig(file, format=kind, metadata=undated.get(kind), transparent=kind == "svg")
-    return file.getvalue()
-
-
 def inline(svg: bytes) -> str:
     """An SVG file as an element of a page, in the page's text color, with the tips of `points` under the pointer."""
     text = svg.decode()
@@ -96,11 +73,6 @@ def log_labels(axis: Any) -> None:
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-
-
-def whole_numbers(axis: Any) -> None:
-    """No labels between the numbers of the x axis, such as epochs."""
-    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def legend_outside(axis: Any, title: str) -> None:

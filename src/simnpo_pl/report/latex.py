@@ -1,11 +1,7 @@
 """The table of a paper in LaTeX: mean and spread over seeds, the best value of a column in bold."""
 
-import json
 import re
 from collections.abc import Sequence
-from typing import Any
-
-import yaml
 
 from simnpo_pl.metrics.titles import Title, number, title_of
 from simnpo_pl.report.robustness import Spread, spread
@@ -14,16 +10,14 @@ from simnpo_pl.runs.record import Run
 ESCAPES = str.maketrans({c: rf"\{c}" for c in "&%$#_{}"})
 ESCAPES |= str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
 ARROWS = {True: r" $\uparrow$", False: r" $\downarrow$", None: ""}
-NOT_COMPARED = ("seed_everything", "label", "run_dir", "data.init_args.seed", "eval.cache_dir")
-"""Settings in which the runs of one row may differ."""
-Values = list[Spread | None]
-"""A row: one value for each column."""
+NOT_COMPARED = re.compile(r"^(seed_everything|label|run_dir| *seed| *cache_dir):.*\n", re.MULTILINE)
+"""Lines of a config in which the runs of one row may differ."""
 
 
 def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
     """A `tabular` with a row for every start model, every retrained model, and the runs that differ in seed alone."""
     heads = [title_of(name) for name in columns]
-    references: dict[str, Values] = {}
+    references: dict[str, list[Spread | None]] = {}
     starts = list(dict.fromkeys(run.start_model for run in runs))
     for model in ("start", "retrained"):
         for start in starts:
@@ -36,7 +30,7 @@ def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
     groups = _groups(runs)
     rows = [[spread([run.metrics("final").get(name) for run in group]) for name in columns] for _, group in groups]
     retrained = references.get("retrained", [None] * len(columns))
-    best = [_best(heads[i], [row[i] for row in rows], retrained[i]) for i in range(len(columns))]
+    best = [_best(*column) for column in zip(heads, zip(*rows, strict=True), retrained, strict=True)]
     lines = [
         r"% \usepackage{booktabs}; mean and standard deviation over n runs; best in bold, without an arrow: the value",
         "% closest to the retrained model's",
@@ -56,45 +50,35 @@ def _groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     """Runs that differ in their seed alone, with a name for them."""
     found: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(_all_but_seed(run), []).append(run)
+        found.setdefault(f"{NOT_COMPARED.sub('', run.config)}{run.record.get('objective')}", []).append(run)
     groups: list[list[Run]] = []
     for group in found.values():
         seeds = {run.record.get("seed") for run in group}
         # A run that was made twice is no second seed.
         groups += [group] if len(seeds) == len(group) else [[run] for run in group]
-    names = [group[0].name if len(group) == 1 else _common_name(group) for group in groups]
+    names = [_name(group) for group in groups]
     return [
         (name if names.count(name) == 1 else f"{name} ({group[0].settings})", group)
         for name, group in zip(names, groups, strict=True)
     ]
 
 
-def _common_name(group: list[Run]) -> str:
-    titles = {run.title for run in group}
-    return titles.pop() if len(titles) == 1 else group[0].method
+def _name(group: list[Run]) -> str:
+    if len(group) == 1:
+        return group[0].name
+    return group[0].title if len({run.title for run in group}) == 1 else group[0].method
 
 
-def _all_but_seed(run: Run) -> str:
-    config: Any = yaml.safe_load(run.config) or {}
-    for name in NOT_COMPARED:
-        *groups, key = name.split(".")
-        inner = config
-        for group in groups:
-            inner = inner.get(group) or {}
-        inner.pop(key, None)
-    return json.dumps([config, run.record.get("objective")], sort_keys=True, default=str)
-
-
-def _best(head: Title, values: Values, retrained: Spread | None) -> set[int]:
+def _best(head: Title, values: Sequence[Spread | None], retrained: Spread | None) -> set[int]:
     """Places of the best values, those that print alike included; none where there is nothing to compare."""
     known = {place: value.mean for place, value in enumerate(values) if value is not None}
-    if len(known) < 2 or (head.higher_is_better is None and retrained is None):
-        return set()
-    if head.higher_is_better is None:
-        assert retrained is not None
-        distance = {place: abs(mean - retrained.mean) for place, mean in known.items()}
-    else:
+    distance = {}
+    if head.higher_is_better is not None:
         distance = {place: -mean if head.higher_is_better else mean for place, mean in known.items()}
+    elif retrained is not None:
+        distance = {place: abs(mean - retrained.mean) for place, mean in known.items()}
+    if len(distance) < 2:
+        return set()
     best = number(known[min(distance, key=distance.__getitem__)])
     return {place for place, mean in known.items() if number(mean) == best}
 

@@ -17,8 +17,6 @@ QUANTIZED = ("forget_quality", FORGET, "forget/rouge", "model_utility", "retain/
 LEARNED = 0.5
 """An attack is strong enough if it taught its own forget rows at least this share of what the model lacked of them."""
 
-NO_CONTROL = "no control: a model that never saw the rows may reach this, too; give --retrained MODEL"
-
 
 class Spread(NamedTuple):
     """Mean of a value over repeats, and its sample standard deviation; 0 for a single one."""
@@ -56,15 +54,9 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 def outcome(before: float, after: float, level: float | None, top: float | None, strong: bool = True) -> str:
     """What an attack did: `comes back`, `holds` or `inconclusive`, with thresholds of the verdict.
 
-    It brings back what was forgotten if more than the share `LEFT` of what the model lacks returns. What the control
-    gives, too, is not counted.
-
-    Args:
-        before: Of the model before the attack.
-        after: At its peak.
-        level: Of the retrained model after the same attack; None if there is none.
-        top: Of a model that knows the rows; None if it is not known.
-        strong: Whether the attack could have brought something back.
+    It brings back what was forgotten if more than the share `LEFT` of what the model lacks returns, from `before` to
+    the peak `after`, on the way to `top`, of a model that knows the rows. What the control reaches, too, `level`, is
+    not counted. An attack is `strong` if it could have brought something back.
     """
     base = max(before, level or 0.0)
     if top is None or top - base < KNOWN:
@@ -76,36 +68,32 @@ def outcome(before: float, after: float, level: float | None, top: float | None,
 
 def judge(record: dict[str, Any]) -> None:
     """Give every attack of a results.json its `outcome`, and a `sentence` to one of those that belong together."""
+    run = Run("", Path(), record)
     groups: dict[str, list[dict[str, Any]]] = {}
     # Versions before 0.2 did not tell relearned rows from others.
-    relearning = [one for one in record.get("relearn", {}).values() if "step" in one["repeats"][0]["epochs"][0]]
+    relearning = [one for one in run.relearned if "step" in one["repeats"][0]["epochs"][0]]
     for attack in relearning:
         groups.setdefault(_kind(attack), []).append(attack)
     taught = [attack for attack in relearning if attack["settings"]["subset"] in ("shortest", "random")]
-    start, own = _known(record, "start"), peak(taught, SHOWN)
+    start, own = run.metrics("start").get(FORGET), peak(taught, SHOWN)
     # Without a start model, what the attack itself reached shows what a model that knows the rows would.
     top = start if start is not None else own and own.value
     for attacks in groups.values():
-        control = any(map(attacked_control, attacks))
-        _tell(attacks, _relearned(attacks, top, is_learned(taught, start)), control)
+        _tell(attacks, _relearned(attacks, top, is_learned(taught, start)), any(map(attacked_control, attacks)))
     if rounded := record.get("quantized"):
-        _tell(list(rounded.values()), _rounded(record, rounded, top))
-    for sample in record.get("leak", {}).values():
-        if "prompts" in sample:
-            _tell([sample], _sampled(sample), attacked_control(sample))
+        _tell(list(rounded.values()), _rounded(run, rounded, top))
+    for sample in run.sampled:
+        _tell([sample], _sampled(sample), attacked_control(sample))
 
 
 def _tell(attacks: Sequence[dict[str, Any]], found: tuple[str, str], control: bool = True) -> None:
     """One sentence for attacks that belong together; without a `control` it says so, if rows come back."""
     for attack in attacks:
         attack["outcome"], attack["sentence"] = found[0], ""
-    caveat = f"; {NO_CONTROL}" if found[0] == "comes back" and not control else ""
-    attacks[0]["sentence"] = f"{found[1]}: {found[0]}{caveat}"
-
-
-def _known(record: Mapping[str, Any], model: str) -> float | None:
-    """Forget probability of one of a run's models."""
-    return ((record.get(model) or {}).get("metrics") or {}).get(FORGET)
+    attacks[0]["sentence"] = f"{found[1]}: {found[0]}"
+    if found[0] == "comes back" and not control:
+        caveat = "no control: a model that never saw the rows may reach this, too; give --retrained MODEL"
+        attacks[0]["sentence"] += f"; {caveat}"
 
 
 def peak(attacks: Sequence[Mapping[str, Any]], metric: str, role: str = "epochs") -> Peak | None:
@@ -157,11 +145,11 @@ def _relearned(attacks: Sequence[Mapping[str, Any]], top: float | None, strong: 
     return result, text
 
 
-def _rounded(record: Mapping[str, Any], rounded: Mapping[str, Mapping[str, Any]], top: float | None) -> tuple[str, str]:
+def _rounded(run: Run, rounded: Mapping[str, Mapping[str, Any]], top: float | None) -> tuple[str, str]:
     kind = f"rounded weights ({', '.join(rounded)})"
     values = {name: entry["metrics"].get(FORGET) for name, entry in rounded.items()}
     known = {name: value for name, value in values.items() if value is not None}
-    before, level = _known(record, "final"), _known(record, "retrained")
+    before, level = (run.metrics(model).get(FORGET) for model in ("final", "retrained"))
     if not known or before is None:
         return "inconclusive", f"{kind}: the probability of the forget answers was not measured"
     most = max(known, key=lambda name: known[name])
@@ -213,7 +201,8 @@ def relearning_table(runs: Sequence[Run]) -> str:
 def quantized_table(runs: Sequence[Run]) -> str:
     """Metrics before and after the weights were quantized, as Markdown."""
     rows = [([run.name, run.method, name], metrics) for run in runs for name, metrics in run.quantized.items()]
-    return titles.table(["run", "method", "weights"], rows, titles.measured((m for _, m in rows), QUANTIZED))
+    names = titles.measured((metrics for _, metrics in rows), QUANTIZED)
+    return titles.table(["run", "method", "weights"], rows, names) if rows else ""
 
 
 def leak_table(runs: Sequence[Run]) -> str:
@@ -230,7 +219,7 @@ def leak_table(runs: Sequence[Run]) -> str:
             best = {f"leak@{k}": sample["metrics"][f"best_rouge@{k}"] for k in shown_ks(settings["k"])}
             rows.append(([run.name, run.method, *labels, "question, best ROUGE"], best))
     heads = ["run", "model", "temperature", "seed", "rows", "prompt"]
-    return titles.table(heads, rows, [f"leak@{k}" for k in sorted(ks)])
+    return titles.table(heads, rows, [f"leak@{k}" for k in sorted(ks)]) if rows else ""
 
 
 def shown_ks(n: int) -> list[int]:

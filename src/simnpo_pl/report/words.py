@@ -18,7 +18,6 @@ KEPT = (
     *("retain/rouge", "probe/nll"),
 )
 """Metrics of the first two tiles; the first that was measured is shown large."""
-TILE_LINES = 3
 TRUST = (
     "Which metric to trust: on 150 unlearned 1B models, faithfulness / robustness to relearning and rounding were "
     "0.971 / 0.933 for the Unlearning Depth Score (UDS), 0.891 / 0.859 for extraction strength (ES) and 0.947 / 0.379 "
@@ -56,14 +55,13 @@ def method(run: Run) -> str:
         done = f"{run.method} ({run.settings}) on {number(run.forget_rows)} rows of {run.forget_split}."
     if run.temperature:
         done = f"{done} Metrics of {titles.answers_at(run.temperature)}."
-    return done if run.finished else f"{done} The run is not finished."
+    return done if run.record.get("finished") else f"{done} The run is not finished."
 
 
 def summary(run: Run) -> str:
     """What was done, and the verdict; without one, the tiles in words."""
-    found = run.verdict
-    if found:
-        said = "; ".join([run.headline.capitalize(), *found["reasons"]])
+    if run.verdict:
+        said = "; ".join([run.headline.capitalize(), *run.verdict["reasons"]])
     else:
         said = "; ".join(f"{tile.title}: {', '.join([tile.value, *tile.lines])}" for tile in tiles(run))
     return f"{method(run)} {said}."
@@ -82,14 +80,12 @@ def tiles(run: Run) -> list[Tile]:
 def _relearned(run: Run) -> list[str]:
     """What relearning some of the forget rows did to the others, at its peak."""
     tried = [one for one in run.relearned if "outcome" in one and one["settings"]["subset"] in ("shortest", "random")]
-    peaks = [(robustness.peak([one], robustness.OTHERS), one) for one in tried]
-    lines = {
-        top.value: f"{one['outcome']}: {number(top.before)} → {number(top.value)} after training on "
-        f"{len(one['repeats'][0]['rows'])} of the rows"
-        for top, one in peaks
-        if top is not None
-    }
-    return [lines[max(lines)]] if lines else []
+    peaks = [(top, one) for one in tried if (top := robustness.peak([one], robustness.OTHERS))]
+    if not peaks:
+        return []
+    top, one = max(peaks, key=lambda found: found[0])
+    rows = len(one["repeats"][0]["rows"])
+    return [f"{one['outcome']}: {number(top.before)} → {number(top.value)} after training on {rows} of the rows"]
 
 
 def _tile(title: str, run: Run, names: Sequence[str]) -> Tile:
@@ -104,7 +100,7 @@ def _tile(title: str, run: Run, names: Sequence[str]) -> Tile:
     if not changes:
         return Tile(title, "not measured", [])
     (first, value, compared), *others = changes
-    lines = [f"{short} {change}{compared}" for short, change, compared in others[: TILE_LINES - 1]]
+    lines = [f"{short} {change}{compared}" for short, change, compared in others[:2]]
     return Tile(title, value, [first + compared, *lines])
 
 

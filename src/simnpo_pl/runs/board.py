@@ -3,11 +3,11 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.metrics.titles import tag
@@ -17,17 +17,13 @@ SAMPLES = 5
 
 
 def log_evaluation(trainer: pl.Trainer, result: EvalResult, step: int) -> None:
-    """Log truth ratios and sample answers of an evaluation at an optimizer step, if the logger takes these."""
-    if trainer.logger is None or not trainer.is_global_zero:
+    """Give TensorBoard the truth ratios and sample answers of an evaluation at an optimizer step."""
+    if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
         return
-    writer: Any = getattr(trainer.logger, "experiment", None)
-    if hasattr(writer, "add_histogram"):
-        ratios = [row["truth_ratio"] for row in result.rows if row["split"] == "forget" and "truth_ratio" in row]
-        logs = torch.tensor([math.log10(ratio) for ratio in ratios if 0 < ratio < math.inf])
-        if len(logs):
-            writer.add_histogram("forget/log10_truth_ratio", logs, step)
-    if hasattr(writer, "add_text"):
-        writer.add_text("samples", _samples(result), step)
+    ratios = [row["truth_ratio"] for row in result.rows if row["split"] == "forget" and "truth_ratio" in row]
+    if logs := [math.log10(ratio) for ratio in ratios if 0 < ratio < math.inf]:
+        trainer.logger.experiment.add_histogram("forget/log10_truth_ratio", torch.tensor(logs), step)
+    trainer.logger.experiment.add_text("samples", _samples(result), step)
 
 
 def log_outcome(trainer: pl.Trainer, record: Mapping[str, Any]) -> None:
@@ -35,27 +31,24 @@ def log_outcome(trainer: pl.Trainer, record: Mapping[str, Any]) -> None:
 
     In TensorBoard start, retrained and final model are lines in the charts of the epochs' metrics.
     """
-    if trainer.logger is None:
+    logger: Any = trainer.logger
+    if logger is None:
         return
     models = {model: record[model]["metrics"] for model in ("start", "retrained", "final") if record.get(model)}
-    logger: Any = trainer.logger
-    writer: Any = getattr(logger, "experiment", None)
-    if not hasattr(writer, "add_hparams"):
+    if not isinstance(logger, TensorBoardLogger):
         logger.log_hyperparams(record["settings"])
         logger.log_metrics({f"final/{tag(name).replace('/', '_')}": v for name, v in models["final"].items() if v == v})
         return
-    from torch.utils.tensorboard.summary import hparams
-
     for model, metrics in models.items():
         known = {tag(name): value for name, value in metrics.items() if value is not None and value == value}
         # A folder of its own is a line of its own.
-        with type(writer)(str(Path(logger.log_dir) / model)) as lines:
-            for name, value in known.items():
-                for step in (0, max(1, trainer.global_step)):
-                    lines.add_scalar(name, value, step)
-            if model == "final":
-                for part in hparams(_settings(record), known):
-                    lines.file_writer.add_summary(part)
+        line = TensorBoardLogger(logger.log_dir, name="", version=model)
+        if model == "final":
+            line.log_hyperparams(_settings(record), known, step=0)
+        else:
+            line.log_metrics(known, step=0)
+        line.log_metrics(known, max(1, trainer.global_step))
+        line.experiment.close()
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +58,7 @@ def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
     if "objective" in record:
         objective = dict(record["objective"])
         found |= {"objective": objective.pop("name"), **objective.pop("settings"), **objective}
-    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in found.items() if v is not None}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _samples(result: EvalResult) -> str:

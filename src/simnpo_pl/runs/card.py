@@ -26,12 +26,13 @@ def _front_matter(run: Run, base: ModelCardData) -> ModelCardData:
     given = run.record["settings"].get("data", {}).get("init_args", {})
     sources = (str(given[key]).split(":")[0] for key in ("path", "forget", "retain") if given.get(key))
     datasets = list(dict.fromkeys(source for source in sources if _is_hub_id(source))) or None
-    rows: dict[str, Any] = {
-        "dataset_type": (datasets or ["own"])[0],
-        "dataset_name": f"{run.forget_split}, {run.forget_rows} rows",
-    }
+    rows = (datasets or ["own"])[0], f"{run.forget_split}, {run.forget_rows} rows"
     final = run.metrics("final")
     metrics = {name: final[name] for name in titles.measured([final]) if math.isfinite(final[name])}
+    results = [
+        EvalResult("text-generation", *rows, metric_type=name, metric_name=titles.title_of(name).short, metric_value=v)
+        for name, v in metrics.items()
+    ]
     adapter = (run.folder / "model" / ADAPTER_CONFIG).is_file()
     return ModelCardData(
         # A folder is nothing that the hub knows; the folder's own card may name its base.
@@ -43,13 +44,7 @@ def _front_matter(run: Run, base: ModelCardData) -> ModelCardData:
         datasets=datasets,
         metrics=list(metrics) or None,
         model_name=run.title if metrics else None,
-        eval_results=[
-            EvalResult(
-                "text-generation", metric_type=name, metric_name=titles.title_of(name).short, metric_value=v, **rows
-            )
-            for name, v in metrics.items()
-        ]
-        or None,
+        eval_results=results or None,
     )
 
 
@@ -73,7 +68,6 @@ def _body(run: Run) -> str:
     shown = {"unlearned" if model == "final" else model: metrics for model, metrics in run.models.items()}
     names = titles.measured(shown.values())
     rows = [[titles.title_of(name).short, *(titles.number(m.get(name)) for m in shown.values())] for name in names]
-    verdict = run.verdict
     start = run.start_model if _is_hub_id(run.start_model) else Path(run.start_model).name
     parts = [
         f"# {run.title}",
@@ -81,22 +75,18 @@ def _body(run: Run) -> str:
         f"the model {start}, with learning rate {run.record['settings']['model']['lr']} and seed "
         f"{run.record['seed']}. It is the model after epoch {run.record.get('exported_epoch')}.",
     ]
-    if verdict:
-        parts += [f"## Verdict: {run.headline}", *_list(verdict["reasons"])]
+    if run.verdict:
+        parts += [f"## Verdict: {run.headline}", "\n".join(f"* {reason}" for reason in run.verdict["reasons"])]
     if rows:
         parts += ["## Metrics", markdown.table(["metric", *shown], rows)]
-    found = [f"{name} {titles.number(value)}" for name, value in run.recovered.items()]
     parts += [
         "## What may come back",
         f"Metrics of {titles.answers_at(run.temperature)} do not prove that the rows are removed.",
-        *(["Most that an attack brought back:"] if found else []),
-        *_list(found),
-        *([f"Not tested: {'; '.join(run.untested)}."] if run.untested else []),
-        "## Versions",
-        ", ".join(f"{name} {version}" for name, version in run.record["versions"].items()) + ".",
     ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _list(lines: list[str]) -> list[str]:
-    return ["\n".join(f"* {line}" for line in lines)] if lines else []
+    if found := run.recovered.items():
+        lines = "\n".join(f"* {name} {titles.number(value)}" for name, value in found)
+        parts += ["Most that an attack brought back:", lines]
+    if run.untested:
+        parts.append(f"Not tested: {'; '.join(run.untested)}.")
+    versions = ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
+    return "\n\n".join([*parts, "## Versions", f"{versions}.\n"])

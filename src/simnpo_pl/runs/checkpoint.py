@@ -53,15 +53,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with writing(Path(path)) as file:
             torch.save(checkpoint, file)
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         try:
             # PyTorch writes checksums but does not check them.
             with ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise BadZipFile
-            return super().load_checkpoint(path, map_location or (lambda storage, _: storage), weights_only=True)
-        except FileNotFoundError:
-            raise
+            return super().load_checkpoint(path, map_location, weights_only=True)
         except Exception as error:
             raise UserError(
                 f"--ckpt_path {path} is damaged or no checkpoint of simnpo_pl; give another, or start without one"

@@ -68,16 +68,12 @@ class ExportModel(Callback):
         sign = 1 if self.options.mode == "max" else -1
         # NaN is never the best.
         if value == value and (self._best is None or sign * value > sign * self._best):
-            self._best, self.epoch, self.result = value, trainer.current_epoch + 1, result
-            self._save(trainer, pl_module)
+            self._best, self.result = value, result
+            self.save(trainer, pl_module, trainer.current_epoch + 1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         if self.options.best is None:
-            self.save_last(trainer, pl_module)
-
-    def save_last(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self.epoch = trainer.current_epoch
-        self._save(trainer, pl_module)
+            self.save(trainer, pl_module, trainer.current_epoch)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "epoch": self.epoch}
@@ -85,7 +81,8 @@ class ExportModel(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self.epoch = state_dict["best"], state_dict["epoch"]
 
-    def _save(self, trainer: Any, pl_module: Any) -> None:
+    def save(self, trainer: Any, pl_module: Any, epoch: int) -> None:
+        self.epoch = epoch
         # Every process takes part: sharded weights are gathered here.
         state = gathered(trainer.strategy)
         prefix = "policy."

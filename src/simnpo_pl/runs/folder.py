@@ -33,7 +33,7 @@ PACKAGES = ("simnpo_pl", "torch", "lightning", "transformers", "torchmetrics", "
 
 
 class RunFolder(Callback):
-    """Writes results as soon as they are known, and the resolved `config`, YAML, if there is one.
+    """Writes the resolved `config`, YAML, and results as soon as they are known.
 
     Attributes:
         role: Which model is evaluated next: start, answers (its answers that are trained on), retrained, mia_reference,
@@ -42,7 +42,7 @@ class RunFolder(Callback):
         result_step: Optimizer steps behind that evaluation.
     """
 
-    def __init__(self, folder: Path, config: str | None = None, settings: dict[str, Any] | None = None, seed: int = 0):
+    def __init__(self, folder: Path, config: str, settings: dict[str, Any], seed: int) -> None:
         self.folder = folder
         self.config = config
         self.role = "final"
@@ -53,13 +53,15 @@ class RunFolder(Callback):
             "command": sys.argv,
             "seed": seed,
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-            "settings": settings or {},
+            "settings": settings,
             "epochs": [],
             "seconds": {},
         }
         self.finished = FinishedBatches(folder / ".evaluation")
+        self.run = Run(folder.name, folder, self.record)
         self._started = time.monotonic()
-        self._earlier: dict[str, Any] = {}
+        # Of a resumed run's earlier processes.
+        self._cpu_seconds = 0.0
 
     def check(self, resume: bool) -> None:
         """Read the record of a resumed run; refuse a folder whose run would be overwritten."""
@@ -73,11 +75,12 @@ class RunFolder(Callback):
                     f"--run_dir {self.folder} holds an unfinished run: resume it with --ckpt_path last, "
                     "or give another folder"
                 )
-            kept = ("start", "retrained", "epochs", "seconds")
+            kept = ("start", "retrained", "epochs", "seconds", "peak_memory_gib")
             self.record |= {key: earlier[key] for key in kept if key in earlier}
             if "lr_auto" in earlier:
                 self._take_rate(earlier["lr_auto"])
-            self._earlier = earlier
+            self._started -= self.record["seconds"].get("total", 0.0)
+            self._cpu_seconds = earlier.get("cpu_seconds", 0.0)
         if resume:
             clean(self.folder)
 
@@ -91,7 +94,7 @@ class RunFolder(Callback):
         shared = trainer.datamodule.eval.cache_dir if self.role in SHARED else None
         pl_module.finished_batches = FinishedBatches(Path(shared).expanduser()) if shared else self.finished
         # The data has been read by now: a mistyped option leaves no folder behind.
-        if trainer.is_global_zero and self.config is not None:
+        if trainer.is_global_zero:
             write_text(self.folder / "config.yaml", self.config)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -114,18 +117,7 @@ class RunFolder(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._add_seconds(f"evaluation, {self.role}", self._evaluation_started)
-        self.take(trainer, pl_module.evaluation_result)
-
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_end = on_validation_end
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if trainer.is_global_zero:
-            write_json_lines(self.folder / PREDICTIONS, pl_module.evaluation_result.rows)
-            self.finished.drop()
-
-    def take(self, trainer: pl.Trainer, result: EvalResult) -> None:
-        """Record an evaluation under the present role."""
+        result = pl_module.evaluation_result
         if self.role in ("mia_reference", "answers", "depth"):
             # Only metrics of other models, or training rows, are made from it.
             return
@@ -145,9 +137,15 @@ class RunFolder(Callback):
                 log_evaluation(trainer, result, trainer.global_step if self.role == "epoch" else 0)
         self._write(trainer)
 
-    def finish(
-        self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None, depth: Any = None
-    ) -> None:
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_end = on_validation_end
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if trainer.is_global_zero:
+            write_json_lines(self.folder / PREDICTIONS, pl_module.evaluation_result.rows)
+            self.finished.drop()
+
+    def finish(self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None, depth: Any) -> None:
         """Write the final results, the rows and the benchmark's own files.
 
         `result` is the evaluation of the exported model, `epoch` its epoch, `depth` what `measure_depth` found; None if
@@ -158,7 +156,7 @@ class RunFolder(Callback):
         if result is not None:
             self.record["final"] = {"metrics": result.values, "intervals": result.intervals}
             if depth is not None:
-                add_depth(Run(self.folder.name, self.folder, self.record), self.record, *depth)
+                add_depth(self.run, self.record, *depth)
         self.record["finished"] = True
         log = data.find_retain_log()
         if log is not None:
@@ -181,12 +179,11 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             self.finished.drop()
             if epoch is not None:
-                write_card(Run(self.folder.name, self.folder, self.record))
+                write_card(self.run)
 
     def _add_chance(self, log: RetainLog) -> None:
         """What forget quality can tell at this number of rows, from the truth ratios that it compares."""
-        run = Run(self.folder.name, self.folder, self.record)
-        start = [row["forget_quality"] for row in run.start_rows if row.get("forget_quality") is not None]
+        start = [row["forget_quality"] for row in self.run.start_rows if row.get("forget_quality") is not None]
         retrained = [row["truth_ratio"] for row in log.splits["forget"].values() if row.get("truth_ratio") is not None]
         if start and retrained:
             self.record["forget_quality_chance"] = forget_quality_chance(torch.tensor(start), torch.tensor(retrained))
@@ -196,12 +193,9 @@ class RunFolder(Callback):
         self.record["seconds"][phase] = round(seconds, 1)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        # A resumed run adds to what its earlier processes took.
-        earlier = self._earlier
-        total = earlier.get("seconds", {}).get("total", 0.0) + time.monotonic() - self._started
-        peaks = earlier.get("peak_memory_gib", {})
-        self.record["seconds"] = {**self.record["seconds"], "total": round(total, 1)}
-        self.record["cpu_seconds"] = round(earlier.get("cpu_seconds", 0.0) + time.process_time(), 1)
+        peaks = self.record.get("peak_memory_gib", {})
+        self.record["seconds"]["total"] = round(time.monotonic() - self._started, 1)
+        self.record["cpu_seconds"] = round(self._cpu_seconds + time.process_time(), 1)
         self.record["peak_memory_gib"] = {k: max(v, peaks.get(k, 0.0)) for k, v in _peak_memory(trainer).items()}
         if trainer.is_global_zero:
             write_json(self.folder / RESULTS, self.record)

@@ -1,12 +1,10 @@
 """The progress bar: one line that says what runs, how far it is, how long it still takes, and the losses."""
 
 import math
-from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from simnpo_pl.runs.folder import RunFolder
 
@@ -29,7 +27,6 @@ class ProgressBar(AnyProgressBar):
         self.folder = folder
         self._enabled = True
         self._bar: Progress | None = None
-        self._task = TaskID(0)
 
     def disable(self) -> None:
         """By Lightning, in all processes but the first."""
@@ -43,83 +40,56 @@ class ProgressBar(AnyProgressBar):
         self._update(description=f"epoch {trainer.current_epoch + 1}{of}")
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if self._enabled:
-            self._update(completed=trainer.global_step, note=_losses(trainer))
+        self._update(completed=trainer.global_step, note=self._losses(trainer))
 
-    def on_train_end(self, *_: Any) -> None:
-        self._stop()
+    def on_validation_start(self, trainer: Any, *_: Any, **__: Any) -> None:
+        if trainer.state.fn != "fit":
+            role = "final" if self.folder is None else self.folder.role
+            batches = trainer.num_test_batches if trainer.testing else trainer.num_val_batches
+            self._start(f"evaluating {EVALUATED.get(role, 'model')}", sum(batches))
 
-    def on_validation_start(self, trainer: Any, *_: Any) -> None:
-        self._evaluation(trainer, trainer.num_val_batches)
-
-    def on_test_start(self, trainer: Any, *_: Any) -> None:
-        self._evaluation(trainer, trainer.num_test_batches)
+    on_test_start = on_validation_start
 
     def on_predict_start(self, trainer: Any, *_: Any) -> None:
         self._start("generating", sum(trainer.num_predict_batches))
 
-    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: Any, *args: Any, **_: Any) -> None:
         if trainer.state.fn == "fit":
-            self._update(note=f"evaluating {index + 1}/{sum(trainer.num_val_batches)}")
+            self._update(note=f"evaluating {args[3] + 1}/{sum(trainer.num_val_batches)}")
         else:
             self._update(advance=1)
 
-    def on_test_batch_end(self, *_: Any) -> None:
-        self._update(advance=1)
-
-    def on_predict_batch_end(self, *_: Any) -> None:
-        self._update(advance=1)
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Any, *_: Any) -> None:
-        if trainer.state.fn != "fit":
+        if trainer.state.fn == "fit":
+            self._update(note=self._losses(trainer))
+        else:
             self._stop()
-        elif self._enabled:
-            self._update(note=_losses(trainer))
-
-    def on_test_end(self, *_: Any) -> None:
-        self._stop()
-
-    def on_predict_end(self, *_: Any) -> None:
-        self._stop()
-
-    def on_exception(self, *_: Any) -> None:
-        self._stop()
-
-    def _evaluation(self, trainer: Any, batches: list[int]) -> None:
-        if trainer.state.fn != "fit":
-            role = "final" if self.folder is None else self.folder.role
-            self._start(f"evaluating {EVALUATED.get(role, 'model')}", sum(batches))
 
     def _start(self, what: str, total: float, done: int = 0) -> None:
         self._stop()
-        columns = [TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), _Time()]
+        time = TimeRemainingColumn(elapsed_when_finished=True)
+        columns = ("{task.description}", BarColumn(16), MofNCompleteColumn(), time, "{task.fields[note]}")
         # Speed over the whole bar: the evaluations between the epochs count, too.
-        self._bar = Progress(
-            *columns, TextColumn("{task.fields[note]}"), disable=not self._enabled, speed_estimate_period=math.inf
-        )
-        self._task = self._bar.add_task(what, total=total if math.isfinite(total) else None, completed=done, note="")
+        self._bar = Progress(*columns, disable=not self._enabled, speed_estimate_period=math.inf)
+        self._bar.add_task(what, total=total if math.isfinite(total) else None, completed=done, note="")
         self._bar.start()
 
     def _update(self, **values: Any) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, **values)
+            self._bar.update(self._bar.task_ids[0], **values)
 
-    def _stop(self) -> None:
+    def _stop(self, *_: Any, **__: Any) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
+    on_train_end = on_test_end = on_predict_end = on_exception = _stop
 
-def _losses(trainer: Any) -> str:
-    found = {name: trainer.progress_bar_metrics.get(f"train/{name}_loss") for name in ("forget", "retain")}
-    return "  ".join(f"{name} {value:.3f}" for name, value in found.items() if value is not None)
-
-
-class _Time(ProgressColumn):
-    """Time left until the end of the bar, then what it took."""
-
-    def render(self, task: Task) -> Text:
-        if task.finished:
-            return Text(f"took {timedelta(seconds=int(task.finished_time or 0))}")
-        left = "-:--:--" if task.time_remaining is None else timedelta(seconds=int(task.time_remaining))
-        return Text(f"{left} left")
+    def _losses(self, trainer: Any) -> str:
+        if not self._enabled:
+            # A number would have to be waited for.
+            return ""
+        found = {name: trainer.progress_bar_metrics.get(f"train/{name}_loss") for name in ("forget", "retain")}
+        return "  ".join(f"{name} {value:.3f}" for name, value in found.items() if value is not None)

@@ -60,10 +60,6 @@ class Run:
         return [(entry["epoch"], entry["metrics"]) for entry in self.record.get("epochs", [])]
 
     @property
-    def finished(self) -> bool:
-        return bool(self.record.get("finished"))
-
-    @property
     def unlearned(self) -> bool:
         """Whether the run trained; if not, it only evaluated."""
         return "objective" in self.record
@@ -125,11 +121,6 @@ class Run:
         return counts.get("forget_quality", counts.get("forget/probability"))
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """Wall time of each phase, and `total`."""
-        return self.record.get("seconds", {})
-
-    @property
     def memory(self) -> float | None:
         """Peak memory, GiB: the device's if there is one, else the process's."""
         peaks = self.record.get("peak_memory_gib", {})
@@ -154,19 +145,17 @@ class Run:
 
     @property
     def recovered(self) -> dict[str, float]:
-        """Highest score recovered, by attack."""
-        relearned = (epoch for attack in self.relearned for repeat in attack["repeats"] for epoch in repeat["epochs"])
+        """Highest score recovered, by attack; by relearning, of the rows that were not relearned if there are some."""
+        probability = "forget/probability"
+        repeats = [repeat for attack in self.relearned for repeat in attack["repeats"]]
+        relearned = [epoch["metrics"] for repeat in repeats for epoch in repeat["epochs"]]
         rounded = self.record.get("quantized", {}).values()
-        # Not the bounds beside it.
-        sampled = [one["prompts"]["any"][f"leak@{one['settings']['k']}"] for one in self.sampled]
         found = {
-            "relearning, forget prob.": [
-                # Of rows that were not relearned; versions before 0.2 did not tell them apart.
-                entry["metrics"].get("forget/probability/others", entry["metrics"].get("forget/probability"))
-                for entry in relearned
+            "relearning, forget prob.": [m.get(f"{probability}/others", m.get(probability)) for m in relearned],
+            "rounded weights, forget prob.": [entry["metrics"].get(probability) for entry in rounded],
+            "sampled answers, rows with a right one": [
+                one["prompts"]["any"][f"leak@{one['settings']['k']}"] for one in self.sampled
             ],
-            "rounded weights, forget prob.": [entry["metrics"].get("forget/probability") for entry in rounded],
-            "sampled answers, rows with a right one": sampled,
         }
         known = {name: [value for value in values if value is not None] for name, values in found.items()}
         return {name: max(values) for name, values in known.items() if values}
@@ -175,11 +164,6 @@ class Run:
     def untested(self) -> list[str]:
         """What could still change the verdict; of a run without one, the attacks."""
         return self.verdict.get("untested", [] if self.recovered else list(ATTACKS.values()))
-
-    @property
-    def chance(self) -> dict[str, Any]:
-        """What forget quality scores by chance, see `forget_quality_chance`; empty if it is not known."""
-        return self.record.get("forget_quality_chance", {})
 
     def intervals(self, model: str) -> dict[str, list[float]]:
         """95 % intervals of a model's means over rows."""

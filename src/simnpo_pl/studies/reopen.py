@@ -72,7 +72,7 @@ def finished_runs(folders: list[Path]) -> list[Run]:
     """Finished runs; `UserError` if a folder holds none, or one of `fit` without its model."""
     runs = read_runs(folders)
     for run in runs:
-        if not run.finished:
+        if not run.record.get("finished"):
             raise UserError(f"{run.folder} holds an unfinished run; resume it: --run_dir {run.folder} --ckpt_path last")
         if run.unlearned and not (run.folder / "model").is_dir():
             raise UserError(f"{run.folder} holds no model/; give the folder of a finished fit")

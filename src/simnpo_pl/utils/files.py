@@ -79,12 +79,11 @@ def recover(target: Path) -> None:
 
 def clean(folder: Path) -> None:
     """Removes what a killed process left unfinished in a folder."""
-    for left in folder.glob(".*"):
-        if left.name.endswith((".tmp", ".new")):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+    for left in (*folder.glob(".*.tmp"), *folder.glob(".*.new")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
