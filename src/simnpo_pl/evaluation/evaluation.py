@@ -77,7 +77,6 @@ class Evaluation:
         self.min_k, self.temperature, self.seed = 0.4, 0.0, 0
         self._decode = decode
         self._texts: dict[tuple[int, int], str] = {}
-        self._withhold_of_generated()
 
     def configure(self, options: EvalOptions, seed: int) -> "Evaluation":
         """Apply the user's options: sampling, further metrics, and which splits are measured.
@@ -89,13 +88,10 @@ class Evaluation:
         add_metrics(self.splits, options.metrics or [])
         if options.splits is not None:
             self._keep(options.splits)
-        self._withhold_of_generated()
-        return self
-
-    def _withhold_of_generated(self) -> None:
         silent = [metric for split in self.splits if not split.generate for metric in split.metrics.values()]
         lost = [metric for metric in silent if metric.feature in OF_GENERATED]
         self._withhold(lost, "no answers are generated, see --eval.generate_rows")
+        return self
 
     def _keep(self, names: Collection[str]) -> None:
         """Measure these splits alone; a metric that reads another one is unavailable."""
@@ -181,10 +177,9 @@ class Evaluation:
         masks = {}
         for feature in ON_DEMAND:
             kinds = [max((m.kinds for m in split.readers(feature)), default=0) for split in self.splits]
-            if any(kinds):
-                mask = batch["kind"] < torch.tensor(kinds, device=batch["split"].device)[batch["split"]]
-                if mask.any():
-                    masks[feature] = mask
+            mask = batch["kind"] < torch.tensor(kinds)[batch["split"]]
+            if mask.any():
+                masks[feature] = mask
         return masks
 
     def add_scores(self, batch: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:

@@ -128,6 +128,36 @@ class Split:
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
+def add_metrics(splits: Sequence[Split], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Build metrics and give them to their splits.
+
+    Args:
+        splits: What the benchmark measures.
+        entries: `class_path` and `split`; optional `name` and `init_args`.
+
+    Raises:
+        UserError: There is no such split or class, the class cannot be built, or its name is taken.
+    """
+    by_name = {split.name: split for split in splits}
+    for entry in entries:
+        path, where = entry["class_path"], f"--eval.metrics {entry['class_path']}"
+        split = by_name.get(entry["split"])
+        if split is None:
+            raise UserError(f"{where}: no split {entry['split']!r}; this benchmark measures {', '.join(by_name)}")
+        kind = _load(path, where)
+        name = f"{split.name}/{entry.get('name') or re.sub(r'(?<!^)(?=[A-Z])', '_', kind.__name__).lower()}"
+        if name in split.metrics:
+            raise UserError(f"{where}: {name} is measured already; give this one another name")
+        sizes = {"rows": len(split.texts)}
+        if "kinds" in inspect.signature(kind).parameters and kind.feature not in ONE_A_ROW:
+            sizes["kinds"] = split.kinds
+        try:
+            split.metrics[name] = kind(**sizes, **entry.get("init_args", {}))
+        except Exception as error:
+            given = ", ".join([*sizes, *entry.get("init_args", {})])
+            raise UserError(f"{where}: cannot be built with {given} ({' '.join(str(error).split())})") from error
+
+
 def largest_id(splits: Sequence[Split]) -> int:
     """Largest token id that an evaluation reads; 0 where it reads none."""
     rows = [row.input_ids for split in splits for answers in split.answers for row in answers]
@@ -238,36 +268,6 @@ def _scored(items: Sequence[Any], pad_id: int) -> Batch:
     rows, splits, indices, kinds = zip(*items, strict=True)
     numbers = splits, indices, kinds, [row.end for row in rows]
     return {**collate(rows, pad_id), **{name: torch.tensor(n) for name, n in zip(PLACES, numbers, strict=True)}}
-
-
-def add_metrics(splits: Sequence[Split], entries: Sequence[Mapping[str, Any]]) -> None:
-    """Build metrics and give them to their splits.
-
-    Args:
-        splits: What the benchmark measures.
-        entries: `class_path` and `split`; optional `name` and `init_args`.
-
-    Raises:
-        UserError: There is no such split or class, the class cannot be built, or its name is taken.
-    """
-    by_name = {split.name: split for split in splits}
-    for entry in entries:
-        path, where = entry["class_path"], f"--eval.metrics {entry['class_path']}"
-        split = by_name.get(entry["split"])
-        if split is None:
-            raise UserError(f"{where}: no split {entry['split']!r}; this benchmark measures {', '.join(by_name)}")
-        kind = _load(path, where)
-        name = f"{split.name}/{entry.get('name') or re.sub(r'(?<!^)(?=[A-Z])', '_', kind.__name__).lower()}"
-        if name in split.metrics:
-            raise UserError(f"{where}: {name} is measured already; give this one another name")
-        sizes = {"rows": len(split.texts)}
-        if "kinds" in inspect.signature(kind).parameters and kind.feature not in ONE_A_ROW:
-            sizes["kinds"] = split.kinds
-        try:
-            split.metrics[name] = kind(**sizes, **entry.get("init_args", {}))
-        except Exception as error:
-            given = ", ".join([*sizes, *entry.get("init_args", {})])
-            raise UserError(f"{where}: cannot be built with {given} ({' '.join(str(error).split())})") from error
 
 
 def _load(path: str, where: str) -> type[RowMetric]:

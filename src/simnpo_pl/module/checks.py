@@ -22,7 +22,7 @@ def check_settings(module: Any) -> None:
                 f"--model.{option} {type(loss).__name__}: `needs` names {', '.join(unknown)}; known are "
                 f"{', '.join(loss.known_needs)}: name those that it is computed from"
             )
-    if module.objective.runs_memorizing and module._memorizing is None:
+    if module.objective.runs("memorizing") and module._memorizing is None:
         raise UserError(
             f"--model.objective {name} reads a model that was fine-tuned further on the forget rows: name it by "
             "--model.memorizing FOLDER; fit --config configs/finetune.yaml --model.name START --data.train_split "

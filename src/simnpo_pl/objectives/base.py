@@ -205,15 +205,9 @@ class Loss(nn.Module):
         needs = self.needs | {self.parts[0]} if "states" in self.needs else self.needs
         return tuple(part for part in self.parts if part in needs)
 
-    @property
-    def runs_reference(self) -> bool:
-        """Whether every step runs the reference."""
-        return any(name.startswith("reference_") for name in self.needs)
-
-    @property
-    def runs_memorizing(self) -> bool:
-        """Whether every step runs the memorizing model."""
-        return any(name.startswith("memorizing_") for name in self.needs)
+    def runs(self, model: Literal["reference", "memorizing"]) -> bool:
+        """Whether every step runs this model."""
+        return any(name.startswith(f"{model}_") for name in self.needs)
 
     @property
     def reads_logits(self) -> bool:
