@@ -31,7 +31,7 @@ from simnpo_pl.data.pairing import MicroBatch
 from simnpo_pl.data.training import TrainingSet
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import Split, eval_loader, scoring_batches
+from simnpo_pl.evaluation.plan import Split, eval_loader
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.models.generation import greedy
 from simnpo_pl.models.logprobs import Scorer
@@ -436,7 +436,7 @@ class _Data(pl.LightningDataModule):
 
     def __init__(self, split: Split, tokens: int) -> None:
         super().__init__()
-        self.eval, self.split, self.end_ids, self.tokens = EvalOptions(), split, [0], tokens
+        self.eval, self.split, self.end_ids = EvalOptions(tokens_per_batch=tokens), split, [0]
 
     def evaluation(self) -> Evaluation:
         return Evaluation([self.split], {}, {}, str)
@@ -445,7 +445,7 @@ class _Data(pl.LightningDataModule):
         return 0
 
     def val_dataloader(self) -> Any:
-        return eval_loader(self.trainer, scoring_batches([self.split], self.tokens, 0))
+        return eval_loader(self.trainer, [self.split], self.eval)
 
 
 class _Counter(pl.Callback):

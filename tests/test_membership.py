@@ -22,10 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
 from simnpo_pl.data.training import collate
-from simnpo_pl.evaluation.gradients import gradient_norms
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Split
-from simnpo_pl.evaluation.scoring import score_rows
+from simnpo_pl.evaluation.scoring import gradient_norms, score_rows
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.metrics.functional import lowest_share
 from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log

@@ -21,7 +21,7 @@ def nll(*probabilities: float) -> torch.Tensor:
     return -torch.tensor(probabilities, dtype=torch.float64).log()
 
 
-@pytest.mark.parametrize("module", ["functional", "base", "answers", "logs"])
+@pytest.mark.parametrize("module", ["functional", "base", "generated", "membership", "titles"])
 def test_doctests(module):
     assert doctest.testmod(importlib.import_module(f"simnpo_pl.metrics.{module}")).failed == 0
 

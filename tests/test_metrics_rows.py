@@ -13,6 +13,7 @@ from torch.multiprocessing import spawn
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.answers import (
     AnswerProbability,
+    Balance,
     ChoiceProbability,
     ForgetQuality,
     ModelUtility,
@@ -156,19 +157,26 @@ def test_constructor_errors():
 def test_model_utility():
     """Parts 1 and 1/2: 2 / (1 + 2) = 2/3; NaN while a part has no row."""
     shared = RowMean("s", 1)
-    metric = ModelUtility({"retain.rouge": shared, "facts.rouge": RowMean("s", 1)})
+    metric = ModelUtility({"retain/rouge": shared, "facts/rouge": RowMean("s", 1)})
     zero = torch.tensor([0])
     shared.update(zero, zero, {"s": torch.tensor([1.0])})
     with pytest.warns(UserWarning, match="before the ``update``"):
         assert math.isnan(metric.compute()["value"])
-    metric.update("facts.rouge", zero, zero, {"s": torch.tensor([0.5])})
+    metric.update("facts/rouge", zero, zero, {"s": torch.tensor([0.5])})
     metric = pickle.loads(pickle.dumps(metric)).to("cpu")
     result = metric.compute()
-    assert result == {"value": pytest.approx(2 / 3), "n": 2, "retain.rouge": 1.0, "facts.rouge": 0.5}
+    assert result == {"value": pytest.approx(2 / 3), "n": 2}
     metric.reset()
-    assert not metric.parts[0].table.any()
-    with pytest.raises(UserError, match=r"other than value and n, got \['n'\]"):
-        ModelUtility({"n": shared})
+    assert not metric.parts["retain/rouge"].table.any()
+
+
+def test_balance():
+    """Knowledge 50 of what is kept, and 100 - 75 lacking of what is forgotten: 2 / (1/50 + 1/25) = 100/3."""
+    parts = [RowMean("s", 1, scale=100), RowMean("s", 1, scale=100)]
+    for part, score in zip(parts, (0.5, 0.75), strict=True):
+        part.update(torch.tensor([0]), torch.tensor([0]), {"s": torch.tensor([score])})
+    result = Balance(keep=parts[:1], forget=parts[1:], largest=100).compute()
+    assert (result["value"], result["n"]) == (pytest.approx(100 / 3), 2)
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,8 +10,7 @@ from sklearn.metrics import roc_auc_score
 from helpers import golden
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.data.training import collate
-from simnpo_pl.evaluation.gradients import gradient_norms
-from simnpo_pl.evaluation.scoring import MIN_K, MIN_K_PLUS_PLUS, score_rows
+from simnpo_pl.evaluation.scoring import MIN_K, MIN_K_PLUS_PLUS, gradient_norms, score_rows
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.membership import membership_auc, privleak
 from simnpo_pl.models.generation import greedy

@@ -6,16 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-from torch.utils.data import DataLoader
-
 from simnpo_pl.data.sources import load_jsonl
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import Rows
+from simnpo_pl.evaluation.data import EvaluationData
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import Generation, Split, eval_loader, generation_batches, largest_id
+from simnpo_pl.evaluation.plan import Generation, Split
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import write_json_lines
 
@@ -31,7 +29,7 @@ Answer = Callable[[Any], EvalResult]
 """Evaluates the start model on a data module."""
 
 
-class StartAnswers(pl.LightningDataModule):
+class StartAnswers(EvaluationData):
     """Replaces a benchmark in an evaluation: answers to questions are generated, nothing is scored.
 
     Args:
@@ -54,8 +52,6 @@ class StartAnswers(pl.LightningDataModule):
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.eval, self.end_ids = eval, encoder.end_ids
         # Any word: a space before the answer belongs to its first token, and not to the prompt.
         encoded = encoder.encode_rows([(question, "The") for question in questions], name)
         prompts = [row.prompt_ids for row in encoded]
@@ -63,19 +59,9 @@ class StartAnswers(pl.LightningDataModule):
         tokenizer: Any = encoder.tokenizer
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         rows = [{"question": question, "answer": ""} for question in questions]
-        self._evaluation = Evaluation([Split(name, rows, [], {}, generation)], {}, {}, decode)
-        self._evaluation.temperature, self._evaluation.seed = temperature, seed
-
-    def evaluation(self) -> Evaluation:
-        return self._evaluation
-
-    def largest_id(self) -> int:
-        """Largest token id that is read."""
-        return largest_id(self._evaluation.splits)
-
-    def val_dataloader(self) -> DataLoader:
-        _, prompts = self.eval.batch_sizes(self.trainer)
-        return eval_loader(self.trainer, generation_batches(self._evaluation.splits, prompts))
+        evaluation = Evaluation([Split(name, rows, [], {}, generation)], {}, {}, decode)
+        evaluation.temperature, evaluation.seed = temperature, seed
+        super().__init__(evaluation, eval, end_ids=encoder.end_ids)
 
 
 def at_most(longest: int, encoder: PromptTemplate) -> int:

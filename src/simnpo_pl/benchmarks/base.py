@@ -28,7 +28,7 @@ from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenR
 from simnpo_pl.data.training import TrainingLoader, TrainingRows, TrainingSet, scoring_parts
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import eval_loader, generation_batches, gradient_batches, largest_id, scoring_batches
+from simnpo_pl.evaluation.plan import eval_loader, largest_id
 from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log, unlearning_run
 from simnpo_pl.models.loading import context_length, load_tokenizer
 from simnpo_pl.utils.errors import UserError
@@ -180,21 +180,13 @@ class PairedData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Batches to score and to generate, each process its share."""
-        splits = self.evaluation().splits
-        tokens, prompts = self.eval.batch_sizes(self.trainer)
-        return eval_loader(
-            self.trainer,
-            scoring_batches(splits, tokens, self.pad_id),
-            gradient_batches(splits, self.pad_id),
-            generation_batches(splits, prompts),
-        )
+        return eval_loader(self.trainer, self.evaluation().splits, self.eval, self.pad_id)
 
     test_dataloader = val_dataloader
 
     def predict_dataloader(self) -> DataLoader:
         """Prompts to generate."""
-        _, prompts = self.eval.batch_sizes(self.trainer)
-        return eval_loader(self.trainer, generation_batches(self.evaluation().splits, prompts))
+        return eval_loader(self.trainer, self.evaluation().splits, self.eval, scored=False)
 
 
 class UnlearningData(PairedData):

@@ -14,10 +14,9 @@ from simnpo_pl.data.text import text_ids, text_rows
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
-from simnpo_pl.evaluation.gradients import GRADIENT_NORM
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Generation, Split
-from simnpo_pl.evaluation.scoring import MIN_K, MIN_K_PLUS_PLUS
+from simnpo_pl.evaluation.scoring import GRADIENT_NORM, MIN_K, MIN_K_PLUS_PLUS
 from simnpo_pl.metrics.answers import AnswerProbability, ChoiceProbability, ForgetQuality, RowMean, TruthRatio
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.logs import RetainLog

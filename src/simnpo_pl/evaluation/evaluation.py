@@ -12,11 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from simnpo_pl.evaluation.custom import add_metrics
 from simnpo_pl.evaluation.finished import gather
 from simnpo_pl.evaluation.fluency import FLUENCY
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import OF_GENERATED, Split
+from simnpo_pl.evaluation.plan import OF_GENERATED, Split, add_metrics
 from simnpo_pl.evaluation.scoring import ON_DEMAND, score_rows
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.metrics.base import RowMetric
@@ -46,19 +45,6 @@ class EvalResult:
     rows: list[dict[str, Any]] = field(repr=False)
     titles: dict[str, dict[str, Any]] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-
-class _RawScores(RowMetric):
-    """Keeps every cell of a split's scores, for the logs."""
-
-    cells: Tensor
-
-    def complete(self, seen: Tensor) -> Tensor:
-        return seen.any(dim=1)
-
-    def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
-        self.cells, self.answered = values.masked_fill(~seen, math.nan), seen[:, 0]
-        return values[:, 0]
 
 
 class Evaluation:
@@ -91,7 +77,6 @@ class Evaluation:
         self.min_k, self.temperature, self.seed = 0.4, 0.0, 0
         self._decode = decode
         self._texts: dict[tuple[int, int], str] = {}
-        self._prepare()
 
     def configure(self, options: EvalOptions, seed: int) -> "Evaluation":
         """Apply the user's options: sampling, further metrics, and which splits are measured.
@@ -103,14 +88,10 @@ class Evaluation:
         add_metrics(self.splits, options.metrics or [])
         if options.splits is not None:
             self._keep(options.splits)
-        self._prepare()
-        return self
-
-    def _prepare(self) -> None:
-        self._raw = [_RawScores(len(split.texts), split.kinds) for split in self.splits]
         silent = [metric for split in self.splits if not split.generate for metric in split.metrics.values()]
         lost = [metric for metric in silent if metric.feature in OF_GENERATED]
         self._withhold(lost, "no answers are generated, see --eval.generate_rows")
+        return self
 
     def _keep(self, names: Collection[str]) -> None:
         """Measure these splits alone; a metric that reads another one is unavailable."""
@@ -147,7 +128,7 @@ class Evaluation:
         return {name: title_of(name, metric) for name, metric in self._named()}
 
     def _all_metrics(self) -> list[Metric]:
-        return [*self._raw, *(m for split in self.splits for m in split.all_metrics), *self.summary.values()]
+        return [*(m for split in self.splits for m in (split.raw, *split.all_metrics)), *self.summary.values()]
 
     def digest(self) -> str:
         """Identity of what is scored and generated, and how."""
@@ -196,10 +177,9 @@ class Evaluation:
         masks = {}
         for feature in ON_DEMAND:
             kinds = [max((m.kinds for m in split.readers(feature)), default=0) for split in self.splits]
-            if any(kinds):
-                mask = batch["kind"] < torch.tensor(kinds, device=batch["split"].device)[batch["split"]]
-                if mask.any():
-                    masks[feature] = mask
+            mask = batch["kind"] < torch.tensor(kinds)[batch["split"]]
+            if mask.any():
+                masks[feature] = mask
         return masks
 
     def add_scores(self, batch: Mapping[str, Tensor], scores: Mapping[str, Tensor]) -> None:
@@ -227,7 +207,8 @@ class Evaluation:
             self._update(number, torch.tensor(list(texts)), torch.zeros(len(texts), dtype=torch.long), scores)
 
     def _update(self, number: int, index: Tensor, kind: Tensor, scores: Mapping[str, Tensor]) -> None:
-        for metric in (self._raw[number], *self.splits[number].all_metrics):
+        split = self.splits[number]
+        for metric in (split.raw, *split.all_metrics):
             if metric.feature in scores:
                 metric.update(index, kind, scores)
 
@@ -254,7 +235,8 @@ class Evaluation:
             if name not in TITLES:
                 titles[name] = vars(title_of(name, metric))
         rows = self._rows()
-        for split, raw in zip(self.splits, self._raw, strict=True):
+        for split in self.splits:
+            raw = split.raw
             lost = [i for i in raw.rows if raw.answered[i] and not raw.cells[i, 0].isfinite()]
             if lost:
                 rank_zero_warn(
@@ -272,7 +254,8 @@ class Evaluation:
     def _rows(self) -> list[dict[str, Any]]:
         texts = gather_texts(self._texts)
         rows = []
-        for number, (split, raw) in enumerate(zip(self.splits, self._raw, strict=True)):
+        for number, split in enumerate(self.splits):
+            raw = split.raw
             for metric in (raw, *split.scores.values()):
                 metric.compute()
             named = {_column(name, metric): metric for name, metric in split.metrics.items()} | split.scores

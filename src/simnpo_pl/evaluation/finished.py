@@ -58,8 +58,7 @@ class FinishedBatches:
 
         In each turn all processes run their batch or none does: sharded models wait for each other.
         """
-        known = [self._everywhere[rank % len(self._everywhere)] for rank in range(len(batch["turn"]))]
-        everywhere = all(number in kept for number, kept in zip(batch["turn"], known, strict=True))
+        everywhere = all(number in kept for number, kept in zip(batch["turn"], self._everywhere, strict=True))
         return self._kept[batch["number"]] if everywhere else None
 
     def keep(self, batch: Mapping[str, Any], outcome: Any) -> None:

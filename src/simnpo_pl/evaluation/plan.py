@@ -1,17 +1,24 @@
 """What is measured: splits, and their rows cut into batches of similar length, shared among processes."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import inspect
+import math
+import pkgutil
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.data.training import collate
 from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
-from simnpo_pl.evaluation.gradients import GRADIENT_NORM
+from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.evaluation.scoring import GRADIENT_NORM
 from simnpo_pl.metrics.base import RowMetric
 from simnpo_pl.metrics.functional import ROUGE, rouge_l
 from simnpo_pl.metrics.generated import TEXT_SCORES
@@ -21,6 +28,9 @@ Batch = dict[str, Any]
 
 OF_GENERATED = (*ROUGE, *TEXT_SCORES, FLUENCY)
 """Scores of generated answers."""
+
+ONE_A_ROW = (*OF_GENERATED, GRADIENT_NORM)
+"""Scores that only a row's first answer has."""
 
 PLACES = ("split", "index", "kind", "end")
 """Where scores are stored, and length of the answer's end; `(B,)` each."""
@@ -43,6 +53,19 @@ class Generation:
     finish: Callable[[str], str] = str.strip
     score: Callable[[str, str], dict[str, float]] = rouge_l
     fluency: FluencyClassifier | None = None
+
+
+class RawScores(RowMetric):
+    """Keeps every cell of a split's losses, for the logs."""
+
+    cells: Tensor
+
+    def complete(self, seen: Tensor) -> Tensor:
+        return seen.any(dim=1)
+
+    def row_values(self, values: Tensor, seen: Tensor) -> Tensor:
+        self.cells, self.answered = values.masked_fill(~seen, math.nan), seen[:, 0]
+        return values[:, 0]
 
 
 @dataclass
@@ -69,6 +92,10 @@ class Split:
     has_paraphrase: bool = False
     scores: dict[str, RowMetric] = field(default_factory=dict)
     paraphrases: list[str] | None = None
+
+    @cached_property
+    def raw(self) -> RawScores:
+        return RawScores(len(self.texts), self.kinds)
 
     @property
     def all_metrics(self) -> list[RowMetric]:
@@ -101,6 +128,36 @@ class Split:
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
+def add_metrics(splits: Sequence[Split], entries: Sequence[Mapping[str, Any]]) -> None:
+    """Build metrics and give them to their splits.
+
+    Args:
+        splits: What the benchmark measures.
+        entries: `class_path` and `split`; optional `name` and `init_args`.
+
+    Raises:
+        UserError: There is no such split or class, the class cannot be built, or its name is taken.
+    """
+    by_name = {split.name: split for split in splits}
+    for entry in entries:
+        path, where = entry["class_path"], f"--eval.metrics {entry['class_path']}"
+        split = by_name.get(entry["split"])
+        if split is None:
+            raise UserError(f"{where}: no split {entry['split']!r}; this benchmark measures {', '.join(by_name)}")
+        kind = _load(path, where)
+        name = f"{split.name}/{entry.get('name') or re.sub(r'(?<!^)(?=[A-Z])', '_', kind.__name__).lower()}"
+        if name in split.metrics:
+            raise UserError(f"{where}: {name} is measured already; give this one another name")
+        sizes = {"rows": len(split.texts)}
+        if "kinds" in inspect.signature(kind).parameters and kind.feature not in ONE_A_ROW:
+            sizes["kinds"] = split.kinds
+        try:
+            split.metrics[name] = kind(**sizes, **entry.get("init_args", {}))
+        except Exception as error:
+            given = ", ".join([*sizes, *entry.get("init_args", {})])
+            raise UserError(f"{where}: cannot be built with {given} ({' '.join(str(error).split())})") from error
+
+
 def largest_id(splits: Sequence[Split]) -> int:
     """Largest token id that an evaluation reads; 0 where it reads none."""
     rows = [row.input_ids for split in splits for answers in split.answers for row in answers]
@@ -130,12 +187,17 @@ def share_of(batches: Sequence[Batch], rank: int = 0, world_size: int = 1, first
     return [{**batches[turn[rank] - first], "number": turn[rank], "turn": turn} for turn in turns]
 
 
-def eval_loader(trainer: Any, *kinds: list[Batch]) -> DataLoader:
-    """One process's share of batches of several kinds, one kind after the other.
+def eval_loader(
+    trainer: Any, splits: Sequence[Split], options: EvalOptions, pad_id: int = 0, scored: bool = True
+) -> DataLoader:
+    """One process's share of the batches: answers to score, unless `scored` is false, then prompts to generate.
 
     Raises:
         UserError: There is no batch.
     """
+    tokens, prompts = options.batch_sizes(trainer)
+    kinds = [scoring_batches(splits, tokens, pad_id), gradient_batches(splits, pad_id)] if scored else []
+    kinds.append(generation_batches(splits, prompts))
     if not any(kinds):
         raise UserError("no answers are generated, see --eval.generate_rows, and none are scored: use test for scores")
     shares: list[Batch] = []
@@ -206,3 +268,13 @@ def _scored(items: Sequence[Any], pad_id: int) -> Batch:
     rows, splits, indices, kinds = zip(*items, strict=True)
     numbers = splits, indices, kinds, [row.end for row in rows]
     return {**collate(rows, pad_id), **{name: torch.tensor(n) for name, n in zip(PLACES, numbers, strict=True)}}
+
+
+def _load(path: str, where: str) -> type[RowMetric]:
+    try:
+        kind = pkgutil.resolve_name(path)
+    except Exception as error:
+        raise UserError(f"{where}: no such class ({error}); give MODULE.CLASS of a module that Python finds") from error
+    if not (isinstance(kind, type) and issubclass(kind, RowMetric)):
+        raise UserError(f"{where}: expected a subclass of simnpo_pl.metrics.base.RowMetric, got {kind!r}")
+    return kind

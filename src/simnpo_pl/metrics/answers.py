@@ -1,10 +1,9 @@
 """The metrics of answers as torchmetrics classes: each keeps per-row scores and reduces them at the end."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch  # noqa: F401 (the examples use it)
 from torch import Tensor
 
 from simnpo_pl.metrics import functional as F
@@ -17,18 +16,11 @@ class AnswerProbability(RowMetric):
 
     Args:
         rows: Number of rows of the split.
-        kinds: Number of kinds.
         kind: Which answer of a row: 0 the true one, 1 its paraphrase where the split has one.
-
-    Example:
-        >>> metric = AnswerProbability(rows=2)
-        >>> metric.update(torch.tensor([0, 1]), torch.tensor([0, 0]), {"nll": torch.tensor([0.0, math.inf])})
-        >>> metric.compute()
-        {'value': 0.5, 'n': 2.0}
     """
 
-    def __init__(self, rows: int, kinds: int = 1, kind: int = 0, **kwargs: Any) -> None:
-        super().__init__(rows, max(kinds, kind + 1), **kwargs)
+    def __init__(self, rows: int, kind: int = 0, **kwargs: Any) -> None:
+        super().__init__(rows, kind + 1, **kwargs)
         self.kind = kind
 
     def complete(self, seen: Tensor) -> Tensor:
@@ -132,13 +124,6 @@ class ForgetQuality(TruthRatio):
 
     Raises:
         UserError: `retrained` does not hold one ratio a row.
-
-    Example:
-        >>> metric = ForgetQuality(rows=2, kinds=2, retrained=torch.ones(2), has_paraphrase=False)
-        >>> index, kind = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
-        >>> metric.update(index, kind, {"nll": torch.tensor([3.0, 3.0, 2.0, 2.0])})
-        >>> metric.compute()
-        {'value': 1.0, 'log10_p': 0.0, 'ks_statistic': 0.0, 'm': 2.0, 'n': 2.0}
     """
 
     higher_is_better = True
@@ -164,36 +149,14 @@ class ForgetQuality(TruthRatio):
 
 
 class ModelUtility(CombinedMetric):
-    """Harmonic mean of other metrics' values, NaN if one of them is.
-
-    Args:
-        parts: Name to metric, such as "retain.probability"; "value" and "n" are taken.
-
-    Raises:
-        UserError: No part, or one named "value" or "n".
-
-    Example:
-        >>> metric = ModelUtility({"a": RowMean("s", rows=1), "b": RowMean("s", rows=1)})
-        >>> for part, score in {"a": 1.0, "b": 0.5}.items():
-        ...     metric.update(part, torch.tensor([0]), torch.tensor([0]), {"s": torch.tensor([score])})
-        >>> metric.compute()
-        {'value': 0.6666666666666666, 'n': 2.0, 'a': 1.0, 'b': 0.5}
-    """
+    """Harmonic mean of other metrics' values, NaN if one of them is."""
 
     higher_is_better = True
 
-    def __init__(self, parts: Mapping[str, RowMetric], **kwargs: Any) -> None:
-        if not parts or {"value", "n"} & set(parts):
-            raise UserError(
-                f"ModelUtility: expected parts with names other than value and n, got {sorted(parts)}: "
-                "name each part after its split and metric"
-            )
-        super().__init__(parts, **kwargs)
-
     def compute(self) -> dict[str, float]:
-        """The harmonic mean as "value", the number of parts as "n", and each part's value by its name."""
-        values = {name: self.part_value(name, part.compute()["value"]) for name, part in self.named().items()}
-        return {"value": F.model_utility(values), "n": float(len(values)), **values}
+        """The harmonic mean as "value", and the number of parts as "n"."""
+        values = {name: self.part_value(name, part.compute()["value"]) for name, part in self.parts.items()}
+        return {"value": F.model_utility(values), "n": float(len(values))}
 
     def part_value(self, name: str, value: float) -> float:
         """What a part's value counts as in the mean."""
@@ -209,14 +172,6 @@ class Balance(ModelUtility):
         keep: What is to be large, such as knowledge of the retain set.
         forget: What is to be small, such as knowledge of the forget set.
         largest: Value of a part at most.
-
-    Example:
-        >>> parts = [RowMean("s", rows=1, scale=100), RowMean("s", rows=1, scale=100)]
-        >>> for part, score in zip(parts, (0.5, 0.75)):
-        ...     part.update(torch.tensor([0]), torch.tensor([0]), {"s": torch.tensor([score])})
-        >>> result = Balance(keep=parts[:1], forget=parts[1:], largest=100).compute()
-        >>> round(result["value"], 3), result["n"]
-        (33.333, 2.0)
     """
 
     def __init__(

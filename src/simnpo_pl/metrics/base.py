@@ -6,11 +6,11 @@ processes score lands in the same cell: it counts once.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module, ModuleDict
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
@@ -167,7 +167,7 @@ class CombinedMetric(WrapperMetric):
     """A number from several row metrics, which may be updated by themselves or through `update`, and sync themselves.
 
     Args:
-        parts: Name to metric.
+        parts: Name, without a dot, to metric.
     """
 
     higher_is_better: bool | None = None
@@ -176,18 +176,13 @@ class CombinedMetric(WrapperMetric):
 
     def __init__(self, parts: Mapping[str, RowMetric], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # Not a ModuleDict, whose keys may hold no dots.
-        self.names = tuple(parts)
-        self.parts = ModuleList(parts.values())
+        self.parts: Any = ModuleDict(parts)
 
     def update(self, part: str, index: Tensor, kind: Tensor, scores: Mapping[str, Tensor]) -> None:
         """Pass a batch to one part, see `RowMetric.update`."""
-        self.named()[part].update(index, kind, scores)
-
-    def named(self) -> dict[str, RowMetric]:
-        return dict(zip(self.names, cast(list[RowMetric], list(self.parts)), strict=True))
+        self.parts[part].update(index, kind, scores)
 
     def reset(self) -> None:
         super().reset()
-        for part in self.named().values():
+        for part in self.parts.values():
             part.reset()

@@ -29,23 +29,22 @@ def open_unlearning_log(rows: list[dict[str, Any]], values: Mapping[str, float])
     log: dict[str, Any] = {}
     for metric in _METRICS:
         for split in metric.splits:
-            held = _by_index(rows, split, metric.needs, metric.entry)
-            if held:
-                scores = torch.tensor([next(iter(entry.values())) for entry in held.values()]).double()
-                log[metric.name.format(PREFIXES[split])] = {"agg_value": metric.mean(scores), "value_by_index": held}
+            if held := _held(rows, split, metric):
+                log[metric.name.format(PREFIXES[split])] = held
     for name in ATTACKS:
-        held = {split: _by_index(rows, split, (name,), _score(name)) for split in ("forget", "holdout")}
-        if name in values and all(held.values()):
-            means = {split: sum(e["score"] for e in entries.values()) / len(entries) for split, entries in held.items()}
-            splits = {split: {"agg_value": means[split], "value_by_index": held[split]} for split in held}
+        attack = _Metric(name, ("forget", "holdout"), (name,), _score(name))
+        splits = {split: _held(rows, split, attack) for split in attack.splits}
+        if name in values and all(splits.values()):
             log[name] = {**splits, "auc": values[name], "agg_value": values[name]}
     return {**{name: {"agg_value": value} for name, value in values.items()}, **log}
 
 
-def _by_index(rows: list[dict[str, Any]], split: str, needs: tuple[str, ...], entry: Any) -> dict[str, Any]:
-    """Entries of a split's rows that have all that is needed."""
-    chosen = [row for row in rows if row["split"] == split and all(row.get(key) is not None for key in needs)]
-    return {str(row["index"]): entry(row) for row in sorted(chosen, key=lambda row: row["index"])}
+def _held(rows: list[dict[str, Any]], split: str, metric: "_Metric") -> dict[str, Any]:
+    """Mean and entries of a split's rows that have all that a metric needs; empty without such a row."""
+    chosen = [row for row in rows if row["split"] == split and all(row.get(key) is not None for key in metric.needs)]
+    entries = {str(row["index"]): metric.entry(row) for row in sorted(chosen, key=lambda row: row["index"])}
+    scores = _tensor([next(iter(entry.values())) for entry in entries.values()])
+    return {"agg_value": metric.mean(scores), "value_by_index": entries} if entries else {}
 
 
 class _Metric(NamedTuple):

@@ -55,16 +55,11 @@ def repetition(said: Sequence[str]) -> float:
 
 def holds(said: Sequence[str], right: Sequence[str]) -> bool:
     """Whether the words of the right answer stand in the generated one without another in between."""
-    return bool(right) and any(
-        list(said[start : start + len(right)]) == list(right) for start in range(len(said) - len(right) + 1)
-    )
+    # No word holds a space.
+    return bool(right) and f" {' '.join(right)} " in f" {' '.join(said)} "
 
 
 def _stutters(said: Sequence[str]) -> bool:
     """Whether a word of several letters stands twice in a row, or repeats a few letters over and over."""
     twice = any(one == other and len(one) > 1 and one.isalpha() for one, other in pairwise(said))
-    return twice or any(_loops(word) for word in said)
-
-
-def _loops(word: str) -> bool:
-    return any(len(found[0]) >= 9 for found in _STUTTER.finditer(word))
+    return twice or any(len(found[0]) >= 9 for word in said for found in _STUTTER.finditer(word))

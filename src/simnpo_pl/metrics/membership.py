@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 
-from simnpo_pl.metrics.answers import RowMean  # noqa: F401 (the examples use it)
 from simnpo_pl.metrics.base import CombinedMetric, RowMetric
 
 ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus", "mia_reference", "mia_gradnorm")
@@ -36,12 +35,11 @@ def membership_auc(forget: Tensor, holdout: Tensor) -> float:
         >>> membership_auc(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 3.0]))
         0.875
     """
-    n, m = forget.numel(), holdout.numel()
-    scores = torch.cat([forget.double().cpu(), holdout.double().cpu()])
-    if not n or not m or scores.isnan().any():
+    pairs = forget.numel() * holdout.numel()
+    if not pairs:
         return math.nan
-    ranks = rankdata(scores.numpy())[n:].sum()
-    return float((ranks - m * (m + 1) / 2) / (n * m))
+    samples = (scores.double().cpu().numpy() for scores in (holdout, forget))
+    return float(mannwhitneyu(*samples, method="asymptotic").statistic / pairs)
 
 
 def privleak(auc: float, retrained_auc: float) -> float:
@@ -92,15 +90,7 @@ class ReferenceScore(RowMetric):
 
 
 class MembershipAUC(CombinedMetric):
-    """Area under the ROC curve of one attack; see `membership_auc`.
-
-    Example:
-        >>> metric = MembershipAUC(RowMean("nll", rows=1), RowMean("nll", rows=1))
-        >>> for split, nll in {"forget": 1.0, "holdout": 2.0}.items():
-        ...     metric.update(split, torch.tensor([0]), torch.tensor([0]), {"nll": torch.tensor([nll])})
-        >>> metric.compute()
-        {'value': 1.0, 'n': 1.0, 'm': 1.0}
-    """
+    """Area under the ROC curve of one attack; see `membership_auc`."""
 
     result_keys: tuple[str, ...] = ("value", "m")
 
@@ -110,7 +100,7 @@ class MembershipAUC(CombinedMetric):
     def compute(self) -> dict[str, float]:
         """The AUC as "value", the numbers of forget and of holdout rows as "n" and "m"."""
         rows = []
-        for part in self.named().values():
+        for part in self.parts.values():
             part.compute()
             rows.append(torch.tensor(list(part.rows.values()), dtype=torch.float64))
         return {"value": membership_auc(*rows), "n": float(len(rows[0])), "m": float(len(rows[1]))}
@@ -122,7 +112,7 @@ class PrivLeak(MembershipAUC):
     result_keys = ("value", "m", "retrained_auc")
 
     def __init__(self, attack: MembershipAUC, retrained_auc: float, **kwargs: Any) -> None:
-        super().__init__(**attack.named(), **kwargs)
+        super().__init__(**attack.parts, **kwargs)
         self.retrained_auc = retrained_auc
 
     def compute(self) -> dict[str, float]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simnpo_pl.models.logprobs import AnswerStates, Rows, Scorer
-from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.errors import UserError, positive
 from simnpo_pl.utils.files import read_json
 
 ADAPTER = "default"
@@ -43,8 +43,7 @@ class LoraOptions:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise UserError(f"--model.lora.rank must be at least 1, got {self.rank}")
-        if not 0 < self.alpha < float("inf"):
-            raise UserError(f"--model.lora.alpha must be a number above 0, got {self.alpha}")
+        positive("--model.lora.alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise UserError(f"--model.lora.dropout must be at least 0 and below 1, got {self.dropout}")
         if self.target_modules is not None and not self.target_modules:

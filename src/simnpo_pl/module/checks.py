@@ -1,20 +1,19 @@
 """Checks of a module's settings, before anything is loaded or trained."""
 
-import math
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simnpo_pl.module.ramp import check_ramp
-from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.errors import UserError, not_negative, one_of
 
 
 def check_settings(module: Any) -> None:
     """Refuse settings that are out of range or contradict each other."""
     for option in ("forget_weight", "retain_weight", "lr", "weight_decay", "warmup_epochs", "warmup_steps"):
         value = getattr(module, option)
-        if value not in (None, "auto") and not (math.isfinite(value) and value >= 0):
-            raise UserError(f"--model.{option} must be a number of at least 0, got {value}")
+        if value not in (None, "auto"):
+            not_negative(f"--model.{option}", value)
     name = type(module.objective).__name__
     for option in ("objective", "retain_loss"):
         loss = getattr(module, option)
@@ -23,7 +22,7 @@ def check_settings(module: Any) -> None:
                 f"--model.{option} {type(loss).__name__}: `needs` names {', '.join(unknown)}; known are "
                 f"{', '.join(loss.known_needs)}: name those that it is computed from"
             )
-    if module.objective.runs_memorizing and module._memorizing is None:
+    if module.objective.runs("memorizing") and module._memorizing is None:
         raise UserError(
             f"--model.objective {name} reads a model that was fine-tuned further on the forget rows: name it by "
             "--model.memorizing FOLDER; fit --config configs/finetune.yaml --model.name START --data.train_split "
@@ -31,8 +30,7 @@ def check_settings(module: Any) -> None:
         )
     if module.objective.needs_retain and module.retain_loss is None:
         raise UserError(f"--model.objective {name} bounds the retain loss: name one, such as --model.retain_loss NLL")
-    if module.schedule not in ("linear", "constant"):
-        raise UserError(f"--model.schedule must be linear or constant, got {module.schedule!r}")
+    one_of("--model.schedule", module.schedule, ("linear", "constant"))
     rule = module.update
     if rule is not None and rule.reads_retain:
         chosen = f"--model.update {type(rule).__name__}"

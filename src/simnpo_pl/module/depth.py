@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
 from simnpo_pl.evaluation.finished import gather
-from simnpo_pl.evaluation.plan import Split, eval_loader, scoring_batches
+from simnpo_pl.evaluation.plan import Split, eval_loader
 from simnpo_pl.metrics.chance import interval
 from simnpo_pl.metrics.functional import depth_score
 from simnpo_pl.metrics.titles import number
@@ -70,9 +70,8 @@ class DepthModule(PolicyModule):
         return self.data
 
     def test_dataloader(self) -> DataLoader:
-        tokens, _ = self.data.eval.batch_sizes(self.trainer)
         split = Split("forget", [], [[row] for row in _forget_rows(self.data)], {})
-        return eval_loader(self.trainer, scoring_batches([split], tokens, self.data.pad_id))
+        return eval_loader(self.trainer, [split], self.data.eval, self.data.pad_id)
 
     def on_test_epoch_start(self) -> None:
         self.check_vocabulary(self.data)

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation, on_host
 from simnpo_pl.evaluation.finished import FinishedBatches, identity
-from simnpo_pl.evaluation.gradients import GRADIENT_NORM, gradient_norms
 from simnpo_pl.evaluation.memory import Halves
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import PLACES
+from simnpo_pl.evaluation.scoring import GRADIENT_NORM, gradient_norms
 from simnpo_pl.metrics.titles import tag
 from simnpo_pl.models.generation import generate
 from simnpo_pl.models.loading import load_causal_lm

@@ -170,7 +170,7 @@ class UnlearningModule(PolicyModule):
 
     @property
     def _runs_reference(self) -> bool:
-        return any(loss.runs_reference for loss in self._losses)
+        return any(loss.runs("reference") for loss in self._losses)
 
     @property
     def _base_is_reference(self) -> bool:
@@ -197,7 +197,7 @@ class UnlearningModule(PolicyModule):
         return model, {
             "checkpointing": self.gradient_checkpointing,
             "eight_bit": self.eight_bit,
-            "frozen": (self._runs_reference and not self._base_is_reference) + self.objective.runs_memorizing,
+            "frozen": (self._runs_reference and not self._base_is_reference) + self.objective.runs("memorizing"),
             "reads_logits": any(loss.reads_logits for loss in self._losses),
             "copies": 0 if self.update is None else self.update.copies,
         }
@@ -225,7 +225,7 @@ class UnlearningModule(PolicyModule):
         return Models(
             self._scorer(),
             self._reference_scorer() if reads_reference else None,
-            self._memorizing_scorer() if self.objective.runs_memorizing else None,
+            self._memorizing_scorer() if self.objective.runs("memorizing") else None,
         )
 
     @property
@@ -246,7 +246,7 @@ class UnlearningModule(PolicyModule):
                         self._reference.fill(batches, scorer, self.device, strategy)
         if self._runs_reference:
             self._reference_scorer()
-        if self.objective.runs_memorizing:
+        if self.objective.runs("memorizing"):
             self._memorizing_scorer()
         self._micro_batches.clear()
         self.policy.train()

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from simnpo_pl.objectives.base import Batch, batch_losses
-from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.errors import UserError, positive
 
 
 class UpdateRule:
@@ -124,9 +124,7 @@ class SAM(UpdateRule):
 
     def __init__(self, rho: float = 0.01) -> None:
         super().__init__()
-        if not 0 < rho < float("inf"):
-            raise UserError(f"--model.update.rho must be a number above 0, got {rho}")
-        self.rho = rho
+        self.rho = positive("--model.update.rho", rho)
 
     def combine(self, module: Any, forget: list[Tensor], retain: list[Tensor]) -> list[Tensor]:
         norm = torch.stack([gradient.norm() for gradient in forget]).norm()

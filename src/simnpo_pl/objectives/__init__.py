@@ -2,12 +2,11 @@
 
 from simnpo_pl.objectives.base import ForgetInputs, Models, Objective, Positions
 from simnpo_pl.objectives.constrained import PDU
-from simnpo_pl.objectives.distillation import RKLD, UNDIAL
 from simnpo_pl.objectives.likelihood import IDK, FineTune, GradAscent, GradDiff
 from simnpo_pl.objectives.preference import DPO, NPO, AltPO, LengthNormalizedNPO, ReferenceFreeNPO, SimNPO
 from simnpo_pl.objectives.raw_logits import NPORawLogits, SimNPORawLogits
 from simnpo_pl.objectives.representation import RMU
-from simnpo_pl.objectives.tokens import CEU, IHL, WGA, JensUn, SatImp
+from simnpo_pl.objectives.tokens import CEU, IHL, RKLD, UNDIAL, WGA, JensUn, SatImp
 
 __all__ = [
     "CEU",

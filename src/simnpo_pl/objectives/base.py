@@ -196,21 +196,18 @@ class Loss(nn.Module):
     skipped_tokens: ClassVar[int] = 0
     """Scored tokens at the start of every answer that a mean over tokens leaves out."""
 
+    def forward(self, inputs: Any) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must implement forward(inputs) -> Tensor (B,)")
+
     @property
     def scored_parts(self) -> tuple[str, ...]:
         """Parts whose answers the policy scores."""
         needs = self.needs | {self.parts[0]} if "states" in self.needs else self.needs
         return tuple(part for part in self.parts if part in needs)
 
-    @property
-    def runs_reference(self) -> bool:
-        """Whether every step runs the reference."""
-        return any(name.startswith("reference_") for name in self.needs)
-
-    @property
-    def runs_memorizing(self) -> bool:
-        """Whether every step runs the memorizing model."""
-        return any(name.startswith("memorizing_") for name in self.needs)
+    def runs(self, model: Literal["reference", "memorizing"]) -> bool:
+        """Whether every step runs this model."""
+        return any(name.startswith(f"{model}_") for name in self.needs)
 
     @property
     def reads_logits(self) -> bool:
@@ -230,9 +227,6 @@ class RetainLoss(Loss):
     parts = ("retain",)
     known_needs = ("retain", *Loss.known_needs)
     mean_over: Literal["examples", "tokens"] = "tokens"
-
-    def forward(self, inputs: RetainInputs) -> Tensor:
-        raise TypeError(f"{type(self).__name__} must implement forward(inputs) -> Tensor (B,)")
 
 
 class Objective(Loss):
@@ -254,6 +248,8 @@ class Objective(Loss):
     """Coefficient of the forget loss where the user gives none."""
     default_retain_weight: ClassVar[float] = 1.0
     """Coefficient of the retain loss where the user gives none; 0 drops the retain term."""
+    default_trainable: tuple[str, ...] = ()
+    """Regular expressions of the parameters to train where the user gives none; empty trains all."""
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -265,14 +261,6 @@ class Objective(Loss):
     def caches_reference(self) -> bool:
         """Whether it reads the reference's summed log-probs, which need no model once they are known."""
         return "reference" in self.needs
-
-    @property
-    def default_trainable(self) -> tuple[str, ...]:
-        """Regular expressions of the parameters to train where the user gives none; empty trains all."""
-        return ()
-
-    def forward(self, inputs: ForgetInputs) -> Tensor:
-        raise TypeError(f"{type(self).__name__} must implement forward(inputs) -> Tensor (B,)")
 
     def total(self, forget: Tensor, retain: Tensor, forget_weight: float, retain_weight: float) -> Tensor:
         """What is minimized, from the two losses (scalars; retain is 0 without one) and the user's coefficients."""

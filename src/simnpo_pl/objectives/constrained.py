@@ -8,7 +8,7 @@ from torch import Tensor
 
 from simnpo_pl.data.tokenization import IGNORE_INDEX
 from simnpo_pl.objectives.base import ForgetInputs, Objective, row_means
-from simnpo_pl.objectives.checks import not_negative, one_of
+from simnpo_pl.utils.errors import not_negative, one_of
 
 
 class PDU(Objective):
@@ -40,10 +40,10 @@ class PDU(Objective):
         average_over: Literal["answers", "labels"] = "answers",
     ) -> None:
         super().__init__()
-        self.eps = not_negative("eps", eps)
-        self.step = not_negative("step", step)
-        self.warmup_epochs = int(not_negative("warmup_epochs", warmup_epochs))
-        self.average_over = one_of("objective.average_over", average_over, ("answers", "labels"))
+        self.eps = not_negative("--model.objective.eps", eps)
+        self.step = not_negative("--model.objective.step", step)
+        self.warmup_epochs = int(not_negative("--model.objective.warmup_epochs", warmup_epochs))
+        self.average_over = one_of("--model.objective.average_over", average_over, ("answers", "labels"))
         self.needs = frozenset({"positions" if average_over == "labels" else "states"})
         self.dual: float | None = None
 

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from simnpo_pl.objectives.base import ForgetInputs, Objective
-from simnpo_pl.objectives.checks import not_negative, positive
+from simnpo_pl.utils.errors import not_negative, positive
 
 
 class NPO(Objective):
@@ -22,13 +22,13 @@ class NPO(Objective):
 
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__()
-        self.beta = positive("beta", beta)
+        self.beta = positive("--model.objective.beta", beta)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         return -2 / self.beta * logsigmoid(-self.beta * (inputs.forget.total - inputs.reference_forget))
 
 
-class DPO(Objective):
+class DPO(NPO):
     """Direct preference optimization with a refusal preferred to the forget answer.
 
     `-(2 / beta) * log sigmoid(beta * [(L_a - L_ref_a) - (L - L_ref)])`, log-probs summed over tokens,
@@ -40,17 +40,16 @@ class DPO(Objective):
 
     needs = frozenset({"forget", "alternate", "reference"})
 
-    def __init__(self, beta: float = 0.1) -> None:
-        super().__init__()
-        self.beta = positive("beta", beta)
-
     def forward(self, inputs: ForgetInputs) -> Tensor:
         forget = inputs.forget.total - inputs.reference_forget
-        alternate = inputs.alternate.total - inputs.reference_alternate
-        return -2 / self.beta * logsigmoid(self.beta * (alternate - forget))
+        return -2 / self.beta * logsigmoid(self.beta * (self.preferred(inputs) - forget))
+
+    def preferred(self, inputs: ForgetInputs) -> Tensor:
+        """Log-ratio of the preferred answers, `(B,)` nats."""
+        return inputs.alternate.total - inputs.reference_alternate
 
 
-class AltPO(Objective):
+class AltPO(DPO):
     """Alternate preference optimization (arXiv 2409.13474): DPO with answers that the start model itself gives.
 
     The formula is that of `DPO`; a is an answer sampled from the start model before training, or one of
@@ -62,14 +61,8 @@ class AltPO(Objective):
 
     needs = frozenset({"forget", "sampled", "reference"})
 
-    def __init__(self, beta: float = 0.1) -> None:
-        super().__init__()
-        self.beta = positive("beta", beta)
-
-    def forward(self, inputs: ForgetInputs) -> Tensor:
-        forget = inputs.forget.total - inputs.reference_forget
-        sampled = inputs.sampled.total - inputs.reference_sampled
-        return -2 / self.beta * logsigmoid(self.beta * (sampled - forget))
+    def preferred(self, inputs: ForgetInputs) -> Tensor:
+        return inputs.sampled.total - inputs.reference_sampled
 
 
 class SimNPO(Objective):
@@ -89,14 +82,14 @@ class SimNPO(Objective):
 
     def __init__(self, beta: float = 4.5, gamma: float = 0.0) -> None:
         super().__init__()
-        self.beta = positive("beta", beta)
-        self.gamma = not_negative("gamma", gamma)
+        self.beta = positive("--model.objective.beta", beta)
+        self.gamma = not_negative("--model.objective.gamma", gamma)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         return -2 / self.beta * logsigmoid(-self.beta * inputs.forget.mean - self.gamma)
 
 
-class LengthNormalizedNPO(Objective):
+class LengthNormalizedNPO(NPO):
     """NPO with log-probs per token, the reference kept: `-(2 / beta) * log sigmoid(-(beta / n) (L - L_ref))`.
 
     NPO with one of SimNPO's two changes. L and L_ref are the answer's summed log-probs under policy and reference,
@@ -106,11 +99,8 @@ class LengthNormalizedNPO(Objective):
         beta: Inverse temperature, above 0, per nat per token.
     """
 
-    needs = frozenset({"forget", "reference"})
-
     def __init__(self, beta: float = 2.5) -> None:
-        super().__init__()
-        self.beta = positive("beta", beta)
+        super().__init__(beta)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         log_ratio = inputs.forget.mean - inputs.reference_forget / inputs.forget.length.clamp(min=1)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from simnpo_pl.objectives.base import ForgetInputs, Objective, Positions
-from simnpo_pl.objectives.checks import not_negative, positive
+from simnpo_pl.utils.errors import not_negative, positive
 
 
 def _row_means(positions: Positions, values: Tensor) -> Tensor:
@@ -32,8 +32,8 @@ class SimNPORawLogits(Objective):
 
     def __init__(self, beta: float = 0.7, delta: float = 0.0) -> None:
         super().__init__()
-        self.beta = positive("beta", beta)
-        self.delta = not_negative("delta", delta)
+        self.beta = positive("--model.objective.beta", beta)
+        self.delta = not_negative("--model.objective.delta", delta)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         values = logsigmoid(self.beta * (-inputs.positions.logits - self.delta))
@@ -55,7 +55,7 @@ class NPORawLogits(Objective):
 
     def __init__(self, beta: float = 0.1) -> None:
         super().__init__()
-        self.beta = positive("beta", beta)
+        self.beta = positive("--model.objective.beta", beta)
 
     def forward(self, inputs: ForgetInputs) -> Tensor:
         difference = inputs.reference_positions - inputs.positions.logits

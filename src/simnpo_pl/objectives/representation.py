@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from simnpo_pl.objectives.base import ForgetInputs, Objective
-from simnpo_pl.objectives.checks import one_of, positive
+from simnpo_pl.utils.errors import one_of, positive
 
 
 class RMU(Objective):
@@ -38,17 +38,14 @@ class RMU(Objective):
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.coefficient = positive("coefficient", coefficient)
+        self.coefficient = positive("--model.objective.coefficient", coefficient)
         self.seed = seed
-        self.average_over = one_of("objective.average_over", average_over, ("answers", "crossed"))
-        self.crossed = average_over == "crossed"
-        self.mean_over = "examples" if self.crossed else "tokens"
-
-    @property
-    def default_trainable(self) -> tuple[str, ...]:
-        """Down-projections of three layers, under their names in transformers."""
-        layers = "|".join(map(str, range(max(0, self.layer - 2), self.layer + 1)))
-        return (rf".*\.(?:{layers})\.(?:mlp\.)?(?:down_proj|c_proj|fc2|fc_out|dense_4h_to_h)\.weight",)
+        self.average_over = one_of("--model.objective.average_over", average_over, ("answers", "crossed"))
+        self.mean_over = "tokens" if average_over == "answers" else "examples"
+        layers = "|".join(map(str, range(max(0, layer - 2), layer + 1)))
+        # The names of down-projections in transformers.
+        names = "down_proj|c_proj|fc2|fc_out|dense_4h_to_h"
+        self.default_trainable = (rf".*\.(?:{layers})\.(?:mlp\.)?(?:{names})\.weight",)
 
     def direction(self, dimensions: int) -> Tensor:
         """u, `(D,)`."""
@@ -58,4 +55,4 @@ class RMU(Objective):
     def forward(self, inputs: ForgetInputs) -> Tensor:
         states = inputs.states.layers[self.layer]
         target = self.coefficient * self.direction(states.hidden.shape[1]).to(states.hidden.device)
-        return states.row_means((states.hidden - target).square().mean(dim=-1), self.crossed)
+        return states.row_means((states.hidden - target).square().mean(dim=-1), self.average_over == "crossed")

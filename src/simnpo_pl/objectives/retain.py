@@ -6,7 +6,7 @@ from torch import Tensor
 
 from simnpo_pl.models.logprobs import divergence, jensen_shannon
 from simnpo_pl.objectives.base import RetainInputs, RetainLoss, row_means
-from simnpo_pl.objectives.checks import one_of
+from simnpo_pl.utils.errors import one_of
 
 __all__ = ["JSD", "KL", "NLL", "EmbedDiff", "RetainLoss"]
 
@@ -30,7 +30,7 @@ class KL(RetainLoss):
 
     def __init__(self, average_over: Literal["answers", "all"] = "answers") -> None:
         super().__init__()
-        self.average_over = one_of("retain_loss.average_over", average_over, ("answers", "all"))
+        self.average_over = one_of("--model.retain_loss.average_over", average_over, ("answers", "all"))
         read = "states" if average_over == "answers" else "positions"
         self.needs = frozenset({read, f"reference_{read}"})
         self.mean_over = "tokens" if average_over == "answers" else "examples"
@@ -75,10 +75,10 @@ class EmbedDiff(RetainLoss):
     def __init__(self, layer: int = 7, average_over: Literal["answers", "crossed"] = "answers") -> None:
         super().__init__()
         self.layer = layer
-        self.average_over = one_of("retain_loss.average_over", average_over, ("answers", "crossed"))
-        self.crossed = average_over == "crossed"
-        self.mean_over = "examples" if self.crossed else "tokens"
+        self.average_over = one_of("--model.retain_loss.average_over", average_over, ("answers", "crossed"))
+        self.mean_over = "tokens" if average_over == "answers" else "examples"
 
     def forward(self, inputs: RetainInputs) -> Tensor:
-        states, target = (s.layers[self.layer] for s in (inputs.states, inputs.reference_states))
-        return states.row_means((states.hidden - target.hidden).square().mean(dim=-1), self.crossed)
+        states, target = inputs.states.layers[self.layer], inputs.reference_states.layers[self.layer]
+        squares = (states.hidden - target.hidden).square().mean(dim=-1)
+        return states.row_means(squares, self.average_over == "crossed")
