@@ -103,10 +103,6 @@ class PairedData(pl.LightningDataModule):
         """Train on these rows in the place of the forget rows."""
         self._training = {"forget": rows}
 
-    def measure(self, evaluation: Evaluation) -> None:
-        """Measure this in the place of the benchmark's own splits."""
-        self._evaluation = evaluation
-
     def setup(self, stage: str) -> None:
         """Read what the stage needs."""
         if stage == "fit":

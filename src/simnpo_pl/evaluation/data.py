@@ -34,6 +34,8 @@ class EvaluationData(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         return eval_loader(self.trainer, self._evaluation.splits, self.eval, self.pad_id)
 
+    predict_dataloader = val_dataloader
+
 
 def first_answers(splits: Sequence[Split]) -> Evaluation:
     """Scores the first answer of each row of these splits, for the reference attack."""

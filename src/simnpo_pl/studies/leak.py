@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from simnpo_pl.data.text import Texts
+from simnpo_pl.evaluation.data import EvaluationData
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.fluency import FluencyClassifier
 from simnpo_pl.evaluation.plan import Generation, Split
@@ -93,9 +94,8 @@ def _sample(
     decode = partial(data.tokenizer.decode, skip_special_tokens=True)
     evaluation = SampledAnswers([ids for kind in prompts.values() for ids in kind], k, plan, decode)
     evaluation.temperature, evaluation.seed = settings["temperature"], settings["seed"]
-    data.measure(evaluation)
     policy = opened.model.like(model)
-    opened.trainer.predict(policy, datamodule=data)
+    opened.trainer.predict(policy, datamodule=EvaluationData(evaluation, data.eval, data.pad_id, data.end_ids))
     texts = [row["generation"] for row in policy.evaluation_result.rows]
     drawn = [texts[start : start + k] for start in range(0, len(texts), k)]
     answers = [text["answer"] for text in part.texts]
