@@ -33,7 +33,7 @@ from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Split, eval_loader, scoring_batches
 from simnpo_pl.metrics.answers import RowMean
-from simnpo_pl.models.generation import greedy
+from simnpo_pl.models.generation import generate
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.models.reference import REFERENCE_KEY
 from simnpo_pl.module.optimization import adamw
@@ -347,7 +347,7 @@ class Card:
 
     def _generate(self, count: int) -> None:
         with self._autocast():
-            greedy(self.model, self._prompts(count), self.new, [])
+            generate(self.model, self._prompts(count), self.new, [])
 
     @torch.no_grad()
     def _transformers(self, count: int) -> None:

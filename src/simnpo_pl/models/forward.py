@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simnpo_pl.models.head import Head
 from simnpo_pl.models.layers import body_of
-from simnpo_pl.models.packing import MISFITS, Layout, layout_of, packed_hidden, raise_if_device, why_not_packed
+from simnpo_pl.models.packing import MISFITS, Layout, layout_of, packed_hidden, raise_if_machine, why_not_packed
 from simnpo_pl.models.sharding import is_sharded
 from simnpo_pl.utils.errors import UserError
 
@@ -161,7 +161,7 @@ class Forward:
             finally:
                 handle.remove()
         except MISFITS as error:
-            raise_if_device(error)
+            raise_if_machine(error)
             return False
 
     def _leaks(self, way: str) -> bool:

@@ -30,7 +30,7 @@ _MASKS = frozenset(
     )
 )
 _PROBE = 32
-MISFITS = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
+MISFITS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, RuntimeError)
 """Raised by a model that does not support a call."""
 
 
@@ -188,9 +188,11 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _mask)
 
 
-def raise_if_device(error: Exception) -> None:
-    """Raise errors that are not the model's: out of memory, or a fault of the device."""
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+def raise_if_machine(error: Exception) -> None:
+    """Raise errors that are not the model's: out of memory, a fault of the device or between processes."""
+    machine = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | torch.distributed.DistError)
+    # A CPU out of memory raises a plain RuntimeError.
+    if machine or "DefaultCPUAllocator" in str(error):
         raise error
 
 
@@ -241,7 +243,7 @@ def why_not_packed(model: Any, body: Callable[..., Any]) -> str | None:
         # Two ids: any vocabulary has them.
         hidden = packed_hidden(body, (numbers % 2).unsqueeze(1), layout)
     except MISFITS as error:
-        raise_if_device(error)
+        raise_if_machine(error)
         return str(error).partition("\n")[0]
     finally:
         handle.remove()
