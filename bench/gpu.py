@@ -166,7 +166,10 @@ class Card:
         with self._autocast(), torch.no_grad():
             self.scorer, self.other = Scorer(self.model), Scorer(self.reference)
         self.optimizer = adamw(self.model, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.01)
-        found |= {"parameters": sum(p.numel() for p in self.model.parameters()), "packs": self.scorer.packs}
+        found |= {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "packs": self.scorer.forward.way == "packed",
+        }
 
     def steps(self, found: Found) -> None:
         """Optimizer steps of the package and of the public recipe, in turns, on the same rows."""

@@ -244,9 +244,9 @@ def _way_of(model: Any) -> Way:
             f"generation_config of {name} sets {', '.join(changed)}: ignored; answers come from the model's "
             "unchanged logits, greedy or at the temperature that the command was given"
         )
-    trial = _Trial(model)
+    agrees = _trial(model)
     for way, words in _WAYS:
-        if trial.agrees(way):
+        if agrees(way):
             if words:
                 rank_zero_warn(
                     f"{name} generates {words}, with generate of transformers: a batch of padded prompts does not "
@@ -260,52 +260,47 @@ def _way_of(model: Any) -> Way:
     )
 
 
-class _Trial:
-    """Four short prompts of different lengths, one of which ends early, with the logits that each gives alone."""
+def _trial(model: Any) -> Callable[[Way], bool]:
+    """Says of a way of decoding whether it gives the logits that four short prompts give alone.
 
-    STEPS = (2, 3, 3, 3)
+    The prompts have different lengths, and one of them ends early.
+    """
+    device, lengths, steps = next(model.parameters()).device, (4, 2, 6, 4), (2, 3, 3, 3)
+    end = int(model.config.get_text_config().vocab_size) - 1
+    ids = (torch.arange(sum(lengths) + len(lengths) * max(steps), device=device) * 7 + 3) % end
+    prompts = ids[: sum(lengths)].split(lengths)
+    forced = ids[sum(lengths) :].view(len(lengths), max(steps))
+    forced[0, steps[0] - 1] = end
+    expected = []
+    with torch.autocast(device.type, enabled=False):
+        for prompt, new, count in zip(prompts, forced, steps, strict=True):
+            whole = torch.cat([prompt, new[: count - 1]]).unsqueeze(0)
+            expected.append(model(input_ids=whole, use_cache=False).logits[0, -count:])
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.device = model, next(model.parameters()).device
-        lengths, steps = (4, 2, 6, 4), max(self.STEPS)
-        self.end = int(model.config.get_text_config().vocab_size) - 1
-        ids = (torch.arange(sum(lengths) + len(lengths) * steps, device=self.device) * 7 + 3) % self.end
-        self.prompts = [prompt.tolist() for prompt in ids[: sum(lengths)].split(lengths)]
-        self.forced = ids[sum(lengths) :].view(len(lengths), steps)
-        self.forced[0, self.STEPS[0] - 1] = self.end
-        with torch.autocast(self.device.type, enabled=False):
-            self.expected = [self._alone(row) for row in range(len(lengths))]
-
-    def _alone(self, row: int) -> Tensor:
-        """Logits of a row's steps from one pass without padding and without cache."""
-        steps = self.STEPS[row]
-        ids = self.prompts[row] + self.forced[row, : steps - 1].tolist()
-        return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -steps:]
-
-    def agrees(self, way: Way) -> bool:
-        """Whether a way of decoding gives these logits."""
-        found: list[list[Tensor]] = [[] for _ in self.prompts]
+    def agrees(way: Way) -> bool:
+        found: list[list[Tensor]] = [[] for _ in prompts]
 
         def record(logits: Tensor, rows: Tensor, step: int) -> Tensor:
             for row, own in zip(rows.tolist(), logits, strict=True):
                 found[row].append(own)
-            return self.forced[rows, step]
+            return forced[rows, step]
 
-        limits = [max(self.STEPS)] * len(self.prompts)
         try:
-            with torch.autocast(self.device.type, enabled=False):
-                way(self.model, self.prompts, limits, [self.end], record)
-            same = all(map(self._close, found, self.expected))
+            with torch.autocast(device.type, enabled=False):
+                way(model, [prompt.tolist() for prompt in prompts], [max(steps)] * len(prompts), [end], record)
+            same = all(map(_close, found, expected))
         except MISFITS as error:
             raise_if_machine(error)
             same = False
-        return not any_process(not same, self.device) if is_sharded(self.model) else same
+        return not any_process(not same, device) if is_sharded(model) else same
 
-    @staticmethod
-    def _close(found: list[Tensor], expected: Tensor) -> bool:
-        # Skip masked logits and NaN.
-        real = expected.abs() < 1e30
-        ours, theirs = torch.stack(found[: len(expected)])[real].float(), expected[real].float()
-        # Above the rounding of TF32 and bfloat16, below the effect of attention to padding or of a lost state.
-        tolerance = 0.01 if expected.dtype == torch.float32 else 0.2
-        return bool((ours - theirs).norm() <= tolerance * (theirs - theirs.mean()).norm())
+    return agrees
+
+
+def _close(found: list[Tensor], expected: Tensor) -> bool:
+    # Skip masked logits and NaN.
+    real = expected.abs() < 1e30
+    ours, theirs = torch.stack(found[: len(expected)])[real].float(), expected[real].float()
+    # Above the rounding of TF32 and bfloat16, below the effect of attention to padding or of a lost state.
+    tolerance = 0.01 if expected.dtype == torch.float32 else 0.2
+    return bool((ours - theirs).norm() <= tolerance * (theirs - theirs.mean()).norm())
