@@ -159,13 +159,13 @@ class Forward:
         finally:
             self.model.train(training)
 
-    def _ids(self, *shape: int) -> Tensor:
-        numbers = torch.arange(torch.Size(shape).numel(), device=next(self.model.parameters()).device)
-        return ((numbers * 7 + 3) % self.head.vocabulary).view(shape)
+    def _ids(self, count: int) -> Tensor:
+        numbers = torch.arange(count, device=next(self.model.parameters()).device)
+        return ((numbers * 7 + 3) % self.head.vocabulary).unsqueeze(0)
 
     def _knows_head(self) -> bool:
         """Whether the head gives the model's logits, even of hidden states so large that any cap shows."""
-        inputs: dict[str, Any] = {"input_ids": self._ids(1, 8), "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": self._ids(8), "use_cache": False}
         # First the whole model: this gathers the weights of a sharded one.
         try:
             self.model(**inputs)
@@ -183,7 +183,7 @@ class Forward:
 
     def _reads_ahead(self) -> bool:
         """Whether the first tokens of a row change with later tokens."""
-        ids = self._ids(1, 12)
+        ids = self._ids(12)
         other = (ids + 1) % self.head.vocabulary
         other[:, :6] = ids[:, :6]
         before, after = (self._unpacked(row, torch.ones_like(row)) for row in (ids, other))
