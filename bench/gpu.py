@@ -33,7 +33,7 @@ from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Split, eval_loader
 from simnpo_pl.metrics.answers import RowMean
-from simnpo_pl.models.generation import greedy
+from simnpo_pl.models.generation import generate
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.models.reference import REFERENCE_KEY
 from simnpo_pl.module.optimization import adamw
@@ -166,7 +166,10 @@ class Card:
         with self._autocast(), torch.no_grad():
             self.scorer, self.other = Scorer(self.model), Scorer(self.reference)
         self.optimizer = adamw(self.model, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.01)
-        found |= {"parameters": sum(p.numel() for p in self.model.parameters()), "packs": self.scorer.packs}
+        found |= {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "packs": self.scorer.forward.way == "packed",
+        }
 
     def steps(self, found: Found) -> None:
         """Optimizer steps of the package and of the public recipe, in turns, on the same rows."""
@@ -347,7 +350,7 @@ class Card:
 
     def _generate(self, count: int) -> None:
         with self._autocast():
-            greedy(self.model, self._prompts(count), self.new, [])
+            generate(self.model, self._prompts(count), self.new, [])
 
     @torch.no_grad()
     def _transformers(self, count: int) -> None:

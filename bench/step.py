@@ -99,7 +99,7 @@ class Step:
             scorer.forward.way = "padded"
         if way == "whole":
             scorer.forward.reads_logits = True
-            scorer.head = scorer.forward.head = head.Head(torch.nn.Identity(), scorer.vocabulary)
+            scorer.head = scorer.forward.head = head.Head(torch.nn.Identity(), scorer.head.vocabulary)
         if way == "body":
             return self._body
         objective, retain_loss, _ = METHODS[self.variant.method]

@@ -34,7 +34,7 @@ from simnpo_pl.data.training import TrainingRows, TrainingSet, collate
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import generation_batches, scoring_batches
 from simnpo_pl.metrics.logs import read_retain_log
-from simnpo_pl.models.generation import greedy
+from simnpo_pl.models.generation import generate
 from simnpo_pl.models.loading import load_causal_lm, load_tokenizer
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.models.lora import LoraOptions
@@ -202,7 +202,7 @@ def evaluations(case: tuple[str, list[dict[str, Any]]]) -> str:
     for batch in scoring_batches([split], 256, 0):
         evaluation.add_scores(batch, evaluation.score(scorer()({"x": batch})["x"], batch))
     for batch in generation_batches([split], 2):
-        evaluation.add_generations(batch, greedy(scorer().model, batch["prompts"], 3, [1]))
+        evaluation.add_generations(batch, generate(scorer().model, batch["prompts"], 3, [1]))
     result = evaluation.compute()
     assert [row["index"] for row in result.rows] == list(range(len(given_rows)))
     for metric in (f"{name}/probability", f"{name}/rouge"):

@@ -81,7 +81,7 @@ class Step:
         if device not in self.scorers:
             self.scorers[device] = [Scorer(copy.deepcopy(model).to(device)) for model in self.models]
         policy, reference, memorizing = self.scorers[device]
-        assert policy.packs
+        assert policy.forward.way == "packed"
         batch = {name: {key: value.to(device) for key, value in part.items()} for name, part in self.batch.items()}
         policy.model.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=low):

@@ -235,7 +235,7 @@ def test_positions_that_depend_on_the_longest_row(rope: str, caplog: pytest.LogC
         torch.testing.assert_close(logps_of(scorer, rows(sizes)), expected, rtol=0, atol=1e-4)
     short = {key: value[:3, :32] for key, value in rows(sizes).items()}
     torch.testing.assert_close(logps_of(scorer, short), expected[: 4 + 22 + 31], rtol=0, atol=1e-4)
-    assert scorer.packs
+    assert scorer.forward.way == "packed"
     with pytest.raises(UserError, match="has no logits of padding"):
         scorer.all_logits(rows(sizes))
 
@@ -286,7 +286,7 @@ def test_packed_rows_are_checked_again(monkeypatch: pytest.MonkeyPatch, caplog: 
         for call in range(1, calls):
             monkeypatch.setattr(forward, "packed_hidden", passes if call == 1 else shifted)
             logps_of(scorer, short)
-        assert scorer.packs
+        assert scorer.forward.way == "packed"
         monkeypatch.setattr(forward, "packed_hidden", shifted)
         torch.testing.assert_close(logps_of(scorer, batch), own_logps(model, batch), rtol=0, atol=1e-4)
         assert scorer.forward.way == "padded"

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from helpers import run_processes
-from simnpo_pl.models.generation import Sampler, draws_of, generate, greedy
+from simnpo_pl.models.generation import Sampler, draws_of, generate
 from simnpo_pl.utils.errors import UserError
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [5, 20, 21, 22], [30, 31], [7, 8, 9]]
@@ -126,12 +126,12 @@ def test_equals_generate_of_each_prompt_alone(family: str):
     cuts = {end: [new[: new.index(end)] if end in new else new for new in free] for end in range(PLAIN["vocab_size"])}
     end, expected = max(cuts.items(), key=lambda item: len({len(new) for new in item[1]}))
     assert len({len(new) for new in expected}) > 1
-    found, lines = warned(lambda: greedy(model, PROMPTS, 12, [end]))
+    found, lines = warned(lambda: generate(model, PROMPTS, 12, [end]))
     assert found == expected
     assert [NOT_BATCHED[family] in line for line in lines] == [True] if family in NOT_BATCHED else not lines
     # The trial is made once.
     for tokens in (1, 2):
-        assert warned(lambda n=tokens: greedy(model, PROMPTS, n, [])) == ([new[:tokens] for new in free], [])
+        assert warned(lambda n=tokens: generate(model, PROMPTS, n, [])) == ([new[:tokens] for new in free], [])
 
 
 @pytest.mark.parametrize("family", ["lfm2", "mamba", "rwkv"])
@@ -141,7 +141,7 @@ def test_samples_do_not_depend_on_their_batch(family: str):
     together = generate(model, PROMPTS, 8, [1], Sampler(draws, 2.0))
     single = [generate(model, [p], 8, [1], Sampler(draws[i : i + 1], 2.0))[0] for i, p in enumerate(PROMPTS)]
     assert together == single
-    assert together != greedy(model, PROMPTS, 8, [1])
+    assert together != generate(model, PROMPTS, 8, [1])
     # By hand: the model's own logits, without cache.
     ids = list(PROMPTS[1])
     for step in range(8):
@@ -154,17 +154,17 @@ def test_samples_do_not_depend_on_their_batch(family: str):
 def test_learned_positions_end_an_answer(family: str):
     model = build(family, max_position_embeddings=16)
     rooms = [16 - len(prompt) for prompt in PROMPTS]
-    found, lines = warned(lambda: greedy(model, PROMPTS, 200, []))
+    found, lines = warned(lambda: generate(model, PROMPTS, 200, []))
     assert found == [alone(model, prompt, room) for prompt, room in zip(PROMPTS, rooms, strict=True)]
     assert sum("takes 16 tokens, the longest prompt with 200 new ones has more" in line for line in lines) == 1
-    assert warned(lambda: greedy(model, PROMPTS, 200, []))[1] == []
+    assert warned(lambda: generate(model, PROMPTS, 200, []))[1] == []
     with pytest.raises(UserError, match="takes 16 tokens, a prompt has 16: shorten the prompts"):
-        greedy(model, [[3] * 16], 1, [])
+        generate(model, [[3] * 16], 1, [])
 
 
 def test_rotary_positions_past_the_context_are_said():
     model = build("llama", max_position_embeddings=16)
-    found, lines = warned(lambda: greedy(model, PROMPTS, 12, []))
+    found, lines = warned(lambda: generate(model, PROMPTS, 12, []))
     assert found == [alone(model, prompt, 12) for prompt in PROMPTS]
     assert [bool(re.search("takes 16 tokens.*may be poor", line)) for line in lines] == [True]
 
@@ -180,7 +180,7 @@ def test_settings_that_change_tokens_are_named_and_not_followed(family: str):
     }
     model.generation_config = own = GenerationConfig(**settings, top_p=1.0, num_beams=1, eos_token_id=2)
     assert model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=8, do_sample=False)[0, 6:].tolist() != plain[0]
-    found, lines = warned(lambda: greedy(model, PROMPTS, 8, []))
+    found, lines = warned(lambda: generate(model, PROMPTS, 8, []))
     assert found == plain
     assert model.generation_config is own
     (line,) = (line for line in lines if "generation_config" in line)
@@ -204,8 +204,8 @@ def test_want_of_memory_is_no_answer_to_the_trial(error: Exception, monkeypatch:
     with monkeypatch.context() as patch:
         patch.setattr(model, "forward", fails)
         with pytest.raises(type(error)):
-            greedy(model, PROMPTS, 4, [])
-    found, lines = warned(lambda: greedy(model, PROMPTS, 4, []))
+            generate(model, PROMPTS, 4, [])
+    found, lines = warned(lambda: generate(model, PROMPTS, 4, []))
     assert found == [alone(model, prompt, 4) for prompt in PROMPTS]
     assert not lines
 
@@ -213,12 +213,12 @@ def test_want_of_memory_is_no_answer_to_the_trial(error: Exception, monkeypatch:
 def test_model_that_reads_ahead_is_refused():
     """In CPM-Ant a token changes the logits before it."""
     with pytest.raises(UserError, match="does not give the logits of one pass over the whole text"):
-        greedy(build("cpmant"), PROMPTS, 4, [])
+        generate(build("cpmant"), PROMPTS, 4, [])
 
 
 def test_one_token_list_a_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch):
     model = build("llama")
-    greedy(model, PROMPTS, 1, [])
+    generate(model, PROMPTS, 1, [])
     waits: list[str] = []
 
     class Waits(TorchDispatchMode):
@@ -230,7 +230,7 @@ def test_one_token_list_a_step_waits_for_the_device(monkeypatch: pytest.MonkeyPa
     to_list = torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (waits.append("tolist"), to_list(tensor))[1])
     with Waits():
-        greedy(model, PROMPTS, 20, [])
+        generate(model, PROMPTS, 20, [])
     # One of each step is transformers' own look at the mask.
     assert len(waits) <= 2 * 20 + 1
 
@@ -240,7 +240,7 @@ def test_weights_are_rounded_once_for_all_tokens():
     """Under an autocast that keeps no rounded weights, as Lightning's; the tokens are the same."""
     model = build("llama")
     with torch.autocast("cpu", torch.bfloat16):
-        expected = greedy(model, PROMPTS, 4, [])
+        expected = generate(model, PROMPTS, 4, [])
     rounded = []
 
     class Casts(TorchDispatchMode):
@@ -249,7 +249,7 @@ def test_weights_are_rounded_once_for_all_tokens():
             return op(*args, **(kwargs or {}))
 
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Casts():
-        assert greedy(model, PROMPTS, 4, []) == expected
+        assert generate(model, PROMPTS, 4, []) == expected
     assert len(rounded) == 1
 
 

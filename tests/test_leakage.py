@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 from simnpo_pl.__main__ import main
 from simnpo_pl.data.conversation import Conversation
 from simnpo_pl.data.tokenization import PromptTemplate
-from simnpo_pl.models.generation import Sampler, draws_of, generate, greedy
+from simnpo_pl.models.generation import Sampler, draws_of, generate
 from simnpo_pl.studies.leak import expected_best, with_bounds
 
 
@@ -91,9 +91,9 @@ def test_a_sample_does_not_depend_on_its_batch(model_folder: Path):
     together = generate(model, prompts, 8, [1], Sampler(draws))
     alone = [generate(model, [p], 8, [1], Sampler(draws[i : i + 1]))[0] for i, p in enumerate(prompts)]
     assert together == alone
-    assert together != greedy(model, prompts, 8, [1])
+    assert together != generate(model, prompts, 8, [1])
     # Nearly all probability is the most probable token's.
-    assert generate(model, prompts, 8, [1], Sampler(draws, temperature=1e-4)) == greedy(model, prompts, 8, [1])
+    assert generate(model, prompts, 8, [1], Sampler(draws, temperature=1e-4)) == generate(model, prompts, 8, [1])
 
 
 def test_command(run_options: list[str], other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

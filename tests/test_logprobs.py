@@ -55,7 +55,7 @@ def test_packed_equals_padded(model_folder: Path):
     for attention in ("sdpa", "eager"):
         model = load(model_folder, attention)
         scorer = Scorer(model)
-        assert scorer.packs is (attention == "sdpa")
+        assert (scorer.forward.way == "packed") is (attention == "sdpa")
         loss = scorer({"rows": rows()})["rows"].logps().mean.mean()
         loss.backward()
         results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])))
@@ -77,8 +77,8 @@ def test_chunks_equal_one_piece(model_folder: Path, monkeypatch: pytest.MonkeyPa
     (whole, whole_grad, whole_scores), (chunked, chunked_grad, chunked_scores) = results
     assert chunked == pytest.approx(whole, rel=1e-6)
     assert (chunked_grad - whole_grad).norm() / whole_grad.norm() < 1e-5
-    torch.testing.assert_close(chunked_scores.logps, whole_scores.logps, rtol=1e-5, atol=1e-6)
-    assert chunked_scores.correct.tolist() == whole_scores.correct.tolist()
+    torch.testing.assert_close(chunked_scores[0], whole_scores[0], rtol=1e-5, atol=1e-6)
+    assert chunked_scores[1].tolist() == whole_scores[1].tolist()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -145,7 +145,7 @@ def test_correct_tokens(model_folder: Path):
     batch["labels"][:, 3::2] = torch.where(batch["labels"][:, 3::2] == -100, -100, argmax[:, 2:-1:2])
     scores = Scorer(model)({"rows": batch})["rows"].token_scores()
     expected = (argmax[:, :-1] == batch["labels"][:, 1:])[batch["labels"][:, 1:] != -100]
-    assert scores.correct.tolist() == expected.tolist()
+    assert scores[1].tolist() == expected.tolist()
     assert 0 < sum(expected.tolist()) < len(expected)
 
 
@@ -168,7 +168,7 @@ def test_sliding_window_within_packed_rows(make_model: Callable[..., Path]):
     with torch.no_grad():
         expected = model(**{k: v for k, v in rows().items() if k != "labels"}).logits
     scorer = Scorer(model)
-    assert scorer.packs
+    assert scorer.forward.way == "packed"
     states = scorer({"rows": rows()})["rows"]
     scored = torch.nn.functional.pad(rows()["labels"][:, 1:], (0, 1), value=-100) != -100
     torch.testing.assert_close(states.logits(), expected[scored], rtol=1e-4, atol=1e-4)
@@ -239,11 +239,11 @@ def test_rows_that_begin_alike(model_folder: Path):
         scores = states.token_scores()
         results.append((loss, torch.cat([p.grad.flatten() for p in model.parameters()]), scores, len(states.hidden)))
     (shared, shared_grad, shared_scores, used), (apart, apart_grad, scores, _) = results
-    assert used < len(scores.logps)
+    assert used < scores.shape[1]
     assert shared.item() == pytest.approx(apart.item(), rel=1e-6)
     assert (shared_grad - apart_grad).norm() / apart_grad.norm() < 1e-5
-    torch.testing.assert_close(shared_scores.logps, scores.logps, rtol=1e-5, atol=1e-6)
-    assert shared_scores.correct.tolist() == scores.correct.tolist()
+    torch.testing.assert_close(shared_scores[0], scores[0], rtol=1e-5, atol=1e-6)
+    assert shared_scores[1].tolist() == scores[1].tolist()
 
 
 def test_unknown_change_of_the_logits(model_folder: Path, caplog: pytest.LogCaptureFixture):

@@ -64,7 +64,7 @@ def test_base_is_the_reference(
     # The same weights under another name are a separate copy.
     save_model(load_causal_lm(str(model_folder)), load_tokenizer(str(model_folder)), tmp_path / "copy")
     other = perturbed(str(model_folder), reference=str(tmp_path / "copy"), **settings)
-    assert ours._scorer().packs is (attention == "sdpa")
+    assert (ours._scorer().forward.way == "packed") is (attention == "sdpa")
     batch = batch_of(str(model_folder))
     one, two = ours.losses(batch), other.losses(batch)
     assert ours._reference._resident is None

@@ -13,7 +13,7 @@ from simnpo_pl.data.training import collate
 from simnpo_pl.evaluation.scoring import MIN_K, MIN_K_PLUS_PLUS, gradient_norms, score_rows
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.membership import membership_auc, privleak
-from simnpo_pl.models.generation import greedy
+from simnpo_pl.models.generation import generate
 from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.models.logprobs import Scorer
 
@@ -75,7 +75,7 @@ def test_greedy_answers(model, split: str):
     """Token by token, all prompts at once."""
     lm, expected = model
     prompts = [row[0].prompt_ids for row in token_rows(split)]
-    assert greedy(lm, prompts, 64, [END]) == [entry["generated"] for entry in expected[split]]
+    assert generate(lm, prompts, 64, [END]) == [entry["generated"] for entry in expected[split]]
 
 
 def truth_ratios(log: dict[str, Any], split: str, kind: str = "geometric") -> torch.Tensor:

@@ -34,9 +34,8 @@ def score_rows(
     """
     wanted = wanted or {}
     tokens, size = states.token_scores(wanted.get(MIN_K_PLUS_PLUS)), states.size
-    values = tokens.logps, tokens.correct.float(), tokens.standardized, states.rows.float()
     # The one wait for a GPU: what follows is work on single rows. Float32 holds the number of a row exactly.
-    logps, correct, standardized, rows = torch.stack(values).cpu()
+    logps, correct, standardized, rows = torch.cat([tokens, states.rows.float().unsqueeze(0)]).cpu()
     lengths = torch.bincount(rows.long(), minlength=size)
     nll = -torch.zeros(size, dtype=torch.float64).index_add(0, rows.long(), logps.double()).float() / lengths
     ends = ends.cpu()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simnpo_pl.models.head import Head
 from simnpo_pl.models.layers import body_of
-from simnpo_pl.models.packing import MISFITS, Layout, layout_of, packed_hidden, raise_if_device, why_not_packed
+from simnpo_pl.models.packing import MISFITS, Layout, layout_of, packed_hidden, raise_if_machine, why_not_packed
 from simnpo_pl.models.sharding import is_sharded
 from simnpo_pl.utils.errors import UserError
 
@@ -40,7 +40,9 @@ class Forward:
         # Added by `shard`: a forward pass in which a sharded model gathers its weights.
         self.body = getattr(model, "run_body", body_of(model))
         self.head, self.way = head_of(model), "packed"
-        self._ropes = [m for m in model.modules() if _depends_on_length(m)]
+        # Their rotary frequencies depend on the longest row of a batch.
+        kinds = ("dynamic", "longrope")
+        self._ropes = [m for m in model.modules() if any(kind in str(getattr(m, "rope_type", "")) for kind in kinds)]
         self._rope_limit = min((_rope_limit(m) for m in self._ropes), default=None)
         self._calls = self._checked_width = 0
         self.reads_logits = False
@@ -57,15 +59,13 @@ class Forward:
                 return
             if selecting := _SELECTING & set(getattr(model.config.get_text_config(), "layer_types", None) or ()):
                 self._set("alone", f"it has layers of type {', '.join(selecting)}")
-            elif not self._leaks("padded"):
-                self._set("padded", reason)
-            elif not self._leaks("alone"):
-                self._set("alone", f"{reason}, and with padding a row depends on the rows next to it")
-            else:
+            elif self._reads_ahead():
                 raise UserError(
                     f"{type(model).__name__} is no causal language model: its output for a token depends on later "
                     "tokens, and so on the label; give a model that reads from left to right"
                 )
+            else:
+                self._set("padded", reason)
 
     def __call__(self, rows: Mapping[str, Tensor], layout: Layout | None = None) -> tuple[Tensor, Tensor]:
         """Hidden states `(N, D)` of right-padded rows, and the index of each cell's state; with their layout if known.
@@ -73,7 +73,12 @@ class Forward:
         The indices are `(B, T)`; those of padded cells have no meaning.
         """
         way = self.way_of(rows)
-        self._may_run(way)
+        if way == "alone" and is_sharded(self.model):
+            # Processes wait for each other at every pass, and have different numbers of rows.
+            raise UserError(
+                f"{type(self.model).__name__} runs these rows one by one, which a sharded model cannot; "
+                "give another --trainer.strategy"
+            )
         return self._run(way, rows, layout)
 
     def way_of(self, rows: Mapping[str, Tensor]) -> str:
@@ -86,23 +91,35 @@ class Forward:
         self._calls += 1
         width = rows["input_ids"].shape[1]
         wider = width > 2 * self._checked_width and not is_sharded(self.model)
-        if self.way_of(rows) != "alone" and (wider or self._calls in _CHECKED_CALLS):
-            self._checked_width = max(width, self._checked_width)
-            self._compare(rows)
+        if self.way_of(rows) == "alone" or not (wider or self._calls in _CHECKED_CALLS):
+            return
+        self._checked_width = max(width, self._checked_width)
+        lengths = rows["attention_mask"].sum(dim=1)
+        longest = int(lengths.argmax())
+        chosen = torch.tensor([longest, (longest + 1) % len(lengths)], device=lengths.device)
+        few = {k: rows[k][chosen, : max(2, int(lengths.max()))] for k in ("input_ids", "attention_mask")}
+        with self._plainly():
+            expected, dtype = self._logps("alone", few)
+            # Differences up to this are rounding, nats a token for each nat; a GPU may multiply float32 in TF32.
+            full, gpu = dtype == torch.float32, expected.device.type != "cpu"
+            limit = (5e-5 if full and not gpu else 2e-3 if full else 5e-2) * max(1.0, expected.abs().mean().item())
+            while self.way != "alone":
+                difference = (self._logps(self.way, few)[0] - expected).abs().mean().item()
+                if not difference > limit:
+                    break
+                reason = f"{self.way} they differ from rows alone by {difference:.2g} nats a token"
+                if is_sharded(self.model):
+                    # Another process may find no difference, and all have to make the same passes.
+                    raise UserError(
+                        f"{type(self.model).__name__}: {reason}; give --model.attn_implementation eager, or a "
+                        "strategy that does not shard"
+                    )
+                self._set("padded" if self.way == "packed" else "alone", reason)
 
     def _set(self, way: str, reason: str) -> None:
         self.way = way
-        self._may_run(way)
         how = "padded, not packed" if way == "padded" else "run one by one"
         _log.warning("%s: rows are %s (%s)", type(self.model).__name__, how, reason)
-
-    def _may_run(self, way: str) -> None:
-        if way == "alone" and is_sharded(self.model):
-            # Processes wait for each other at every pass, and have different numbers of rows.
-            raise UserError(
-                f"{type(self.model).__name__} runs these rows one by one, which a sharded model cannot; "
-                "give another --trainer.strategy"
-            )
 
     def _run(self, way: str, rows: Mapping[str, Tensor], layout: Layout | None = None) -> tuple[Tensor, Tensor]:
         ids, mask = rows["input_ids"], rows["attention_mask"]
@@ -142,13 +159,13 @@ class Forward:
         finally:
             self.model.train(training)
 
-    def _ids(self, *shape: int) -> Tensor:
-        numbers = torch.arange(torch.Size(shape).numel(), device=next(self.model.parameters()).device)
-        return ((numbers * 7 + 3) % self.head.vocabulary).view(shape)
+    def _ids(self, count: int) -> Tensor:
+        numbers = torch.arange(count, device=next(self.model.parameters()).device)
+        return ((numbers * 7 + 3) % self.head.vocabulary).unsqueeze(0)
 
     def _knows_head(self) -> bool:
         """Whether the head gives the model's logits, even of hidden states so large that any cap shows."""
-        inputs: dict[str, Any] = {"input_ids": self._ids(1, 8), "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": self._ids(8), "use_cache": False}
         # First the whole model: this gathers the weights of a sharded one.
         try:
             self.model(**inputs)
@@ -161,45 +178,19 @@ class Forward:
             finally:
                 handle.remove()
         except MISFITS as error:
-            raise_if_device(error)
+            raise_if_machine(error)
             return False
 
-    def _leaks(self, way: str) -> bool:
-        """Whether the first tokens of a row change with later tokens, with padding or with another row."""
-        ids = self._ids(2, 16)
-        mask, other = torch.ones_like(ids), ids + 1
-        mask[0, 12:] = 0
-        other[0, :6] = ids[0, :6]
-        (before, places), (after, _) = (
-            self._run(way, {"input_ids": i % self.head.vocabulary, "attention_mask": mask}) for i in (ids, other)
-        )
-        change = (after.float() - before.float()).abs().amax(dim=-1)[places[0]]
+    def _reads_ahead(self) -> bool:
+        """Whether the first tokens of a row change with later tokens."""
+        ids = self._ids(12)
+        other = (ids + 1) % self.head.vocabulary
+        other[:, :6] = ids[:, :6]
+        before, after = (self._unpacked(row, torch.ones_like(row)) for row in (ids, other))
+        change = (after.float() - before.float()).abs().amax(dim=-1)
         # In the middle: rounding may send single tokens to another expert.
         rounding = max(1e-3, 8 * torch.finfo(before.dtype).eps)
-        return bool(change[:6].median() > rounding * change[6:12].median())
-
-    def _compare(self, rows: Mapping[str, Tensor]) -> None:
-        lengths = rows["attention_mask"].sum(dim=1)
-        longest = int(lengths.argmax())
-        chosen = torch.tensor([longest, (longest + 1) % len(lengths)], device=lengths.device)
-        few = {k: rows[k][chosen, : max(2, int(lengths.max()))] for k in ("input_ids", "attention_mask")}
-        with self._plainly():
-            expected, dtype = self._logps("alone", few)
-            # Differences up to this are rounding, nats a token for each nat; a GPU may multiply float32 in TF32.
-            full, gpu = dtype == torch.float32, expected.device.type != "cpu"
-            limit = (5e-5 if full and not gpu else 2e-3 if full else 5e-2) * max(1.0, expected.abs().mean().item())
-            while self.way != "alone":
-                difference = (self._logps(self.way, few)[0] - expected).abs().mean().item()
-                if not difference > limit:
-                    break
-                reason = f"{self.way} they differ from rows alone by {difference:.2g} nats a token"
-                if is_sharded(self.model):
-                    # Another process may find no difference, and all have to make the same passes.
-                    raise UserError(
-                        f"{type(self.model).__name__}: {reason}; give --model.attn_implementation eager, or a "
-                        "strategy that does not shard"
-                    )
-                self._set("padded" if self.way == "packed" else "alone", reason)
+        return bool(change[:6].median() > rounding * change[6:].median())
 
     def _logps(self, way: str, rows: Mapping[str, Tensor]) -> tuple[Tensor, torch.dtype]:
         """Log-probs of all tokens but the first of each row, nats, and the dtype of the hidden states."""
@@ -218,14 +209,8 @@ def head_of(model: Any) -> Head:
     return Head(model.get_output_embeddings(), int(config.vocab_size), scale / (divisor or 1.0), cap)
 
 
-def _depends_on_length(module: nn.Module) -> bool:
-    """Whether a module's rotary frequencies depend on the longest row of a batch."""
-    kinds = str(getattr(module, "rope_type", ""))
-    return "dynamic" in kinds or "longrope" in kinds
-
-
 def _rope_limit(module: Any) -> int:
-    """Longest row, tokens, for which such a module uses the frequencies of short rows."""
+    """Longest row, tokens, for which a rotary module uses the frequencies of short rows."""
     parameters = module.config.rope_parameters
     kinds = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)]
     made_for = [p["original_max_position_embeddings"] for p in kinds if p.get("original_max_position_embeddings")]

@@ -8,7 +8,7 @@ through `generate` of transformers without padding.
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from simnpo_pl.models.packing import MISFITS, raise_if_machine
 from simnpo_pl.models.sharding import any_process, is_sharded
 from simnpo_pl.utils.errors import UserError
 
@@ -25,31 +26,17 @@ Choose = Callable[[Tensor, Tensor, int], Tensor]
 """Takes logits `(R, V)`, indices of their prompts `(R,)` and the step from 0; returns the next tokens `(R,)`."""
 
 
-class Request(NamedTuple):
-    """What to generate."""
-
-    prompts: Sequence[Sequence[int]]
-    """Token ids."""
-    limits: Sequence[int]
-    """Largest number of new tokens of each prompt."""
-    eos_ids: Sequence[int]
-    """Ids that end a row; not part of the result."""
-    choose: Choose
-    pad_id: int = 0
-
-
-Way = Callable[[Any, Request], list[list[int]]]
-"""Takes a model and a request; returns the new tokens of each prompt."""
+Way = Callable[[Any, Sequence[Sequence[int]], Sequence[int], Sequence[int], Choose], list[list[int]]]
+"""Takes what `generate` does, with a largest number of new tokens for each prompt."""
 
 # Settings of a generation_config that change the next token, with their neutral values.
 _SETTINGS: dict[str, Any] = {
-    **dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "stop_strings", "max_time")),
-    **dict.fromkeys(("min_new_tokens", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("min_p", "stop_strings", "max_time", "min_new_tokens", "bad_words_ids", "suppress_tokens")),
+    **dict.fromkeys(("begin_suppress_tokens", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id")),
+    "exponential_decay_length_penalty": None,
     **{"do_sample": False, "temperature": 1, "top_k": 50, "top_p": 1, "typical_p": 1, "num_beams": 1},
     **{"repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_length": 0, "guidance_scale": 1},
 }
-_MACHINE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
 _ways: "WeakKeyDictionary[Any, Way]" = WeakKeyDictionary()
 _told: "WeakSet[Any]" = WeakSet()
 """Models whose limit of positions has been reported."""
@@ -85,25 +72,13 @@ def draws_of(seed: int, row: int, sample: int, steps: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed, row, sample]).random(steps))
 
 
-def greedy(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    eos_ids: Sequence[int],
-    pad_id: int = 0,
-) -> list[list[int]]:
-    """Most probable continuation of each prompt, token by token; see `generate`."""
-    return generate(model, prompts, max_new_tokens, eos_ids, most_probable, pad_id)
-
-
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     eos_ids: Sequence[int],
-    choose: Choose,
-    pad_id: int = 0,
+    choose: Choose = most_probable,
 ) -> list[list[int]]:
     """Continuation of each prompt, token by token, from the model's unchanged logits.
 
@@ -115,7 +90,6 @@ def generate(
         max_new_tokens: Largest number of new tokens.
         eos_ids: A row ends at the first of these, which is not part of the result.
         choose: Picks the next tokens.
-        pad_id: Any id of the vocabulary; masked padding on the left.
 
     Returns:
         New token ids of each prompt.
@@ -123,11 +97,11 @@ def generate(
     Raises:
         UserError: A prompt fills the model's positions, or no way of decoding gives the model's own logits.
     """
-    request = Request(prompts, _limits(model, prompts, max_new_tokens), eos_ids, choose, pad_id)
+    limits = _limits(model, prompts, max_new_tokens)
     kind = next(model.parameters()).device.type
     # Lightning's autocast rounds all weights again in every call: here once for all tokens.
     with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=True):
-        return _way_of(model)(model, request)
+        return _way_of(model)(model, prompts, limits, eos_ids, choose)
 
 
 def _limits(model: Any, prompts: Sequence[Sequence[int]], wanted: int) -> list[int]:
@@ -149,13 +123,18 @@ def _limits(model: Any, prompts: Sequence[Sequence[int]], wanted: int) -> list[i
     return [wanted if rotary else min(wanted, positions - len(prompt)) for prompt in prompts]
 
 
-def _batched(model: Any, request: Request) -> list[list[int]]:
+def _batched(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    eos_ids: Sequence[int],
+    choose: Choose,
+) -> list[list[int]]:
     """All prompts at once, padded on the left; rows leave the batch as they end."""
-    prompts, limits, eos_ids, choose, pad_id = request
     device = next(model.parameters()).device
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
-    ids = pad([torch.tensor(prompt) for prompt in prompts], padding_value=pad_id).to(device)
+    ids = pad([torch.tensor(prompt) for prompt in prompts]).to(device)
     mask = pad([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]).to(device)
     done: list[list[int]] = [[] for _ in prompts]
     running, rows = list(range(len(prompts))), torch.arange(len(prompts), device=device)
@@ -201,9 +180,16 @@ class _Chosen(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, token.unsqueeze(1), 0.0)
 
 
-def _by_transformers(model: Any, request: Request, alone: bool = False, use_cache: bool = True) -> list[list[int]]:
+def _by_transformers(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    eos_ids: Sequence[int],
+    choose: Choose,
+    alone: bool = False,
+    use_cache: bool = True,
+) -> list[list[int]]:
     """Prompts of one length at a time, which need no padding, or each alone, by `generate` of transformers."""
-    prompts, limits, eos_ids, choose, pad_id = request
     device = next(model.parameters()).device
     done: list[list[int]] = [[] for _ in prompts]
     groups: dict[tuple[int, int], list[int]] = {}
@@ -224,7 +210,7 @@ def _by_transformers(model: Any, request: Request, alone: bool = False, use_cach
                 do_sample=False,
                 use_cache=use_cache,
                 eos_token_id=list(eos_ids) or None,
-                pad_token_id=pad_id,
+                pad_token_id=0,
                 logits_processor=LogitsProcessorList([_Chosen(choose, torch.tensor(rows, device=device), length)]),
                 synced_gpus=sharded,
             )
@@ -258,9 +244,9 @@ def _way_of(model: Any) -> Way:
             f"generation_config of {name} sets {', '.join(changed)}: ignored; answers come from the model's "
             "unchanged logits, greedy or at the temperature that the command was given"
         )
-    trial = _Trial(model)
+    agrees = _trial(model)
     for way, words in _WAYS:
-        if trial.agrees(way):
+        if agrees(way):
             if words:
                 rank_zero_warn(
                     f"{name} generates {words}, with generate of transformers: a batch of padded prompts does not "
@@ -274,54 +260,47 @@ def _way_of(model: Any) -> Way:
     )
 
 
-class _Trial:
-    """Four short prompts of different lengths, one of which ends early, with the logits that each gives alone."""
+def _trial(model: Any) -> Callable[[Way], bool]:
+    """Says of a way of decoding whether it gives the logits that four short prompts give alone.
 
-    STEPS = (2, 3, 3, 3)
+    The prompts have different lengths, and one of them ends early.
+    """
+    device, lengths, steps = next(model.parameters()).device, (4, 2, 6, 4), (2, 3, 3, 3)
+    end = int(model.config.get_text_config().vocab_size) - 1
+    ids = (torch.arange(sum(lengths) + len(lengths) * max(steps), device=device) * 7 + 3) % end
+    prompts = ids[: sum(lengths)].split(lengths)
+    forced = ids[sum(lengths) :].view(len(lengths), max(steps))
+    forced[0, steps[0] - 1] = end
+    expected = []
+    with torch.autocast(device.type, enabled=False):
+        for prompt, new, count in zip(prompts, forced, steps, strict=True):
+            whole = torch.cat([prompt, new[: count - 1]]).unsqueeze(0)
+            expected.append(model(input_ids=whole, use_cache=False).logits[0, -count:])
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.device = model, next(model.parameters()).device
-        lengths, steps = (4, 2, 6, 4), max(self.STEPS)
-        self.end = int(model.config.get_text_config().vocab_size) - 1
-        ids = (torch.arange(sum(lengths) + len(lengths) * steps, device=self.device) * 7 + 3) % self.end
-        self.prompts = [prompt.tolist() for prompt in ids[: sum(lengths)].split(lengths)]
-        self.forced = ids[sum(lengths) :].view(len(lengths), steps)
-        self.forced[0, self.STEPS[0] - 1] = self.end
-        with torch.autocast(self.device.type, enabled=False):
-            self.expected = [self._alone(row) for row in range(len(lengths))]
-
-    def _alone(self, row: int) -> Tensor:
-        """Logits of a row's steps from one pass without padding and without cache."""
-        steps = self.STEPS[row]
-        ids = self.prompts[row] + self.forced[row, : steps - 1].tolist()
-        return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False).logits[0, -steps:]
-
-    def agrees(self, way: Way) -> bool:
-        """Whether a way of decoding gives these logits."""
-        found: list[list[Tensor]] = [[] for _ in self.prompts]
+    def agrees(way: Way) -> bool:
+        found: list[list[Tensor]] = [[] for _ in prompts]
 
         def record(logits: Tensor, rows: Tensor, step: int) -> Tensor:
             for row, own in zip(rows.tolist(), logits, strict=True):
                 found[row].append(own)
-            return self.forced[rows, step]
+            return forced[rows, step]
 
-        limits = [max(self.STEPS)] * len(self.prompts)
         try:
-            with torch.autocast(self.device.type, enabled=False):
-                way(self.model, Request(self.prompts, limits, [self.end], record))
-            same = all(map(self._close, found, self.expected))
-        except (TypeError, ValueError, AttributeError, LookupError, AssertionError, RuntimeError) as error:
-            # A CPU out of memory raises a plain RuntimeError.
-            if isinstance(error, _MACHINE_ERRORS) or "DefaultCPUAllocator" in str(error):
-                raise
+            with torch.autocast(device.type, enabled=False):
+                way(model, [prompt.tolist() for prompt in prompts], [max(steps)] * len(prompts), [end], record)
+            same = all(map(_close, found, expected))
+        except MISFITS as error:
+            raise_if_machine(error)
             same = False
-        return not any_process(not same, self.device) if is_sharded(self.model) else same
+        return not any_process(not same, device) if is_sharded(model) else same
 
-    @staticmethod
-    def _close(found: list[Tensor], expected: Tensor) -> bool:
-        # Skip masked logits and NaN.
-        real = expected.abs() < 1e30
-        ours, theirs = torch.stack(found[: len(expected)])[real].float(), expected[real].float()
-        # Above the rounding of TF32 and bfloat16, below the effect of attention to padding or of a lost state.
-        tolerance = 0.01 if expected.dtype == torch.float32 else 0.2
-        return bool((ours - theirs).norm() <= tolerance * (theirs - theirs.mean()).norm())
+    return agrees
+
+
+def _close(found: list[Tensor], expected: Tensor) -> bool:
+    # Skip masked logits and NaN.
+    real = expected.abs() < 1e30
+    ours, theirs = torch.stack(found[: len(expected)])[real].float(), expected[real].float()
+    # Above the rounding of TF32 and bfloat16, below the effect of attention to padding or of a lost state.
+    tolerance = 0.01 if expected.dtype == torch.float32 else 0.2
+    return bool((ours - theirs).norm() <= tolerance * (theirs - theirs.mean()).norm())

@@ -24,13 +24,6 @@ def layers_of(model: Any) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__} keeps its {count} layers in no list: their states cannot be read")
 
 
-def check_layer(model: Any, layer: int, option: str) -> None:
-    """Raise UserError unless the model has a layer of this number, from 0; `option` is the setting that names it."""
-    count = len(layers_of(model))
-    if not 0 <= layer < count:
-        raise UserError(f"{option} {layer}: the model has layers 0 to {count - 1}; give one of these")
-
-
 @contextmanager
 def layer_outputs(model: Any, layers: Collection[int]) -> Iterator[dict[int, list[Tensor]]]:
     """Outputs `(B * T, D)` of layers, numbered from 0, in each forward pass inside the context."""

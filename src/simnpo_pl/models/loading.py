@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, replace, write_json
 
 _trusted = False
-_LOCAL_ROOTS = ("/", "./", "../", "~")
 
 
 def trust_remote_code(trusted: bool) -> None:
@@ -87,27 +87,24 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     on_meta = sharded and torch.distributed.get_rank() > 0
     quiet_loading()
     with _one_line(name, "model", option):
         resolved = find_model(name, option)
         if (Path(resolved) / ADAPTER_CONFIG).is_file():
-            settings = (dtype, attn_implementation, option)
-            merge = merge or dtype == "float32"
-            model = load_with_adapter(Path(resolved), lambda base: load_causal_lm(base, *settings), merge, option)
+            load_base = partial(load_causal_lm, dtype=dtype, attn_implementation=attn_implementation, option=option)
+            model = load_with_adapter(Path(resolved), load_base, merge or dtype == "float32", option)
             if on_meta:
                 model.to("meta").tie_weights()
             return model
-        if on_meta:
-            options["device_map"] = "meta"
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolved,
             dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            device_map="meta" if on_meta else None,
             use_safetensors=True,
             trust_remote_code=_trusted,
             output_loading_info=True,
-            **options,
         )
     model, found = loaded
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -205,7 +202,7 @@ def find_model(name: str, option: str = "--model.name") -> str:
         if not any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
             raise UserError(f"{option}: {name} contains no config.json; expected a folder written by save_pretrained")
         return str(folder)
-    if name.startswith(_LOCAL_ROOTS) or name.count("/") > 1:
+    if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise UserError(f"{option}: folder {name} does not exist; give a folder with a model or a hub id")
     return name
 

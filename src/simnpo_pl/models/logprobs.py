@@ -59,18 +59,6 @@ class AnswerLogps(NamedTuple):
         return self.total / self.length.clamp(min=1)
 
 
-class TokenScores(NamedTuple):
-    """Scores of every scored token under teacher forcing."""
-
-    logps: Tensor
-    """`(S,)` log-prob of the label, nats."""
-    correct: Tensor
-    """`(S,)` whether the label is the most probable token, bool."""
-    standardized: Tensor
-    """`(S,)` (log-prob of the label - mean) / standard deviation of the log-prob of a token drawn from the model; NaN
-    where not requested."""
-
-
 @dataclass(frozen=True)
 class LayerStates:
     """Outputs of one layer at the answers' own tokens, not at the positions that predict them."""
@@ -148,11 +136,16 @@ class AnswerStates:
         return AnswerLogps(self.sum_rows(self.token_logps()), self.lengths())
 
     @torch.no_grad()
-    def token_scores(self, standardize: Tensor | None = None) -> TokenScores:
-        """Log-prob and correctness of every scored token, without gradient.
+    def token_scores(self, standardize: Tensor | None = None) -> Tensor:
+        """Scores of every scored token under teacher forcing, without gradient.
 
         Args:
             standardize: `(B,)` bool, the rows whose log-probs are also standardized over the vocabulary.
+
+        Returns:
+            `(3, S)` float32: log-prob of the label, nats; 1 if the label is the most probable token, else 0; (log-prob
+            of the label - mean) / standard deviation of the log-prob of a token drawn from the model, NaN where not
+            requested.
         """
         logps, correct = self.head.scores(self.hidden, self.predictors, self.labels)
         standardized = torch.full_like(logps, torch.nan)
@@ -160,7 +153,7 @@ class AnswerStates:
             chosen = standardize.to(self.rows.device)[self.rows].nonzero()[:, 0]
             hidden = self.hidden[self.predictors[chosen]]
             standardized[chosen] = self.head.per_token(_standardized, hidden, self.labels[chosen])
-        return TokenScores(logps, correct, standardized)
+        return torch.stack([logps, correct.float(), standardized])
 
     def lengths(self) -> Tensor:
         """`(B,)` number of scored tokens, float."""
@@ -271,25 +264,10 @@ class Scorer:
         self.forward = Forward(model)
         self.head = self.forward.head
 
-    @property
-    def vocabulary(self) -> int:
-        """V."""
-        return self.head.vocabulary
-
-    @property
-    def packs(self) -> bool:
-        """Whether rows go through the model without padding."""
-        return self.forward.way == "packed"
-
     def __call__(self, parts: Mapping[str, Rows], layers: Collection[int] = ()) -> dict[str, AnswerStates]:
-        """Scored positions of several sets of rows, from one forward pass.
+        """Scored positions of rows by name, such as forget and retain, from one forward pass.
 
-        Args:
-            parts: Rows by name, such as forget and retain.
-            layers: Numbers of layers, from 0, whose states are returned, too.
-
-        Returns:
-            `AnswerStates` under the same names.
+        `layers` are numbers of layers, from 0, whose states are returned, too.
         """
         joined = join(list(parts.values()))
         self.forward.check(joined)

@@ -1,4 +1,8 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) by peft, and the base without its adapter as the reference."""
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685) by peft, and the base without its adapter as the reference.
+
+Not by `add_adapter`, `disable_adapters` and `save_pretrained` of transformers (5.24), which refuse peft before 0.22 and
+may ask the hub for the base's config.
+"""
 
 import hashlib
 import os
@@ -172,26 +176,19 @@ def base_fingerprint(model: Any) -> str:
     return found[0]
 
 
-def without_base(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A checkpoint's weights without those of the frozen base, whose names start with a prefix."""
-    return {name: weight for name, weight in state.items() if not name.startswith(prefix) or ".lora_" in name}
-
-
 def check_adapter(saved: dict[str, Any] | None, ours: dict[str, Any] | None) -> None:
     """Raise UserError where a checkpoint was made with another adapter than the policy's.
 
     Both are what `add_adapter` returned, or None where all weights are trained.
     """
-    if saved is None or ours is None:
-        if saved is ours:
-            return
+    if (saved is None) is not (ours is None):
         what = ("the whole model", "an adapter") if saved is None else ("an adapter", "the whole model")
         raise UserError(
             f"--ckpt_path: the checkpoint contains {what[0]}, --model.lora trains {what[1]}; give its run's options"
         )
-    for key, value in saved.items():
-        if ours.get(key) != value:
-            both = f": {value} there, {ours.get(key)} here" if key in ("rank", "alpha") else ""
+    for key, own in (ours or {}).items():
+        if saved is not None and saved.get(key) != own:
+            both = f": {saved.get(key)} there, {own} here" if key in ("rank", "alpha") else ""
             raise UserError(
                 f"--ckpt_path: the checkpoint's adapter differs in its {key}{both}; give --model.name and --model.lora "
                 "as in its run"

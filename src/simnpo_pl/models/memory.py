@@ -126,15 +126,9 @@ def _activations(model: Any, layers: nn.ModuleList, step: Step) -> float:
         layer.register_forward_hook(leave)
     fake, mixed = FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", enabled=step.autocast)
     with fake, mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        for module in model.train().modules():
-            # Fake CPU tensors: the meta device has other kernels.
-            for name, value in module._buffers.items():
-                module._buffers[name] = None if value is None else torch.empty_like(value, device="cpu")
-            for name, weight in module._parameters.items():
-                if weight is not None:
-                    made = torch.empty_like(weight, device="cpu", requires_grad=False)
-                    module._parameters[name] = nn.Parameter(made, weight.requires_grad)
-                    seen[made.untyped_storage()._cdata] = made
+        # Fake CPU tensors: the meta device has other kernels.
+        model.train().to_empty(device="cpu")
+        seen = {weight.untyped_storage()._cdata: weight for weight in model.parameters()}
         cells = torch.arange(step.rows * step.width)
         layout = Layout(step.rows, step.width, cells, cells, False, (cells % step.width).unsqueeze(0))
         packed_hidden(model.base_model, cells.view(step.rows, step.width), layout)

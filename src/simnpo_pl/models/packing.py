@@ -17,9 +17,6 @@ from transformers import masking_utils as masks
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ATTENTION = "sdpa"
-LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
-"""Entries of a config's `layer_types` that packed rows support."""
-
 _MASKS = frozenset(
     function.__code__
     for function in (
@@ -30,12 +27,8 @@ _MASKS = frozenset(
     )
 )
 _PROBE = 32
-MISFITS = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
+MISFITS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, RuntimeError)
 """Raised by a model that does not support a call."""
-
-
-class NotPackable(ValueError):
-    """The attention depends on more than the positions of tokens within their rows."""
 
 
 class Layout(NamedTuple):
@@ -105,12 +98,6 @@ def stacked(layouts: Sequence[Layout]) -> Layout:
     return Layout(rows, width, torch.cat(cells), torch.cat(tokens), shared, positions)
 
 
-class _Packed(NamedTuple):
-    layout: Layout
-    allowed: Tensor | None
-    """`(width, width)` which keys a query of the same row attends to; None for all up to its own."""
-
-
 _current: ContextVar[Layout | None] = ContextVar("layout of the packed pass", default=None)
 
 
@@ -125,7 +112,8 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return masks.sdpa_mask(*args, **kwargs)
     function, local = kwargs["mask_function"], kwargs.get("local_size")
     if not _is_known(function):
-        raise NotPackable("its attention mask is not known")
+        raise ValueError("its attention mask is not known")
+    # `(width, width)`, which keys a query of the same row attends to; None for all up to its own.
     allowed = None
     if function is not masks.causal_mask_function and (local is None or local < layout.width):
         width, device = layout.width, layout.cells.device
@@ -133,7 +121,7 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
         assert grid is not None
         allowed = grid[0, 0]
     carrier: Any = layout.cells.new_zeros(1, 1, 1, 1, dtype=torch.bool)
-    carrier.packed = _Packed(layout, allowed)
+    carrier.packed = layout, allowed
     return carrier
 
 
@@ -156,16 +144,16 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed row where the mask is one of a packed pass; else ordinary sdpa."""
-    packed: _Packed | None = getattr(attention_mask, "packed", None)
+    packed: tuple[Layout, Tensor | None] | None = getattr(attention_mask, "packed", None)
     if packed is None and _current.get() is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if packed is None or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
-        raise NotPackable("its attention depends on more than a mask of positions")
+        raise ValueError("its attention depends on more than a mask of positions")
     layout, allowed = packed
     if not query.shape[2] == key.shape[2] == len(layout.cells):
-        raise NotPackable("its attention sees more than the tokens of a row")
+        raise ValueError("its attention sees more than the tokens of a row")
     groups, key, value = query.shape[1] // key.shape[1], layout.pad(key), layout.pad(value)
     # Flash attention, which reads each key once for its group of queries, takes 16 bits and no mask.
     by_group = query.device.type != "cpu" and allowed is None and query.dtype in (torch.bfloat16, torch.float16)
@@ -188,22 +176,19 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _mask)
 
 
-def raise_if_device(error: Exception) -> None:
-    """Raise errors that are not the model's: out of memory, or a fault of the device."""
-    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+def raise_if_machine(error: Exception) -> None:
+    """Raise errors that are not the model's: out of memory, a fault of the device or between processes."""
+    machine = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | torch.distributed.DistError)
+    # A CPU out of memory raises a plain RuntimeError.
+    if machine or "DefaultCPUAllocator" in str(error):
         raise error
 
 
 def packed_hidden(body: Callable[..., Any], input_ids: Tensor, layout: Layout) -> Tensor:
-    """Last hidden states `(N, D)`, one for each token of a layout.
-
-    Args:
-        body: Transformer without its head, whose attention is `sdpa`.
-        input_ids: Right-padded ids `(B, T)`.
-        layout: Of these rows.
+    """Last hidden states `(N, D)`, one for each token of the layout of right-padded ids `(B, T)`.
 
     Raises:
-        NotPackable: The model's attention is not one that packed rows support.
+        ValueError: The model's attention is not one that packed rows support.
     """
     ids = input_ids.reshape(-1)[layout.cells].unsqueeze(0)
     before = _current.set(layout)
@@ -226,8 +211,6 @@ def why_not_packed(model: Any, body: Callable[..., Any]) -> str | None:
     config = model.config.get_text_config()
     if config._attn_implementation != ATTENTION:
         return f"its attention is {config._attn_implementation}, not {ATTENTION}"
-    if unknown := set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES:
-        return f"it has layers of type {', '.join(sorted(unknown))}"
     embedding = model.get_input_embeddings()
     count = min(_PROBE, getattr(config, "max_position_embeddings", None) or _PROBE)
     numbers = torch.arange(count, device=next(model.parameters()).device)
@@ -241,7 +224,7 @@ def why_not_packed(model: Any, body: Callable[..., Any]) -> str | None:
         # Two ids: any vocabulary has them.
         hidden = packed_hidden(body, (numbers % 2).unsqueeze(1), layout)
     except MISFITS as error:
-        raise_if_device(error)
+        raise_if_machine(error)
         return str(error).partition("\n")[0]
     finally:
         handle.remove()

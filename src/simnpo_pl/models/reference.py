@@ -1,6 +1,5 @@
 """Frozen models: a resident copy, or only their answer log-probs where these are enough."""
 
-import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,28 +29,21 @@ class FrozenModel:
     def free(self) -> None:
         self._resident = None
 
-    def scorer(self, policy: Scorer, device: torch.device, keep: bool = True, same: bool = False) -> Scorer:
-        """Scorer of the model, which must have the policy's vocabulary, on a device.
-
-        With `keep` the model stays in memory. With `same` the policy has its weights now and is copied instead.
-        """
+    def scorer(self, policy: Scorer, device: torch.device, keep: bool = True) -> Scorer:
+        """Scorer of the model, which must have the policy's vocabulary, on a device; `keep` leaves it in memory."""
         scorer = self._resident
         if scorer is None:
             sharded = is_sharded(policy.model)
-            if same and not sharded:
-                model = copy.deepcopy(policy.model)
-            else:
-                model = self._load(self.name, option=self.option, sharded=sharded)
-            model.requires_grad_(False).eval()
+            model = self._load(self.name, option=self.option, sharded=sharded).requires_grad_(False).eval()
             if sharded:
                 shard(model, next(policy.model.parameters()).device_mesh)
             scorer = Scorer(model.to(device))
-        if scorer.vocabulary != policy.vocabulary:
+        ours, theirs = scorer.head.vocabulary, policy.head.vocabulary
+        if ours != theirs:
             raise UserError(
-                f"{self.option}: {self.name} has {scorer.vocabulary} tokens in its vocabulary, the policy "
-                f"{policy.vocabulary}; give a model of the same kind"
+                f"{self.option}: {self.name} has {ours} tokens in its vocabulary, the policy {theirs}; give a model "
+                "of the same kind"
             )
-        scorer.model.to(device)
         self._resident = scorer if keep else None
         return scorer
 

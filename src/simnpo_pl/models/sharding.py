@@ -36,12 +36,8 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
     """Shard a model in place, layer by layer; the weights come from the first process.
 
     Embeddings, last norm and head are one group, which stays gathered between a forward pass and its backward pass:
-    the head is applied to some positions only, after the pass.
-
-    Args:
-        model: Causal language model from transformers, with its weights on the first process, on the meta device on
-            all others, see `load_causal_lm(sharded=True)`.
-        mesh: The devices, along one dimension.
+    the head is applied to some positions only, after the pass. On all processes but the first the model is on the meta
+    device, see `load_causal_lm(sharded=True)`. The mesh has one dimension.
     """
     first = mesh.get_local_rank() == 0
     weights = model.state_dict() if first else {}

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-
 from simnpo_pl.module.ramp import check_ramp
 from simnpo_pl.utils.errors import UserError, not_negative, one_of
 
@@ -46,12 +44,3 @@ def check_fit(module: Any, trainer: Any) -> None:
         check_ramp(trainer)
     if module.update is not None:
         module.update.check(trainer, module)
-
-
-def warn_of_rounding(module: Any) -> None:
-    """Warn of weights in which small updates are lost."""
-    if module.dtype_name == "bfloat16" and module.lora is None:
-        rank_zero_warn(
-            "--model.dtype bfloat16: updates smaller than 1/256 of a weight are lost; train in float32 with "
-            "--trainer.precision bf16-mixed, or train an adapter (--model.lora.rank 16)"
-        )

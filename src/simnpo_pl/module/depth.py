@@ -65,10 +65,6 @@ class DepthModule(PolicyModule):
         self.states: States = {}
         self.drops: dict[int, list[list[float]]] = {}
 
-    @property
-    def _data(self) -> Any:
-        return self.data
-
     def test_dataloader(self) -> DataLoader:
         split = Split("forget", [], [[row] for row in _forget_rows(self.data)], {})
         return eval_loader(self.trainer, [split], self.data.eval, self.data.pad_id)

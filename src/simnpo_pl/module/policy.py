@@ -206,20 +206,16 @@ class PolicyModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Compute the metrics; `evaluation_result` holds them."""
-        self._finish_evaluation("")
-
-    def on_test_epoch_end(self) -> None:
-        """Compute the metrics; `evaluation_result` holds them."""
-        self._finish_evaluation("test/")
-
-    def _finish_evaluation(self, prefix: str) -> None:
         assert self.evaluation is not None
         self.evaluation_result = self.evaluation.compute()
         if self.finished_batches is not None:
             self.finished_batches.close()
         if self.logs_metrics:
+            prefix = "test/" if self.trainer.testing else ""
             for name, value in self.evaluation_result.values.items():
                 self.log(f"{prefix}{tag(name)}", value, rank_zero_only=True)
+
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_epoch_end(self) -> None:
         """Gather the generated answers; `evaluation_result` holds them."""

@@ -10,24 +10,17 @@ from typing import Any, Literal, Protocol
 
 import torch
 from jsonargparse import lazy_instance
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from simnpo_pl.data.pairing import draw_step_seed
-from simnpo_pl.models.layers import check_layer, train_only
+from simnpo_pl.models.layers import layers_of, train_only
 from simnpo_pl.models.loading import find_model, load_causal_lm, model_shapes
 from simnpo_pl.models.logprobs import Scorer
-from simnpo_pl.models.lora import (
-    BaseScorer,
-    LoraOptions,
-    add_adapter,
-    check_adapter,
-    inject_adapter,
-    require_merged,
-    without_base,
-)
+from simnpo_pl.models.lora import BaseScorer, LoraOptions, add_adapter, check_adapter, inject_adapter, require_merged
 from simnpo_pl.models.reference import REFERENCE_KEY, FrozenModel, Reference
-from simnpo_pl.module.checks import check_settings, warn_of_rounding
+from simnpo_pl.module.checks import check_settings
 from simnpo_pl.module.optimization import Shape, adamw, not_finite, schedule
 from simnpo_pl.module.policy import EvalData, PolicyModule
 from simnpo_pl.module.ramp import use_found_rate
@@ -119,7 +112,7 @@ class UnlearningModule(PolicyModule):
         self.warmup_epochs, self.warmup_steps, self.schedule = warmup_epochs, warmup_steps, schedule
         self.forget_scores: dict[str, Tensor] = {}
         self._adapter: dict[str, Any] | None = None
-        # The frozen base is in no checkpoint.
+        # The frozen base is in no checkpoint, see `on_save_checkpoint`.
         self.strict_loading = lora is None
         load = partial(load_causal_lm, dtype=dtype, attn_implementation=attn_implementation)
         reference_option = "--model.name" if reference in (None, name) else "--model.reference"
@@ -150,13 +143,15 @@ class UnlearningModule(PolicyModule):
     def configure_model(self) -> None:
         """Load the policy, and freeze what is not to be trained unless it is only evaluated."""
         reads_reference = self._runs_reference or self.objective.caches_reference
-        for model in (self._reference if reads_reference else None, self._memorizing):
-            if model is not None:
-                find_model(model.name, model.option)
+        for model in filter(None, (self._reference if reads_reference else None, self._memorizing)):
+            find_model(model.name, model.option)
         super().configure_model()
         for loss, option in zip(self._losses, ("objective", "retain_loss"), strict=False):
-            if loss.layer is not None:
-                check_layer(self.policy, loss.layer, f"--model.{option}.layer")
+            count = 0 if loss.layer is None else len(layers_of(self.policy))
+            if loss.layer is not None and not 0 <= loss.layer < count:
+                raise UserError(
+                    f"--model.{option}.layer {loss.layer}: the model has layers 0 to {count - 1}; give one of these"
+                )
         if self.lora is None and (self._trainer is None or self.trainer.state.fn == "fit"):
             require_merged(self.policy, "--model.name")
             if self.trainable:
@@ -206,13 +201,13 @@ class UnlearningModule(PolicyModule):
         """Scorer of the reference; one that is not resident is dropped after its use."""
         if self._base_is_reference:
             return BaseScorer(self._scorer())
-        # At the start of a fresh run the policy has the reference's weights, and no second copy is read.
+        keep = resident or self._runs_reference
         fresh = self._trainer is not None and self.trainer.ckpt_path is None and self.trainer.global_step == 0
-        same, keep = fresh and self._reference.name == self.name, resident or self._runs_reference
-        if same and not keep:
+        if fresh and self._reference.name == self.name and not keep:
+            # The policy has the reference's weights, and no second copy is read.
             self.policy.eval()
             return self._scorer()
-        return self._reference.scorer(self._scorer(), self.device, keep=keep, same=same)
+        return self._reference.scorer(self._scorer(), self.device, keep)
 
     def _memorizing_scorer(self) -> Scorer:
         assert self._memorizing is not None
@@ -235,7 +230,11 @@ class UnlearningModule(PolicyModule):
     def on_fit_start(self) -> None:
         """Prepare policy and frozen models; transformers loads models in eval mode, so train mode is set here."""
         data = self._training_data
-        warn_of_rounding(self)
+        if self.dtype_name == "bfloat16" and self.lora is None:
+            rank_zero_warn(
+                "--model.dtype bfloat16: updates smaller than 1/256 of a weight are lost; train in float32 with "
+                "--trainer.precision bf16-mixed, or train an adapter (--model.lora.rank 16)"
+            )
         if data is not None:
             self.check_vocabulary(data)
             if self.objective.caches_reference:
@@ -324,9 +323,8 @@ class UnlearningModule(PolicyModule):
 
     def on_fit_end(self) -> None:
         """Free the memory of frozen models; unfreeze parameters, since gradient norms cover all weights."""
-        for model in (self._reference, self._memorizing):
-            if model is not None:
-                model.free()
+        for model in filter(None, (self._reference, self._memorizing)):
+            model.free()
         if self.lora is None:
             self.policy.requires_grad_(True)
 
@@ -337,7 +335,9 @@ class UnlearningModule(PolicyModule):
         checkpoint["adapter"], checkpoint["found_rate"] = self._adapter, self.found_rate
         checkpoint["update"] = self.update and self.update.state_dict()
         if self._adapter is not None:
-            checkpoint["state_dict"] = without_base(checkpoint["state_dict"], "policy.")
+            weights = checkpoint["state_dict"].items()
+            own = {name: weight for name, weight in weights if ".lora_" in name or not name.startswith("policy.")}
+            checkpoint["state_dict"] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore them; a checkpoint of another kind of policy is refused."""

@@ -4,7 +4,6 @@ Without a rule an optimizer step takes the gradient of the weighted sum of both 
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -134,19 +133,16 @@ class SAM(UpdateRule):
             weight.add_(gradient * (self.rho / norm.clamp(min=torch.finfo(norm.dtype).tiny)))
         forget.clear()
         for batch, seed in self._batches:
-            self._forget_again(module, batch, seed)
+            torch.manual_seed(seed)
+            with torch.enable_grad():
+                with module.trainer.precision_plugin.forward_context():
+                    again = batch_losses(module.objective, None, batch, module._models(batch)).forget
+                    loss = _weighted(module, again, again.new_zeros(()))
+                loss.backward()
         for weight, old in zip(self._weights, kept, strict=True):
             weight.copy_(old)
         perturbed = self._sum_gradients(module)
         return _added(perturbed, retain) if retain else perturbed
-
-    @torch.enable_grad()
-    def _forget_again(self, module: Any, batch: Batch, seed: int) -> None:
-        torch.manual_seed(seed)
-        with module.trainer.precision_plugin.forward_context():
-            forget = batch_losses(module.objective, None, batch, module._models(batch)).forget
-            loss = _weighted(module, forget, forget.new_zeros(()))
-        loss.backward()
 
 
 class GRU(UpdateRule):
@@ -192,7 +188,7 @@ def _weighted(module: Any, forget: Tensor, retain: Tensor) -> Tensor:
 
 def _sum(module: Any, gradients: list[Tensor]) -> list[Tensor]:
     """Sums over all processes."""
-    return list(map(partial(module.trainer.strategy.reduce, reduce_op="sum"), gradients))
+    return [module.trainer.strategy.reduce(gradient, reduce_op="sum") for gradient in gradients]
 
 
 def _added(one: list[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
