@@ -5,10 +5,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from simnpo_pl.benchmarks.answers import Answer, write_rows
+from simnpo_pl.benchmarks.answers import START_ANSWERS, Answer, keep_answers, neutral_prompts, write_rows
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
-from simnpo_pl.benchmarks.neutral import AUTO, START_ANSWERS, keep_answers, neutral_prompts
 from simnpo_pl.data.columns import Columns, Records
 from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines, load_table
 from simnpo_pl.data.text import Texts
@@ -16,6 +15,8 @@ from simnpo_pl.data.training import Rows, TrainingRows, items_of
 from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.utils.errors import UserError
 
+AUTO = "auto"
+"""Value of `--data.retain` that asks for what the start model answers."""
 COLUMNS = Columns()
 ONLY_FIT = f"only `fit` makes the rows of --data.retain auto; give --data.retain RUN/{START_ANSWERS}"
 

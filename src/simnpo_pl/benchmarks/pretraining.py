@@ -49,7 +49,7 @@ def train(
     scorer = Scorer(model)
     model.train()
     for batch in batches:
-        loss = -scorer({"rows": collate(batch, pad_id=0)})["rows"].token_logps().mean()
+        loss = -scorer({"rows": collate(batch)})["rows"].token_logps().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

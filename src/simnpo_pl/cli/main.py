@@ -23,8 +23,8 @@ from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.cli import RUNS
 from simnpo_pl.cli.arguments import CLASSES, HelpFormatter, check_accelerator, clear_changed_classes, explain
 from simnpo_pl.cli.summary import generates, measures, memory, plan, quiet, say, show, written
+from simnpo_pl.evaluation.data import AnswerLosses
 from simnpo_pl.evaluation.evaluation import EvalResult
-from simnpo_pl.evaluation.losses import AnswerLosses
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import trust_remote_code
 from simnpo_pl.module.checks import check_fit
@@ -247,7 +247,7 @@ class UnlearningCLI(LightningCLI):
                 raise UserError(
                     "--eval.mia_reference: no attack is made here; measure forget and holdout rows, or leave it out"
                 )
-            answers = AnswerLosses(splits, options, data.pad_id)
+            answers = AnswerLosses(splits, options)
             model = self.model.like(options.mia_reference, "--eval.mia_reference")
             data.use_reference_losses(answers.losses(self._evaluate_once("mia_reference", model, answers)))
         if options.retrained is not None:

@@ -147,7 +147,7 @@ def eval_loader(trainer: Any, *kinds: list[Batch]) -> DataLoader:
     return DataLoader(shares, batch_size=None)  # type: ignore[arg-type]
 
 
-def scoring_batches(splits: Sequence[Split], tokens: int, pad_id: int) -> list[Batch]:
+def scoring_batches(splits: Sequence[Split], tokens: int) -> list[Batch]:
     """All answers of all splits, longest first, in batches of at most `tokens` tokens.
 
     Returns:
@@ -160,10 +160,10 @@ def scoring_batches(splits: Sequence[Split], tokens: int, pad_id: int) -> list[B
             batches[-1].append(item)
         else:
             batches.append([item])
-    return [_scored(batch, pad_id) for batch in batches]
+    return [_scored(batch) for batch in batches]
 
 
-def gradient_batches(splits: Sequence[Split], pad_id: int) -> list[Batch]:
+def gradient_batches(splits: Sequence[Split]) -> list[Batch]:
     """The answers whose gradient norm is read, longest first, one a batch.
 
     Returns:
@@ -171,7 +171,7 @@ def gradient_batches(splits: Sequence[Split], pad_id: int) -> list[Batch]:
     """
     chosen = [number for number, split in enumerate(splits) if split.readers(GRADIENT_NORM)]
     items = _longest_first(splits, chosen, kinds=1)
-    return [{**_scored([item], pad_id), "gradients": True} for item in items]
+    return [{**_scored([item]), "gradients": True} for item in items]
 
 
 def generation_batches(splits: Sequence[Split], prompts: int) -> list[Batch]:
@@ -202,7 +202,7 @@ def _longest_first(splits: Sequence[Split], chosen: Sequence[int], kinds: int | 
     return sorted(flat, key=lambda item: -len(item[0].input_ids))
 
 
-def _scored(items: Sequence[Any], pad_id: int) -> Batch:
+def _scored(items: Sequence[Any]) -> Batch:
     rows, splits, indices, kinds = zip(*items, strict=True)
     numbers = splits, indices, kinds, [row.end for row in rows]
-    return {**collate(rows, pad_id), **{name: torch.tensor(n) for name, n in zip(PLACES, numbers, strict=True)}}
+    return {**collate(rows), **{name: torch.tensor(n) for name, n in zip(PLACES, numbers, strict=True)}}

@@ -72,7 +72,7 @@ class DepthModule(PolicyModule):
     def test_dataloader(self) -> DataLoader:
         tokens, _ = self.data.eval.batch_sizes(self.trainer)
         split = Split("forget", [], [[row] for row in _forget_rows(self.data)], {})
-        return eval_loader(self.trainer, scoring_batches([split], tokens, self.data.pad_id))
+        return eval_loader(self.trainer, scoring_batches([split], tokens))
 
     def on_test_epoch_start(self) -> None:
         self.check_vocabulary(self.data)
