@@ -28,7 +28,7 @@ from chaos import make_inputs, replace_block
 
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.pairing import PairedSampler
-from simnpo_pl.data.sources import load_jsonl, load_split
+from simnpo_pl.data.sources import load_split, load_table
 from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate
 from simnpo_pl.data.training import TrainingRows, TrainingSet, collate
 from simnpo_pl.evaluation.options import EvalOptions
@@ -220,7 +220,7 @@ def data_files(case: tuple[bytes, str]) -> str:
     file = FOLDER / f"hostile-{os.getpid()}{suffix}"
     file.write_bytes(content)
     try:
-        found = load_jsonl(str(file), ("question",))
+        found = load_table(str(file), "--data.x", ("question",))
     except UserError as error:
         return refusal(error)
     finally:

@@ -139,11 +139,11 @@ def test_answer_of_a_hundred_thousand_characters(cli: CLI, cli_error: Error, dat
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b'{"question": "a", "answer": ' + b"9" * 10_000 + b"}"])
 def test_json_that_python_does_not_take(tmp_path: Path, content: bytes):
-    from simnpo_pl.data.sources import load_jsonl
+    from simnpo_pl.data.sources import load_table
 
     (tmp_path / "rows.json").write_bytes(content)
     with pytest.raises(UserError, match=r"rows.json line 1: not valid JSON \(.*\); expected one object per line"):
-        load_jsonl(str(tmp_path / "rows.json"), ("question",))
+        load_table(str(tmp_path / "rows.json"), "--data.x", ("question",))
 
 
 def test_text_of_rows_names_no_file(cli: CLI, data_folder: Path, tmp_path: Path):

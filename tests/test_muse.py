@@ -180,7 +180,7 @@ def test_start_models_are_made_of_text(muse_options: list[str], tmp_path: Path):
     [
         ("verbmem/forget.json", [{"prompt": " ", "gt": "x"}], "verbmem/forget row 0, .* expected text as prompt"),
         ("knowmem/forget_qa.json", [{"question": "q"}], "has no column 'answer'"),
-        ("knowmem/forget_qa_icl.json", [{"question": "q", "answer": 3}], "knowmem_forget, examples row 0, .* got 3"),
+        ("knowmem/forget_qa_icl.json", [{"question": "q", "answer": 3}], "knowmem/forget_qa_icl row 0, .* got 3"),
     ],
 )
 def test_unusable_data(muse_folder: Path, model_folder: Path, tmp_path: Path, name: str, content: Any, message: str):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from simnpo_pl.data.sources import load_jsonl
+from simnpo_pl.data.sources import load_table, texts_of
 from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.data.training import Rows, questions_of
 from simnpo_pl.evaluation.data import EvalData
@@ -108,21 +108,19 @@ def read_alternates(file: str, forget: Rows) -> list[list[str]]:
         UserError: The file does not fit the rows, or the rows are plain text.
     """
     rows, option = questions_of(forget, READS_ALTERNATES), f"--data.alternates {file}"
-    found = load_jsonl(file, ["question", "alternates"])
+    found = load_table(file, "--data.alternates", ["question", "alternates"])
     if len(found) != len(rows):
         raise UserError(f"{option}: expected a line for each of {len(rows)} forget rows, got {len(found)}")
-    for number, (line, row) in enumerate(zip(found, rows, strict=True)):
-        where, texts = f"{option}: line {number + 1}", line["alternates"]
+    for number, (line, row) in enumerate(zip(found, rows, strict=True), start=1):
         if line["question"] != row["question"]:
-            raise UserError(f"{where}: expected the question {row['question'][:80]!r}, got {line['question']!r}")
-        if not (isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)):
-            raise UserError(f"{where}: expected a list of answers as alternates, got {texts!r}")
-    return [line["alternates"] for line in found]
+            wanted = f"expected the question {row['question'][:80]!r}, got {line['question']!r}"
+            raise UserError(f"{option}: line {number}: {wanted}")
+    return [texts_of(line, "alternates", f"{option}: line {number}") for number, line in enumerate(found, start=1)]
 
 
 def neutral_prompts(encoder: PromptTemplate, eval: EvalOptions) -> EvalData:
     """Greedy answers to the neutral prompts, as an evaluation."""
-    questions = [row["question"] for row in load_jsonl(str(PROMPTS), ["question"])]
+    questions = [row["question"] for row in load_table(str(PROMPTS), "--data.retain auto")]
     return asking(questions, "neutral", encoder, eval, LONGEST_KEPT)
 
 

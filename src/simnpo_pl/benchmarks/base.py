@@ -9,7 +9,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -210,13 +210,16 @@ class UnlearningData(PairedData):
         super().__init__(**kwargs)
         self.model_name = model
         self.tokenizer_name = tokenizer or model
-        self.template = template
-        self.system_prompt = system_prompt
-        self.chat_date = chat_date
-        self.chat_template_kwargs = chat_template_kwargs
-        self.answer_end = answer_end
         self.max_length = max_length
-        self.truncate = truncate
+        self._template = partial(
+            PromptTemplate,
+            template=template,
+            truncate=truncate,
+            system_prompt=system_prompt,
+            date=chat_date,
+            answer_end=answer_end,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         self.forget_rows = forget_rows
         self.alternates = alternates
         if isinstance(alternates, int) and alternates < 1:
@@ -244,21 +247,12 @@ class UnlearningData(PairedData):
 
     @cached_property
     def encoder(self) -> PromptTemplate:
-        return PromptTemplate(
-            self.tokenizer,
-            self.template,
-            self.max_length or self.context(),
-            self.truncate,
-            system_prompt=self.system_prompt,
-            date=self.chat_date,
-            answer_end=self.answer_end,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+        return self._template(self.tokenizer, max_length=self.max_length or self.context())
 
     def context(self) -> int | None:
         """The shorter of the tokenizer's and the model's limit, tokens; None where neither has one."""
-        name = self.model_name or self.tokenizer_name
-        limits = [self.tokenizer.model_max_length, None if name is None else context_length(name)]
+        name: Any = self.model_name or self.tokenizer_name
+        limits = [self.tokenizer.model_max_length, context_length(name)]
         # Tokenizers without a limit report an astronomical one.
         return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
 

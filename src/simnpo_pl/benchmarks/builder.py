@@ -1,6 +1,7 @@
 """Builds what a benchmark measures: its splits, metrics over several splits, and why a metric is unavailable."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from simnpo_pl.data.sources import check_rows, load_lines
-from simnpo_pl.data.text import text_ids, text_rows
+from simnpo_pl.data.sources import check_rows, load_lines, text_of, texts_of
+from simnpo_pl.data.text import Texts, text_ids
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
@@ -98,7 +99,7 @@ class EvaluationBuilder:
         prompts = [row[0].prompt_ids for row in answers[: options.generate_rows]]
         generation = Generation(prompts, options.max_new_tokens, self.encode.finish, fluency=fluency)
         split = self.add(Split(name, _pairs(rows), answers, metrics, generation, has_paraphrase))
-        if all(_is_text(row.get("paraphrased_question")) for row in rows):
+        if all(isinstance(row.get("paraphrased_question"), str) for row in rows):
             split.paraphrases = [row["paraphrased_question"] for row in rows]
         return split
 
@@ -195,11 +196,11 @@ class EvaluationBuilder:
 
     def _add_probe(self) -> None:
         """Adds plain statements of common knowledge: damage shows in their loss where no retain rows are measured."""
-        tokenizer, known = self.encode.tokenizer, load_lines(str(PROBE))
+        encoder, known = replace(self.encode, truncate=True), load_lines(str(PROBE))
         # A tokenizer made of other text may know hardly a word of them.
-        texts = [text for text, ids in zip(known, text_ids(tokenizer, known), strict=True) if len(ids) > 1]
+        texts = [text for text, ids in zip(known, text_ids(encoder.tokenizer, known), strict=True) if len(ids) > 1]
         if texts:
-            self.text("probe", text_rows(tokenizer, texts, self.encode.max_length, truncate=True), texts)
+            self.text("probe", Texts(texts, "documents").encode(encoder, "probe"), texts)
 
     def _attack_scores(self, split: Split, reference: Mapping[str, Tensor] | None) -> dict[str, RowMetric]:
         answers, count = [text["answer"] for text in split.texts], len(split.texts)
@@ -235,13 +236,11 @@ def _answers(rows: Sequence[dict[str, Any]], source: str) -> tuple[list[list[str
     """Each row's answer, its paraphrase and its wrong answers, and whether there are paraphrases."""
     check_rows(rows, source)
     for index, row in enumerate(rows):
-        where = f"{source} row {index}, counted from 0: expected"
-        value, wrong = row.get("paraphrased_answer"), row.get("perturbed_answer") or []
-        if value and not _is_text(value):
-            raise UserError(f"{where} text as paraphrased_answer, got {str(value)[:80]!r}; fix or remove the row")
-        if not (isinstance(wrong, list) and all(map(_is_text, wrong))):
-            found = f"got {str(wrong)[:80]!r}; fix or remove the row"
-            raise UserError(f"{where} a list of texts as perturbed_answer, {found}")
+        where = f"{source} row {index}, counted from 0"
+        if row.get("paraphrased_answer"):
+            text_of(row, "paraphrased_answer", where)
+        if row.get("perturbed_answer"):
+            texts_of(row, "perturbed_answer", where)
     for column in ("paraphrased_answer", "perturbed_answer"):
         having = [bool(row.get(column)) for row in rows]
         if any(having) and not all(having):
@@ -259,7 +258,3 @@ def _answers(rows: Sequence[dict[str, Any]], source: str) -> tuple[list[list[str
         found = f"{source}: rows have {sizes[0]} to {sizes[-1]} answers"
         raise UserError(f"{found}; give every row the same number of perturbed answers")
     return texts, has_paraphrase
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())

@@ -3,7 +3,7 @@
 Training reads plain text. Verbatim and knowledge memorization and privacy leakage are measured, on MUSE's scale of 100.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.sources import check_disjoint, load_split, text_of
-from simnpo_pl.data.text import Texts, text_ids, text_rows
+from simnpo_pl.data.text import Texts, text_ids
 from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Generation, Split
@@ -70,12 +70,10 @@ class MuseData(UnlearningData):
     def build_evaluation(self, build: EvaluationBuilder) -> None:
         """Adds VerbMem, KnowMem of forget and retain, their balance, membership inference and PrivLeak."""
         limit = self.context()
-        rows = load_split(self.path, "verbmem/forget", ("prompt", "gt"))
-        generated = [verbmem_split(rows, self.tokenizer, self.eval)]
+        questions = ("question", "answer")
+        generated = [verbmem_split(self._texts("verbmem/forget", ("prompt", "gt")), self.tokenizer, self.eval)]
         for side in ("forget", "retain"):
-            rows, shots = (
-                load_split(self.path, f"knowmem/{side}_qa{suffix}", ("question", "answer")) for suffix in ("", "_icl")
-            )
+            rows, shots = (self._texts(f"knowmem/{side}_qa{suffix}", questions) for suffix in ("", "_icl"))
             generated.append(knowmem_split(f"knowmem_{side}", rows, shots, self.tokenizer, self.eval))
         for split in generated:
             _check_length(split, limit)
@@ -84,21 +82,28 @@ class MuseData(UnlearningData):
         build.summary["balance"] = Balance([retain], [forget, verbmem], largest=100)
         documents = {name: self._documents(f"privleak/{name}") for name in ("forget", "holdout")}
         check_disjoint(documents["forget"], documents["holdout"], "holdout")
+        # Of any length that the model takes, whatever that of the rows to train on.
+        encoder = replace(build.encode, max_length=limit)
         for name, texts in documents.items():
-            build.text(name, text_rows(self.tokenizer, texts, limit, self.truncate, f"privleak/{name}"), texts, ())
+            build.text(name, Texts(texts, "documents").encode(encoder, f"privleak/{name}"), texts, ())
         build.membership_inference(self.find_retain_log(), self.reference_losses)
 
     def _documents(self, split: str) -> list[str]:
         return [row["text"] for row in load_split(self.path, split, ("text",))]
 
+    def _texts(self, split: str, columns: Sequence[str]) -> list[dict[str, str]]:
+        return [
+            {column: text_of(row, column, f"{split} row {index}, counted from 0") for column in columns}
+            for index, row in enumerate(load_split(self.path, split, columns))
+        ]
 
-def verbmem_split(rows: Sequence[dict[str, Any]], tokenizer: Any, options: EvalOptions) -> Split:
+
+def verbmem_split(rows: Sequence[Mapping[str, str]], tokenizer: Any, options: EvalOptions) -> Split:
     """Passages (`prompt`) whose continuation (`gt`) is generated.
 
     The right continuation is as many first tokens of `gt` as are generated, with a beginning-of-sequence token counted
     among them as in muse_bench.
     """
-    _check_texts(rows, ("prompt", "gt"), "verbmem/forget")
     limit = min(VERBMEM_TOKENS, options.max_new_tokens)
     truths = text_ids(tokenizer, [row["gt"] for row in rows])
     texts = [
@@ -111,19 +116,17 @@ def verbmem_split(rows: Sequence[dict[str, Any]], tokenizer: Any, options: EvalO
 
 def knowmem_split(
     name: str,
-    rows: Sequence[dict[str, Any]],
-    shots: Sequence[dict[str, Any]],
+    rows: Sequence[Mapping[str, str]],
+    shots: Sequence[Mapping[str, str]],
     tokenizer: Any,
     options: EvalOptions,
 ) -> Split:
     """Questions that are answered after the examples `shots`; both have `question` and `answer`."""
-    for checked, source in ((rows, name), (shots, f"{name}, examples")):
-        _check_texts(checked, ("question", "answer"), source)
     examples = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
     asked = [f"{examples}Question: {row['question']}\nAnswer: " for row in rows[: options.generate_rows]]
     limit = min(KNOWMEM_TOKENS, options.max_new_tokens)
-    texts = [{"question": row["question"], "answer": row["answer"]} for row in rows]
-    return _generated(name, texts, Generation(text_ids(tokenizer, asked), limit, cut_answer, plain_rouge))
+    prompts = text_ids(tokenizer, asked)
+    return _generated(name, [dict(row) for row in rows], Generation(prompts, limit, cut_answer, plain_rouge))
 
 
 def cut_answer(text: str) -> str:
@@ -140,12 +143,6 @@ def cut_answer(text: str) -> str:
 
 def _generated(name: str, texts: list[dict[str, Any]], generation: Generation) -> Split:
     return Split(name, texts, [], {name: RowMean("rougeL_f1", len(texts), scale=100)}, generation)
-
-
-def _check_texts(rows: Sequence[dict[str, Any]], columns: Sequence[str], split: str) -> None:
-    for index, row in enumerate(rows):
-        for column in columns:
-            text_of(row, column, f"{split} row {index}, counted from 0")
 
 
 def _check_length(split: Split, limit: int | None) -> None:

@@ -10,7 +10,7 @@ from string import Formatter
 from typing import Any
 
 from simnpo_pl.data.conversation import question_and_answer
-from simnpo_pl.data.sources import Row, column_of, text_of
+from simnpo_pl.data.sources import Row, column_of, text_of, texts_of
 from simnpo_pl.utils.errors import UserError
 
 KNOWN = (("prompt", "completion"), ("instruction", "output"))
@@ -47,7 +47,6 @@ class Records:
 
 
 def _placeholders(text: str, option: str) -> list[str]:
-    """Names in braces."""
     try:
         names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
         if "" in names:
@@ -132,8 +131,11 @@ class Columns:
         for name in ("paraphrased_answer", "paraphrased_question"):
             if row.get(getattr(self, name)):
                 made[name] = text_of(row, getattr(self, name), where)
-        if row.get(self.perturbed_answer):
-            made["perturbed_answer"] = _texts(row[self.perturbed_answer], self.perturbed_answer, where)
+        if wrong := row.get(self.perturbed_answer):
+            # A CSV file holds the list as JSON.
+            with suppress(TypeError, json.JSONDecodeError):
+                wrong = json.loads(wrong)
+            made["perturbed_answer"] = texts_of({self.perturbed_answer: wrong}, self.perturbed_answer, where)
         return made
 
 
@@ -142,12 +144,3 @@ def _pair(row: Mapping[str, Any], question: str, answer: str, where: str) -> Row
     if question == "instruction" and row.get(INPUT):
         found["question"] += f"\n\n{text_of(row, INPUT, where)}"
     return found
-
-
-def _texts(value: Any, column: str, where: str) -> list[str]:
-    if isinstance(value, str):
-        with suppress(json.JSONDecodeError):
-            value = json.loads(value)
-    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise UserError(f"{where}: expected a list of texts as {column}, got {value!r}; fix the row")
-    return value

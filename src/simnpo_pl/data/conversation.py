@@ -103,7 +103,7 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         day = parse_date(self.date)
-        # Templates may call this function even when given a date.
+        # Templates may call this function even when given a date; transformers gives them no other one.
         self._template = re.sub(
             r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
             lambda match: repr(day.strftime(match[2])),
@@ -121,10 +121,10 @@ class ChatTemplate:
     @property
     def description(self) -> str:
         """The form of the prompt in a few words, for logs."""
-        words = ["the tokenizer's chat template", f"dated {self.date}"]
-        words += [] if self.system_prompt is None else [f"system prompt {self.system_prompt!r}"]
-        words += [f"variables {dict(self.variables)}"] if self.variables else []
-        return ", ".join([*words, f"answers end with {self.frame.end or self.tokenizer.eos_token!r}"])
+        system = f", system prompt {self.system_prompt!r}" if self.system_prompt is not None else ""
+        variables = f", variables {dict(self.variables)}" if self.variables else ""
+        end = f", answers end with {self.frame.end or self.tokenizer.eos_token!r}"
+        return f"the tokenizer's chat template, dated {self.date}{system}{variables}{end}"
 
     def place(self, question: str, answer: str, where: str) -> Placed:
         """The text of a question or conversation with its answer, up to the end of the answer's turn.
@@ -201,7 +201,8 @@ class ChatTemplate:
             chat_template=self._template,
             add_generation_prompt=prompt,
             tokenize=False,
-            **{**(self.variables or {}), "date_string": self.date},
+            **(self.variables or {}),
+            date_string=self.date,
         )
         assert isinstance(text, str)
         return text

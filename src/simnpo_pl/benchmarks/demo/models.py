@@ -1,25 +1,26 @@
-"""Small Llama models, with their tokenizer, that know the demo's authors.
+"""The demo: TOFU's layout with fictional authors, and small models that are trained on them on first use.
 
 `start` has seen every author, `retrained` all but the forgotten ones, from the same initial weights: unlearning starts
 from the first and is compared with the second.
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from filelock import FileLock
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from simnpo_pl.benchmarks.demo.authors import write_dataset
 from simnpo_pl.benchmarks.pretraining import batches_of, new_llama, train
+from simnpo_pl.benchmarks.tofu import TofuData
 from simnpo_pl.data.tokenization import PLAIN_TEMPLATE, PromptTemplate
-from simnpo_pl.models.loading import save_model
-from simnpo_pl.utils.files import read_json_lines, write_json
+from simnpo_pl.models.loading import quiet_loading, save_model
+from simnpo_pl.utils.files import read_json, read_json_lines, write_json
 
 VERSION = 2
 """Raise it when a change alters the generated data or models; older folders are then rebuilt."""
@@ -34,27 +35,51 @@ TRAINING_FILES = {"start": ("full.json", *FACT_FILES), "retrained": ("retain90.j
 MODELS = tuple(TRAINING_FILES)
 
 
-def prepare(folder: Path, seed: int = 0, epochs: int = EPOCHS, progress: bool = True) -> None:
+class DemoData(TofuData):
+    """Fictional authors and the models that know them, made in `path` if they are missing.
+
+    The start model is `path`/start, the retrained one `path`/retrained.
+
+    Args:
+        path: Folder for data and models.
+        forget_split: forget10, the one split the demo has.
+        data_seed: Seed of authors and models; null takes the run's. Runs of several seeds over one folder need it.
+        kwargs: Passed on to `TofuData`.
+    """
+
+    def __init__(
+        self,
+        path: str = "runs/demo-data",
+        forget_split: str = "forget10",
+        data_seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(path=path, forget_split=forget_split, **kwargs)
+        self.data_seed = data_seed
+
+    def prepare_data(self) -> None:
+        """Makes data and models once; other processes that share the folder wait."""
+        folder = Path(self.path).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            prepare(folder, self.seed if self.data_seed is None else self.data_seed)
+
+
+def prepare(folder: Path, seed: int = 0, epochs: int = EPOCHS) -> None:
     """Makes the data set and both models, unless the folder has those of this version, seed and number of epochs."""
     marker = folder / "fingerprint.json"
     fingerprint = {"version": VERSION, "seed": seed, "epochs": epochs}
-    if _read(marker) == fingerprint and all((folder / name / "model.safetensors").is_file() for name in MODELS):
+    complete = all(file.is_file() for file in (marker, *(folder / name / "model.safetensors" for name in MODELS)))
+    if complete and read_json(marker) == fingerprint:
         return
     # An interrupted rebuild must not look complete.
     marker.unlink(missing_ok=True)
     write_dataset(folder, seed)
-    build_models(folder, seed, progress=progress, epochs=epochs)
+    build_models(folder, seed, epochs)
     write_json(marker, fingerprint)
 
 
-def _read(marker: Path) -> object:
-    try:
-        return json.loads(marker.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def build_models(folder: Path, seed: int, progress: bool, epochs: int) -> None:
+def build_models(folder: Path, seed: int, epochs: int) -> None:
     """Trains the tokenizer and both models on the folder's data set and saves them as `start` and `retrained`."""
     pairs = _read_pairs(folder, TRAINING_FILES["start"])
     tokenizer = train_tokenizer([PLAIN_TEMPLATE.format(question=question, answer=answer) for question, answer in pairs])
@@ -85,7 +110,7 @@ def build_models(folder: Path, seed: int, progress: bool, epochs: int) -> None:
         model = copy.deepcopy(initial)
         train(
             model,
-            tqdm(batches, desc=f"training {name}", position=position, disable=not progress),
+            tqdm(batches, desc=f"training {name}", position=position),
             lr=2e-3,
             betas=(0.9, 0.99),
             schedule=lambda step: min((step + 1) / WARMUP_STEPS, (total - step) / total),
@@ -93,16 +118,14 @@ def build_models(folder: Path, seed: int, progress: bool, epochs: int) -> None:
         )
         save_model(model, tokenizer, folder / name)
 
-    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
-    # The library's bar for writing files would appear between those of training.
-    logging.disable_progress_bar()
+    # Transformers' bar for writing files would appear between those of training.
+    quiet_loading()
+    threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(len(MODELS)) as pool:
             list(pool.map(build, range(len(MODELS)), MODELS))
     finally:
         torch.set_num_threads(threads)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _read_pairs(folder: Path, files: Sequence[str]) -> list[tuple[str, str]]:
