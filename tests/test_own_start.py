@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from helpers import history, killed_in_epoch, results
 from simnpo_pl.benchmarks import OwnData
 from simnpo_pl.benchmarks.answers import PROMPTS, START_ANSWERS, keep_answers
-from simnpo_pl.benchmarks.demo.models import train_tokenizer
+from simnpo_pl.benchmarks.demo import train_tokenizer
 from simnpo_pl.benchmarks.pretraining import batches_of, new_llama, train
 from simnpo_pl.data.tokenization import PLAIN_TEMPLATE, PromptTemplate
 from simnpo_pl.models.loading import load_causal_lm, save_model

@@ -49,14 +49,8 @@ def asking(
 ) -> EvalData:
     """An evaluation in which questions, each as often as it comes, are answered and nothing is scored.
 
-    Args:
-        questions: Of the user.
-        name: Of the split.
-        encoder: Of the prompts.
-        eval: Says how many prompts are generated together.
-        longest: Tokens of an answer at most; half of short sequences is left to the prompt.
-        temperature: 0 is greedy.
-        seed: Of the draws.
+    An answer has at most `longest` tokens, and half of short sequences is left to the prompt. At `temperature` 0 it is
+    greedy, else a draw of `seed`.
     """
     # Any word: a space before the answer belongs to its first token, and not to the prompt.
     prompts = [row.prompt_ids for row in encoder.encode_rows([(question, "The") for question in questions], name)]
@@ -130,11 +124,6 @@ def keep_answers(
     """Generated answers as retain rows, but for blank ones, too long rows, and answers that hold a forget answer.
 
     An answer that was cut at its largest length ends with its last whole sentence.
-
-    Args:
-        rows: With `question` and `generation`.
-        forget: Answers to forget.
-        encoder: Of the prompts.
     """
     secret, unlimited = {answer.strip().casefold() for answer in forget}, replace(encoder, max_length=None)
     kept = []

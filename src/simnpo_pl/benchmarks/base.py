@@ -22,6 +22,7 @@ from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.conversation import AnswerEnd
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.sources import hub_file
+from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
 from simnpo_pl.data.training import TrainingRows, TrainingSet, scoring_parts
 from simnpo_pl.evaluation.data import EvalData
@@ -120,11 +121,11 @@ class PairedData(EvalData):
         """Rows, effective batch and steps in one line."""
         sampler = self.sampler
         assert sampler is not None
-        world = sampler.world_size
+        world, steps = sampler.world_size, math.ceil(sampler.forget_rows / sampler.effective_batch)
         sizes = ", ".join(f"{len(rows)} {name} rows" for name, rows in self._training.items())
         return (
             f"data: {sizes}; effective batch {self.effective_batch} = {world} device{'s' if world > 1 else ''} x "
-            f"{self.per_device_batch} rows x {sampler.accumulate}; {sampler.steps_per_epoch} steps per epoch"
+            f"{self.per_device_batch} rows x {sampler.accumulate}; {steps} steps per epoch"
         )
 
     def micro_batch(self) -> tuple[int, int]:
@@ -273,7 +274,9 @@ class UnlearningData(PairedData):
         if "sampled" in parts and isinstance(self.alternates, str):
             rows = replace(rows, sampled=read_alternates(self.alternates, rows.forget))
         chosen = rows if self.forget_rows is None else rows.only(self.forget_rows)
-        self._form = chosen.form(self.encoder)
+        self._form = f"prompt: {self.encoder.description}"
+        if isinstance(chosen.forget, Texts):
+            self._form = f"text, {chosen.forget.rows} of at most {self.encoder.max_length} tokens"
         return chosen.encode(self.encoder, parts, self.seed)
 
     def make_evaluation(self) -> Evaluation:

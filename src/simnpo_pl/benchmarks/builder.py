@@ -160,23 +160,30 @@ class EvaluationBuilder:
         if "holdout" not in self.splits:
             asked = [f"--eval.{name}" for name in ("mia_reference", "gradnorm") if getattr(self.options, name)]
             if asked:
-                raise UserError(
-                    f"{' and '.join(asked)}: this compares forget with holdout rows; give --data.holdout too"
-                )
-            reason = "no holdout rows; give --data.holdout"
-            self.unavailable |= dict.fromkeys((*ATTACKS, "privleak"), reason)
+                compares = "this compares forget with holdout rows"
+                raise UserError(f"{' and '.join(asked)}: {compares}; give --data.holdout too")
+            self.unavailable |= dict.fromkeys((*ATTACKS, "privleak"), "no holdout rows; give --data.holdout")
             return
         forget, holdout = self.splits["forget"], self.splits["holdout"]
         for text in holdout.texts:
             # Logged by row: a log of another share cannot be compared with.
             text["min_k_share"] = self.options.min_k
         for split in (forget, holdout):
-            split.scores |= self._attack_scores(split, reference)
+            count = len(split.texts)
+            split.scores |= {
+                "mia_loss": RowMean("nll", count),
+                "mia_zlib": ZlibScore([text["answer"] for text in split.texts]),
+                "mia_min_k": RowMean(MIN_K, count),
+                "mia_min_k_plus_plus": RowMean(MIN_K_PLUS_PLUS, count),
+            }
+            if reference is not None:
+                split.scores["mia_reference"] = ReferenceScore(reference[split.name])
+            if self.options.gradnorm:
+                split.scores["mia_gradnorm"] = RowMean(GRADIENT_NORM, count)
         if reference is None:
             self.unavailable["mia_reference"] = "no reference model; give --eval.mia_reference MODEL"
         if not self.options.gradnorm:
-            reason = "it takes a backward pass a row; ask for it by --eval.gradnorm true"
-            self.unavailable["mia_gradnorm"] = reason
+            self.unavailable["mia_gradnorm"] = "it takes a backward pass a row; ask for it by --eval.gradnorm true"
         attacks = {name: MembershipAUC(score, holdout.scores[name]) for name, score in forget.scores.items()}
         self.summary |= attacks
         if log is None:
@@ -201,20 +208,6 @@ class EvaluationBuilder:
         texts = [text for text, ids in zip(known, text_ids(encoder.tokenizer, known), strict=True) if len(ids) > 1]
         if texts:
             self.text("probe", Texts(texts, "documents").encode(encoder, "probe"), texts)
-
-    def _attack_scores(self, split: Split, reference: Mapping[str, Tensor] | None) -> dict[str, RowMetric]:
-        answers, count = [text["answer"] for text in split.texts], len(split.texts)
-        scores: dict[str, RowMetric] = {
-            "mia_loss": RowMean("nll", count),
-            "mia_zlib": ZlibScore(answers),
-            "mia_min_k": RowMean(MIN_K, count),
-            "mia_min_k_plus_plus": RowMean(MIN_K_PLUS_PLUS, count),
-        }
-        if reference is not None:
-            scores["mia_reference"] = ReferenceScore(reference[split.name])
-        if self.options.gradnorm:
-            scores["mia_gradnorm"] = RowMean(GRADIENT_NORM, count)
-        return scores
 
     def _check_attack(self, log: RetainLog) -> None:
         """Refuses a log whose Min-K% scores are of other rows or of another share; some logs hold the AUC alone."""

@@ -13,7 +13,6 @@ from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.sources import check_disjoint, load_split, text_of
 from simnpo_pl.data.text import Texts, text_ids
 from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Generation, Split
 from simnpo_pl.metrics.answers import Balance, RowMean
 from simnpo_pl.metrics.functional import rouge_l
@@ -70,11 +69,8 @@ class MuseData(UnlearningData):
     def build_evaluation(self, build: EvaluationBuilder) -> None:
         """Adds VerbMem, KnowMem of forget and retain, their balance, membership inference and PrivLeak."""
         limit = self.context()
-        questions = ("question", "answer")
-        generated = [verbmem_split(self._texts("verbmem/forget", ("prompt", "gt")), self.tokenizer, self.eval)]
-        for side in ("forget", "retain"):
-            rows, shots = (self._texts(f"knowmem/{side}_qa{suffix}", questions) for suffix in ("", "_icl"))
-            generated.append(knowmem_split(f"knowmem_{side}", rows, shots, self.tokenizer, self.eval))
+        rows = self._texts("verbmem/forget", ("prompt", "gt"))
+        generated = [self.verbmem(rows), self._knowmem("forget"), self._knowmem("retain")]
         for split in generated:
             _check_length(split, limit)
             build.add(split)
@@ -97,36 +93,29 @@ class MuseData(UnlearningData):
             for index, row in enumerate(load_split(self.path, split, columns))
         ]
 
+    def verbmem(self, rows: Sequence[Mapping[str, str]]) -> Split:
+        """Passages (`prompt`) whose continuation (`gt`) is generated.
 
-def verbmem_split(rows: Sequence[Mapping[str, str]], tokenizer: Any, options: EvalOptions) -> Split:
-    """Passages (`prompt`) whose continuation (`gt`) is generated.
+        The right continuation is as many first tokens of `gt` as are generated, with a beginning-of-sequence token
+        counted among them as in muse_bench.
+        """
+        limit = min(VERBMEM_TOKENS, self.eval.max_new_tokens)
+        truths = text_ids(self.tokenizer, [row["gt"] for row in rows])
+        texts = [
+            {"question": row["prompt"], "answer": self.tokenizer.decode(ids[:limit], skip_special_tokens=True)}
+            for row, ids in zip(rows, truths, strict=True)
+        ]
+        prompts = text_ids(self.tokenizer, [row["prompt"] for row in rows[: self.eval.generate_rows]])
+        return _generated("verbmem_forget", texts, Generation(prompts, limit, score=plain_rouge))
 
-    The right continuation is as many first tokens of `gt` as are generated, with a beginning-of-sequence token counted
-    among them as in muse_bench.
-    """
-    limit = min(VERBMEM_TOKENS, options.max_new_tokens)
-    truths = text_ids(tokenizer, [row["gt"] for row in rows])
-    texts = [
-        {"question": row["prompt"], "answer": tokenizer.decode(ids[:limit], skip_special_tokens=True)}
-        for row, ids in zip(rows, truths, strict=True)
-    ]
-    prompts = text_ids(tokenizer, [row["prompt"] for row in rows[: options.generate_rows]])
-    return _generated("verbmem_forget", texts, Generation(prompts, limit, score=plain_rouge))
-
-
-def knowmem_split(
-    name: str,
-    rows: Sequence[Mapping[str, str]],
-    shots: Sequence[Mapping[str, str]],
-    tokenizer: Any,
-    options: EvalOptions,
-) -> Split:
-    """Questions that are answered after the examples `shots`; both have `question` and `answer`."""
-    examples = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
-    asked = [f"{examples}Question: {row['question']}\nAnswer: " for row in rows[: options.generate_rows]]
-    limit = min(KNOWMEM_TOKENS, options.max_new_tokens)
-    prompts = text_ids(tokenizer, asked)
-    return _generated(name, [dict(row) for row in rows], Generation(prompts, limit, cut_answer, plain_rouge))
+    def _knowmem(self, side: str) -> Split:
+        """Questions that are answered after examples."""
+        rows, shots = (self._texts(f"knowmem/{side}_qa{kind}", ("question", "answer")) for kind in ("", "_icl"))
+        examples = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
+        asked = [f"{examples}Question: {row['question']}\nAnswer: " for row in rows[: self.eval.generate_rows]]
+        limit = min(KNOWMEM_TOKENS, self.eval.max_new_tokens)
+        generation = Generation(text_ids(self.tokenizer, asked), limit, cut_answer, plain_rouge)
+        return _generated(f"knowmem_{side}", rows, generation)
 
 
 def cut_answer(text: str) -> str:

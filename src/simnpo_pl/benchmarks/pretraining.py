@@ -12,9 +12,9 @@ from simnpo_pl.models.logprobs import Scorer
 
 
 def new_llama(seed: int, tokenizer: Any = None, **config: Any) -> LlamaForCausalLM:
-    """An untrained float32 model, with these settings of `LlamaConfig`; the global random state is left as it was.
+    """An untrained model with these settings of `LlamaConfig` and, of a tokenizer, the special tokens.
 
-    Without a tokenizer it has no special tokens. The default `initializer_range` of 0.02 is meant for wide models.
+    The global random state is left as it was. The default `initializer_range` of 0.02 is meant for wide models.
     """
     special: Any = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.random.fork_rng(devices=[]):

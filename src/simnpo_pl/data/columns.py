@@ -1,7 +1,5 @@
 """The columns of a custom table: questions and answers, chat messages, plain text or records, under any names."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,10 +19,6 @@ INPUT = "input"
 
 class Records:
     """Makes a question and an answer of a record, by texts with the names of its columns in braces.
-
-    Args:
-        question: Such as "Where does {name} live?".
-        answer: Such as "{city}".
 
     Raises:
         UserError: A text has no column in braces, or its braces do not match.
@@ -89,10 +83,7 @@ class Columns:
     ) -> list[Row] | list[str]:
         """The rows of a table: plain texts, or questions and answers with the optional columns that it has.
 
-        Args:
-            table: Rows by column.
-            source: What the table is called in messages.
-            records: Makes the questions and answers of a table that has one of its columns.
+        Messages call the table `source`; `records` makes the questions and answers of one that has one of its columns.
 
         Raises:
             UserError: The table has no such columns, or a row has no text where one is expected.

@@ -1,7 +1,5 @@
 """Chat messages as rows: the assistant's last answer is scored, all before it is the prompt."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +23,7 @@ class Conversation(str):
 
     messages: tuple[Message, ...]
 
-    def __new__(cls, messages: Sequence[Message]) -> Conversation:
+    def __new__(cls, messages: Sequence[Message]) -> "Conversation":
         self = super().__new__(cls, "\n".join(f"{role}: {text}" for role, text in messages))
         self.messages = tuple(messages)
         return self
@@ -83,13 +81,8 @@ class _Frame(NamedTuple):
 class ChatTemplate:
     """Writes questions, or conversations, and their answers as a tokenizer's chat template does.
 
-    Args:
-        tokenizer: Has the template.
-        date: The date the template is given, such as "26 Jul 2024".
-        system_prompt: System message of conversations that have none; None leaves it to the template.
-        variables: Further variables that the template reads, such as `enable_thinking`.
-        answer_end: `turn`: the template writes the whole conversation, and the answer ends as a turn does there;
-            `eos`: the answer follows the template's prompt, and the tokenizer's EOS ends it.
+    The answer ends, with `answer_end` `turn`, as a turn does where the template writes the whole conversation; with
+    `eos` it follows the template's prompt, and the tokenizer's EOS ends it. `variables` are what the template reads.
 
     Raises:
         UserError: The date is malformed, or the template does not read the variables or the system message.

@@ -49,16 +49,7 @@ class PairedSampler(Sampler[MicroBatch]):
     The forget rows, in an order shuffled by (seed, epoch), are cut into effective batches, one per optimizer
     step; only the last may be smaller. Forget row f is paired with entry f, modulo the number of retain rows,
     of a shuffle of the retain set by (seed, epoch). So partners change every epoch, come from the whole
-    retain set, and none repeats within an epoch before all have been used.
-
-    Args:
-        forget_rows: Size of the forget set, at least 1.
-        retain_rows: Size of the retain set; 0 pairs nothing.
-        effective_batch: Forget rows per optimizer step over all processes.
-        per_device_batch: Largest number of forget rows in one forward pass on one process.
-        world_size: Number of processes.
-        rank: This process, from 0.
-        seed: Non-negative seed of the run.
+    retain set, and none repeats within an epoch before all have been used. Without retain rows nothing is paired.
 
     Raises:
         UserError: A number is out of range, or `effective_batch` is not a multiple of
@@ -85,11 +76,6 @@ class PairedSampler(Sampler[MicroBatch]):
     def accumulate(self) -> int:
         """Micro-batches of each process in a full optimizer step."""
         return self.effective_batch // (self.world_size * self.per_device_batch)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the forget set."""
-        return math.ceil(self.forget_rows / self.effective_batch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, of the next iteration; Lightning calls this."""

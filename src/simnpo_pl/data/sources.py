@@ -4,8 +4,6 @@ Single files are not read by `datasets`: it names no line of a malformed JSON fi
 copies every local file to its cache.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

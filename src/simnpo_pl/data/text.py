@@ -4,8 +4,6 @@ The first is the tokenizer's beginning-of-sequence token where it puts one in fr
 is added, since text continues.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ Prompt and answer are tokenized together, because a token may hold the end of on
 offsets then say which tokens hold the answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,10 +61,10 @@ class PromptTemplate:
             None takes the tokenizer's chat template, or PLAIN_TEMPLATE where it has none.
         max_length: Maximum tokens of a sequence, the end of the answer included; None sets no limit.
         truncate: Cut the answers of longer sequences at the end instead of refusing the data.
-        system_prompt: See `ChatTemplate`.
-        date: See `ChatTemplate`.
+        system_prompt: System message of conversations that have none; None leaves it to the chat template.
+        date: The date that a chat template is given.
         answer_end: See `ChatTemplate`; without a chat template an answer ends with the end-of-sequence token.
-        chat_template_kwargs: Variables of the chat template.
+        chat_template_kwargs: Variables of the chat template, such as `enable_thinking`.
 
     Raises:
         UserError: The tokenizer, the template or an option cannot be used, or `max_length` is below 1.

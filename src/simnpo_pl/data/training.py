@@ -51,12 +51,6 @@ class TrainingRows:
         forget = replace(self.forget, documents=kept) if isinstance(self.forget, Texts) else kept
         return replace(self, forget=forget, sampled=[self.sampled[row] for row in chosen] if self.sampled else [])
 
-    def form(self, encoder: PromptTemplate) -> str:
-        """How the forget rows become tokens, for the plan of a run."""
-        if isinstance(self.forget, Texts):
-            return f"text, {self.forget.rows} of at most {encoder.max_length} tokens"
-        return f"prompt: {encoder.description}"
-
     def encode(self, encoder: PromptTemplate, parts: Collection[str], seed: int) -> dict[str, list[TokenRow]]:
         """Tokenize the rows of the parts that the losses read, by part; one alternate for each forget row.
 
@@ -129,36 +123,33 @@ def collate(rows: Sequence[TokenRow]) -> Part:
 
 
 class TrainingSet(Dataset[dict[str, Part]]):
-    """Makes the batch of a `MicroBatch`.
+    """Makes the batch of a `MicroBatch`, of all parts that the losses read.
 
     A part holds `input_ids`, `labels`, `attention_mask` `(B, T)`, and of its rows the `index` and `end` (of a
     `TokenRow`) `(B,)`; and, so that a mean over the effective batch does not depend on how it is cut: `weight` `(B,)`,
     0 for a filler row and else 1, and `step_rows` and `step_tokens`, the rows and scored tokens of the whole effective
     batch, scalars. Sums weighted by these add up over micro-batches and processes to the mean.
-
-    Args:
-        rows: `forget` rows, and `retain`, `alternate` and `sampled` rows where the losses read them; as many of the
-            latter two as forget rows.
     """
 
     def __init__(self, rows: Mapping[str, Sequence[TokenRow]]) -> None:
         self.rows = rows
 
     def __getitem__(self, micro: MicroBatch) -> dict[str, Part]:
-        retain, forget = (micro.retain, micro.step_retain), (micro.forget, micro.step_forget)
-        return {name: self._part(name, *(retain if name == "retain" else forget), micro.real) for name in self.rows}
-
-    def _part(self, name: str, indices: Sequence[int], step: Sequence[int], real: Sequence[bool]) -> Part:
-        rows = self.rows[name]
-        return {
-            **collate([rows[i] for i in indices]),
-            "index": torch.tensor(indices),
-            "end": torch.tensor([rows[i].end for i in indices]),
-            "weight": torch.tensor(real, dtype=torch.float32),
-            # Integers, since half precision would round floats of a batch.
-            "step_rows": torch.tensor(len(step)),
-            "step_tokens": torch.tensor(sum(rows[i].length for i in step)),
-        }
+        parts = {}
+        for name, rows in self.rows.items():
+            indices, step = (micro.forget, micro.step_forget)
+            if name == "retain":
+                indices, step = (micro.retain, micro.step_retain)
+            parts[name] = {
+                **collate([rows[i] for i in indices]),
+                "index": torch.tensor(indices),
+                "end": torch.tensor([rows[i].end for i in indices]),
+                "weight": torch.tensor(micro.real, dtype=torch.float32),
+                # Integers, since half precision would round floats of a batch.
+                "step_rows": torch.tensor(len(step)),
+                "step_tokens": torch.tensor(sum(rows[i].length for i in step)),
+            }
+        return parts
 
 
 def effective_mean(per_row: Tensor, part: Part, lengths: Tensor | None = None, skipped: int = 0) -> Tensor:
@@ -178,10 +169,16 @@ def effective_mean(per_row: Tensor, part: Part, lengths: Tensor | None = None, s
     return (per_row * weights * (lengths - skipped)).sum() / (tokens - skipped * count).clamp(min=1)
 
 
-def scoring_parts(rows: Sequence[TokenRow], name: str, tokens: int = 4096) -> Iterator[dict[str, Part]]:
-    """All rows once, longest first, in batches of at most `tokens` tokens, with their `index` `(B,)`."""
+def by_length(rows: Sequence[TokenRow], tokens: int) -> Iterator[list[int]]:
+    """The numbers of all rows, longest first, in batches of at most `tokens` tokens with their padding."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     while order:
         take = max(1, tokens // len(rows[order[0]].input_ids))
-        chosen, order = order[:take], order[take:]
+        yield order[:take]
+        order = order[take:]
+
+
+def scoring_parts(rows: Sequence[TokenRow], name: str, tokens: int = 4096) -> Iterator[dict[str, Part]]:
+    """All rows once, see `by_length`, with their `index` `(B,)`."""
+    for chosen in by_length(rows, tokens):
         yield {name: {**collate([rows[i] for i in chosen]), "index": torch.tensor(chosen)}}

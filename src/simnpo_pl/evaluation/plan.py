@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from simnpo_pl.data.tokenization import TokenRow
-from simnpo_pl.data.training import collate
+from simnpo_pl.data.training import by_length, collate
 from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
 from simnpo_pl.evaluation.gradients import GRADIENT_NORM
 from simnpo_pl.metrics.base import RowMetric
@@ -153,14 +153,9 @@ def scoring_batches(splits: Sequence[Split], tokens: int) -> list[Batch]:
     Returns:
         Batches with `input_ids`, `labels`, `attention_mask` `(B, T)` and `split`, `index`, `kind`, `end` `(B,)`.
     """
-    batches: list[list[Any]] = []
-    for item in _longest_first(splits, range(len(splits))):
-        # The first row's length is the batch's width.
-        if batches and len(batches[-1][0][0].input_ids) * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return [_scored(batch) for batch in batches]
+    items = _answers(splits, range(len(splits)))
+    batches = by_length([item[0] for item in items], tokens)
+    return [_scored([items[i] for i in chosen]) for chosen in batches]
 
 
 def gradient_batches(splits: Sequence[Split]) -> list[Batch]:
@@ -170,8 +165,8 @@ def gradient_batches(splits: Sequence[Split]) -> list[Batch]:
         Batches like those of `scoring_batches`, with a key `gradients`.
     """
     chosen = [number for number, split in enumerate(splits) if split.readers(GRADIENT_NORM)]
-    items = _longest_first(splits, chosen, kinds=1)
-    return [{**_scored([item]), "gradients": True} for item in items]
+    items = _answers(splits, chosen, kinds=1)
+    return [{**_scored([items[i]]), "gradients": True} for (i,) in by_length([item[0] for item in items], 1)]
 
 
 def generation_batches(splits: Sequence[Split], prompts: int) -> list[Batch]:
@@ -195,11 +190,10 @@ def generation_batches(splits: Sequence[Split], prompts: int) -> list[Batch]:
     return batches
 
 
-def _longest_first(splits: Sequence[Split], chosen: Sequence[int], kinds: int | None = None) -> list[Any]:
+def _answers(splits: Sequence[Split], chosen: Sequence[int], kinds: int | None = None) -> list[Any]:
     """Tokens, split, index and kind of every answer."""
     rows = [(number, index, row) for number in chosen for index, row in enumerate(splits[number].answers)]
-    flat = [(row, number, index, kind) for number, index, answers in rows for kind, row in enumerate(answers[:kinds])]
-    return sorted(flat, key=lambda item: -len(item[0].input_ids))
+    return [(row, number, index, kind) for number, index, answers in rows for kind, row in enumerate(answers[:kinds])]
 
 
 def _scored(items: Sequence[Any]) -> Batch:
