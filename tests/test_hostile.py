@@ -108,7 +108,7 @@ def test_rows_that_are_all_equal(cli_error: Error, data_folder: Path, tmp_path: 
         ("answer", "", "row 2, counted from 0: expected text as answer, got ''"),
         ("paraphrased_answer", ["a", "b"], "expected text as paraphrased_answer, got"),
         ("perturbed_answer", "wrong", "expected a list of texts as perturbed_answer, got 'wrong'"),
-        ("perturbed_answer", [1, 2, 3, 4, 5], "expected a list of texts as perturbed_answer, got '[1, 2, 3, 4, 5]'"),
+        ("perturbed_answer", [1, 2, 3, 4, 5], "expected a list of texts as perturbed_answer, got [1, 2, 3, 4, 5]"),
     ],
 )
 def test_rows_to_measure(data_folder: Path, model_folder: Path, column: str, value: Any, message: str):
