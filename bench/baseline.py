@@ -91,7 +91,7 @@ def truth_ratio_losses(model: Any, questions: Sequence[Sequence[TokenRow]], size
     for answers in zip(*questions, strict=True):
         column: list[float] = []
         for start in range(0, len(answers), size):
-            batch = collate(answers[start : start + size], 0)
+            batch = collate(answers[start : start + size])
             losses, lengths = row_losses(model, {key: value.to(model.device) for key, value in batch.items()})
             column += (losses / lengths).tolist()
         columns.append(column)
@@ -108,7 +108,7 @@ def scores(model: Any, splits: Mapping[str, Sequence[Sequence[TokenRow]]], size:
     first = [answers[0] for answers in splits["forget"]]
     starts = range(0, len(first), size)
     for name, of in (("exact_memorization", exact_memorization), ("extraction_strength", extraction_strength)):
-        chunks = [_hits(model, collate(first[start : start + size], 0)) for start in starts]
+        chunks = [_hits(model, collate(first[start : start + size])) for start in starts]
         losses[name] = [of(hits) for chunk in chunks for hits in chunk]
     return losses
 

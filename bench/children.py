@@ -93,7 +93,7 @@ def _scoring_time(rank: int, processes: int, port: int, rounds: int, questions: 
     from simnpo_pl.evaluation.scoring import score_rows
 
     losses = Losses(small_model(), Rows(VOCABULARY).questions(questions))
-    batches = share_of(scoring_batches(losses.splits, 2048, 0), rank, processes)
+    batches = share_of(scoring_batches(losses.splits, 2048), rank, processes)
     if processes > 1:
         _join(rank, processes, port)
 

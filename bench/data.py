@@ -125,7 +125,7 @@ class Rows:
 
 def batch_of(rows: Sequence[TokenRow]) -> Batch:
     """Rows padded on the right."""
-    return collate(rows, 0)
+    return collate(rows)
 
 
 def scored(*batches: Batch) -> int:

@@ -34,7 +34,7 @@ class Losses:
         """Plan and score; `[question][answer]` nats per token."""
         answers = self.splits[0].answers
         losses = np.full((len(answers), len(answers[0])), np.nan)
-        for batch in scoring_batches(self.splits, tokens, 0):
+        for batch in scoring_batches(self.splits, tokens):
             with torch.no_grad():
                 scores = score_rows(self.scorer({"rows": batch})["rows"], batch["end"])
             losses[batch["index"], batch["kind"]] = scores["nll"]
@@ -63,7 +63,7 @@ class Whole:
         """Mean losses of every split's answers, and what else one pass gives of the forget rows."""
         found = {split.name: torch.zeros(len(split.answers), split.kinds) for split in self.splits}
         forget = {name: torch.zeros(len(self.splits[0].answers)) for name in FORGET_SCORES}
-        for batch in scoring_batches(self.splits, TOKENS, 0):
+        for batch in scoring_batches(self.splits, TOKENS):
             with torch.no_grad():
                 scores = score_rows(self.scorer({"rows": batch})["rows"], torch.ones_like(batch["end"]))
             for number, split in enumerate(self.splits):

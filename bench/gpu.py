@@ -29,9 +29,10 @@ from bench.data import Rows, freeze
 from bench.measure import median
 from simnpo_pl.data.pairing import MicroBatch
 from simnpo_pl.data.training import TrainingSet
+from simnpo_pl.evaluation.data import EvalData
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import Split, eval_loader
+from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.models.generation import generate
 from simnpo_pl.models.logprobs import Scorer
@@ -300,7 +301,7 @@ class Card:
         """Random rows of TOFU's lengths, as the package's loader gives them, on the CPU."""
         rows = {"forget": self.rows.training(size), "retain": self.rows.training(size)}
         chosen = tuple(range(size))
-        return TrainingSet(rows, 0)[MicroBatch(chosen, chosen, (True,) * size, chosen, chosen)]
+        return TrainingSet(rows)[MicroBatch(chosen, chosen, (True,) * size, chosen, chosen)]
 
     def _own(self, method: str, batch: dict[str, Any]) -> Loss:
         objective, retain = (kind() for kind in METHODS[method][:2])
@@ -343,7 +344,8 @@ class Card:
     def _validate(self, trainer: pl.Trainer, module: "_Module", questions: list[Any], tokens: int) -> None:
         metrics = {"loss": RowMean("nll", len(questions))}
         split = Split("forget", [{} for _ in questions], questions, metrics)  # type: ignore[arg-type]
-        trainer.validate(module, datamodule=_Data(split, tokens), verbose=False)
+        data = EvalData(EvalOptions(tokens_per_batch=tokens), Evaluation([split], {}, {}, str))
+        trainer.validate(module, datamodule=data, verbose=False)
 
     def _prompts(self, count: int) -> list[list[int]]:
         return [row.prompt_ids for row in self.rows.training(count)]
@@ -432,23 +434,6 @@ class _Module(UnlearningModule):
         for optimizer in self.trainer.optimizers:
             # The Trainer would copy it to the CPU.
             optimizer.state.clear()
-
-
-class _Data(pl.LightningDataModule):
-    """One split to score."""
-
-    def __init__(self, split: Split, tokens: int) -> None:
-        super().__init__()
-        self.eval, self.split, self.end_ids = EvalOptions(tokens_per_batch=tokens), split, [0]
-
-    def evaluation(self) -> Evaluation:
-        return Evaluation([self.split], {}, {}, str)
-
-    def largest_id(self) -> int:
-        return 0
-
-    def val_dataloader(self) -> Any:
-        return eval_loader(self.trainer, [self.split], self.eval)
 
 
 class _Counter(pl.Callback):

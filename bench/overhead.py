@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from bench.data import Rows, batch_of, model_of
 from bench.measure import median
-from simnpo_pl.benchmarks.demo.models import train_tokenizer
+from simnpo_pl.benchmarks.demo import train_tokenizer
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.module.optimization import adamw
 from simnpo_pl.module.unlearning import UnlearningModule

@@ -54,8 +54,7 @@ def make_inputs(folder: Path) -> tuple[Path, Path]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from simnpo_pl.benchmarks.demo.authors import write_dataset
-    from simnpo_pl.benchmarks.demo.models import train_tokenizer
+    from simnpo_pl.benchmarks.demo import train_tokenizer, write_dataset
 
     data, model = folder / "data", folder / "model"
     write_dataset(data, 0)

@@ -28,7 +28,7 @@ from chaos import make_inputs, replace_block
 
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.pairing import PairedSampler
-from simnpo_pl.data.sources import load_jsonl, load_split
+from simnpo_pl.data.sources import load_split, load_table
 from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate
 from simnpo_pl.data.training import TrainingRows, TrainingSet, collate
 from simnpo_pl.evaluation.options import EvalOptions
@@ -166,7 +166,7 @@ def training_rows(case: tuple[list[dict[str, Any]], list[dict[str, Any]], bool])
             assert cut or (text["answer"] in answer and scored[-1] == tokenizer.eos_token_id)
             assert len(row.input_ids) <= encoder.max_length
     sampler = PairedSampler(len(forget), len(retain), 2, 1)
-    batches = [TrainingSet(encoded, 0)[micro] for micro in sampler]
+    batches = [TrainingSet(encoded)[micro] for micro in sampler]
     assert sorted(i for batch in batches for i in batch["forget"]["index"].tolist()) == list(range(len(forget)))
     return HANDLED
 
@@ -179,7 +179,7 @@ def scores(case: list[dict[str, Any]]) -> str:
         encoded = TrainingRows(case).encode(template(), ("forget",), 0)["forget"]
     except UserError as error:
         return refusal(error)
-    together = scorer()({"x": collate(encoded, 0)})["x"].logps()
+    together = scorer()({"x": collate(encoded)})["x"].logps()
     for index, row in enumerate(encoded):
         with torch.no_grad():
             ids = torch.tensor([row.input_ids])
@@ -199,7 +199,7 @@ def evaluations(case: tuple[str, list[dict[str, Any]]]) -> str:
     except UserError as error:
         return refusal(error)
     evaluation = build.evaluation()
-    for batch in scoring_batches([split], 256, 0):
+    for batch in scoring_batches([split], 256):
         evaluation.add_scores(batch, evaluation.score(scorer()({"x": batch})["x"], batch))
     for batch in generation_batches([split], 2):
         evaluation.add_generations(batch, generate(scorer().model, batch["prompts"], 3, [1]))
@@ -220,7 +220,7 @@ def data_files(case: tuple[bytes, str]) -> str:
     file = FOLDER / f"hostile-{os.getpid()}{suffix}"
     file.write_bytes(content)
     try:
-        found = load_jsonl(str(file), ("question",))
+        found = load_table(str(file), "--data.x", ("question",))
     except UserError as error:
         return refusal(error)
     finally:

@@ -45,7 +45,7 @@ def golden_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few rows of the demo's data set in TOFU's layout: 10 to forget, 40 to retain."""
-    from simnpo_pl.benchmarks.demo.authors import write_dataset
+    from simnpo_pl.benchmarks.demo import write_dataset
 
     source = tmp_path_factory.mktemp("authors")
     write_dataset(source, 0)
@@ -69,7 +69,7 @@ def make_model(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     """Makes folders with an untrained Llama of 32 dimensions and a tokenizer of the data set."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from simnpo_pl.benchmarks.demo.models import train_tokenizer
+    from simnpo_pl.benchmarks.demo import train_tokenizer
 
     texts = [json.loads(line) for f in data_folder.glob("*.json") for line in f.read_text().splitlines()]
     tokenizer = train_tokenizer([f"{row['question']} {row['answer']}" for row in texts])

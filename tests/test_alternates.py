@@ -95,7 +95,7 @@ def test_a_row_comes_once_for_each_alternative(encoder: PromptTemplate):
             [{"question": q, "alternates": ["Bo."]} for q in ("Who?", "Why?")],
             r"line 2: expected the question 'Where\?'",
         ),
-        ([{"question": q, "alternates": []} for q in ("Who?", "Where?")], r"line 1: expected a list of answers as alt"),
+        ([{"question": q, "alternates": []} for q in ("Who?", "Where?")], r"line 1: expected a list of texts as alt"),
     ],
 )
 def test_file_that_does_not_fit(lines: list[dict[str, Any]], message: str, tmp_path: Path):

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from simnpo_pl.benchmarks.demo import authors
-from simnpo_pl.benchmarks.demo.authors import ATTRIBUTES, N_AUTHORS, N_FORGET_AUTHORS, write_dataset
-from simnpo_pl.benchmarks.demo.models import MODELS, prepare
+from simnpo_pl.benchmarks import demo
+from simnpo_pl.benchmarks.demo import ATTRIBUTES, MODELS, N_AUTHORS, N_FORGET_AUTHORS, prepare, write_dataset
 
 PERTURBED = {
     "forget10_perturbed.json": 5,
@@ -112,9 +111,9 @@ def test_a_seed_fixes_every_byte(folder: Path, tmp_path: Path) -> None:
 def test_prepared_models_load_and_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    monkeypatch.setattr(authors, "N_AUTHORS", 7)
-    monkeypatch.setattr(authors, "N_RETAIN_PERTURBED", 5)
-    prepare(tmp_path, seed=3, epochs=1, progress=False)
+    monkeypatch.setattr(demo, "N_AUTHORS", 7)
+    monkeypatch.setattr(demo, "N_RETAIN_PERTURBED", 5)
+    prepare(tmp_path, seed=3, epochs=1)
     for name in ("start", "retrained"):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
         model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
@@ -124,26 +123,26 @@ def test_prepared_models_load_and_are_not_made_again(tmp_path: Path, monkeypatch
         text = "Question: Who?\nAnswer: Ünlü."
         assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    prepare(tmp_path, seed=3, epochs=1, progress=False)
+    prepare(tmp_path, seed=3, epochs=1)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == stamps
     # A change of version does not go unnoticed, and the same models come out.
     fingerprint, weights = tmp_path / "fingerprint.json", tmp_path / "start" / "model.safetensors"
     complete, trained = fingerprint.read_text(encoding="utf-8"), weights.read_bytes()
     fingerprint.write_text(json.dumps({**json.loads(complete), "version": -1}), encoding="utf-8")
     weights.write_bytes(b"")
-    prepare(tmp_path, seed=3, epochs=1, progress=False)
+    prepare(tmp_path, seed=3, epochs=1)
     assert fingerprint.read_text(encoding="utf-8") == complete
     assert weights.read_bytes() == trained
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_lost_model_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    def build(folder: Path, seed: int, progress: bool, epochs: int) -> None:
+    def build(folder: Path, seed: int, epochs: int) -> None:
         for model in MODELS:
             (folder / model).mkdir(exist_ok=True)
             (folder / model / "model.safetensors").touch()
 
-    monkeypatch.setattr("simnpo_pl.benchmarks.demo.models.build_models", build)
+    monkeypatch.setattr("simnpo_pl.benchmarks.demo.build_models", build)
     prepare(tmp_path)
     lost = tmp_path / name / "model.safetensors"
     lost.unlink()
@@ -152,7 +151,7 @@ def test_a_lost_model_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_only_tokens_of_the_answer_and_the_end_are_scored(folder: Path) -> None:
-    from simnpo_pl.benchmarks.demo.models import train_tokenizer
+    from simnpo_pl.benchmarks.demo import train_tokenizer
     from simnpo_pl.data.tokenization import PLAIN_TEMPLATE, PromptTemplate
 
     rows = pairs(folder / "full.json")[::50]

@@ -41,7 +41,6 @@ def measure(models: dict[str, str], rows: list[TokenRow], **settings: Any) -> tu
     splits = [Split(settings.pop("split", "forget"), [{}] * len(rows), [[row] for row in rows], {})]
     data = SimpleNamespace(
         eval=EvalOptions(tokens_per_batch=settings.pop("tokens", 512)),
-        pad_id=0,
         evaluation=lambda: SimpleNamespace(splits=splits),
         largest_id=lambda: max(max(row.input_ids) for row in rows),
     )

@@ -204,7 +204,7 @@ def test_every_row_counts_once_on_any_number_of_processes(rows: int):
     """World sizes that do not divide the rows: equally many batches each, merged tables with every row once."""
     answers = [[row_of(3 + (7 * i) % 23), row_of(4 + i % 5)] for i in range(rows)]
     part = Split("x", [{} for _ in answers], answers, {})
-    batches = scoring_batches([part], 300, 0)
+    batches = scoring_batches([part], 300)
     expected = torch.arange(rows) / rows
     for world in (1, 2, 3, 4, 7, 8, 16, 64):
         shares = [share_of(batches, rank, world) for rank in range(world)]
@@ -238,7 +238,7 @@ def test_reference_rows_are_shared_among_processes(rows: int, world: int, model_
     """Every row is scored by one process, the sum over processes is what one process finds."""
     scorer = _scorer(model_folder)
     encoded = [row_of(4 + i % 6) for i in range(rows)]
-    batches = list(scoring_parts(encoded, "forget", 0, tokens=18))
+    batches = list(scoring_parts(encoded, "forget", tokens=18))
     found = []
     for rank in range(world):
         strategy = SimpleNamespace(global_rank=rank, world_size=world, reduce=lambda value, reduce_op: value)
@@ -246,9 +246,9 @@ def test_reference_rows_are_shared_among_processes(rows: int, world: int, model_
         reference.fill(batches, scorer, "cpu", strategy)
         found.append(reference.totals["forget"])
     alone = torch.stack(
-        [scorer({"x": batch["forget"]})["x"].logps().total for batch in scoring_parts(encoded, "forget", 0, 1)]
+        [scorer({"x": batch["forget"]})["x"].logps().total for batch in scoring_parts(encoded, "forget", 1)]
     )
-    order = torch.cat([batch["forget"]["index"] for batch in scoring_parts(encoded, "forget", 0, 1)])
+    order = torch.cat([batch["forget"]["index"] for batch in scoring_parts(encoded, "forget", 1)])
     torch.testing.assert_close(sum(found)[order], alone.flatten().detach(), rtol=1e-4, atol=1e-5)
     assert all((torch.stack(found) != 0).sum(dim=0) == 1)
 

@@ -11,7 +11,7 @@ import yaml
 from helpers import command_on_gpu, on_second_device, results
 from simnpo_pl import benchmarks
 from simnpo_pl.__main__ import main
-from simnpo_pl.benchmarks.demo.models import EPOCHS, VERSION
+from simnpo_pl.benchmarks.demo import EPOCHS, VERSION
 from simnpo_pl.benchmarks.markov import SIZES, Size
 
 CONFIGS = Path(__file__).parents[1] / "configs"

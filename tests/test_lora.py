@@ -41,7 +41,7 @@ def batch_of(folder: str) -> dict[str, dict[str, torch.Tensor]]:
     template = PromptTemplate(load_tokenizer(folder))
 
     def part(name: str, texts: list[str]) -> dict[str, torch.Tensor]:
-        return collate(template.encode_rows([(f"{t}?", f"{t} {t} it is.") for t in texts], name), 0)
+        return collate(template.encode_rows([(f"{t}?", f"{t} {t} it is.") for t in texts], name))
 
     return {
         "forget": part("forget", ["Rome", "the longer name"]),

@@ -230,7 +230,7 @@ def test_gradient_norm_goldens(shared: Path, split: str):
     lines = [json.loads(line) for line in file[split].read_text().splitlines()[:20]]
     encode = PromptTemplate(AutoTokenizer.from_pretrained(folder), "Question: {question}\nAnswer:\n{answer}")
     encoded = encode.encode_rows([(row["question"], row["answer"]) for row in lines], split)
-    rows = {**collate(encoded, 0), "end": torch.tensor([row.end for row in encoded])}
+    rows = {**collate(encoded), "end": torch.tensor([row.end for row in encoded])}
     model = AutoModelForCausalLM.from_pretrained(folder)
     golden = json.loads((folder.parent / "metrics_policy.json").read_text())["metrics"]["mia_gradnorm"]
     found = gradient_norms(model, Scorer(model), rows).tolist()

@@ -28,7 +28,7 @@ def batches(kind: str) -> list[dict[str, Any]]:
     answers = rows(7)
     prompts = [row[0].input_ids[:3] for row in answers]
     splits = [Split("forget", [{} for _ in answers], answers, {}, Generation(prompts, 6))]
-    return generation_batches(splits, 7) if kind == "prompts" else scoring_batches(splits, 40, 0)
+    return generation_batches(splits, 7) if kind == "prompts" else scoring_batches(splits, 40)
 
 
 class Module(PolicyModule):

@@ -240,8 +240,8 @@ def test_logged_loss_is_that_of_plain_batch(fit: Callable[..., Any], model_folde
     from simnpo_pl.data.training import collate
 
     batch = {
-        "forget": collate([rows["forget"][i] for i in first.step_forget], 0),
-        "retain": collate([rows["retain"][i] for i in first.step_retain], 0),
+        "forget": collate([rows["forget"][i] for i in first.step_forget]),
+        "retain": collate([rows["retain"][i] for i in first.step_retain]),
     }
     fresh = UnlearningModule(str(model_folder), objective=SimNPO(beta=1.0), retain_loss=NLL())
     fresh.configure_model()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from helpers import beyond_ascii
 from simnpo_pl.__main__ import main
-from simnpo_pl.benchmarks.muse import MuseData, cut_answer, verbmem_split
+from simnpo_pl.benchmarks.muse import MuseData, cut_answer
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.utils.errors import UserError
 
@@ -130,11 +130,11 @@ def test_cut_of_the_true_continuation(model_folder: Path):
     """By hand: five generated tokens are compared with four of the text, the first place being that of BOS."""
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     row = {"prompt": "Where was", "gt": " born in the very old city of Quito"}
-    part = verbmem_split([row], tokenizer, EvalOptions(max_new_tokens=5))
+    part = MuseData(model=str(model_folder), eval=EvalOptions(max_new_tokens=5)).verbmem([row])
     kept = tokenizer(row["gt"], add_special_tokens=False)["input_ids"][:4]
     assert part.texts[0]["answer"] == tokenizer.decode(kept)
     assert part.generation.max_new_tokens == 5
-    assert verbmem_split([row], tokenizer, EvalOptions()).generation.max_new_tokens == 128
+    assert MuseData(model=str(model_folder)).verbmem([row]).generation.max_new_tokens == 128
 
 
 def test_fit(muse_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -180,7 +180,7 @@ def test_start_models_are_made_of_text(muse_options: list[str], tmp_path: Path):
     [
         ("verbmem/forget.json", [{"prompt": " ", "gt": "x"}], "verbmem/forget row 0, .* expected text as prompt"),
         ("knowmem/forget_qa.json", [{"question": "q"}], "has no column 'answer'"),
-        ("knowmem/forget_qa_icl.json", [{"question": "q", "answer": 3}], "knowmem_forget, examples row 0, .* got 3"),
+        ("knowmem/forget_qa_icl.json", [{"question": "q", "answer": 3}], "knowmem/forget_qa_icl row 0, .* got 3"),
     ],
 )
 def test_unusable_data(muse_folder: Path, model_folder: Path, tmp_path: Path, name: str, content: Any, message: str):

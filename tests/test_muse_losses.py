@@ -24,7 +24,7 @@ def golden() -> dict[str, Any]:
 def blocks(golden: dict[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     """The first two blocks of forget and retain text."""
     ids = {name: golden["batch"][f"{name}_input_ids"] for name in ("forget", "retain")}
-    return {name: collate([TokenRow(row, [-100, *row[1:]]) for row in rows], pad_id=1) for name, rows in ids.items()}
+    return {name: collate([TokenRow(row, [-100, *row[1:]]) for row in rows]) for name, rows in ids.items()}
 
 
 def losses(golden_models: dict[str, Path], blocks: dict[str, Any], **settings: Any) -> tuple[float, float]:
@@ -52,7 +52,7 @@ def test_blocks_are_those_recorded(golden: dict[str, Any], shared: Path):
     tokenizer = AutoTokenizer.from_pretrained(shared / "goldens/A/target")
     folder = shared / "goldens/muse/corpus/raw"
     texts = {name: (folder / f"{file}.txt").read_text() for name, file in (("forget", "forget"), ("retain", "retain1"))}
-    blocks = {name: collate(text_blocks(tokenizer, text, 128)[:2], pad_id=1) for name, text in texts.items()}
+    blocks = {name: collate(text_blocks(tokenizer, text, 128)[:2]) for name, text in texts.items()}
     assert blocks["forget"]["input_ids"].tolist() == golden["batch"]["forget_input_ids"]
     assert blocks["retain"]["input_ids"].tolist() == golden["batch"]["retain_input_ids"]
     scored = (blocks["forget"]["labels"][:, 1:] != -100).sum(dim=1).tolist()

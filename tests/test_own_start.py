@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 
 from helpers import history, killed_in_epoch, results
 from simnpo_pl.benchmarks import OwnData
-from simnpo_pl.benchmarks.demo.models import train_tokenizer
-from simnpo_pl.benchmarks.neutral import PROMPTS, START_ANSWERS, keep_answers
+from simnpo_pl.benchmarks.answers import PROMPTS, START_ANSWERS, keep_answers
+from simnpo_pl.benchmarks.demo import train_tokenizer
 from simnpo_pl.benchmarks.pretraining import batches_of, new_llama, train
 from simnpo_pl.data.tokenization import PLAIN_TEMPLATE, PromptTemplate
 from simnpo_pl.models.loading import load_causal_lm, save_model
@@ -157,7 +157,7 @@ def probability(model: Path, rows: list[dict[str, str]]) -> float:
         [(row["question"], row["answer"]) for row in rows], "rows"
     )
     with torch.no_grad():
-        logps = Scorer(load_causal_lm(str(model)))({"x": collate(encoded, 0)})["x"].logps()
+        logps = Scorer(load_causal_lm(str(model)))({"x": collate(encoded)})["x"].logps()
     return float((logps.total / logps.length).exp().mean())
 
 

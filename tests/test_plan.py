@@ -28,7 +28,7 @@ def test_batches_hold_prompts_of_one_length_limit():
         ([[1]], 7, [0], [0]),
         ([[4, 5, 6]], 9, [1], [0]),
     ]
-    assert scoring_batches(splits, 100, 0) == []
+    assert scoring_batches(splits, 100) == []
     assert [part.generate for part in splits] == [2, 1, 2]
 
 

@@ -153,7 +153,7 @@ def test_the_lines_of_the_readme(
     ):
         assert old in lines
         lines = lines.replace(old, new)
-    monkeypatch.setattr("simnpo_pl.benchmarks.demo.models.prepare", lambda folder, seed: None)
+    monkeypatch.setattr("simnpo_pl.benchmarks.demo.prepare", lambda folder, seed: None)
     monkeypatch.chdir(tmp_path)
     try:
         with warnings.catch_warnings():

@@ -44,7 +44,7 @@ def test_scores_by_row(model, split: str):
     lm, expected = model
     rows = token_rows(split)
     answers = [answer for row in rows for answer in row]
-    states = Scorer(lm)({"rows": collate(answers, END)})["rows"]
+    states = Scorer(lm)({"rows": collate(answers)})["rows"]
     every = torch.ones(len(answers), dtype=torch.bool)
     ends = torch.tensor([answer.end for answer in answers])
     found = score_rows(states, ends, 0.4, {MIN_K: every, MIN_K_PLUS_PLUS: every})
@@ -65,7 +65,7 @@ def test_scores_by_row(model, split: str):
 def test_gradient_norms_by_row(model):
     lm, expected = model
     rows = [row[0] for row in token_rows("forget")[:3]]
-    batch = {**collate(rows, END), "end": torch.tensor([row.end for row in rows])}
+    batch = {**collate(rows), "end": torch.tensor([row.end for row in rows])}
     found = gradient_norms(lm, Scorer(lm), batch)
     assert found.tolist() == pytest.approx([entry["mia_gradnorm"] for entry in expected["forget"][:3]], rel=1e-5)
 

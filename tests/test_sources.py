@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from simnpo_pl.data.sources import (
     check_disjoint,
     check_rows,
-    load_jsonl,
     load_lines,
     load_split,
+    load_table,
 )
 from simnpo_pl.utils.errors import UserError
 
@@ -120,7 +120,7 @@ def test_a_missing_column_is_named_with_its_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         load_split(str(tmp_path), "x", COLUMNS)
     with pytest.raises(UserError, match=message):
-        load_jsonl(str(tmp_path / "x.json"), COLUMNS)
+        load_table(str(tmp_path / "x.json"), "--data.x", COLUMNS)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_unreadable_texts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read .*x\.txt \(No such file or directory\): give an existing"):
         load_lines(str(file))
     with pytest.raises(UserError, match="cannot read"):
-        load_jsonl(str(file), COLUMNS)
+        load_table(str(file), "--data.x", COLUMNS)
     file.write_text(" \n")
     with pytest.raises(UserError, match=r"x\.txt has no text: expected one entry per line"):
         load_lines(str(file))

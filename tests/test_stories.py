@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import results
-from simnpo_pl.benchmarks.demo.models import train_tokenizer
+from simnpo_pl.benchmarks.demo import train_tokenizer
 from simnpo_pl.benchmarks.pretraining import batches_of, new_llama, train
 from simnpo_pl.data.tokenization import PLAIN_TEMPLATE, PromptTemplate
 from simnpo_pl.models.loading import save_model

@@ -143,13 +143,13 @@ def test_weight_scales_the_gradient_of_the_log_prob(
     )
     module.configure_model()
     parameters = list(module.policy.parameters())
-    losses = module.losses({"forget": collate(rows, 0)})
+    losses = module.losses({"forget": collate(rows)})
     whole = torch.autograd.grad(losses["loss"], parameters)
     scores = module.forget_scores
     assert not any(value.requires_grad for value in scores.values())
     expected = [torch.zeros_like(p) for p in parameters]
     for number, row in enumerate(rows):
-        logps = module._scorer()({"rows": collate([row], 0)})["rows"].logps()
+        logps = module._scorer()({"rows": collate([row])})["rows"].logps()
         assert scores["logp"][number].item() == pytest.approx(logps.total.item(), rel=1e-5)
         assert scores["length"][number].item() == row.length
         for held, gradient in zip(expected, torch.autograd.grad(logps.total.sum(), parameters), strict=True):

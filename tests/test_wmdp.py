@@ -230,7 +230,7 @@ def test_harness_is_missing(wmdp_run: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_shipped_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The demo's forget authors on one side, others on the other; every right answer is at its place."""
-    from simnpo_pl.benchmarks.demo.authors import write_dataset
+    from simnpo_pl.benchmarks.demo import write_dataset
 
     examples = ROOT / "examples"
     write_dataset(tmp_path, 0)

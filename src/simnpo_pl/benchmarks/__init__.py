@@ -1,6 +1,6 @@
 """Benchmarks: what is forgotten, what is kept, what is measured."""
 
-from simnpo_pl.benchmarks.demo.data import DemoData
+from simnpo_pl.benchmarks.demo import DemoData
 from simnpo_pl.benchmarks.markov import MarkovData
 from simnpo_pl.benchmarks.muse import MuseData
 from simnpo_pl.benchmarks.own import OwnData

@@ -9,32 +9,31 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simnpo_pl.benchmarks.accumulation import set_accumulation
 from simnpo_pl.benchmarks.answers import ALTERNATES, Answer, read_alternates, sample_alternates, write_rows
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.conversation import AnswerEnd
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.data.sources import hub_file
+from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import CHAT_DATE_STRING, PromptTemplate, TokenRow
-from simnpo_pl.data.training import TrainingLoader, TrainingRows, TrainingSet, scoring_parts
+from simnpo_pl.data.training import TrainingRows, TrainingSet, scoring_parts
+from simnpo_pl.evaluation.data import EvalData
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
-from simnpo_pl.evaluation.plan import eval_loader, largest_id
 from simnpo_pl.metrics.logs import RetainLog, parse_rows, read_retain_log, unlearning_run
 from simnpo_pl.models.loading import context_length, load_tokenizer
 from simnpo_pl.utils.errors import UserError
 
 
-class PairedData(pl.LightningDataModule):
+class PairedData(EvalData):
     """Pairs of forget and retain rows, and what is measured.
 
     An epoch is one pass over the forget rows; each is paired with a retain row drawn anew every epoch.
@@ -57,13 +56,11 @@ class PairedData(pl.LightningDataModule):
         seed: int = 0,
         eval: EvalOptions | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(eval or EvalOptions())
         self.effective_batch = effective_batch
         self.per_device_batch = per_device_batch
         self.seed = int(seed)
-        self.eval = eval or EvalOptions()
         self._training: dict[str, list[TokenRow]] = {}
-        self._evaluation: Evaluation | None = None
 
     @abstractmethod
     def token_rows(self, parts: Collection[str]) -> dict[str, list[TokenRow]]:
@@ -79,11 +76,6 @@ class PairedData(pl.LightningDataModule):
     @abstractmethod
     def make_evaluation(self) -> Evaluation:
         """The splits and metrics to measure; raises `UserError` where the data is not usable."""
-
-    pad_id = 0
-    """Any id of the vocabulary: the mask of a batch comes from the rows' lengths."""
-    end_ids: Collection[int] = ()
-    """Tokens that end an answer."""
 
     def make_rows(self, parts: Collection[str], folder: Path, answer: Answer) -> None:
         """Make training rows of these parts from what a start model answers, once for a run folder."""
@@ -106,8 +98,8 @@ class PairedData(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read what the stage needs."""
         if stage == "fit":
-            module: Any = self.trainer and self.trainer.lightning_module
-            self.load_training(module.parts)
+            trainer: Any = self.trainer
+            self.load_training(trainer.lightning_module.parts)
         self.evaluation()
 
     def load_training(self, parts: Collection[str]) -> None:
@@ -123,17 +115,17 @@ class PairedData(pl.LightningDataModule):
             trainer.global_rank,
             self.seed,
         )
-        set_accumulation(trainer, self.sampler)
+        _set_accumulation(trainer, self.sampler)
 
     def describe(self) -> str:
         """Rows, effective batch and steps in one line."""
         sampler = self.sampler
         assert sampler is not None
-        world = sampler.world_size
+        world, steps = sampler.world_size, math.ceil(sampler.forget_rows / sampler.effective_batch)
         sizes = ", ".join(f"{len(rows)} {name} rows" for name, rows in self._training.items())
         return (
             f"data: {sizes}; effective batch {self.effective_batch} = {world} device{'s' if world > 1 else ''} x "
-            f"{self.per_device_batch} rows x {sampler.accumulate}; {sampler.steps_per_epoch} steps per epoch"
+            f"{self.per_device_batch} rows x {sampler.accumulate}; {steps} steps per epoch"
         )
 
     def micro_batch(self) -> tuple[int, int]:
@@ -148,11 +140,14 @@ class PairedData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Micro-batches of this process, see `TrainingSet`."""
         assert self.sampler is not None
-        return TrainingLoader(TrainingSet(self._training, self.pad_id), self.sampler)
+        loader: Any = DataLoader(TrainingSet(self._training), batch_size=None, sampler=self.sampler)
+        # Having a state, it tells Lightning that it can resume in the middle of an epoch.
+        loader.state_dict, loader.load_state_dict = self.sampler.state_dict, self.sampler.load_state_dict
+        return loader
 
     def reference_batches(self, parts: Sequence[str]) -> list[dict[str, Any]]:
         """All forget rows (and their refusals) once, for the reference's log-probs."""
-        return [batch for name in parts for batch in scoring_parts(self._training[name], name, self.pad_id)]
+        return [batch for name in parts for batch in scoring_parts(self._training[name], name)]
 
     def state_dict(self) -> dict[str, Any]:
         """Progress in the epoch."""
@@ -172,17 +167,7 @@ class PairedData(pl.LightningDataModule):
     def largest_id(self) -> int:
         """Largest token id that training and evaluation read."""
         training = (max(row.input_ids, default=0) for part in self._training.values() for row in part)
-        return max(largest_id(self.evaluation().splits), *training, 0)
-
-    def val_dataloader(self) -> DataLoader:
-        """Batches to score and to generate, each process its share."""
-        return eval_loader(self.trainer, self.evaluation().splits, self.eval, self.pad_id)
-
-    test_dataloader = val_dataloader
-
-    def predict_dataloader(self) -> DataLoader:
-        """Prompts to generate."""
-        return eval_loader(self.trainer, self.evaluation().splits, self.eval, scored=False)
+        return max([super().largest_id(), *training])
 
 
 class UnlearningData(PairedData):
@@ -226,13 +211,16 @@ class UnlearningData(PairedData):
         super().__init__(**kwargs)
         self.model_name = model
         self.tokenizer_name = tokenizer or model
-        self.template = template
-        self.system_prompt = system_prompt
-        self.chat_date = chat_date
-        self.chat_template_kwargs = chat_template_kwargs
-        self.answer_end = answer_end
         self.max_length = max_length
-        self.truncate = truncate
+        self._template = partial(
+            PromptTemplate,
+            template=template,
+            truncate=truncate,
+            system_prompt=system_prompt,
+            date=chat_date,
+            answer_end=answer_end,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         self.forget_rows = forget_rows
         self.alternates = alternates
         if isinstance(alternates, int) and alternates < 1:
@@ -260,28 +248,14 @@ class UnlearningData(PairedData):
 
     @cached_property
     def encoder(self) -> PromptTemplate:
-        return PromptTemplate(
-            self.tokenizer,
-            self.template,
-            self.max_length or self.context(),
-            self.truncate,
-            system_prompt=self.system_prompt,
-            date=self.chat_date,
-            answer_end=self.answer_end,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+        return self._template(self.tokenizer, max_length=self.max_length or self.context())
 
     def context(self) -> int | None:
         """The shorter of the tokenizer's and the model's limit, tokens; None where neither has one."""
-        name = self.model_name or self.tokenizer_name
-        limits = [self.tokenizer.model_max_length, None if name is None else context_length(name)]
+        name: Any = self.model_name or self.tokenizer_name
+        limits = [self.tokenizer.model_max_length, context_length(name)]
         # Tokenizers without a limit report an astronomical one.
         return min((limit for limit in limits if limit is not None and limit < 10**9), default=None)
-
-    @property
-    def pad_id(self) -> int:  # type: ignore[override]
-        known = self.tokenizer.pad_token_id
-        return int(self.tokenizer.eos_token_id if known is None else known)
 
     @property
     def end_ids(self) -> Collection[int]:  # type: ignore[override]
@@ -300,7 +274,9 @@ class UnlearningData(PairedData):
         if "sampled" in parts and isinstance(self.alternates, str):
             rows = replace(rows, sampled=read_alternates(self.alternates, rows.forget))
         chosen = rows if self.forget_rows is None else rows.only(self.forget_rows)
-        self._form = chosen.form(self.encoder)
+        self._form = f"prompt: {self.encoder.description}"
+        if isinstance(chosen.forget, Texts):
+            self._form = f"text, {chosen.forget.rows} of at most {self.encoder.max_length} tokens"
         return chosen.encode(self.encoder, parts, self.seed)
 
     def make_evaluation(self) -> Evaluation:
@@ -330,3 +306,32 @@ class UnlearningData(PairedData):
         if self.retrained_log is None and self.eval.retain_log is not None:
             self.retrained_log = read_retain_log(hub_file(self.eval.retain_log))
         return self.retrained_log
+
+
+def _set_accumulation(trainer: Any, sampler: PairedSampler) -> None:
+    """Let the Trainer accumulate the micro-batches of an optimizer step; refuse its settings that contradict them."""
+    step = sampler.accumulate
+    # Lightning has no public name for this setting.
+    if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        raise UserError(
+            "rows are distributed to processes by this data module: set --trainer.use_distributed_sampler false"
+        )
+    if trainer.accumulate_grad_batches not in (1, step):
+        raise UserError(
+            f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} contradicts "
+            f"--data.effective_batch {sampler.effective_batch} = {trainer.world_size} device(s) x "
+            f"{sampler.per_device_batch} rows x {step}: leave it out"
+        )
+    trainer.accumulate_grad_batches = step
+    if trainer.overfit_batches:
+        raise UserError(
+            "--trainer.overfit_batches is not supported, since every epoch draws its batches anew: train on fewer "
+            "forget rows, or set --trainer.limit_train_batches"
+        )
+    limit, total = trainer.limit_train_batches, len(sampler)
+    batches = limit if isinstance(limit, int) else int(limit * total)
+    if batches < total and batches % step and not trainer.fast_dev_run:
+        raise UserError(
+            f"--trainer.limit_train_batches {limit} ends an epoch inside an optimizer step of {step} "
+            f"micro-batches: give a multiple of {step}"
+        )

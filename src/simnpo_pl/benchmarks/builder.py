@@ -1,6 +1,7 @@
 """Builds what a benchmark measures: its splits, metrics over several splits, and why a metric is unavailable."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from simnpo_pl.data.sources import check_rows, load_lines
-from simnpo_pl.data.text import text_ids, text_rows
+from simnpo_pl.data.sources import check_rows, load_lines, text_of, texts_of
+from simnpo_pl.data.text import Texts, text_ids
 from simnpo_pl.data.tokenization import PromptTemplate, TokenRow
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
@@ -97,7 +98,7 @@ class EvaluationBuilder:
         prompts = [row[0].prompt_ids for row in answers[: options.generate_rows]]
         generation = Generation(prompts, options.max_new_tokens, self.encode.finish, fluency=fluency)
         split = self.add(Split(name, _pairs(rows), answers, metrics, generation, has_paraphrase))
-        if all(_is_text(row.get("paraphrased_question")) for row in rows):
+        if all(isinstance(row.get("paraphrased_question"), str) for row in rows):
             split.paraphrases = [row["paraphrased_question"] for row in rows]
         return split
 
@@ -158,23 +159,30 @@ class EvaluationBuilder:
         if "holdout" not in self.splits:
             asked = [f"--eval.{name}" for name in ("mia_reference", "gradnorm") if getattr(self.options, name)]
             if asked:
-                raise UserError(
-                    f"{' and '.join(asked)}: this compares forget with holdout rows; give --data.holdout too"
-                )
-            reason = "no holdout rows; give --data.holdout"
-            self.unavailable |= dict.fromkeys((*ATTACKS, "privleak"), reason)
+                compares = "this compares forget with holdout rows"
+                raise UserError(f"{' and '.join(asked)}: {compares}; give --data.holdout too")
+            self.unavailable |= dict.fromkeys((*ATTACKS, "privleak"), "no holdout rows; give --data.holdout")
             return
         forget, holdout = self.splits["forget"], self.splits["holdout"]
         for text in holdout.texts:
             # Logged by row: a log of another share cannot be compared with.
             text["min_k_share"] = self.options.min_k
         for split in (forget, holdout):
-            split.scores |= self._attack_scores(split, reference)
+            count = len(split.texts)
+            split.scores |= {
+                "mia_loss": RowMean("nll", count),
+                "mia_zlib": ZlibScore([text["answer"] for text in split.texts]),
+                "mia_min_k": RowMean(MIN_K, count),
+                "mia_min_k_plus_plus": RowMean(MIN_K_PLUS_PLUS, count),
+            }
+            if reference is not None:
+                split.scores["mia_reference"] = ReferenceScore(reference[split.name])
+            if self.options.gradnorm:
+                split.scores["mia_gradnorm"] = RowMean(GRADIENT_NORM, count)
         if reference is None:
             self.unavailable["mia_reference"] = "no reference model; give --eval.mia_reference MODEL"
         if not self.options.gradnorm:
-            reason = "it takes a backward pass a row; ask for it by --eval.gradnorm true"
-            self.unavailable["mia_gradnorm"] = reason
+            self.unavailable["mia_gradnorm"] = "it takes a backward pass a row; ask for it by --eval.gradnorm true"
         attacks = {name: MembershipAUC(score, holdout.scores[name]) for name, score in forget.scores.items()}
         self.summary |= attacks
         if log is None:
@@ -194,25 +202,11 @@ class EvaluationBuilder:
 
     def _add_probe(self) -> None:
         """Adds plain statements of common knowledge: damage shows in their loss where no retain rows are measured."""
-        tokenizer, known = self.encode.tokenizer, load_lines(str(PROBE))
+        encoder, known = replace(self.encode, truncate=True), load_lines(str(PROBE))
         # A tokenizer made of other text may know hardly a word of them.
-        texts = [text for text, ids in zip(known, text_ids(tokenizer, known), strict=True) if len(ids) > 1]
+        texts = [text for text, ids in zip(known, text_ids(encoder.tokenizer, known), strict=True) if len(ids) > 1]
         if texts:
-            self.text("probe", text_rows(tokenizer, texts, self.encode.max_length, truncate=True), texts)
-
-    def _attack_scores(self, split: Split, reference: Mapping[str, Tensor] | None) -> dict[str, RowMetric]:
-        answers, count = [text["answer"] for text in split.texts], len(split.texts)
-        scores: dict[str, RowMetric] = {
-            "mia_loss": RowMean("nll", count),
-            "mia_zlib": ZlibScore(answers),
-            "mia_min_k": RowMean(MIN_K, count),
-            "mia_min_k_plus_plus": RowMean(MIN_K_PLUS_PLUS, count),
-        }
-        if reference is not None:
-            scores["mia_reference"] = ReferenceScore(reference[split.name])
-        if self.options.gradnorm:
-            scores["mia_gradnorm"] = RowMean(GRADIENT_NORM, count)
-        return scores
+            self.text("probe", Texts(texts, "documents").encode(encoder, "probe"), texts)
 
     def _check_attack(self, log: RetainLog) -> None:
         """Refuses a log whose Min-K% scores are of other rows or of another share; some logs hold the AUC alone."""
@@ -234,13 +228,11 @@ def _answers(rows: Sequence[dict[str, Any]], source: str) -> tuple[list[list[str
     """Each row's answer, its paraphrase and its wrong answers, and whether there are paraphrases."""
     check_rows(rows, source)
     for index, row in enumerate(rows):
-        where = f"{source} row {index}, counted from 0: expected"
-        value, wrong = row.get("paraphrased_answer"), row.get("perturbed_answer") or []
-        if value and not _is_text(value):
-            raise UserError(f"{where} text as paraphrased_answer, got {str(value)[:80]!r}; fix or remove the row")
-        if not (isinstance(wrong, list) and all(map(_is_text, wrong))):
-            found = f"got {str(wrong)[:80]!r}; fix or remove the row"
-            raise UserError(f"{where} a list of texts as perturbed_answer, {found}")
+        where = f"{source} row {index}, counted from 0"
+        if row.get("paraphrased_answer"):
+            text_of(row, "paraphrased_answer", where)
+        if row.get("perturbed_answer"):
+            texts_of(row, "perturbed_answer", where)
     for column in ("paraphrased_answer", "perturbed_answer"):
         having = [bool(row.get(column)) for row in rows]
         if any(having) and not all(having):
@@ -258,7 +250,3 @@ def _answers(rows: Sequence[dict[str, Any]], source: str) -> tuple[list[list[str
         found = f"{source}: rows have {sizes[0]} to {sizes[-1]} answers"
         raise UserError(f"{found}; give every row the same number of perturbed answers")
     return texts, has_paraphrase
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -46,15 +47,10 @@ for _chain in range(len(CHAINS)):
 
 @dataclass(frozen=True)
 class Size:
-    """How large a study is.
+    """Size of a study, of its Llama and of the pretraining.
 
     Args:
         sequences: Of all chains together; half are retain, a quarter each forget1 and forget2.
-        width: Hidden width of the Llama.
-        layers: Its layers.
-        heads: Its attention heads.
-        epochs: Of pretraining.
-        lr: Learning rate of pretraining, constant.
         test_rows: Sequences of each chain that are evaluated.
     """
 
@@ -99,8 +95,6 @@ class MarkovData(PairedData):
         super().__init__(**kwargs)
         if not 2 <= forget2_length <= LENGTH:
             raise UserError(f"--data.forget2_length must be between 2 and {LENGTH}, got {forget2_length}")
-        if size not in SIZES:
-            raise UserError(f"--data.size must be one of {', '.join(SIZES)}, got {size!r}")
         self.path = Path(path).expanduser()
         self.forget2_length = forget2_length
         self.knows_forget2 = forget2_length < LENGTH if knows_forget2 is None else knows_forget2
@@ -108,8 +102,6 @@ class MarkovData(PairedData):
 
     def prepare_data(self) -> None:
         """Makes the models once; other processes that share the folder wait."""
-        from filelock import FileLock
-
         self.path.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path / ".lock"):
             prepare(self.path, self.size, self.forget2_length, self.knows_forget2, self.seed)
@@ -119,17 +111,17 @@ class MarkovData(PairedData):
         if {"alternate", "sampled"} & set(parts):
             raise UserError("sequences of states have no refusals and no questions; choose another objective")
         known = sequences(self.size, self.forget2_length, self.seed, train=True)
-        found = {"forget": known["forget1"] + known["forget2"], "retain": known["retain"]}
-        return {name: found[name] for name in parts}
+        known["forget"] = known["forget1"] + known["forget2"]
+        return {name: known[name] for name in parts}
 
     def make_evaluation(self) -> Evaluation:
         """Distance to the true chain on unseen sequences of each."""
         splits = []
         for name, rows in sequences(self.size, self.forget2_length, self.seed, train=False).items():
-            texts = [{"question": "", "answer": _text(row.input_ids)} for row in rows]
+            texts = [{"question": "", "answer": " ".join(map(str, row.input_ids))} for row in rows]
             distance = RowMean(DISTANCE, len(rows))
             splits.append(Split(name, texts, [[row] for row in rows], {f"{name}/{DISTANCE}": distance}))
-        return MarkovEvaluation(splits, {}, {}, _text)
+        return MarkovEvaluation(splits, {}, {}, str)
 
 
 class MarkovEvaluation(Evaluation):
@@ -145,10 +137,6 @@ class MarkovEvaluation(Evaluation):
         chains = torch.tensor([CHAINS.index(split.name) for split in self.splits], device=logits.device)
         true = laws[chains[batch["split"]][states.rows], current]
         return {DISTANCE: states.sum_rows(divergence(true.log(), logits)) / states.lengths()}
-
-
-def _text(states: list[int]) -> str:
-    return " ".join(map(str, states))
 
 
 def sample(chain: int, count: int, length: int, seed: int) -> NDArray[np.int64]:
@@ -203,7 +191,6 @@ def prepare(folder: Path, size: Size, forget2_length: int, knows_forget2: bool, 
         generator = np.random.default_rng(seed)
         orders = [generator.permutation(len(rows)).tolist() for _ in range(size.epochs)]
         train(model, batches_of(rows, orders, BATCH), lr=size.lr)
-        folder.mkdir(parents=True, exist_ok=True)
         save_model(model, None, folder / name)
 
 

@@ -3,7 +3,7 @@
 Training reads plain text. Verbatim and knowledge memorization and privacy leakage are measured, on MUSE's scale of 100.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -11,9 +11,8 @@ from typing import Any, Literal
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
 from simnpo_pl.data.sources import check_disjoint, load_split, text_of
-from simnpo_pl.data.text import Texts, text_ids, text_rows
+from simnpo_pl.data.text import Texts, text_ids
 from simnpo_pl.data.training import TrainingRows
-from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Generation, Split
 from simnpo_pl.metrics.answers import Balance, RowMean
 from simnpo_pl.metrics.functional import rouge_l
@@ -70,13 +69,8 @@ class MuseData(UnlearningData):
     def build_evaluation(self, build: EvaluationBuilder) -> None:
         """Adds VerbMem, KnowMem of forget and retain, their balance, membership inference and PrivLeak."""
         limit = self.context()
-        rows = load_split(self.path, "verbmem/forget", ("prompt", "gt"))
-        generated = [verbmem_split(rows, self.tokenizer, self.eval)]
-        for side in ("forget", "retain"):
-            rows, shots = (
-                load_split(self.path, f"knowmem/{side}_qa{suffix}", ("question", "answer")) for suffix in ("", "_icl")
-            )
-            generated.append(knowmem_split(f"knowmem_{side}", rows, shots, self.tokenizer, self.eval))
+        rows = self._texts("verbmem/forget", ("prompt", "gt"))
+        generated = [self.verbmem(rows), self._knowmem("forget"), self._knowmem("retain")]
         for split in generated:
             _check_length(split, limit)
             build.add(split)
@@ -84,46 +78,44 @@ class MuseData(UnlearningData):
         build.summary["balance"] = Balance([retain], [forget, verbmem], largest=100)
         documents = {name: self._documents(f"privleak/{name}") for name in ("forget", "holdout")}
         check_disjoint(documents["forget"], documents["holdout"], "holdout")
+        # Of any length that the model takes, whatever that of the rows to train on.
+        encoder = replace(build.encode, max_length=limit)
         for name, texts in documents.items():
-            build.text(name, text_rows(self.tokenizer, texts, limit, self.truncate, f"privleak/{name}"), texts, ())
+            build.text(name, Texts(texts, "documents").encode(encoder, f"privleak/{name}"), texts, ())
         build.membership_inference(self.find_retain_log(), self.reference_losses)
 
     def _documents(self, split: str) -> list[str]:
         return [row["text"] for row in load_split(self.path, split, ("text",))]
 
+    def _texts(self, split: str, columns: Sequence[str]) -> list[dict[str, str]]:
+        return [
+            {column: text_of(row, column, f"{split} row {index}, counted from 0") for column in columns}
+            for index, row in enumerate(load_split(self.path, split, columns))
+        ]
 
-def verbmem_split(rows: Sequence[dict[str, Any]], tokenizer: Any, options: EvalOptions) -> Split:
-    """Passages (`prompt`) whose continuation (`gt`) is generated.
+    def verbmem(self, rows: Sequence[Mapping[str, str]]) -> Split:
+        """Passages (`prompt`) whose continuation (`gt`) is generated.
 
-    The right continuation is as many first tokens of `gt` as are generated, with a beginning-of-sequence token counted
-    among them as in muse_bench.
-    """
-    _check_texts(rows, ("prompt", "gt"), "verbmem/forget")
-    limit = min(VERBMEM_TOKENS, options.max_new_tokens)
-    truths = text_ids(tokenizer, [row["gt"] for row in rows])
-    texts = [
-        {"question": row["prompt"], "answer": tokenizer.decode(ids[:limit], skip_special_tokens=True)}
-        for row, ids in zip(rows, truths, strict=True)
-    ]
-    prompts = text_ids(tokenizer, [row["prompt"] for row in rows[: options.generate_rows]])
-    return _generated("verbmem_forget", texts, Generation(prompts, limit, score=plain_rouge))
+        The right continuation is as many first tokens of `gt` as are generated, with a beginning-of-sequence token
+        counted among them as in muse_bench.
+        """
+        limit = min(VERBMEM_TOKENS, self.eval.max_new_tokens)
+        truths = text_ids(self.tokenizer, [row["gt"] for row in rows])
+        texts = [
+            {"question": row["prompt"], "answer": self.tokenizer.decode(ids[:limit], skip_special_tokens=True)}
+            for row, ids in zip(rows, truths, strict=True)
+        ]
+        prompts = text_ids(self.tokenizer, [row["prompt"] for row in rows[: self.eval.generate_rows]])
+        return _generated("verbmem_forget", texts, Generation(prompts, limit, score=plain_rouge))
 
-
-def knowmem_split(
-    name: str,
-    rows: Sequence[dict[str, Any]],
-    shots: Sequence[dict[str, Any]],
-    tokenizer: Any,
-    options: EvalOptions,
-) -> Split:
-    """Questions that are answered after the examples `shots`; both have `question` and `answer`."""
-    for checked, source in ((rows, name), (shots, f"{name}, examples")):
-        _check_texts(checked, ("question", "answer"), source)
-    examples = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
-    asked = [f"{examples}Question: {row['question']}\nAnswer: " for row in rows[: options.generate_rows]]
-    limit = min(KNOWMEM_TOKENS, options.max_new_tokens)
-    texts = [{"question": row["question"], "answer": row["answer"]} for row in rows]
-    return _generated(name, texts, Generation(text_ids(tokenizer, asked), limit, cut_answer, plain_rouge))
+    def _knowmem(self, side: str) -> Split:
+        """Questions that are answered after examples."""
+        rows, shots = (self._texts(f"knowmem/{side}_qa{kind}", ("question", "answer")) for kind in ("", "_icl"))
+        examples = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
+        asked = [f"{examples}Question: {row['question']}\nAnswer: " for row in rows[: self.eval.generate_rows]]
+        limit = min(KNOWMEM_TOKENS, self.eval.max_new_tokens)
+        generation = Generation(text_ids(self.tokenizer, asked), limit, cut_answer, plain_rouge)
+        return _generated(f"knowmem_{side}", rows, generation)
 
 
 def cut_answer(text: str) -> str:
@@ -140,12 +132,6 @@ def cut_answer(text: str) -> str:
 
 def _generated(name: str, texts: list[dict[str, Any]], generation: Generation) -> Split:
     return Split(name, texts, [], {name: RowMean("rougeL_f1", len(texts), scale=100)}, generation)
-
-
-def _check_texts(rows: Sequence[dict[str, Any]], columns: Sequence[str], split: str) -> None:
-    for index, row in enumerate(rows):
-        for column in columns:
-            text_of(row, column, f"{split} row {index}, counted from 0")
 
 
 def _check_length(split: Split, limit: int | None) -> None:

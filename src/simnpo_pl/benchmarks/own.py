@@ -5,10 +5,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from simnpo_pl.benchmarks.answers import Answer, write_rows
+from simnpo_pl.benchmarks.answers import START_ANSWERS, Answer, keep_answers, neutral_prompts, write_rows
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
-from simnpo_pl.benchmarks.neutral import AUTO, START_ANSWERS, keep_answers, neutral_prompts
 from simnpo_pl.data.columns import Columns, Records
 from simnpo_pl.data.sources import check_disjoint, check_rows, load_lines, load_table
 from simnpo_pl.data.text import Texts
@@ -16,6 +15,8 @@ from simnpo_pl.data.training import Rows, TrainingRows, items_of
 from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.utils.errors import UserError
 
+AUTO = "auto"
+"""Value of `--data.retain` that asks for what the start model answers."""
 COLUMNS = Columns()
 ONLY_FIT = f"only `fit` makes the rows of --data.retain auto; give --data.retain RUN/{START_ANSWERS}"
 
@@ -104,16 +105,19 @@ class OwnData(UnlearningData):
 
     def build_evaluation(self, build: EvaluationBuilder) -> None:
         """Adds whatever the rows allow."""
-        self._check_disjoint()
+        rows = {name: self._rows(name) for name in self.sources}
+        for one, other in combinations(rows, 2):
+            check_disjoint(items_of(rows[one]), items_of(rows[other]), other, one)
+        is_text = isinstance(rows["forget"], Texts)
         forget = self._add(build, "forget")
         build.unavailable["model_utility"] = "it is defined by TOFU's real authors and world facts"
-        if "retain" in self.sources:
+        if "retain" in rows:
             self._add(build, "retain")
         else:
             reason = ONLY_FIT if self.keeps_start_answers else "no retain rows; give --data.retain FILE"
             build.unavailable |= dict.fromkeys(("retain/probability", "retain/rouge"), reason)
         has_ratio = "forget/truth_ratio" in forget.metrics
-        if (self.eval.retain_log or self.eval.retrained) and not has_ratio and "holdout" not in self.sources:
+        if (self.eval.retain_log or self.eval.retrained) and not has_ratio and "holdout" not in rows:
             raise UserError(
                 "there is nothing to compare with a retrained model: give forget rows with a list of wrong answers in "
                 f"column {self.columns['forget'].perturbed_answer} (forget quality) or --data.holdout (PrivLeak), or "
@@ -121,13 +125,18 @@ class OwnData(UnlearningData):
             )
         log = self.find_retain_log()
         if has_ratio:
-            build.forget_quality(log, str(self.sources["forget"]))
+            build.forget_quality(log, self.sources["forget"])
         else:
-            build.unavailable |= dict.fromkeys(("forget/truth_ratio", "forget_quality"), self._no_ratio())
-        if "holdout" in self.sources:
-            self._add_holdout(build)
+            reason = "the forget rows have no wrong answers, see --data.columns.perturbed_answer"
+            reason = "plain text has no wrong answers" if is_text else reason
+            build.unavailable |= dict.fromkeys(("forget/truth_ratio", "forget_quality"), reason)
+        if "holdout" in rows:
+            if isinstance(rows["holdout"], Texts) != is_text:
+                form = "expected the form of the forget rows; give both as plain text or neither"
+                raise UserError(f"--data.holdout: {form}")
+            self._add(build, "holdout")
         build.membership_inference(log, self.reference_losses)
-        if isinstance(self._rows("forget"), Texts):
+        if is_text:
             reason = "plain text has no questions to answer"
             build.unavailable |= dict.fromkeys(("forget/rouge", "forget/fluency"), reason)
 
@@ -146,28 +155,9 @@ class OwnData(UnlearningData):
     def _add(self, build: EvaluationBuilder, name: str) -> Split:
         rows = self._rows(name)
         most = self.retain_eval_rows if name == "retain" else None
-        if not isinstance(rows, Texts):
-            return build.questions(name, rows[:most])
-        encoded = rows.encode(build.encode, name)[:most]
-        texts = [self.tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in encoded]
-        scores = {"forget": ("nll", "exact_memorization", "extraction_strength"), "holdout": ()}.get(name, ("nll",))
-        return build.text(name, encoded, texts, scores)
-
-    def _add_holdout(self, build: EvaluationBuilder) -> None:
-        rows = self._rows("holdout")
-        if isinstance(rows, Texts) != isinstance(self._rows("forget"), Texts):
-            raise UserError("--data.holdout: expected the form of the forget rows; give both as plain text or neither")
         if isinstance(rows, Texts):
-            self._add(build, "holdout")
-        else:
-            build.holdout(rows)
-
-    def _check_disjoint(self) -> None:
-        items = {name: items_of(self._rows(name)) for name in self.sources}
-        for one, other in combinations(items, 2):
-            check_disjoint(items[one], items[other], other, one)
-
-    def _no_ratio(self) -> str:
-        if isinstance(self._rows("forget"), Texts):
-            return "plain text has no wrong answers"
-        return "the forget rows have no wrong answers, see --data.columns.perturbed_answer"
+            encoded = rows.encode(build.encode, name)[:most]
+            texts = [self.tokenizer.decode(row.input_ids, skip_special_tokens=True) for row in encoded]
+            scores = {"forget": ("nll", "exact_memorization", "extraction_strength"), "holdout": ()}.get(name, ("nll",))
+            return build.text(name, encoded, texts, scores)
+        return build.holdout(rows) if name == "holdout" else build.questions(name, rows[:most])

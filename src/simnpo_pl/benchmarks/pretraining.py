@@ -12,9 +12,9 @@ from simnpo_pl.models.logprobs import Scorer
 
 
 def new_llama(seed: int, tokenizer: Any = None, **config: Any) -> LlamaForCausalLM:
-    """An untrained float32 model, with these settings of `LlamaConfig`; the global random state is left as it was.
+    """An untrained model with these settings of `LlamaConfig` and, of a tokenizer, the special tokens.
 
-    Without a tokenizer it has no special tokens. The default `initializer_range` of 0.02 is meant for wide models.
+    The global random state is left as it was. The default `initializer_range` of 0.02 is meant for wide models.
     """
     special: Any = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with torch.random.fork_rng(devices=[]):
@@ -49,7 +49,7 @@ def train(
     scorer = Scorer(model)
     model.train()
     for batch in batches:
-        loss = -scorer({"rows": collate(batch, pad_id=0)})["rows"].token_logps().mean()
+        loss = -scorer({"rows": collate(batch)})["rows"].token_logps().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

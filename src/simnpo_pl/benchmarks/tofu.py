@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
-from simnpo_pl.data.sources import check_disjoint, hub_file, load_jsonl, load_lines, load_split
+from simnpo_pl.data.sources import check_disjoint, hub_file, is_file, load_lines, load_split, load_table
 from simnpo_pl.data.training import TrainingRows
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.metrics.answers import ModelUtility
@@ -71,7 +72,6 @@ class TofuData(UnlearningData):
         }
         self.holdout = holdout
         self.refusals = refusals
-        self._sought_log = False
 
     def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """Forget rows, and what else the losses ask for: retain rows, refusals."""
@@ -87,17 +87,22 @@ class TofuData(UnlearningData):
         file = Path(self.path).expanduser() / "idontknow.jsonl"
         return load_lines(str(file)) if file.is_file() else []
 
+    @cached_property
+    def _published_log(self) -> RetainLog | None:
+        """The retrained model's log that was published together with the start model."""
+        published = re.fullmatch(r"open-unlearning/(tofu_.+)_full", self.model_name or "")
+        if published is None:
+            return None
+        log = f"hf://datasets/open-unlearning/eval/{published[1]}_{_complement(self.forget_split)}/TOFU_EVAL.json"
+        try:
+            return read_retain_log(hub_file(log))
+        except UserError as error:
+            rank_zero_warn(f"no forget quality: {error}")
+            return None
+
     def find_retain_log(self) -> RetainLog | None:
         """As in any benchmark; a published start model is compared with the published log of its retrained model."""
-        published = re.fullmatch(r"open-unlearning/(tofu_.+)_full", self.model_name or "")
-        if published and not (self._sought_log or self.eval.retain_log or self.eval.retrained):
-            self._sought_log = True
-            log = f"hf://datasets/open-unlearning/eval/{published[1]}_{_complement(self.forget_split)}/TOFU_EVAL.json"
-            try:
-                self.retrained_log = read_retain_log(hub_file(log))
-            except UserError as error:
-                rank_zero_warn(f"no forget quality: {error}")
-        return super().find_retain_log()
+        return super().find_retain_log() or (None if self.eval.retrained else self._published_log)
 
     def build_evaluation(self, build: EvaluationBuilder) -> None:
         """Adds the four splits with TOFU's metrics, model utility, forget quality and membership inference."""
@@ -118,14 +123,13 @@ class TofuData(UnlearningData):
         log = self.find_retain_log()
         build.forget_quality(log, forget)
         if self.holdout is not None:
-            build.holdout(self._holdout_rows(self.holdout, rows["forget"]))
+            if is_file(self.holdout):
+                holdout = load_table(self.holdout, "--data.holdout", QUESTIONS)
+            else:
+                holdout = load_split(self.path, self.holdout, QUESTIONS)
+            check_disjoint(rows["forget"], holdout, "holdout")
+            build.holdout(holdout)
         build.membership_inference(log, self.reference_losses)
-
-    def _holdout_rows(self, holdout: str, forget: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        is_file = holdout.endswith((".json", ".jsonl")) or Path(holdout).expanduser().is_file()
-        rows = load_jsonl(holdout, QUESTIONS) if is_file else load_split(self.path, holdout, QUESTIONS)
-        check_disjoint(forget, rows, "holdout")
-        return rows
 
     def export(self, result: EvalResult) -> dict[str, Any]:
         """TOFU_EVAL.json, as open-unlearning writes it."""

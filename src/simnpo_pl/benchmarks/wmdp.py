@@ -9,8 +9,8 @@ from typing import Any
 
 from simnpo_pl.benchmarks.base import UnlearningData
 from simnpo_pl.benchmarks.builder import EvaluationBuilder
-from simnpo_pl.data.sources import load_jsonl, load_split
-from simnpo_pl.data.text import Texts, text_rows
+from simnpo_pl.data.sources import load_split, load_table
+from simnpo_pl.data.text import Texts
 from simnpo_pl.data.training import Rows, TrainingRows
 from simnpo_pl.utils.errors import UserError
 
@@ -55,8 +55,7 @@ class WmdpData(UnlearningData):
         """Adds the loss on the first documents of each side, nats per token."""
         for side in self.sources:
             texts = self.documents(side)[: self.eval_rows]
-            rows = text_rows(self.tokenizer, texts, build.encode.max_length, self.truncate, side)
-            build.text(side, rows, texts)
+            build.text(side, Texts(texts, "documents").encode(build.encode, side), texts)
         command = "python -m simnpo_pl lm-eval RUN --tasks wmdp_bio,mmlu"
         build.unavailable["accuracy"] = f"measured on a run's model, by {command}"
 
@@ -64,7 +63,8 @@ class WmdpData(UnlearningData):
         """Documents of a side that are long enough; read once."""
         if side not in self._documents:
             source, split = self.sources[side]
-            rows = load_jsonl(source, ("text",)) if split is None else load_split(source, split, ("text",))
+            option = f"--data.{side}"
+            rows = load_table(source, option, ("text",)) if split is None else load_split(source, split, ("text",))
             for index, row in enumerate(rows):
                 if not isinstance(row["text"], str):
                     raise UserError(f"{source} row {index}, counted from 0: expected a text, got {row['text']!r}")

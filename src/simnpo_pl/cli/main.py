@@ -22,7 +22,7 @@ from simnpo_pl.benchmarks.base import PairedData
 from simnpo_pl.cli import RUNS
 from simnpo_pl.cli.arguments import HelpFormatter, check_accelerator, clear_changed_classes, explain
 from simnpo_pl.cli.summary import generates, measures, memory, plan, quiet, say, show, written
-from simnpo_pl.evaluation.data import EvaluationData, first_answers, reference_losses
+from simnpo_pl.evaluation.data import AnswerLosses
 from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import trust_remote_code
@@ -241,10 +241,10 @@ class UnlearningCLI(LightningCLI):
                 raise UserError(
                     "--eval.mia_reference: no attack is made here; measure forget and holdout rows, or leave it out"
                 )
-            answers = EvaluationData(first_answers(splits), options, data.pad_id)
+            answers = AnswerLosses(splits, options)
             model = self.model.like(options.mia_reference, "--eval.mia_reference")
             result = self._evaluate_once("mia_reference", model, answers)
-            data.use_reference_losses(reference_losses(splits, result))
+            data.use_reference_losses(answers.losses(result))
         if options.retrained is not None:
             model = self.model.like(options.retrained, "--eval.retrained")
             data.use_retrained_rows(self._evaluate_once("retrained", model).rows, options.retrained)

@@ -1,7 +1,5 @@
 """The columns of a custom table: questions and answers, chat messages, plain text or records, under any names."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +8,7 @@ from string import Formatter
 from typing import Any
 
 from simnpo_pl.data.conversation import question_and_answer
-from simnpo_pl.data.sources import Row, column_of, text_of
+from simnpo_pl.data.sources import Row, column_of, text_of, texts_of
 from simnpo_pl.utils.errors import UserError
 
 KNOWN = (("prompt", "completion"), ("instruction", "output"))
@@ -21,10 +19,6 @@ INPUT = "input"
 
 class Records:
     """Makes a question and an answer of a record, by texts with the names of its columns in braces.
-
-    Args:
-        question: Such as "Where does {name} live?".
-        answer: Such as "{city}".
 
     Raises:
         UserError: A text has no column in braces, or its braces do not match.
@@ -47,7 +41,6 @@ class Records:
 
 
 def _placeholders(text: str, option: str) -> list[str]:
-    """Names in braces."""
     try:
         names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
         if "" in names:
@@ -90,10 +83,7 @@ class Columns:
     ) -> list[Row] | list[str]:
         """The rows of a table: plain texts, or questions and answers with the optional columns that it has.
 
-        Args:
-            table: Rows by column.
-            source: What the table is called in messages.
-            records: Makes the questions and answers of a table that has one of its columns.
+        Messages call the table `source`; `records` makes the questions and answers of one that has one of its columns.
 
         Raises:
             UserError: The table has no such columns, or a row has no text where one is expected.
@@ -132,8 +122,11 @@ class Columns:
         for name in ("paraphrased_answer", "paraphrased_question"):
             if row.get(getattr(self, name)):
                 made[name] = text_of(row, getattr(self, name), where)
-        if row.get(self.perturbed_answer):
-            made["perturbed_answer"] = _texts(row[self.perturbed_answer], self.perturbed_answer, where)
+        if wrong := row.get(self.perturbed_answer):
+            # A CSV file holds the list as JSON.
+            with suppress(TypeError, json.JSONDecodeError):
+                wrong = json.loads(wrong)
+            made["perturbed_answer"] = texts_of({self.perturbed_answer: wrong}, self.perturbed_answer, where)
         return made
 
 
@@ -142,12 +135,3 @@ def _pair(row: Mapping[str, Any], question: str, answer: str, where: str) -> Row
     if question == "instruction" and row.get(INPUT):
         found["question"] += f"\n\n{text_of(row, INPUT, where)}"
     return found
-
-
-def _texts(value: Any, column: str, where: str) -> list[str]:
-    if isinstance(value, str):
-        with suppress(json.JSONDecodeError):
-            value = json.loads(value)
-    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
-        raise UserError(f"{where}: expected a list of texts as {column}, got {value!r}; fix the row")
-    return value

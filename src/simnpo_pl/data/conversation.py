@@ -1,7 +1,5 @@
 """Chat messages as rows: the assistant's last answer is scored, all before it is the prompt."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +23,7 @@ class Conversation(str):
 
     messages: tuple[Message, ...]
 
-    def __new__(cls, messages: Sequence[Message]) -> Conversation:
+    def __new__(cls, messages: Sequence[Message]) -> "Conversation":
         self = super().__new__(cls, "\n".join(f"{role}: {text}" for role, text in messages))
         self.messages = tuple(messages)
         return self
@@ -83,13 +81,8 @@ class _Frame(NamedTuple):
 class ChatTemplate:
     """Writes questions, or conversations, and their answers as a tokenizer's chat template does.
 
-    Args:
-        tokenizer: Has the template.
-        date: The date the template is given, such as "26 Jul 2024".
-        system_prompt: System message of conversations that have none; None leaves it to the template.
-        variables: Further variables that the template reads, such as `enable_thinking`.
-        answer_end: `turn`: the template writes the whole conversation, and the answer ends as a turn does there;
-            `eos`: the answer follows the template's prompt, and the tokenizer's EOS ends it.
+    The answer ends, with `answer_end` `turn`, as a turn does where the template writes the whole conversation; with
+    `eos` it follows the template's prompt, and the tokenizer's EOS ends it. `variables` are what the template reads.
 
     Raises:
         UserError: The date is malformed, or the template does not read the variables or the system message.
@@ -103,7 +96,7 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         day = parse_date(self.date)
-        # Templates may call this function even when given a date.
+        # Templates may call this function even when given a date; transformers gives them no other one.
         self._template = re.sub(
             r"strftime_now\(\s*(['\"])(.*?)\1\s*\)",
             lambda match: repr(day.strftime(match[2])),
@@ -121,10 +114,10 @@ class ChatTemplate:
     @property
     def description(self) -> str:
         """The form of the prompt in a few words, for logs."""
-        words = ["the tokenizer's chat template", f"dated {self.date}"]
-        words += [] if self.system_prompt is None else [f"system prompt {self.system_prompt!r}"]
-        words += [f"variables {dict(self.variables)}"] if self.variables else []
-        return ", ".join([*words, f"answers end with {self.frame.end or self.tokenizer.eos_token!r}"])
+        system = f", system prompt {self.system_prompt!r}" if self.system_prompt is not None else ""
+        variables = f", variables {dict(self.variables)}" if self.variables else ""
+        end = f", answers end with {self.frame.end or self.tokenizer.eos_token!r}"
+        return f"the tokenizer's chat template, dated {self.date}{system}{variables}{end}"
 
     def place(self, question: str, answer: str, where: str) -> Placed:
         """The text of a question or conversation with its answer, up to the end of the answer's turn.
@@ -201,7 +194,8 @@ class ChatTemplate:
             chat_template=self._template,
             add_generation_prompt=prompt,
             tokenize=False,
-            **{**(self.variables or {}), "date_string": self.date},
+            **(self.variables or {}),
+            date_string=self.date,
         )
         assert isinstance(text, str)
         return text

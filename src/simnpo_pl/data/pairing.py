@@ -29,8 +29,8 @@ class MicroBatch:
     Attributes:
         forget: Indices of forget rows, at least one.
         retain: Index of the retain partner of each of them; empty without a retain set.
-        real: For each forget row whether it counts; False marks a filler of weight zero, which makes the number of
-            forward passes equal on all processes.
+        real: Whether each forget row counts; a filler, which makes the number of forward passes equal on all
+            processes, does not.
         step_forget: All rows that count in this optimizer step, over all processes and micro-batches.
         step_retain: The retain partner of each of these.
     """
@@ -42,53 +42,33 @@ class MicroBatch:
     step_retain: tuple[int, ...]
 
 
+@dataclass(eq=False)
 class PairedSampler(Sampler[MicroBatch]):
     """Yields the micro-batches of one process for one epoch.
 
     The forget rows, in an order shuffled by (seed, epoch), are cut into effective batches, one per optimizer
     step; only the last may be smaller. Forget row f is paired with entry f, modulo the number of retain rows,
     of a shuffle of the retain set by (seed, epoch). So partners change every epoch, come from the whole
-    retain set, and none repeats within an epoch before all have been used.
-
-    Args:
-        forget_rows: Size of the forget set, at least 1.
-        retain_rows: Size of the retain set; 0 pairs nothing.
-        effective_batch: Forget rows per optimizer step over all processes.
-        per_device_batch: Largest number of forget rows in one forward pass on one process.
-        world_size: Number of processes.
-        rank: This process, from 0.
-        seed: Non-negative seed of the run.
+    retain set, and none repeats within an epoch before all have been used. Without retain rows nothing is paired.
 
     Raises:
         UserError: A number is out of range, or `effective_batch` is not a multiple of
             `world_size * per_device_batch`.
     """
 
-    def __init__(
-        self,
-        forget_rows: int,
-        retain_rows: int,
-        effective_batch: int,
-        per_device_batch: int,
-        world_size: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-    ) -> None:
-        for name, value, least in (
-            ("forget_rows", forget_rows, 1),
-            ("retain_rows", retain_rows, 0),
-            ("effective_batch", effective_batch, 1),
-            ("per_device_batch", per_device_batch, 1),
-            ("seed", seed, 0),
-        ):
-            if value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
-        if not 0 <= rank < world_size:
-            raise UserError(f"rank must be from 0 to world_size - 1 = {world_size - 1}, got {rank}")
-        _check_divisible(effective_batch, per_device_batch, world_size)
-        self.forget_rows, self.retain_rows = forget_rows, retain_rows
-        self.effective_batch, self.per_device_batch = effective_batch, per_device_batch
-        self.world_size, self.rank, self.seed = world_size, rank, seed
+    forget_rows: int
+    retain_rows: int
+    effective_batch: int
+    per_device_batch: int
+    world_size: int = 1
+    rank: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in {"forget_rows": 1, "effective_batch": 1, "per_device_batch": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        _check_divisible(self.effective_batch, self.per_device_batch, self.world_size)
         self.epoch = self.yielded = 0
         self._resumed = (-1, 0)
 
@@ -96,11 +76,6 @@ class PairedSampler(Sampler[MicroBatch]):
     def accumulate(self) -> int:
         """Micro-batches of each process in a full optimizer step."""
         return self.effective_batch // (self.world_size * self.per_device_batch)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the forget set."""
-        return math.ceil(self.forget_rows / self.effective_batch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0, of the next iteration; Lightning calls this."""
@@ -144,12 +119,11 @@ class PairedSampler(Sampler[MicroBatch]):
         for start in range(0, self.forget_rows, self.effective_batch):
             step = order[start : start + self.effective_batch]
             step_retain = _partners(step, partners)
-            cells = self._micro_batches(len(step)) * self.world_size
-            for cell in range(self.rank, cells, self.world_size):
-                # Cells differ by at most one row; the fuller ones come first and so fall on all processes.
-                rows = step[_even_start(len(step), cells, cell) : _even_start(len(step), cells, cell + 1)]
-                forget = rows or step[:1]
-                real = (bool(rows),) * len(forget)
+            # Shares differ by at most one row; the larger ones come first and so fall on all processes.
+            shares = np.array_split(step, self._micro_batches(len(step)) * self.world_size)
+            for share in shares[self.rank :: self.world_size]:
+                forget = tuple(share.tolist()) or step[:1]
+                real = (len(share) > 0,) * len(forget)
                 yield MicroBatch(forget, _partners(forget, partners), real, step, step_retain)
 
     def _micro_batches(self, rows: int) -> int:
@@ -164,8 +138,8 @@ def _check_divisible(effective_batch: int, per_device_batch: int, world_size: in
         return
     nearby = " or ".join(str(value) for value in (below, below + unit) if value)
     advice = f"set effective_batch to {nearby}"
-    if effective_batch % world_size == 0:
-        share = effective_batch // world_size
+    share, rest = divmod(effective_batch, world_size)
+    if rest == 0:
         fitting = max(size for size in range(1, per_device_batch + 1) if share % size == 0)
         advice += f", or per_device_batch to {fitting}"
     raise UserError(
@@ -176,7 +150,7 @@ def _check_divisible(effective_batch: int, per_device_batch: int, world_size: in
 
 def draw_alternate(refusals: int, seed: int, row: int) -> int:
     """Index of the refusal that a forget row is answered with; the same for the whole run."""
-    return int(_generator(_ALTERNATE, seed, row).integers(refusals))
+    return int(np.random.default_rng([_ALTERNATE, seed, row]).integers(refusals))
 
 
 def draw_step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
@@ -184,21 +158,11 @@ def draw_step_seed(seed: int, epoch: int, batch: int, rank: int) -> int:
     return int(np.random.SeedSequence([_STEP, seed, epoch, batch, rank]).generate_state(1)[0])
 
 
-def _generator(kind: int, seed: int, number: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence([kind, seed, number]))
-
-
 def _shuffled(rows: int, kind: int, seed: int, epoch: int) -> tuple[int, ...]:
     """The numbers below `rows` in an order that follows from the other arguments."""
-    return tuple(_generator(kind, seed, epoch).permutation(rows).tolist())
+    return tuple(np.random.default_rng([kind, seed, epoch]).permutation(rows).tolist())
 
 
 def _partners(forget: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
     """The retain partner of each forget row."""
     return tuple(order[row % len(order)] for row in forget) if order else ()
-
-
-def _even_start(rows: int, cells: int, cell: int) -> int:
-    """Start of a cell when rows are spread evenly over cells and the first cells take the remainder."""
-    share, extra = divmod(rows, cells)
-    return cell * share + min(cell, extra)

@@ -4,8 +4,6 @@ Single files are not read by `datasets`: it names no line of a malformed JSON fi
 copies every local file to its cache.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -31,8 +29,7 @@ def load_split(path: str, split: str, columns: Sequence[str]) -> list[Row]:
     """Reads the rows of a split expression, in its order.
 
     Args:
-        path: A folder with a file for each split, or a hub data set with a configuration (or CONFIGURATION/SPLIT) for
-            each.
+        path: A folder with a file for each split, or a hub data set with a configuration (or CONFIGURATION/SPLIT).
         split: Names with optional slices as in the `datasets` package, joined by `+`: `forget01+retain99[-10%:]`.
         columns: Columns every row must have; other columns are kept.
 
@@ -53,33 +50,32 @@ def load_split(path: str, split: str, columns: Sequence[str]) -> list[Row]:
     return rows
 
 
-def load_table(source: str, option: str) -> list[Row]:
-    """Reads all rows of one source, at least one, whatever their columns.
+def load_table(source: str, option: str, columns: Sequence[str] = ()) -> list[Row]:
+    """Reads all rows of one source, at least one.
 
     Args:
         source: A file: `.json` or `.jsonl` of objects or strings, `.csv` with a header, `.parquet`, `.txt` of documents
             between blank lines (a string or document becomes the column `text`); `hf://datasets/OWNER/NAME/FILE`; or a
             folder or OWNER/NAME that the `datasets` package loads, with `:SPLIT` or `:CONFIGURATION/SPLIT` after it.
         option: Setting that names the source, for messages.
+        columns: Columns every row must have; other columns are kept.
 
     Raises:
-        UserError: There is no such source, or it cannot be read or is empty.
+        UserError: There is no such source, it cannot be read or is empty, or a column is missing.
     """
-    if source.endswith(_FILES) or _local(source).is_file():
+    if is_file(source):
         rows = _read_file(hub_file(source, option))
     else:
         place, _, wanted = source.removeprefix(_HUB).partition(":")
         configuration, _, split = wanted.rpartition("/")
         rows = _load_data_set(place, configuration or None, split or None, option)
-    _check_columns(rows, (), f"{option} {source}")
+    _check_columns(rows, columns, f"{option} {source}")
     return rows
 
 
-def load_jsonl(file: str, columns: Sequence[str]) -> list[Row]:
-    """Reads one file of rows that all have the given columns."""
-    rows = _read_file(_local(file))
-    _check_columns(rows, columns, file)
-    return rows
+def is_file(source: str) -> bool:
+    """Whether a source is a file, by its ending or because there is one."""
+    return source.endswith(_FILES) or _local(source).is_file()
 
 
 def load_lines(file: str) -> list[str]:
@@ -102,9 +98,10 @@ def hub_file(path: str, option: str = "--eval.retain_log") -> Path:
     try:
         return Path(hf_hub_download(f"{parts[0]}/{parts[1]}", parts[2], repo_type="dataset"))
     except Exception as error:
-        other = f", --eval.retrained FOLDER, or {option} null to leave out forget quality"
-        advice = f"give {option} FILE" + (other if option == "--eval.retain_log" else "")
-        raise UserError(f"{option}: cannot download {path} ({type(error).__name__}); {advice}") from error
+        optional = option == "--eval.retain_log"
+        other = f", --eval.retrained FOLDER, or {option} null to leave out forget quality" if optional else ""
+        failed = f"cannot download {path} ({type(error).__name__})"
+        raise UserError(f"{option}: {failed}; give {option} FILE{other}") from error
 
 
 def column_of(row: Mapping[str, Any], column: str, where: str) -> Any:
@@ -120,6 +117,14 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: expected text as {column}, got {value!r:.80}; fix or remove the row")
     return value
+
+
+def texts_of(row: Mapping[str, Any], column: str, where: str) -> list[str]:
+    """The list of texts of a column; raises UserError where the row has none."""
+    texts = column_of(row, column, where)
+    if not (isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)):
+        raise UserError(f"{where}: expected a list of texts as {column}, got {texts!r:.80}; fix or remove the row")
+    return texts
 
 
 def check_rows(rows: Sequence[AnyRow], name: str) -> None:
@@ -159,7 +164,7 @@ def _check_columns(rows: Sequence[Row], columns: Sequence[str], source: str) -> 
 
 
 def _slice(match: re.Match[str], rows: int) -> slice:
-    ends = [match["start"], match["stop"]]
+    ends = match["start"], match["stop"]
     # One percent sign makes both ends percentages, as in `datasets`.
     unit = rows / 100 if any(end and end.endswith("%") for end in ends) else 1
     return slice(*(None if end is None else round(int(end.rstrip("%")) * unit) for end in ends))
@@ -191,10 +196,9 @@ def _read_file(file: Path) -> list[Row]:
     text = _read_text(file)
     if file.suffix == ".csv":
         return _read_csv(text, file)
-    values: list[Any]
     if file.suffix == ".txt":
         # More than one blank line belongs to the document before it, so that joining gives the file again.
-        values = re.split(r"\n\n(?=\S)", text.lstrip("\n")) if text.strip() else []
+        values: list[Any] = re.split(r"\n\n(?=\S)", text.lstrip("\n")) if text.strip() else []
     elif text.lstrip().startswith("["):
         values = _parse_json(text, file, 1)
     else:
@@ -204,8 +208,8 @@ def _read_file(file: Path) -> list[Row]:
     rows = [{"text": value} if isinstance(value, str) else value for value in values]
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            where = f"{file} row {index}, counted from 0"
-            raise UserError(f"{where}: expected a JSON object with the columns, got {type(row).__name__}")
+            got = f"expected a JSON object with the columns, got {type(row).__name__}"
+            raise UserError(f"{file} row {index}, counted from 0: {got}")
     return rows
 
 

@@ -4,8 +4,6 @@ The first is the tokenizer's beginning-of-sequence token where it puts one in fr
 is added, since text continues.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -39,7 +37,11 @@ class Texts:
             where = f"{name} text {index}, counted from 0"
             check_unicode(text_of({"text": document}, "text", where), where)
         if self.rows == "documents":
-            return text_rows(encoder.tokenizer, self.documents, encoder.max_length, encoder.truncate, name)
+            rows = [_scored(ids) for ids in text_ids(encoder.tokenizer, self.documents)]
+            for index, row in enumerate(rows):
+                if row.length < 1:
+                    raise UserError(f"{name} text {index}, counted from 0: too short to score a token of it; remove it")
+            return limit_rows(rows, encoder.max_length, encoder.truncate, f"{name} texts")
         if encoder.max_length is None:
             raise UserError("text is cut in blocks, but tokenizer and model name no length: give --data.max_length")
         blocks = text_blocks(encoder.tokenizer, "\n\n".join(self.documents), encoder.max_length)
@@ -60,21 +62,6 @@ def text_blocks(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> l
     rows = [_scored(front + ids[start : start + step]) for start in range(0, len(ids), step)]
     # Without a token in front, a last block of one token has nothing to score.
     return [row for row in rows if row.length]
-
-
-def text_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
-    max_length: int | None = None,
-    truncate: bool = False,
-    name: str = "given",
-) -> list[TokenRow]:
-    """One row per document, each tokenized by itself; `truncate` cuts those of more than `max_length` tokens."""
-    rows = [_scored(ids) for ids in text_ids(tokenizer, documents)]
-    for index, row in enumerate(rows):
-        if row.length < 1:
-            raise UserError(f"{name} text {index}, counted from 0: too short to score a token of it; remove it")
-    return limit_rows(rows, max_length, truncate, f"{name} texts")
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

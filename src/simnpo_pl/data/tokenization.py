@@ -4,8 +4,6 @@ Prompt and answer are tokenized together, because a token may hold the end of on
 offsets then say which tokens hold the answer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,10 +61,10 @@ class PromptTemplate:
             None takes the tokenizer's chat template, or PLAIN_TEMPLATE where it has none.
         max_length: Maximum tokens of a sequence, the end of the answer included; None sets no limit.
         truncate: Cut the answers of longer sequences at the end instead of refusing the data.
-        system_prompt: See `ChatTemplate`.
-        date: See `ChatTemplate`.
+        system_prompt: System message of conversations that have none; None leaves it to the chat template.
+        date: The date that a chat template is given.
         answer_end: See `ChatTemplate`; without a chat template an answer ends with the end-of-sequence token.
-        chat_template_kwargs: Variables of the chat template.
+        chat_template_kwargs: Variables of the chat template, such as `enable_thinking`.
 
     Raises:
         UserError: The tokenizer, the template or an option cannot be used, or `max_length` is below 1.
@@ -97,6 +95,7 @@ class PromptTemplate:
         elif self.chat_template_kwargs:
             raise UserError("--data.chat_template_kwargs: no chat template is used here; leave it out")
         self._text = text = PLAIN_TEMPLATE if self.template is None else self.template
+        self._before, _, self._between = text.removesuffix("{answer}").partition("{question}")
         if [text.count("{question}"), text.count("{answer}")] != [1, 1] or not text.endswith("{answer}"):
             wanted = f"expected {{question}} and, at the very end, {{answer}}, once each, as in {PLAIN_TEMPLATE!r}"
             raise UserError(f"--data.template: {wanted}, got {text!r}")
@@ -123,8 +122,7 @@ class PromptTemplate:
             turns = [turn for one, answer in examples for turn in (*messages_of(one), ("assistant", answer))]
             # Templates take system messages at the beginning alone.
             return Conversation(sorted([*turns, *messages_of(question)], key=lambda turn: turn[0] != "system"))
-        before, _, between = self._text.removesuffix("{answer}").partition("{question}")
-        return "".join(f"{one}{between}{answer}\n\n{before}" for one, answer in examples) + question
+        return "".join(f"{one}{self._between}{answer}\n\n{self._before}" for one, answer in examples) + question
 
     def encode(self, question: str, answer: str) -> TokenRow:
         """Encodes one pair."""
@@ -158,11 +156,10 @@ class PromptTemplate:
         if self.chat is not None:
             placed = self.chat.place(question, answer, where)
         elif isinstance(question, Conversation):
-            needed = "a conversation needs a chat template; leave out --data.template, or give a tokenizer that has one"
-            raise UserError(f"{where}: {needed}")
+            advice = "leave out --data.template, or give a tokenizer that has one"
+            raise UserError(f"{where}: a conversation needs a chat template; {advice}")
         else:
-            before, _, between = self._text.removesuffix("{answer}").partition("{question}")
-            prompt = before + question + between
+            prompt = self._before + question + self._between
             placed = Placed(prompt + answer, len(prompt), len(prompt + answer))
         check_unicode(placed.text, where)
         return placed

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from simnpo_pl.data.pairing import MicroBatch, PairedSampler, draw_alternate
+from simnpo_pl.data.pairing import MicroBatch, draw_alternate
 from simnpo_pl.data.sources import check_disjoint, check_rows
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate, TokenRow
@@ -51,12 +51,6 @@ class TrainingRows:
         forget = replace(self.forget, documents=kept) if isinstance(self.forget, Texts) else kept
         return replace(self, forget=forget, sampled=[self.sampled[row] for row in chosen] if self.sampled else [])
 
-    def form(self, encoder: PromptTemplate) -> str:
-        """How the forget rows become tokens, for the plan of a run."""
-        if isinstance(self.forget, Texts):
-            return f"text, {self.forget.rows} of at most {encoder.max_length} tokens"
-        return f"prompt: {encoder.description}"
-
     def encode(self, encoder: PromptTemplate, parts: Collection[str], seed: int) -> dict[str, list[TokenRow]]:
         """Tokenize the rows of the parts that the losses read, by part; one alternate for each forget row.
 
@@ -71,32 +65,24 @@ class TrainingRows:
             encoded["retain"] = _encode(self.retain, encoder, "retain")
             check_disjoint(items_of(self.forget), items_of(self.retain), "retain")
         if "alternate" in parts:
-            encoded["alternate"] = encoder.encode_rows(self._alternates(seed), "alternate")
+            questions = questions_of(self.forget, "answers questions with refusals")
+            if not self.refusals:
+                raise UserError("this objective needs refusals, got none: give --data.refusals FILE, one a line")
+            drawn = [draw_alternate(len(self.refusals), seed, row) for row in range(len(questions))]
+            pairs = [(row["question"], self.refusals[d]) for row, d in zip(questions, drawn, strict=True)]
+            encoded["alternate"] = encoder.encode_rows(pairs, "alternate")
         if "sampled" in parts:
-            rows, pairs = self._pairs()
+            questions = questions_of(self.forget, "reads other answers to questions")
+            if not self.sampled:
+                raise UserError(
+                    "this objective needs other answers to the forget questions, got none: `fit` asks the start model "
+                    "for them, or give --data.alternates FILE"
+                )
+            rows = [row for row, texts in enumerate(self.sampled) for _ in texts]
+            pairs = [(questions[row]["question"], text) for row, texts in enumerate(self.sampled) for text in texts]
             encoded["sampled"] = encoder.encode_rows(pairs, "alternates")
             encoded["forget"] = [encoded["forget"][row] for row in rows]
         return encoded
-
-    def _pairs(self) -> tuple[list[int], list[tuple[str, str]]]:
-        """Number of the forget row and question of each of the sampled answers, with the answer."""
-        if not self.sampled or isinstance(self.forget, Texts):
-            raise UserError(
-                "this objective needs other answers to the forget questions, got none: `fit` asks the start model for "
-                "them, or give --data.alternates FILE"
-            )
-        rows = [row for row, texts in enumerate(self.sampled) for _ in texts]
-        texts = [text for texts in self.sampled for text in texts]
-        return rows, [(self.forget[row]["question"], text) for row, text in zip(rows, texts, strict=True)]
-
-    def _alternates(self, seed: int) -> list[tuple[str, str]]:
-        """Every forget question with a refusal."""
-        if isinstance(self.forget, Texts):
-            raise UserError("this objective answers questions with refusals, but the forget rows are plain text")
-        if not self.refusals:
-            raise UserError("this objective needs refusals, got none: give --data.refusals FILE, one a line")
-        drawn = [draw_alternate(len(self.refusals), seed, row) for row in range(len(self.forget))]
-        return [(row["question"], self.refusals[d]) for row, d in zip(self.forget, drawn, strict=True)]
 
 
 def _encode(rows: Rows, encoder: PromptTemplate, name: str) -> list[TokenRow]:
@@ -111,68 +97,59 @@ def items_of(rows: Rows) -> Sequence[Any]:
     return rows.documents if isinstance(rows, Texts) else rows
 
 
-def collate(rows: Sequence[TokenRow], pad_id: int) -> Part:
-    """Pad rows on the right to the longest of them.
+def questions_of(rows: Rows, use: str) -> list[dict[str, Any]]:
+    """The forget rows of an objective that needs questions, for the use that it makes of them."""
+    if isinstance(rows, Texts):
+        raise UserError(f"this objective {use}, but the forget rows are plain text")
+    return rows
 
-    Args:
-        rows: B rows, at least one.
-        pad_id: Token id of the padding. It may also be a real token, since the mask comes from the rows' lengths.
+
+def collate(rows: Sequence[TokenRow]) -> Part:
+    """Pad B rows, at least one, on the right to the longest of them, T tokens.
 
     Returns:
-        Three int64 tensors of shape (B, T), T the longest row: `input_ids`; `labels`, IGNORE_INDEX where not
-        scored; and `attention_mask`, 1 on a row's own tokens and 0 on padding.
-
-    Raises:
-        ValueError: There is no row.
+        Three int64 tensors `(B, T)`: `input_ids`; `labels`, IGNORE_INDEX where not scored; and `attention_mask`, 1 on a
+        row's own tokens and 0 on padding, whose id 0 may also be that of a real token.
     """
-    if not rows:
-        raise ValueError("expected at least one row to collate, got none")
 
-    def padded(values: Iterable[Sequence[int]], fill: int) -> Tensor:
-        return pad_sequence(
-            [torch.tensor(row, dtype=torch.long) for row in values], batch_first=True, padding_value=fill
-        )
+    def padded(values: Iterable[Sequence[int]], fill: int = 0) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=fill)
 
     return {
-        "input_ids": padded((row.input_ids for row in rows), pad_id),
+        "input_ids": padded(row.input_ids for row in rows),
         "labels": padded((row.labels for row in rows), IGNORE_INDEX),
-        "attention_mask": padded(([1] * len(row.input_ids) for row in rows), 0),
+        "attention_mask": padded([1] * len(row.input_ids) for row in rows),
     }
 
 
 class TrainingSet(Dataset[dict[str, Part]]):
-    """Makes the batch of a `MicroBatch`.
+    """Makes the batch of a `MicroBatch`, of all parts that the losses read.
 
     A part holds `input_ids`, `labels`, `attention_mask` `(B, T)`, and of its rows the `index` and `end` (of a
     `TokenRow`) `(B,)`; and, so that a mean over the effective batch does not depend on how it is cut: `weight` `(B,)`,
     0 for a filler row and else 1, and `step_rows` and `step_tokens`, the rows and scored tokens of the whole effective
     batch, scalars. Sums weighted by these add up over micro-batches and processes to the mean.
-
-    Args:
-        rows: `forget` rows, and `retain`, `alternate` and `sampled` rows where the losses read them; as many of the
-            latter two as forget rows.
-        pad_id: Token id of the padding.
     """
 
-    def __init__(self, rows: Mapping[str, Sequence[TokenRow]], pad_id: int) -> None:
+    def __init__(self, rows: Mapping[str, Sequence[TokenRow]]) -> None:
         self.rows = rows
-        self.pad_id = pad_id
 
     def __getitem__(self, micro: MicroBatch) -> dict[str, Part]:
-        retain, forget = (micro.retain, micro.step_retain), (micro.forget, micro.step_forget)
-        return {name: self._part(name, *(retain if name == "retain" else forget), micro.real) for name in self.rows}
-
-    def _part(self, name: str, indices: Sequence[int], step: Sequence[int], real: Sequence[bool]) -> Part:
-        rows = self.rows[name]
-        return {
-            **collate([rows[i] for i in indices], self.pad_id),
-            "index": torch.tensor(indices),
-            "end": torch.tensor([rows[i].end for i in indices]),
-            "weight": torch.tensor(real, dtype=torch.float32),
-            # Integers, since half precision would round floats of a batch.
-            "step_rows": torch.tensor(len(step)),
-            "step_tokens": torch.tensor(sum(rows[i].length for i in step)),
-        }
+        parts = {}
+        for name, rows in self.rows.items():
+            indices, step = (micro.forget, micro.step_forget)
+            if name == "retain":
+                indices, step = (micro.retain, micro.step_retain)
+            parts[name] = {
+                **collate([rows[i] for i in indices]),
+                "index": torch.tensor(indices),
+                "end": torch.tensor([rows[i].end for i in indices]),
+                "weight": torch.tensor(micro.real, dtype=torch.float32),
+                # Integers, since half precision would round floats of a batch.
+                "step_rows": torch.tensor(len(step)),
+                "step_tokens": torch.tensor(sum(rows[i].length for i in step)),
+            }
+        return parts
 
 
 def effective_mean(per_row: Tensor, part: Part, lengths: Tensor | None = None, skipped: int = 0) -> Tensor:
@@ -184,26 +161,24 @@ def effective_mean(per_row: Tensor, part: Part, lengths: Tensor | None = None, s
         lengths: Scored tokens of each row, `(B,)`, for a mean over tokens; None means over rows.
         skipped: Scored tokens of each row that the loss leaves out.
     """
-    weights = part["weight"] if "weight" in part else torch.ones_like(per_row)
-    count = part["step_rows"] if "step_rows" in part else weights.sum()
+    weights = part.get("weight", torch.ones_like(per_row))
+    count = part.get("step_rows", weights.sum())
     if lengths is None:
         return (per_row * weights).sum() / count
-    tokens = part["step_tokens"] if "step_tokens" in part else lengths.sum()
+    tokens = part.get("step_tokens", lengths.sum())
     return (per_row * weights * (lengths - skipped)).sum() / (tokens - skipped * count).clamp(min=1)
 
 
-class TrainingLoader(DataLoader[dict[str, Part]]):
-    """Loader of a `TrainingSet`; having a state, it tells Lightning that it can resume in the middle of an epoch."""
-
-    def __init__(self, rows: TrainingSet, sampler: PairedSampler) -> None:
-        super().__init__(rows, batch_size=None, sampler=sampler)
-        self.state_dict, self.load_state_dict = sampler.state_dict, sampler.load_state_dict
-
-
-def scoring_parts(rows: Sequence[TokenRow], name: str, pad_id: int, tokens: int = 4096) -> Iterator[dict[str, Part]]:
-    """All rows once, longest first, in batches of at most `tokens` tokens, with their `index` `(B,)`."""
+def by_length(rows: Sequence[TokenRow], tokens: int) -> Iterator[list[int]]:
+    """The numbers of all rows, longest first, in batches of at most `tokens` tokens with their padding."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     while order:
         take = max(1, tokens // len(rows[order[0]].input_ids))
-        chosen, order = order[:take], order[take:]
-        yield {name: {**collate([rows[i] for i in chosen], pad_id), "index": torch.tensor(chosen)}}
+        yield order[:take]
+        order = order[take:]
+
+
+def scoring_parts(rows: Sequence[TokenRow], name: str, tokens: int = 4096) -> Iterator[dict[str, Part]]:
+    """All rows once, see `by_length`, with their `index` `(B,)`."""
+    for chosen in by_length(rows, tokens):
+        yield {name: {**collate([rows[i] for i in chosen]), "index": torch.tensor(chosen)}}

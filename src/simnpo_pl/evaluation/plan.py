@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from simnpo_pl.data.tokenization import TokenRow
-from simnpo_pl.data.training import collate
+from simnpo_pl.data.training import by_length, collate
 from simnpo_pl.evaluation.fluency import FLUENCY, FluencyClassifier
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.scoring import GRADIENT_NORM
@@ -187,16 +187,14 @@ def share_of(batches: Sequence[Batch], rank: int = 0, world_size: int = 1, first
     return [{**batches[turn[rank] - first], "number": turn[rank], "turn": turn} for turn in turns]
 
 
-def eval_loader(
-    trainer: Any, splits: Sequence[Split], options: EvalOptions, pad_id: int = 0, scored: bool = True
-) -> DataLoader:
+def eval_loader(trainer: Any, splits: Sequence[Split], options: EvalOptions, scored: bool = True) -> DataLoader:
     """One process's share of the batches: answers to score, unless `scored` is false, then prompts to generate.
 
     Raises:
         UserError: There is no batch.
     """
     tokens, prompts = options.batch_sizes(trainer)
-    kinds = [scoring_batches(splits, tokens, pad_id), gradient_batches(splits, pad_id)] if scored else []
+    kinds = [scoring_batches(splits, tokens), gradient_batches(splits)] if scored else []
     kinds.append(generation_batches(splits, prompts))
     if not any(kinds):
         raise UserError("no answers are generated, see --eval.generate_rows, and none are scored: use test for scores")
@@ -209,31 +207,26 @@ def eval_loader(
     return DataLoader(shares, batch_size=None)  # type: ignore[arg-type]
 
 
-def scoring_batches(splits: Sequence[Split], tokens: int, pad_id: int) -> list[Batch]:
+def scoring_batches(splits: Sequence[Split], tokens: int) -> list[Batch]:
     """All answers of all splits, longest first, in batches of at most `tokens` tokens.
 
     Returns:
         Batches with `input_ids`, `labels`, `attention_mask` `(B, T)` and `split`, `index`, `kind`, `end` `(B,)`.
     """
-    batches: list[list[Any]] = []
-    for item in _longest_first(splits, range(len(splits))):
-        # The first row's length is the batch's width.
-        if batches and len(batches[-1][0][0].input_ids) * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return [_scored(batch, pad_id) for batch in batches]
+    items = _answers(splits, range(len(splits)))
+    batches = by_length([item[0] for item in items], tokens)
+    return [_scored([items[i] for i in chosen]) for chosen in batches]
 
 
-def gradient_batches(splits: Sequence[Split], pad_id: int) -> list[Batch]:
+def gradient_batches(splits: Sequence[Split]) -> list[Batch]:
     """The answers whose gradient norm is read, longest first, one a batch.
 
     Returns:
         Batches like those of `scoring_batches`, with a key `gradients`.
     """
     chosen = [number for number, split in enumerate(splits) if split.readers(GRADIENT_NORM)]
-    items = _longest_first(splits, chosen, kinds=1)
-    return [{**_scored([item], pad_id), "gradients": True} for item in items]
+    items = _answers(splits, chosen, kinds=1)
+    return [{**_scored([items[i]]), "gradients": True} for (i,) in by_length([item[0] for item in items], 1)]
 
 
 def generation_batches(splits: Sequence[Split], prompts: int) -> list[Batch]:
@@ -257,17 +250,16 @@ def generation_batches(splits: Sequence[Split], prompts: int) -> list[Batch]:
     return batches
 
 
-def _longest_first(splits: Sequence[Split], chosen: Sequence[int], kinds: int | None = None) -> list[Any]:
+def _answers(splits: Sequence[Split], chosen: Sequence[int], kinds: int | None = None) -> list[Any]:
     """Tokens, split, index and kind of every answer."""
     rows = [(number, index, row) for number in chosen for index, row in enumerate(splits[number].answers)]
-    flat = [(row, number, index, kind) for number, index, answers in rows for kind, row in enumerate(answers[:kinds])]
-    return sorted(flat, key=lambda item: -len(item[0].input_ids))
+    return [(row, number, index, kind) for number, index, answers in rows for kind, row in enumerate(answers[:kinds])]
 
 
-def _scored(items: Sequence[Any], pad_id: int) -> Batch:
+def _scored(items: Sequence[Any]) -> Batch:
     rows, splits, indices, kinds = zip(*items, strict=True)
     numbers = splits, indices, kinds, [row.end for row in rows]
-    return {**collate(rows, pad_id), **{name: torch.tensor(n) for name, n in zip(PLACES, numbers, strict=True)}}
+    return {**collate(rows), **{name: torch.tensor(n) for name, n in zip(PLACES, numbers, strict=True)}}
 
 
 def _load(path: str, where: str) -> type[RowMetric]:

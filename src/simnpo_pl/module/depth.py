@@ -67,7 +67,7 @@ class DepthModule(PolicyModule):
 
     def test_dataloader(self) -> DataLoader:
         split = Split("forget", [], [[row] for row in _forget_rows(self.data)], {})
-        return eval_loader(self.trainer, [split], self.data.eval, self.data.pad_id)
+        return eval_loader(self.trainer, [split], self.data.eval)
 
     def on_test_epoch_start(self) -> None:
         self.check_vocabulary(self.data)

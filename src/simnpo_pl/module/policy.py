@@ -4,8 +4,7 @@ What is measured comes from the data module; how the model is trained is defined
 """
 
 import warnings
-from collections.abc import Collection
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -14,10 +13,10 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 
+from simnpo_pl.evaluation.data import EvalData
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation, on_host
 from simnpo_pl.evaluation.finished import FinishedBatches, identity
 from simnpo_pl.evaluation.memory import Halves
-from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import PLACES
 from simnpo_pl.evaluation.scoring import GRADIENT_NORM, gradient_norms
 from simnpo_pl.metrics.titles import tag
@@ -26,18 +25,6 @@ from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.models.logprobs import Scorer, with_plan
 from simnpo_pl.models.sharding import is_sharded, shard
 from simnpo_pl.utils.errors import UserError
-
-
-@runtime_checkable
-class EvalData(Protocol):
-    """What an evaluation asks of its data module."""
-
-    eval: EvalOptions
-
-    @property
-    def end_ids(self) -> Collection[int]: ...
-    def evaluation(self) -> Evaluation: ...
-    def largest_id(self) -> int: ...
 
 
 def check_trainer(trainer: pl.Trainer) -> None:

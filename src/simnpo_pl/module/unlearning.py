@@ -4,9 +4,8 @@ It names no objective and no benchmark: the objective says what it reads, the da
 """
 
 import math
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from jsonargparse import lazy_instance
@@ -22,7 +21,7 @@ from simnpo_pl.models.lora import BaseScorer, LoraOptions, add_adapter, check_ad
 from simnpo_pl.models.reference import REFERENCE_KEY, FrozenModel, Reference
 from simnpo_pl.module.checks import check_settings
 from simnpo_pl.module.optimization import Shape, adamw, not_finite, schedule
-from simnpo_pl.module.policy import EvalData, PolicyModule
+from simnpo_pl.module.policy import PolicyModule
 from simnpo_pl.module.ramp import use_found_rate
 from simnpo_pl.module.updates import UpdateRule
 from simnpo_pl.objectives import Objective, SimNPO
@@ -31,14 +30,6 @@ from simnpo_pl.objectives.retain import NLL
 from simnpo_pl.utils.errors import UserError
 
 DEFAULT_RETAIN_LOSS = lazy_instance(NLL)
-
-
-class TrainingData(EvalData, Protocol):
-    """What training asks of its data module; a plain loader needs none."""
-
-    seed: int
-
-    def reference_batches(self, parts: Sequence[str]) -> list[Batch]: ...
 
 
 class UnlearningModule(PolicyModule):
@@ -224,7 +215,8 @@ class UnlearningModule(PolicyModule):
         )
 
     @property
-    def _training_data(self) -> TrainingData | None:
+    def _training_data(self) -> Any:
+        """The data module; None for a plain loader."""
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def on_fit_start(self) -> None:

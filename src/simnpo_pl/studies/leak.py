@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from simnpo_pl.data.text import Texts
-from simnpo_pl.evaluation.data import EvaluationData
+from simnpo_pl.evaluation.data import EvalData
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.fluency import FluencyClassifier
 from simnpo_pl.evaluation.plan import Generation, Split
@@ -95,7 +95,9 @@ def _sample(
     evaluation = SampledAnswers([ids for kind in prompts.values() for ids in kind], k, plan, decode)
     evaluation.temperature, evaluation.seed = settings["temperature"], settings["seed"]
     policy = opened.model.like(model)
-    opened.trainer.predict(policy, datamodule=EvaluationData(evaluation, data.eval, data.pad_id, data.end_ids))
+    sampled = EvalData(data.eval, evaluation)
+    sampled.end_ids = data.end_ids
+    opened.trainer.predict(policy, datamodule=sampled)
     texts = [row["generation"] for row in policy.evaluation_result.rows]
     drawn = [texts[start : start + k] for start in range(0, len(texts), k)]
     answers = [text["answer"] for text in part.texts]

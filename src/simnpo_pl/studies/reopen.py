@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
 
-from simnpo_pl.benchmarks.neutral import START_ANSWERS
+from simnpo_pl.benchmarks.answers import START_ANSWERS
 from simnpo_pl.cli.main import TRAINER_DEFAULTS, UnlearningCLI, precision
 from simnpo_pl.report.robustness import judge
 from simnpo_pl.runs.card import write_card
