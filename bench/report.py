@@ -61,9 +61,10 @@ def tables(record: dict[str, Any]) -> str:
     """All parts that were measured, as Markdown."""
     machine = record["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     lines = [
         f"`{record['command']}`, {record['minutes']} minutes on {machine['cpu']} ({machine['instructions']}, "
-        f"{machine['cores']} cores, {machine['threads']} threads, {machine['system']}), load average at the end "
+        f"{machine['cores']} cores, {threads}, {machine['system']}), load average at the end "
         f"{', '.join(map(str, machine['load_average']))}; {versions}. Rows: {record['texts']}.",
         "",
     ]

@@ -101,11 +101,15 @@ def test_a_job_by_both_sides():
     assert all(side["cpu"] > side["system"] > 0 and side["mib"] > 100 for side in found.values())
 
 
+TINY_LLAMA = {
+    "vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
 def test_parts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """They run on any device; what a part cannot do is said in its place, and the others go on."""
-    shape = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    card = gpu.Card(torch.device("cpu"), tmp_path, shape, (2,), 2, (2,), 2)
+    card = gpu.Card(torch.device("cpu"), tmp_path, TINY_LLAMA, (2,), 2, (2,), 2)
     monkeypatch.setattr(gpu.Card, "larger_batches", lambda card, found: 1 / 0)
     found = card.run()
     assert found["larger batches"]["error"] == "ZeroDivisionError: division by zero"
@@ -115,6 +119,20 @@ def test_parts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "| SimNPO+KL 2+2 recipe | " in "\n".join(gpu.tables(found))
     assert gpu._error_of(lambda found: time.sleep(9), 1, {}) == "TimeoutError: stopped after 1 s"
     assert gpu._error_of(lambda found: None, 0.5, {}) == "no time was left"
+
+
+def test_both_ways_of_generation_take_turns_on_the_same_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    turns: list[tuple[str, list[list[int]]]] = []
+    monkeypatch.setattr(gpu.Card, "_generate", lambda card, prompts: turns.append(("package", prompts)))
+    monkeypatch.setattr(gpu.Card, "_transformers", lambda card, prompts: turns.append(("transformers", prompts)))
+    card, found = gpu.Card(torch.device("cpu"), tmp_path, TINY_LLAMA, prompts=(2, 3)), {}
+    card.build({})
+    card.generation(found)
+    assert [way for way, _ in turns] == ["package", "transformers"] * 6
+    assert [len(prompts) for _, prompts in turns] == [2] * 6 + [3] * 6
+    assert all(prompts == turns[0][1] for _, prompts in turns[:6])
+    assert all(prompts == turns[6][1] for _, prompts in turns[6:])
+    assert found.keys() == {"package, 2", "transformers, 2", "package, 3", "transformers, 3"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it runs for minutes")
@@ -213,8 +231,11 @@ def test_page_keeps_its_text(tmp_path: Path):
 def test_parts_by_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     whole = record()
     few = {key: whole[key] for key in ("command", "minutes", "texts", "machine", "lightning")}
+    few["machine"]["threads"] = 1
     report.write(few, tmp_path)
-    assert "Trainer, logging, bar" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Trainer, logging, bar" in out
+    assert "(AVX2, 2 cores, 1 thread, Linux)" in out
     assert not (tmp_path / "performance.png").exists()
 
 
