@@ -154,15 +154,18 @@ def _first_step(folder: Path, number: int) -> tuple[float, float]:
     options = ["--model.name", folder / "model", "--data.forget", folder / "forget.jsonl"]
     options += ["--data.retain", folder / "retain.jsonl", "--run_dir", folder / f"run{number}", "--eval.start", "false"]
     options += ["--eval.generate_rows", "2", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
-    options += ["--trainer.callbacks+", "bench.overhead.FirstStep"]
+    # No rate would make a model with random weights forget.
+    options += ["--model.lr", "1e-5", "--trainer.callbacks+", "bench.overhead.FirstStep"]
     command = _command(["fit", "--config", "configs/own.yaml", *map(str, options)])
     start = time.perf_counter()
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    wall, cpu, lines = 0.0, 0.0, []
+    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
-        said = next((line for line in process.stdout if FIRST_STEP in line), None)
-        wall = time.perf_counter() - start
-        process.stdout.read()
-    if said is None or process.returncode:
-        raise RuntimeError(f"{' '.join(command)} did not train")
-    return wall, float(said.partition(FIRST_STEP)[2].split()[0])
+        for line in process.stdout:
+            lines.append(line)
+            if FIRST_STEP in line:
+                wall, cpu = time.perf_counter() - start, float(line.partition(FIRST_STEP)[2].split()[0])
+    if process.returncode or not wall:
+        raise RuntimeError(f"{' '.join(command)} did not train:\n{''.join(lines)[-2000:]}")
+    return wall, cpu

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import baseline, gpu, job, parts, report
+from bench import baseline, gpu, job, overhead, parts, report
 from bench.__main__ import main
 from bench.cases import Case
 from bench.data import Rows, scored
@@ -140,6 +140,15 @@ def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["bench", "--only", "gpu", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="the part gpu needs a GPU"):
         main()
+
+
+@pytest.mark.slow
+def test_first_step_of_a_run(tmp_path: Path):
+    wall, cpu = overhead._first_step(tmp_path, 0)
+    assert 0.1 < cpu < 100 * wall
+    # The folder of the first run is taken.
+    with pytest.raises(RuntimeError, match=r"did not train:\n(.*\n)*.*run0"):
+        overhead._first_step(tmp_path, 0)
 
 
 def test_rounds_are_interleaved():
