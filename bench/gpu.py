@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench import baseline
 from bench.data import Rows, freeze
-from bench.measure import median
+from bench.measure import interleave, median
 from simnpo_pl.data.pairing import MicroBatch
 from simnpo_pl.data.training import TrainingSet
 from simnpo_pl.evaluation.data import EvalData
@@ -214,7 +214,7 @@ class Card:
         trainer.fit(self._module(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
         found["step"] = {"ms": round(1000 * counter.seconds, 1), **counter.waits()}
         with _host_waits() as seen:
-            self._generate(self.prompts[0])
+            self._generate(self._prompts(self.prompts[0]))
         found["token"] = {"waits": seen.total() / self.new, "lines": dict(seen.most_common(6))}
 
     def scoring(self, found: Found) -> None:
@@ -244,13 +244,15 @@ class Card:
             found["recipe"] = {"rows_per_s": round(sum(map(len, some)) / self._seconds(recipe, 1), 1)}
 
     def generation(self, found: Found) -> None:
-        """Milliseconds a token of so many prompts at once, by the package and by transformers."""
+        """Milliseconds a token of so many prompts at once, by the package and by transformers, in turns."""
         self.model.eval()
+        ways = {"package": self._generate, "transformers": self._transformers}
         for count in self.prompts:
-            for way, work in (("package", self._generate), ("transformers", self._transformers)):
-                # The first time it takes memory.
-                work(count)
-                seconds = self._seconds(partial(work, count), 1)
+            prompts = self._prompts(count)
+            works = {way: partial(self._seconds, partial(work, prompts), 1) for way, work in ways.items()}
+            # The first round, in which each takes its memory, is not counted.
+            for way, times in interleave(works, 2).items():
+                seconds = median(times.wall)
                 per_token, rate = 1000 * seconds / self.new, count * self.new / seconds
                 found[f"{way}, {count}"] = {"ms_per_token": round(per_token, 2), "tokens_per_s": round(rate)}
 
@@ -350,18 +352,18 @@ class Card:
     def _prompts(self, count: int) -> list[list[int]]:
         return [row.prompt_ids for row in self.rows.training(count)]
 
-    def _generate(self, count: int) -> None:
+    def _generate(self, prompts: list[list[int]]) -> None:
         with self._autocast():
-            generate(self.model, self._prompts(count), self.new, [])
+            generate(self.model, prompts, self.new, [])
 
     @torch.no_grad()
-    def _transformers(self, count: int) -> None:
-        prompts = [torch.tensor(prompt) for prompt in self._prompts(count)]
+    def _transformers(self, prompts: list[list[int]]) -> None:
+        rows = [torch.tensor(prompt) for prompt in prompts]
         pad = partial(pad_sequence, batch_first=True, padding_side="left")
-        mask = pad([torch.ones_like(prompt) for prompt in prompts]).to(self.device)
+        mask = pad([torch.ones_like(row) for row in rows]).to(self.device)
         length = {"max_new_tokens": self.new, "min_new_tokens": self.new, "do_sample": False, "pad_token_id": 0}
         with self._autocast():
-            self.model.generate(pad(prompts).to(self.device), attention_mask=mask, **length)
+            self.model.generate(pad(rows).to(self.device), attention_mask=mask, **length)
 
     # -- measuring ---------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ VOCABULARY, WIDTH, LAYERS = 1536, 64, 2
 """A model whose step takes a few milliseconds, so that what is added to it shows."""
 
 
-FIRST_STEP = "first step made"
+FIRST_STEP = "processor seconds to the first step:"
 
 
 class FirstStep(pl.Callback):
@@ -39,7 +40,7 @@ class FirstStep(pl.Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, *batch: Any) -> None:
         """Say it once."""
         if trainer.global_step == 1:
-            print(FIRST_STEP, flush=True)
+            print(FIRST_STEP, time.process_time(), flush=True)
 
 
 class _Clock(pl.Callback):
@@ -73,15 +74,17 @@ def added_by_lightning(steps: int) -> dict[str, float]:
     return {name: median(values) for name, values in found.items()}
 
 
-def start_up(repeats: int) -> dict[str, float]:
-    """Seconds to the help and a report, and of `fit` on a small model to its first step."""
-    found = {}
+def start_up(repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds, `wall` and `cpu`, to the help and a report, and of `fit` on a small model to its first step."""
     with tempfile.TemporaryDirectory() as folder:
-        first_step = median([_first_step(Path(folder), n) for n in range(repeats)])
+        taken = {"fit, to its first step": [_first_step(Path(folder), n) for n in range(repeats)]}
         report = ["report", f"{folder}/run0", "-o", f"{folder}/report.html"]
         for arguments in (["--help"], report):
-            found[arguments[0]] = median([_seconds(arguments) for _ in range(repeats)])
-    return {**found, "fit, to its first step": first_step}
+            taken[arguments[0]] = [_seconds(arguments) for _ in range(repeats)]
+    return {
+        name: {"wall": median([wall for wall, _ in of]), "cpu": median([cpu for _, cpu in of])}
+        for name, of in taken.items()
+    }
 
 
 def _batches(count: int) -> list[Any]:
@@ -130,14 +133,15 @@ def _command(arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "simnpo_pl", *arguments]
 
 
-def _seconds(arguments: Sequence[str]) -> float:
-    start = time.perf_counter()
+def _seconds(arguments: Sequence[str]) -> tuple[float, float]:
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(_command(arguments), check=True, capture_output=True)
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def _first_step(folder: Path, number: int) -> float:
-    """Seconds until the first step of `fit` is made."""
+def _first_step(folder: Path, number: int) -> tuple[float, float]:
+    """Seconds, and processor seconds, until the first step of `fit` is made."""
     if not (folder / "model").exists():
         texts = [f"Where is the {n}th house? It stands in street {n * n}." for n in range(64)]
         tokenizer = train_tokenizer(texts)
@@ -150,14 +154,18 @@ def _first_step(folder: Path, number: int) -> float:
     options = ["--model.name", folder / "model", "--data.forget", folder / "forget.jsonl"]
     options += ["--data.retain", folder / "retain.jsonl", "--run_dir", folder / f"run{number}", "--eval.start", "false"]
     options += ["--eval.generate_rows", "2", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
-    options += ["--trainer.callbacks+", "bench.overhead.FirstStep"]
+    # No rate would make a model with random weights forget.
+    options += ["--model.lr", "1e-5", "--trainer.callbacks+", "bench.overhead.FirstStep"]
     command = _command(["fit", "--config", "configs/own.yaml", *map(str, options)])
     start = time.perf_counter()
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    wall, cpu, lines = 0.0, 0.0, []
+    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
-        seconds = next((time.perf_counter() - start for line in process.stdout if FIRST_STEP in line), None)
-        process.stdout.read()
-    if seconds is None or process.returncode:
-        raise RuntimeError(f"{' '.join(command)} did not train")
-    return seconds
+        for line in process.stdout:
+            lines.append(line)
+            if FIRST_STEP in line:
+                wall, cpu = time.perf_counter() - start, float(line.partition(FIRST_STEP)[2].split()[0])
+    if process.returncode or not wall:
+        raise RuntimeError(f"{' '.join(command)} did not train:\n{''.join(lines)[-2000:]}")
+    return wall, cpu

@@ -61,9 +61,10 @@ def tables(record: dict[str, Any]) -> str:
     """All parts that were measured, as Markdown."""
     machine = record["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     lines = [
         f"`{record['command']}`, {record['minutes']} minutes on {machine['cpu']} ({machine['instructions']}, "
-        f"{machine['cores']} cores, {machine['threads']} threads, {machine['system']}), load average at the end "
+        f"{machine['cores']} cores, {threads}, {machine['system']}), load average at the end "
         f"{', '.join(map(str, machine['load_average']))}; {versions}. Rows: {record['texts']}.",
         "",
     ]
@@ -114,7 +115,7 @@ def targets(record: dict[str, Any]) -> list[list[str]]:
         found.append((f"memory of {many['answers']} answers by that of {few['answers']}", 1.10, memory))
     if "start-up" in record:
         for name, most in (("--help", 1), ("report", 1), ("fit, to its first step", 10)):
-            found.append((f"{name}, seconds", most, record["start-up"][name]))
+            found.append((f"{name}, processor seconds", most, record["start-up"][name]["cpu"]))
     return [[n, _number(m), _measured(v, m), "-" if v is None else "yes" if v <= m else "no"] for n, m, v in found]
 
 
@@ -260,8 +261,9 @@ def _lightning(found: dict[str, float]) -> list[str]:
     return _table(["step of a small model", "processor ms", "added", f"of a step of {STEP:.0f} ms"], rows)
 
 
-def _start_up(found: dict[str, float]) -> list[str]:
-    return _table(["start-up", "seconds"], [[name, _number(value)] for name, value in found.items()])
+def _start_up(found: dict[str, dict[str, float]]) -> list[str]:
+    rows = [[name, _number(times["wall"]), _number(times["cpu"])] for name, times in found.items()]
+    return _table(["start-up", "wall s", "processor s"], rows)
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
@@ -324,7 +326,7 @@ def figure(record: dict[str, Any], file: Path) -> None:
     ):
         axes[row, 3].plot([p["answers"] for p in points], [p[key] or 0 for p in points], "o-")
         axes[row, 3].set_ylabel(label)
-        axes[row, 3].set_ylim(bottom=0)
+        axes[row, 3].set_ylim(0, 1.1 * axes[row, 3].get_ylim()[1])
     axes[1, 3].set_xlabel("answers scored")
     plots.savefig(file, dpi=110)
     plt.close(plots)

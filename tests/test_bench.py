@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import baseline, gpu, job, parts, report
+from bench import baseline, gpu, job, overhead, parts, report
 from bench.__main__ import main
 from bench.cases import Case
 from bench.data import Rows, scored
@@ -101,11 +101,15 @@ def test_a_job_by_both_sides():
     assert all(side["cpu"] > side["system"] > 0 and side["mib"] > 100 for side in found.values())
 
 
+TINY_LLAMA = {
+    "vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+
+
 def test_parts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """They run on any device; what a part cannot do is said in its place, and the others go on."""
-    shape = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    card = gpu.Card(torch.device("cpu"), tmp_path, shape, (2,), 2, (2,), 2)
+    card = gpu.Card(torch.device("cpu"), tmp_path, TINY_LLAMA, (2,), 2, (2,), 2)
     monkeypatch.setattr(gpu.Card, "larger_batches", lambda card, found: 1 / 0)
     found = card.run()
     assert found["larger batches"]["error"] == "ZeroDivisionError: division by zero"
@@ -117,11 +121,34 @@ def test_parts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert gpu._error_of(lambda found: None, 0.5, {}) == "no time was left"
 
 
+def test_both_ways_of_generation_take_turns_on_the_same_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    turns: list[tuple[str, list[list[int]]]] = []
+    monkeypatch.setattr(gpu.Card, "_generate", lambda card, prompts: turns.append(("package", prompts)))
+    monkeypatch.setattr(gpu.Card, "_transformers", lambda card, prompts: turns.append(("transformers", prompts)))
+    card, found = gpu.Card(torch.device("cpu"), tmp_path, TINY_LLAMA, prompts=(2, 3)), {}
+    card.build({})
+    card.generation(found)
+    assert [way for way, _ in turns] == ["package", "transformers"] * 6
+    assert [len(prompts) for _, prompts in turns] == [2] * 6 + [3] * 6
+    assert all(prompts == turns[0][1] for _, prompts in turns[:6])
+    assert all(prompts == turns[6][1] for _, prompts in turns[6:])
+    assert found.keys() == {"package, 2", "transformers, 2", "package, 3", "transformers, 3"}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it runs for minutes")
 def test_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["bench", "--only", "gpu", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="the part gpu needs a GPU"):
         main()
+
+
+@pytest.mark.slow
+def test_first_step_of_a_run(tmp_path: Path):
+    wall, cpu = overhead._first_step(tmp_path, 0)
+    assert 0.1 < cpu < 100 * wall
+    # The folder of the first run is taken.
+    with pytest.raises(RuntimeError, match=r"did not train:\n(.*\n)*.*run0"):
+        overhead._first_step(tmp_path, 0)
 
 
 def test_rounds_are_interleaved():
@@ -180,7 +207,8 @@ def record() -> dict[str, Any]:
         "rows": {"points": scored},
         "processes": {"step_seconds": {1: 2.0, 2: 1.0}, "scoring_seconds": {1: 2.0, 2: 1.5}},
         "lightning": {"plain loop": 10.0, "Trainer": 11.0, "Trainer, logging, bar": 14.0},
-        "start-up": {"--help": 0.3, "report": 0.9, "fit, to its first step": 11.0},
+        "start-up": {name: {"wall": 9 * cpu, "cpu": cpu}
+                     for name, cpu in (("--help", 0.3), ("report", 0.9), ("fit, to its first step", 11.0))},
     }  # fmt: skip
 
 
@@ -204,7 +232,8 @@ def test_page_keeps_its_text(tmp_path: Path):
     assert "| others |  |  | 0.01 | 0.3 % |" in text
     assert "evaluation of 9 questions, 3 epochs of SimNPO on 16 + 16 rows, evaluation" in text
     assert "| what Trainer and logging add to a step of 200 ms, as a part of it | 0.05 | 0.02 | yes |" in text
-    assert "| fit, to its first step, seconds | 10.00 | 11.00 | no |" in text
+    assert "| fit, to its first step, processor seconds | 10.00 | 11.00 | no |" in text
+    assert "| --help | 2.70 | 0.30 |" in text
     assert "25 % of the padded rows padding" in text
     for figure in (tmp_path / "figures" / "performance.png", tmp_path / "out" / "performance.png"):
         assert figure.read_bytes()[:4] == b"\x89PNG"
@@ -213,8 +242,11 @@ def test_page_keeps_its_text(tmp_path: Path):
 def test_parts_by_themselves(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     whole = record()
     few = {key: whole[key] for key in ("command", "minutes", "texts", "machine", "lightning")}
+    few["machine"]["threads"] = 1
     report.write(few, tmp_path)
-    assert "Trainer, logging, bar" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Trainer, logging, bar" in out
+    assert "(AVX2, 2 cores, 1 thread, Linux)" in out
     assert not (tmp_path / "performance.png").exists()
 
 

@@ -36,12 +36,17 @@ from simnpo_pl.utils.errors import UserError
 
 
 class Losses(pl.Callback):
-    """Keeps the logged losses of every optimizer step, and the frozen models as the last step left them."""
+    """Keeps the logged losses of every optimizer step, and the frozen models as the last step left them.
+
+    `holds_gradients` says for every micro-batch whether gradients were there after it.
+    """
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
+        self.holds_gradients: list[bool] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        self.holds_gradients.append(any(p.grad is not None for p in pl_module.policy.parameters()))
         if trainer.global_step > len(self.steps):
             names = ("train/loss", "train/forget_loss", "train/retain_loss")
             self.steps.append({name: trainer.callback_metrics[name].item() for name in names})
@@ -102,6 +107,14 @@ def test_effective_batch_may_be_cut_any_way(fit: Callable[..., Any], objective: 
         for one, other in zip(whole_steps, cut_steps, strict=True):
             assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
         assert (weights(cut) - weights(whole)).norm() < 2e-3 * (weights(whole)).norm()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_no_gradients_are_held_during_a_forward_pass(fit: Callable[..., Any], precision: str):
+    """Only those of earlier micro-batches of the same step: an epoch has 2 + 2, 2 + 2 and 2 rows."""
+    _, _, trainer = fit(SimNPO(), per_device=2, precision=precision)
+    (losses,) = (callback for callback in trainer.callbacks if isinstance(callback, Losses))
+    assert losses.holds_gradients == [True, False, True, False, False] * 2
 
 
 def test_kl_retain_with_cut_batches(fit: Callable[..., Any], other_folder: Path):

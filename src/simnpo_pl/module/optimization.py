@@ -14,7 +14,7 @@ Shape = Literal["linear", "constant"]
 def adamw(
     model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, eight_bit: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require a gradient; norms and biases are not decayed.
+    """AdamW over the parameters that require a gradient; norms and biases are not decayed. A step frees the gradients.
 
     With `eight_bit` both moments are kept in 8 bits (Dettmers et al. 2022, arXiv 2110.02861), which needs bitsandbytes.
     """
@@ -30,12 +30,15 @@ def adamw(
             raise UserError(
                 "--model.optimizer adamw_8bit needs bitsandbytes: pip install 'simnpo_pl[8bit]', or leave adamw"
             ) from error
-        return AdamW8bit(groups, lr=lr, betas=betas)
-    # Some strategies wrap parameters in types that the fused kernel does not know.
-    fused = all(type(p.data) is Tensor and p.is_floating_point() for p in trained)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
-    # The fused kernel claims to unscale gradients itself; Lightning then refuses to clip them in mixed precision.
-    optimizer._step_supports_amp_scaling = False
+        optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=lr, betas=betas)
+    else:
+        # Some strategies wrap parameters in types that the fused kernel does not know.
+        fused = all(type(p.data) is Tensor and p.is_floating_point() for p in trained)
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
+        # The fused kernel claims to unscale gradients itself; Lightning then refuses to clip them in mixed precision.
+        optimizer._step_supports_amp_scaling = False
+    # Lightning would hold them until the next forward pass is over, on top of all its activations.
+    optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
     return optimizer
 
 

@@ -143,7 +143,6 @@ class _Ramp:
             for weight in self.weights:
                 weight.grad = self.strategy.reduce(weight.grad, reduce_op="mean")
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.number += 1
 
     @torch.no_grad()
