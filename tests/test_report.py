@@ -218,7 +218,7 @@ def test_title_of_a_custom_metric():
         unit = "%"
         higher_is_better = True
 
-    assert title_of("forget/polite", Politeness) == Title("forget/polite", "politeness", "%", True)
+    assert title_of("forget/polite", Politeness) == Title("forget/polite", "forget politeness", "%", True)
     assert title_of("forget/polite") == Title("forget/polite", "forget/polite")
     assert title_of("forget_quality", Politeness) is TITLES["forget_quality"]
 

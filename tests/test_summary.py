@@ -68,7 +68,7 @@ def test_what_is_measured():
     """By titles, a custom metric's too; sampled answers are said where answers are generated."""
     split = Split("forget", [{"answer": "a"}], [], {"forget/share_known": Known(1)})
     evaluation = Evaluation([split], {}, {"forget_quality": "no retained rows"}, str)
-    said = "measured on 1 forget rows: known answers"
+    said = "measured on 1 forget rows: forget known answers"
     assert measures(evaluation) == f"{said}\nnot measured:\n  forget quality: no retained rows"
     evaluation.temperature = 0.7
     assert measures(evaluation).startswith(f"{said}\n")

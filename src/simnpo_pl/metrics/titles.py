@@ -126,11 +126,12 @@ def title_of(name: str, metric: Any = None) -> Title:
     Args:
         name: Its name in results.json.
         metric: The metric or its class. If `name` is not in `TITLES`, its attributes `title`, `unit` and
-            `higher_is_better` are used where it has them, else the name is the title.
+            `higher_is_better` are used where it has them, after the split; else the name is the title.
     """
     if name in TITLES:
         return TITLES[name]
-    short = getattr(metric, "title", None) or name
+    title, split = getattr(metric, "title", None), name.rpartition("/")[0].replace("_", " ")
+    short = f"{split} {title}".strip() if title else name
     return Title(name, short, getattr(metric, "unit", ""), getattr(metric, "higher_is_better", None))
 
 
@@ -144,11 +145,8 @@ def table(
     heads: Sequence[str],
     rows: Iterable[tuple[Sequence[str], Mapping[str, float | None]]],
     names: Sequence[str],
-    custom: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """Markdown table of metrics: labels under `heads`, then a column for each of `names`.
-
-    `custom` are the titles that results.json has for metrics that are not in `TITLES`.
 
     Example:
         >>> print(table(["model"], [(["start"], {"model_utility": 0.51234})], ["model_utility", "privleak"]))
@@ -157,8 +155,7 @@ def table(
         | start | 0.512 | - |
     """
     cells = [[*labels, *(number(metrics.get(name)) for name in names)] for labels, metrics in rows]
-    own = {name: title["short"] for name, title in (custom or {}).items()}
-    return markdown.table([*heads, *(own.get(name, title_of(name).short) for name in names)], cells)
+    return markdown.table([*heads, *(title_of(name).short for name in names)], cells)
 
 
 def answers_at(temperature: float) -> str:

@@ -222,7 +222,7 @@ def _one_line(name: str, what: str, option: str = "--model.name") -> Iterator[No
                 "may run with all your rights"
             )
         elif Path(name).expanduser().is_dir():
-            message = f"the {what} in {name} cannot be loaded ({reason[:300]})"
+            message = f"the {what} in {name} cannot be loaded ({reason[:300]}); expected the files of save_pretrained"
         else:
             message = (
                 f"{what} {name} is no folder here and cannot be loaded from the hub ({type(error).__name__}: "
