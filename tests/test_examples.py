@@ -96,10 +96,10 @@ def test_metric_by_config(cli: Callable[..., None], tmp_path: Path, capsys: pyte
     assert worst == max(by_row)
     assert worst == pytest.approx(max(torch.exp(-torch.tensor(row["answer_nll"])).item() for row in rows[:10]))
     assert content["counts"]["forget/worst_probability"] == 10
-    assert content["titles"]["forget/worst_probability"]["short"] == "worst prob."
+    assert content["titles"]["forget/worst_probability"]["short"] == "forget worst prob."
     found = [row["rouge1_recall"] for row in rows if row["split"] == "retain" and "generation" in row]
     assert content["final"]["metrics"]["retain/found"] == pytest.approx(sum(found) / 2)
-    assert "\n  worst prob. " in capsys.readouterr().out
+    assert "\n  forget worst prob. " in capsys.readouterr().out
     logged = EventAccumulator(str(folder / "final")).Reload()
     assert logged.Scalars("forget/worst_probability")[-1].value == pytest.approx(worst)
     cli("test", "--config", str(config), "--eval.generate_rows", "0", "--run_dir", str(tmp_path / "silent"))

@@ -219,17 +219,34 @@ def test_attacks_join(outcome: str, expected: str):
 
 
 def test_advice_where_relearning_brings_rows_back():
-    """Not a lower weight, which leaves the rows less deep; nothing of SAM where the run had it."""
-    back = {"relearn": {"a": {"outcome": "comes back"}}}
-    resist = "try --model.update SAM, made against relearning"
+    """Not a lower weight, which leaves the rows less deep, nor more of what has forgotten all; nothing if SAM ran."""
+    back: dict[str, Any] = {"relearn": {"a": {"outcome": "comes back"}}}
+    resist, more = "--model.update SAM, made against relearning", "raise --model.objective.beta from 1 to 1.5"
     over = {**FORGOTTEN, "forget/degenerate": 0.3}
-    assert verdict(record(over, **back))["advice"] == [resist, "raise --model.objective.beta from 1 to 1.5"]
-    assert verdict(record(FORGOTTEN, **back))["advice"][:2] == [resist, "raise --model.lr from 5e-05 to 0.0001"]
+    assert verdict(record(over, **back))["advice"] == [resist, more]
+    assert verdict(record(FORGOTTEN, **back))["advice"] == [resist]
+    half = {**FORGOTTEN, "forget/probability": 0.5}
+    assert verdict(record(half, **back))["advice"][:2] == [resist, "raise --model.lr from 5e-05 to 0.0001"]
+    found = record(over, **back, lr_auto={"lr": 5e-5})
+    assert verdict(found)["advice"][0] == f"--model.lr 5e-05 {resist}"
     found = record(over, **back)
     found["objective"]["update"] = {"name": "SAM", "settings": {"rho": 0.01}}
-    assert verdict(found)["advice"] == ["raise --model.objective.beta from 1 to 1.5"]
+    assert verdict(found)["advice"] == [more]
     rounded = verdict(record(over, quantized={"a": {"outcome": "comes back"}}))["advice"]
     assert rounded[0] == "lower --model.forget_weight from 0.5 to 0.25"
+
+
+def test_rows_to_keep_that_the_start_model_did_not_know():
+    """They cannot tell what it lost, and training on them damages it."""
+    unknown = {**START, "retain/probability": 7.5e-4}
+    damaged = {**FORGOTTEN, "retain/probability": 0.176, "retain/degenerate": 0.39}
+    found = verdict(record(damaged, unknown))
+    assert found["category"] == "model damaged"
+    assert "the start model did not know the rows to keep (retain probability 7.5e-04)" in found["reasons"]
+    assert found["advice"][0] == "give rows that the start model knows: --data.retain auto, or another FILE"
+    known = verdict(record({**damaged, "retain/probability": 0.5}))
+    assert not any("did not know" in reason for reason in known["reasons"])
+    assert not any("start model knows" in advice for advice in known["advice"])
 
 
 def test_the_headline_names_what_brings_rows_back():

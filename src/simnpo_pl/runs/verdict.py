@@ -113,9 +113,11 @@ class Verdict:
             return "not forgotten"
         if self.over():
             return "over-forgotten"
+        return "forgotten" if self.gone() and not self.back() else "partly forgotten"
+
+    def gone(self) -> bool:
         limits = {"forget/verbatim": VERBATIM_LEFT}
-        gone = all(value <= limits.get(name, LEFT) for name, value in left.items())
-        return "forgotten" if gone and not self.back() else "partly forgotten"
+        return all(value <= limits.get(name, LEFT) for name, value in self.left().items())
 
     def back(self) -> list[str]:
         """Attacks that brought rows back."""
@@ -160,6 +162,9 @@ class Verdict:
         if not self.models["start"]:
             return ["there is no start model to compare with"]
         found = ["a score of the final model is not a number"] if self.broken() else []
+        kept = self.change("retain/probability").start
+        if kept is not None and kept < KNOWN:
+            found.append(f"the start model did not know the rows to keep (retain probability {number(kept)})")
         left = self.left()
         if not left:
             found.append("no measured metric shows that the start model knew the forget rows")
@@ -241,7 +246,11 @@ class Verdict:
             return [f"{word} {option} from {value:g} to {value * factor:.2g}{alone}"]
 
         relearned, update = "relearn" in self.back(), (objective.get("update") or {}).get("name")
-        resist = ["try --model.update SAM, made against relearning"] if relearned and update != "SAM" else []
+        # No rate is found for an update rule.
+        found = f"--model.lr {lr:g} --model.update SAM" if "lr_auto" in self.record else "--model.update SAM"
+        resist = [f"{found}, made against relearning"] if relearned and update != "SAM" else []
+        if relearned and self.gone() and category == "partly forgotten":
+            return resist
         if category in ("not forgotten", "partly forgotten"):
             factor = 3 if category == "not forgotten" else 2
             return [
@@ -257,6 +266,8 @@ class Verdict:
         if category == "model damaged":
             kept = objective.get("retain_loss") is not None and objective.get("retain_weight")
             rows = [] if kept else ["train with rows to keep: --data.retain FILE and a --model.retain_weight above 0"]
+            if (known := self.change("retain/probability").start) is not None and known < KNOWN:
+                rows.append("give rows that the start model knows: --data.retain auto, or another FILE")
             return [*rows, *change("--model.lr", lr, 1 / 3), *change("--model.forget_weight", weight, 0.5)]
         if category == "inconclusive" and not self.models["start"]:
             return ["leave --eval.start true, so that the model is measured before and after"]
