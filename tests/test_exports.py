@@ -307,6 +307,10 @@ def test_model_card_of_a_local_start_model(tmp_path: Path):
     assert "starting from the model in the folder start, with" in known.text
     assert "from_pretrained" not in known.text
     assert str(tmp_path) not in bare.content + known.content
+    # A relative path that is not there from here.
+    gone = card_of(tmp_path / "gone", settings={**settings, "model": {"name": "../start", "lr": 1e-5}})
+    assert gone.data.base_model is None
+    assert "the model in the folder start, with" in gone.text
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from simnpo_pl.runs.record import Run
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.files import read_json, write_text
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 ASKING = Path(__file__).with_name("asking.md.j2")
 
 
