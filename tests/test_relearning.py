@@ -119,15 +119,16 @@ def test_the_control_is_the_retrained_model(run: Path, other_folder: Path):
 
 
 def test_rows_that_were_never_to_be_forgotten(run: Path, tmp_path: Path):
-    """As many retain rows, or blocks of text, and so equally many steps; no forget row is relearned."""
+    """As many retain rows, or the blocks of text that there are; no forget row is relearned."""
     text = tmp_path / "text.txt"
     text.write_text("Rivers flow down to the sea.\n\nSnow melts in spring, and the fields turn green.")
     relearn(run, "--subset", "shortest", "retain", "--text", str(text), "--repeats", "1")
     found = results(run)["relearn"]
     curves = [found[f"{kind} {KEY}"]["repeats"][0] for kind in ("shortest", "retain", f"text {text}")]
     assert found[f"text {text} {KEY}"]["settings"]["text"] == str(text)
+    # The text has two blocks.
+    assert [len(curve["rows"]) for curve in curves] == [3, 3, 2]
     for curve in curves:
-        assert len(curve["rows"]) == 3
         assert [epoch["step"] for epoch in curve["epochs"]] == [0, 1, 2]
     for curve in curves[1:]:
         for epoch in curve["epochs"]:
