@@ -86,11 +86,18 @@ def test_relearning_is_told_at_its_peak():
     other = relearned("retain", 1e-3, curve([None] * 3, [0.1, 0.15, 0.2]), curve([None] * 3, [0.2, 0.2, 0.2]))
     judge(record(relearn={"weak": weak, "strong": strong, "retain": other}))
     assert (weak["outcome"], strong["outcome"], strong["sentence"]) == ("comes back", "comes back", "")
-    assert "(lr 0.001, 4 steps): probability of the other forget answers 0.1 -> 0.43, of" in weak["sentence"]
+    assert (
+        "(lr 0.001, 8 steps, highest after 4): probability of the other forget answers 0.1 -> 0.43, of"
+        in weak["sentence"]
+    )
     assert other["sentence"] == (
         "relearning 2 retain rows (lr 0.001, 8 steps): probability of the forget answers 0.1 -> 0.2, of the retrained "
         "model 0.2 -> 0.2: holds"
     )
+    # Versions before 0.2 took rows twice where there were too few.
+    other["repeats"][0]["rows"] = [1, 1, 4]
+    judge(record(relearn={"strong": strong, "retain": other}))
+    assert other["sentence"].startswith("relearning 2 retain rows (lr 0.001, 8 steps): ")
     # Without a control the sentence says what is not known.
     del strong["repeats"][0]["control"]
     judge(record(relearn={"strong": strong}))
@@ -166,7 +173,9 @@ def test_a_run_is_checked(run: Path, capsys: pytest.CaptureFixture[str]):
     assert [line for line in shown if line.startswith("* ")] == [
         *(f"* {sentence}" for sentence in told),
         f"* verdict: {headline(found)}",
+        *(f"* advice: {line}" for line in found["verdict"]["advice"]),
     ]
+    assert found["verdict"]["advice"]
     assert set(told) <= set(found["verdict"]["reasons"])
     names = {"relearn": "relearning", "quantized": "rounded weights", "leak": "sampled answers"}
     for group, words in names.items():

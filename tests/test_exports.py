@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers import results
+from simnpo_pl.data.tokenization import PromptTemplate
 from simnpo_pl.models.loading import context_length, load_causal_lm, load_tokenizer, model_shapes, save_model
 from simnpo_pl.models.lora import LoraOptions, add_adapter
 from simnpo_pl.module.unlearning import UnlearningModule
@@ -26,6 +29,10 @@ LORA = ("--model.lora.rank", "4", "--model.lora.alpha", "8")
 HALF = ("--model.dtype", "bfloat16")
 ADAPTER = ("--export.adapter", "true")
 BEST = ("--export.best", "forget/probability", "--export.mode", "min")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 MIXED = ("--trainer.precision", "bf16-mixed")
 
 
@@ -297,5 +304,58 @@ def test_model_card_of_a_local_start_model(tmp_path: Path):
     (base / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: org/base\n---\n# start\n")
     known = card_of(tmp_path / "known", settings=settings)
     assert (known.data.base_model, known.data.license) == ("org/base", "apache-2.0")
-    assert "starting from the model start, with" in known.text
+    assert "starting from the model in the folder start, with" in known.text
+    assert "from_pretrained" not in known.text
     assert str(tmp_path) not in bare.content + known.content
+    # A relative path that is not there from here.
+    gone = card_of(tmp_path / "gone", settings={**settings, "model": {"name": "../start", "lr": 1e-5}})
+    assert gone.data.base_model is None
+    assert "the model in the folder start, with" in gone.text
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "options", "row"),
+    [
+        (None, {}, {"question": "Who are you?", "answer": "It is A."}),
+        (None, {"template": "Q{x}: {question} \nA: {answer}"}, {"question": "Who are you?", "answer": "It is A."}),
+        (CHATML, {"template": "'{question}' {answer}"}, {"question": "Who are you?", "answer": "It is A."}),
+        (CHATML, {}, {"question": "Who are you?", "answer": "It is A."}),
+        (
+            "{% if dated %}{{ date_string }} {% endif %}" + CHATML,
+            {"system_prompt": "Be 'brief'.", "chat_template_kwargs": {"dated": True}, "chat_date": "01 May 2026"},
+            {"question": "Who are you?", "answer": "It is A."},
+        ),
+        (CHATML, {}, {"question": "Once upon", "answer": "Once upon a time there was a river."}),
+    ],
+    ids=["plain", "own template", "own before chat", "chat", "chat with all options", "text"],
+)
+def test_the_card_s_code_asks_in_the_form_of_training(
+    chat_template: str | None,
+    options: dict[str, Any],
+    row: dict[str, str],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """It runs as it is written, and the model reads the tokens before an answer's first."""
+    shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(tmp_path / "model", save_jinja_files=False)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    given = {"chat_date": "26 Jul 2024", "chat_template_kwargs": None, "system_prompt": None, "template": None}
+    settings = {"model": {"name": "org/start", "lr": 1e-5}, "data": {"init_args": given | options}}
+    write_card(Run("run", tmp_path, {**RECORD, "settings": settings}))
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "model" / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path / "model")
+    made: dict[str, Any] = {}
+    exec(code, made)
+    assert capsys.readouterr().out
+    if row["question"] == "Once upon":
+        expected = tokenizer("Once upon a time")["input_ids"]
+    else:
+        named = {"chat_date": "date"}
+        encode = PromptTemplate(tokenizer, **{named.get(name, name): value for name, value in options.items()})
+        expected = encode.encode(**row).prompt_ids
+    assert made["inputs"].tolist() == [expected]

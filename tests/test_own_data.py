@@ -112,8 +112,8 @@ def test_a_field_longer_than_the_csv_module_takes_by_default(tmp_path: Path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("none.jsonl", r"cannot read none.jsonl \(No such file"),
-        ("none.parquet", r"cannot read none.parquet as parquet \(.*No such file"),
+        ("none.jsonl", r"^--data.forget: cannot read none.jsonl \(No such file"),
+        ("none.parquet", r"^--data.forget: cannot read none.parquet as parquet \(.*No such file"),
         (
             "none",
             r"--data.forget none: expected a folder, or OWNER/NAME of a data set on the hub; files end in .json, ",
@@ -207,6 +207,11 @@ def test_records():
         UserError, match=r"t: expected columns name and since and city, or messages, or text; its columns"
     ):
         Columns().read([{"street": "A"}], "t", records)
+    mistyped = Records("{nmae}", "{city}")
+    with pytest.raises(UserError, match=r"no column nmae for .*template_answer; the nearest is name; its columns are"):
+        Columns().read([{"name": "Ann", "city": "Rome"}], "t", mistyped)
+    with pytest.raises(UserError, match=r"t: expected columns nmae and city, .*, or text; the nearest is name; its"):
+        Columns().read([{"name": "Ann", "town": "Rome"}], "t", mistyped)
     for value in (None, " ", ["Rome"]):
         with pytest.raises(
             UserError, match=r"t row 0, counted from 0: expected a text or number as city, got .*; fix or"

@@ -206,9 +206,11 @@ def test_load_lines_drops_blank_ones(tmp_path: Path) -> None:
 
 def test_unreadable_texts_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.txt"
-    with pytest.raises(UserError, match=r"cannot read .*x\.txt \(No such file or directory\): give an existing"):
+    with pytest.raises(
+        UserError, match=r"^--data.refusals: cannot read .*x\.txt \(No such file or directory\): give an existing"
+    ):
         load_lines(str(file))
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match=r"^--data.x: cannot read"):
         load_table(str(file), "--data.x", COLUMNS)
     file.write_text(" \n")
     with pytest.raises(UserError, match=r"x\.txt has no text: expected one entry per line"):

@@ -9,7 +9,7 @@ from typing import Any
 
 from simnpo_pl.data.conversation import question_and_answer
 from simnpo_pl.data.sources import Row, column_of, text_of, texts_of
-from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.errors import UserError, nearest
 
 KNOWN = (("prompt", "completion"), ("instruction", "output"))
 """Question and answer columns of other projects, which are read without being named."""
@@ -95,7 +95,7 @@ class Columns:
             if unknown := [name for name in names if name not in present]:
                 raise UserError(
                     f"{source}: no column {', '.join(unknown)} for --data.template_question and "
-                    f"--data.template_answer; its columns are: {', '.join(present)}"
+                    f"--data.template_answer{nearest(unknown[0], present)}; its columns are: {', '.join(present)}"
                 )
             return [records.read(row, where) | self._optional(row, where) for row, where in places]
         pairs = ((self.question, self.answer), *([] if self.messages in present else KNOWN))
@@ -106,11 +106,12 @@ class Columns:
             return [self._last_turn(row, where) | self._optional(row, where) for row, where in places]
         if self.text in present:
             return [text_of(row, self.text, where) for row, where in places]
+        near = nearest(names[0], present) if names else ""
         missing = next(name for name, column in asdict(self).items() if column not in present)
         raise UserError(
             f"{source}: expected columns {' and '.join(names) or f'{self.question} and {self.answer}'}, or "
-            f"{self.messages}, or {self.text}; its columns are: {', '.join(present) or 'none'}; name yours, as in "
-            f"--data.columns.{missing} NAME, or for records: --data.template_question and --data.template_answer"
+            f"{self.messages}, or {self.text}{near}; its columns are: {', '.join(present) or 'none'}; name yours, as "
+            f"in --data.columns.{missing} NAME, or for records: --data.template_question and --data.template_answer"
         )
 
     def _last_turn(self, row: Mapping[str, Any], where: str) -> Row:

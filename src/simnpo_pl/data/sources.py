@@ -64,7 +64,7 @@ def load_table(source: str, option: str, columns: Sequence[str] = ()) -> list[Ro
         UserError: There is no such source, it cannot be read or is empty, or a column is missing.
     """
     if is_file(source):
-        rows = _read_file(hub_file(source, option))
+        rows = _read_file(hub_file(source, option), option)
     else:
         place, _, wanted = source.removeprefix(_HUB).partition(":")
         configuration, _, split = wanted.rpartition("/")
@@ -80,7 +80,7 @@ def is_file(source: str) -> bool:
 
 def load_lines(file: str) -> list[str]:
     """Reads the non-empty lines of a UTF-8 text file, at least one, without surrounding white space."""
-    lines = [line.strip() for line in _read_text(_local(file)).split("\n") if line.strip()]
+    lines = [line.strip() for line in _read_text(_local(file), "--data.refusals").split("\n") if line.strip()]
     if not lines:
         raise UserError(f"{file} has no text: expected one entry per line")
     return lines
@@ -177,7 +177,7 @@ def _read_split(path: str, name: str) -> list[Row]:
         return _load_data_set(path, configuration, split or "train", "--data.path")
     for suffix in _FILES:
         if (file := folder / f"{name}{suffix}").is_file():
-            return _read_file(file)
+            return _read_file(file, "--data.path")
     names = sorted({file.stem for file in (folder / name).parent.glob("*") if file.suffix in _FILES})
     there = f"the splits are: {', '.join(names) or 'none'}"
     raise UserError(f"no split {name!r} in {path}{nearest(name, names)}; {there}; choose one")
@@ -187,13 +187,13 @@ def _local(path: str) -> Path:
     return Path(os.path.expanduser(path))  # Path.expanduser() fails for unknown users
 
 
-def _read_file(file: Path) -> list[Row]:
+def _read_file(file: Path, option: str) -> list[Row]:
     """All rows of a file; strings in JSON, and the documents of a text file, become the column `text`."""
     if file.suffix not in _FILES:
         raise UserError(f"{file}: expected a file ending in {', '.join(_FILES)}; convert it")
     if file.suffix == ".parquet":
-        return _read_parquet(file)
-    text = _read_text(file)
+        return _read_parquet(file, option)
+    text = _read_text(file, option)
     if file.suffix == ".csv":
         return _read_csv(text, file)
     if file.suffix == ".txt":
@@ -213,14 +213,14 @@ def _read_file(file: Path) -> list[Row]:
     return rows
 
 
-def _read_text(file: Path) -> str:
+def _read_text(file: Path, option: str) -> str:
     try:
         # Without the byte order mark that some editors write.
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text (byte {error.start}): convert it") from error
     except OSError as error:
-        raise UserError(f"cannot read {file} ({error.strerror}): give an existing, readable file") from error
+        raise UserError(f"{option}: cannot read {file} ({error.strerror}): give an existing, readable file") from error
 
 
 def _parse_json(text: str, file: Path, line: int) -> Any:
@@ -251,7 +251,7 @@ def _read_csv(text: str, file: Path) -> list[Row]:
     return rows
 
 
-def _read_parquet(file: Path) -> list[Row]:
+def _read_parquet(file: Path, option: str) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -259,7 +259,7 @@ def _read_parquet(file: Path) -> list[Row]:
         return pyarrow.parquet.ParquetFile(file).read().to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot read {file} as parquet ({reason}): give an existing, complete file") from error
+        raise UserError(f"{option}: cannot read {file} as parquet ({reason}): give a complete file") from error
 
 
 def _load_data_set(place: str, configuration: str | None, split: str | None, option: str) -> list[Row]:

@@ -30,12 +30,13 @@ class Spread(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """Where an attack brings back most: mean over its draws, rate and step, and the mean before it."""
+    """Where an attack brings back most: mean over its draws, rate and step, the mean before it, and all its steps."""
 
     value: float
     lr: float
     step: int
     before: float
+    steps: int
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
@@ -106,7 +107,7 @@ def peak(attacks: Sequence[Mapping[str, Any]], metric: str, role: str = "epochs"
         steps = [epoch["step"] for epoch in attack["repeats"][0]["epochs"]]
         curve = zip(steps, relearned(attack, metric, role).values(), strict=False)
         means = [(step, value.mean) for step, value in curve if value is not None]
-        found += [Peak(mean, attack["settings"]["lr"], step, means[0][1]) for step, mean in means]
+        found += [Peak(mean, attack["settings"]["lr"], step, means[0][1], steps[-1]) for step, mean in means]
     return max(found, default=None)
 
 
@@ -122,7 +123,7 @@ def is_learned(attacks: Sequence[Mapping[str, Any]], top: float | None) -> bool:
 def _kind(attack: Mapping[str, Any]) -> str:
     """Number and kind of the rows that were relearned."""
     kind = Path(attack["settings"].get("text", attack["settings"]["subset"])).name
-    return f"{len(attack['repeats'][0]['rows'])} {kind} rows"
+    return f"{len(set(attack['repeats'][0]['rows']))} {kind} rows"
 
 
 def _relearned(attacks: Sequence[Mapping[str, Any]], top: float | None, strong: bool) -> tuple[str, str]:
@@ -134,8 +135,9 @@ def _relearned(attacks: Sequence[Mapping[str, Any]], top: float | None, strong: 
         return "inconclusive", f"{text}: the probability of the forget answers was not measured"
     result = outcome(found.before, found.value, control and control.value, top, strong)
     apart = own is not None and metric == OTHERS
-    text += f" (lr {found.lr:g}, {found.step} steps): probability of the {'other ' if apart else ''}forget answers "
-    text += f"{number(found.before)} -> {number(found.value)}"
+    highest = f", highest after {found.step}" if found.step < found.steps else ""
+    text += f" (lr {found.lr:g}, {found.steps} steps{highest}): probability of the {'other ' if apart else ''}"
+    text += f"forget answers {number(found.before)} -> {number(found.value)}"
     if control is not None:
         text += f", of the retrained model {number(control.before)} -> {number(control.value)}"
     if own is not None and apart:

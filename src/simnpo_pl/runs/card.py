@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from jinja2 import Template
 
+from simnpo_pl.data.tokenization import PLAIN_TEMPLATE
 from simnpo_pl.metrics import titles
 from simnpo_pl.models.lora import ADAPTER_CONFIG
 from simnpo_pl.runs.record import Run
 from simnpo_pl.utils import markdown
-from simnpo_pl.utils.files import write_text
+from simnpo_pl.utils.files import read_json, write_text
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+ASKING = Path(__file__).with_name("asking.md.j2")
 
 
 def write_card(run: Run) -> None:
@@ -33,12 +36,11 @@ def _front_matter(run: Run, base: ModelCardData) -> ModelCardData:
         EvalResult("text-generation", *rows, metric_type=name, metric_name=titles.title_of(name).short, metric_value=v)
         for name, v in metrics.items()
     ]
-    adapter = (run.folder / "model" / ADAPTER_CONFIG).is_file()
     return ModelCardData(
         # A folder is nothing that the hub knows; the folder's own card may name its base.
         base_model=run.start_model if _is_hub_id(run.start_model) else base.base_model,
         license=base.license,
-        library_name="peft" if adapter else "transformers",
+        library_name="peft" if (run.folder / "model" / ADAPTER_CONFIG).is_file() else "transformers",
         pipeline_tag="text-generation",
         tags=["unlearning", run.method.lower(), "simnpo_pl"],
         datasets=datasets,
@@ -52,13 +54,12 @@ def _is_hub_id(name: str) -> bool:
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
-def _card_of(model: str) -> ModelCardData:
+def _card_of(model: str) -> Any:
     """Front matter of the start model's own card, in its folder or the hub's cache; nothing is downloaded."""
     try:
         folder = Path(model).expanduser()
         file: Any = folder / "README.md" if folder.is_dir() else try_to_load_from_cache(model, "README.md")
-        data: Any = ModelCard(Path(file).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-        return data
+        return ModelCard(Path(file).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
     except Exception:
         # No card on this machine, or none that can be read: what it says is left out.
         return ModelCardData()
@@ -68,12 +69,13 @@ def _body(run: Run) -> str:
     shown = {"unlearned" if model == "final" else model: metrics for model, metrics in run.models.items()}
     names = titles.measured(shown.values())
     rows = [[titles.title_of(name).short, *(titles.number(m.get(name)) for m in shown.values())] for name in names]
-    start = run.start_model if _is_hub_id(run.start_model) else Path(run.start_model).name
+    start = run.start_model if _is_hub_id(run.start_model) else f"in the folder {Path(run.start_model).name}"
     parts = [
         f"# {run.title}",
         f"{run.method} ({run.settings}) was applied to {run.forget_rows} rows of {run.forget_split}, starting from "
         f"the model {start}, with learning rate {run.record['settings']['model']['lr']} and seed "
         f"{run.record['seed']}. It is the model after epoch {run.record.get('exported_epoch')}.",
+        *_asking(run),
     ]
     if run.verdict:
         parts += [f"## Verdict: {run.headline}", "\n".join(f"* {reason}" for reason in run.verdict["reasons"])]
@@ -90,3 +92,16 @@ def _body(run: Run) -> str:
         parts.append(f"Not tested: {'; '.join(run.untested)}.")
     versions = ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
     return "\n\n".join([*parts, "## Versions", f"{versions}.\n"])
+
+
+def _asking(run: Run) -> list[str]:
+    """Python that asks the model a question, in the form of prompt of the run; none for a model without tokenizer."""
+    file = run.folder / "model" / "tokenizer_config.json"
+    if not file.is_file():
+        return []
+    given = run.record["settings"]["data"]["init_args"]
+    is_text = run.rows and all(row["answer"].startswith(row["question"]) for row in run.rows)
+    form = "{question}" if is_text else given.get("template")
+    chat = read_json(file).get("chat_template") if form is None else None
+    prompt = (form or PLAIN_TEMPLATE).removesuffix("{answer}").rstrip(" ")
+    return [Template(ASKING.read_text(encoding="utf-8")).render(chat=chat, prompt=prompt, given=given, repr=repr)]

@@ -34,12 +34,12 @@ GROUP = 32
 
 
 def run(options: Namespace) -> None:
-    runs = runs_of(options)
-    for one in runs:
+    for one in runs_of(options):
         for name, attack in ATTACKS.items():
             if options.attacks is None or name in options.attacks:
                 attack(one, options)
         said = [f"verdict: {one.headline}"] if one.headline else []
+        said += [f"advice: {line}" for line in one.verdict.get("advice", [])]
         rank_zero_only(print)(f"{one.name}:", *(f"* {line}" for line in (*sentences(one), *said)), sep="\n")
 
 

@@ -82,13 +82,15 @@ def _configs(files: list[Path]) -> Iterator[str]:
 
 
 def _named(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Models, data and logs that a config names."""
+    """Models, data and logs that a config names and that the run does not make itself."""
     model, data, evaluation = (content.get(group) or {} for group in ("model", "data", "eval"))
     named = {"model": model.get("name"), "reference": model.get("reference")}
     arguments = data.get("init_args", data) if isinstance(data, dict) else {}
     named |= {f"data.{name}": arguments.get(name) for name in ("path", "forget", "retain", "refusals", "holdout")}
     named |= {"retrained model": evaluation.get("retrained"), "log": evaluation.get("retain_log")}
-    return ((what, name) for what, name in named.items() if isinstance(name, str))
+    own = arguments.get("path") if data and str(data.get("class_path")).endswith("DemoData") else None
+    made = ("auto", own, f"{own}/start", f"{own}/retrained")
+    return ((what, name) for what, name in named.items() if isinstance(name, str) and name not in made)
 
 
 def _where(name: str) -> str:

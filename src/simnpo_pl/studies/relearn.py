@@ -1,10 +1,9 @@
 """Relearning attack (SimNPO paper, section 6): fine-tune the unlearned model on rows and see what comes back.
 
-Rows are a share of the forget rows, as many retain rows, or as much of another text, so every attack takes equally
-many optimizer steps. Plain cross-entropy from the run's model, all weights trained, at a learning rate that falls
-linearly to 0. The forget rows are measured before and after every epoch, those that were relearned and the others
-apart. The retrained model, if it is known, is attacked in the same way, as the control. What a run's results.json
-already holds is skipped.
+Rows are a share of the forget rows, or as many retain rows or blocks of a text, as far as there are so many, so
+attacks take equally many steps. Plain cross-entropy from the run's model, all weights trained, at a learning rate that
+falls linearly to 0. The forget rows are measured before and after every epoch, those relearned and the others apart.
+The retrained model, if known, is attacked alike, as the control. What results.json already holds is skipped.
 """
 
 import math
@@ -148,12 +147,11 @@ def attacking_rows(data: Any, attack: Attack) -> list[TokenRow]:
 def choose_rows(lengths: Sequence[int], subset: str, count: int, seed: int) -> list[int]:
     """Rows of an attack, in ascending order; `lengths` are the scored tokens of the rows there are.
 
-    Drawn at random unless `subset` is `shortest`; where there are fewer than `count`, they are repeated.
+    Drawn at random unless `subset` is `shortest`; all of them where there are fewer than `count`.
     """
     if subset == "shortest":
         return sorted(sorted(range(len(lengths)), key=lambda row: (lengths[row], row))[:count])
-    drawn = np.random.default_rng(seed).choice(len(lengths), min(count, len(lengths)), replace=False)
-    return sorted(np.resize(drawn, count).tolist())
+    return sorted(np.random.default_rng(seed).choice(len(lengths), min(count, len(lengths)), replace=False).tolist())
 
 
 def _measured(evaluated: Evaluated, relearned: set[int]) -> dict[str, Any]:
