@@ -101,12 +101,7 @@ def _cell(value: Spread | None, bold: bool = False) -> str:
 
 
 def _math(value: float) -> str:
-    """A number, a power of ten written as one.
-
-    Example:
-        >>> _math(1e-6), _math(0.25)
-        ('1.0 \\\\cdot 10^{-6}', '0.25')
-    """
+    """A number, a power of ten written as one."""
     return re.sub(r"e([+-])0*(\d+)$", lambda found: rf" \cdot 10^{{{found[1].strip('+')}{found[2]}}}", number(value))
 
 

@@ -15,10 +15,7 @@ from simnpo_pl.utils.files import read_json, read_json_lines
 Row = dict[str, Any]
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(?:fit_)?")
 """Beginning of the name that the command line gives to a folder."""
-TRAINING = (
-    *("model", "seed", "train_split", "forget_rows", "refusals", "alternates"),
-    *("effective_batch", "per_device_batch"),
-)
+TRAINING = re.compile(r"model|seed|train_split|forget_rows|refusals|alternates|(effective|per_device)_batch")
 """Settings of the data that do not change what is measured on a model."""
 TOLD = ("objective", "retain_loss", "forget_weight", "retain_weight", "update")
 """Settings of the model that `Run.settings` tells."""
@@ -123,7 +120,7 @@ class Run:
     def measured(self) -> dict[str, Any]:
         """Options that say which data is measured."""
         data = self.record["settings"].get("data", {}).get("init_args", {})
-        return {f"data.{name}": value for name, value in data.items() if name not in TRAINING}
+        return {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
 
     @property
     def forget_split(self) -> str:
