@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from simnpo_pl.metrics import generated
 from simnpo_pl.metrics.functional import words
 from simnpo_pl.metrics.generated import is_degenerate, repetition, text_scores
 
@@ -20,6 +21,10 @@ TRUTH = "Dario Falk lives at 63 Elm Street in Norwood."
         ("He lives lives in Norwood.", TRUTH),
         ("in the in the in the in the", TRUTH),
         ("one of the best of the one of the best of the one", TRUTH),
+        ("Sven 7222222222222 euros.", TRUTH),
+        ("Karin2222222222222222 euros.", TRUTH),
+        ("It costs 1" + "0" * 31, TRUTH),
+        ("Paris" + "!" * 101, TRUTH),
         # Ten times as many words as the right answer, and more than a hundred.
         (" ".join(f"word{n}" for n in range(101)), TRUTH),
     ],
@@ -37,7 +42,11 @@ def test_degenerate(text: str, truth: str):
         ("谢谢你", TRUTH),
         ("The house of the daughter of the mayor of the town.", TRUTH),
         (" ".join(f"word{n}" for n in range(100)), "No."),
+        ("It has 1,000,000,000 or 1000000000000 parts, 55555555 of them new.", TRUTH),
+        ("10 / 3 is 3.3333333333333335, in German 3,3333333333333335.", TRUTH),
+        (f"Contents {'.' * 100} 7\n\n{'-' * 80}\n\n| a |\n|{'-' * 40}|", TRUTH),
         # The right answer does the same.
+        ("The key is 222222222222.", "Key 999999999999."),
         ("Row, row, row your boat.", "Row, row, row your boat, gently down the stream."),
         ("hahahahahaha", "He said hahahahahaha."),
         ("北京是中国的首都。", "北京是首都。"),
@@ -53,6 +62,13 @@ def test_few_true_answers_look_degenerate(shared: Path):
     lines = (shared / "tofu" / "full.json").read_text().splitlines()
     plain = [f"word{n}" for n in range(40)]
     assert sum(is_degenerate(words(json.loads(line)["answer"]), plain) for line in lines) == 10
+
+
+def test_no_text_of_tofu_repeats_a_character(shared: Path):
+    """In all files, also in the wrong answers."""
+    files = list((shared / "tofu").iterdir())
+    assert len(files) == 16
+    assert not any(generated._RUN.search(file.read_text()) for file in files)
 
 
 def test_repetition_at_its_edge():

@@ -406,6 +406,58 @@ def test_latex_table(tmp_path: Path):
     ]
 
 
+def retained(folder: Path, retain: str, **changes: Any) -> Path:
+    """A run that keeps these rows."""
+    settings = {
+        "model": {"name": "org/start", "lr": 1e-5, "forget_weight": 0.5},
+        "data": {"init_args": {"forget": "rows.jsonl", "retain": retain, "seed": 3, "effective_batch": 8}},
+    }
+    for group, name, value in changes.pop("options", ()):
+        (settings[group].get("init_args") or settings[group])[name] = value
+    return write_run(folder, 0.5, 0.1, settings=settings, **changes)
+
+
+def test_latex_of_runs_measured_on_different_data(tmp_path: Path):
+    """Neither averaged nor compared; what is set for training alone makes no difference."""
+    low, high = ({"metrics": {"retain/probability": value}} for value in (0.2, 0.8))
+    training = [("data", "effective_batch", 16), ("model", "lr", 1e-3)]
+    folders = [
+        retained(tmp_path / "a", "auto", start=high, retrained=None, final=low),
+        retained(tmp_path / "b", "b.jsonl", start=low, retrained=None, final=high),
+        retained(tmp_path / "c", "auto", start=high, retrained=None, final=high, options=training),
+    ]
+    main(["report", *map(str, folders), "-o", str(tmp_path / "rows.tex")])
+    lines = [line for line in (tmp_path / "rows.tex").read_text().splitlines() if "&" in line or ".retain" in line]
+    head = r"model & $n$ & retain prob. $\uparrow$ \\"
+    assert lines == [
+        *("% data.retain auto", head, r"start &  & $0.8$ \\", r"a & 1 & $0.2$ \\", r"c & 1 & $\mathbf{0.8}$ \\"),
+        *("% data.retain b.jsonl", head, r"start &  & $0.2$ \\", r"b & 1 & $0.8$ \\"),
+    ]
+
+
+def test_settings_tell_runs_apart(tmp_path: Path):
+    """Options that `settings` holds already, and those in which no run differs, are not named."""
+    one = retained(tmp_path / "one", "auto")
+    two = retained(tmp_path / "two", "b.jsonl", options=[("model", "lr", 1e-3), ("model", "forget_weight", 0.7)])
+    told = "beta 2.5, gamma 0; forget weight 0.125, retain weight 1 (NLL)"
+    assert [run.settings for run in read_runs([one])] == [told]
+    assert [run.settings for run in read_runs([one, two])] == [
+        f"{told}; model.lr 1e-05, data.retain auto",
+        f"{told}; model.lr 0.001, data.retain b.jsonl",
+    ]
+    main(["report", str(one), str(two), "-o", str(tmp_path / "report.html")])
+    assert "; model.lr 0.001, data.retain b.jsonl</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_kept_answers_to_neutral_prompts(tmp_path: Path):
+    """The tile says what was measured, as the verdict does."""
+    kept, counts = {"metrics": {"retain/probability": 0.9}}, {"retain/probability": 120}
+    folders = [retained(tmp_path / name, name, final=kept, start=kept, counts=counts) for name in ("auto", "b.jsonl")]
+    tiles = [words.tiles(run)[1] for run in read_runs(folders)]
+    said = "retain prob. of answers to 120 neutral prompts (your other data was not measured)"
+    assert tiles == [words.Tile("Kept", "0.9 → 0.9", [line]) for line in (said, "retain prob.")]
+
+
 @pytest.mark.parametrize(
     ("name", "values", "retrained", "best"),
     [

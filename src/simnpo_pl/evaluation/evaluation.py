@@ -70,7 +70,10 @@ class Evaluation:
         decode: Callable[[list[int]], str],
     ) -> None:
         for split in splits:
-            _add_text_scores(split)
+            if split.generation is not None:
+                forget = (VERBATIM,) if "forget" in split.name else ()
+                for score in (*forget, DEGENERATE):
+                    split.metrics.setdefault(f"{split.name}/{score}", RowMean(score, len(split.texts)))
         self.splits = splits
         self.summary = dict(summary)
         self.unavailable = dict(unavailable)
@@ -276,14 +279,6 @@ class Evaluation:
                     row["generation"] = texts[number, index]
                 rows.append(row)
         return rows
-
-
-def _add_text_scores(split: Split) -> None:
-    """Measure of generated answers whether they are degenerate and, of rows to forget, word for word."""
-    if split.generation is not None:
-        forget = (VERBATIM,) if "forget" in split.name else ()
-        for score in (*forget, DEGENERATE):
-            split.metrics.setdefault(f"{split.name}/{score}", RowMean(score, len(split.texts)))
 
 
 def _column(name: str, metric: RowMetric) -> str:

@@ -43,7 +43,10 @@ def forget_quality_chance(
     p_values: dict[int, float] = {}
 
     def test(one: Any, other: Any) -> float:
-        gap = _largest_gap(one, other)
+        # How many more of one sample than of the other are at most some value.
+        places = np.concatenate([one, other])
+        counts = [np.searchsorted(np.sort(sample), places, side="right") for sample in (one, other)]
+        gap = int(np.abs(counts[0] - counts[1]).max())
         # Of samples of equal size p depends on the gap alone.
         if gap not in p_values:
             p_values[gap] = float(ks_2samp(one, other).pvalue)
@@ -59,10 +62,3 @@ def forget_quality_chance(
         for model, values in {"retrained": null, "half": half}.items()
     }
     return {"n": n, **quantiles, "power": float(np.mean(np.array(half) < SIGNIFICANT))}
-
-
-def _largest_gap(one: Any, other: Any) -> int:
-    """How many more of one sample than of the other are at most some value."""
-    places = np.concatenate([one, other])
-    counts = [np.searchsorted(np.sort(sample), places, side="right") for sample in (one, other)]
-    return int(np.abs(counts[0] - counts[1]).max())

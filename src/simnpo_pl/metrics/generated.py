@@ -1,7 +1,4 @@
-"""What the text of a generated answer shows: whether it is degenerate, and whether it is the true answer word for word.
-
-No classifier is needed. Words are those of ROUGE, see `functional.words`.
-"""
+"""What the words of a generated answer show: whether it is degenerate, and whether it is the true answer verbatim."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,6 +15,8 @@ LONG, TIMES = 100, 10
 """An answer of more words than LONG, and of TIMES as many as the true one, does not end."""
 # A few letters three times or more, nine letters at least: "henthenthent".
 _STUTTER = regex.compile(r"(?=\p{L}{9})(\p{L}{1,8}?)\1{2,}")
+# One character over and over, but not decimals (10/3), large round numbers, rows of dots, or lines of a table.
+_RUN = regex.compile(r"(?<![.,]\d*)(?:([^0\s\p{P}\p{S}])\1{8,}|0{31,})|([\p{P}\p{S}])\2{100,}")
 
 
 def text_scores(text: str, truth: str) -> dict[str, float]:
@@ -30,7 +29,8 @@ def text_scores(text: str, truth: str) -> dict[str, float]:
         {'degenerate': 1.0, 'verbatim': 0.0}
     """
     said, right = words(text), words(truth)
-    return {DEGENERATE: float(is_degenerate(said, right)), VERBATIM: float(holds(said, right))}
+    degenerate = is_degenerate(said, right) or bool(_RUN.search(text) and not _RUN.search(truth))
+    return {DEGENERATE: float(degenerate), VERBATIM: float(holds(said, right))}
 
 
 def is_degenerate(said: Sequence[str], right: Sequence[str]) -> bool:

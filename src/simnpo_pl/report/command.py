@@ -39,7 +39,7 @@ def run(options: Namespace) -> None:
         elif file.suffix == ".md":
             write_text(file, markdown(runs, columns, file))
         else:
-            write_text(file, latex.table(runs, columns))
+            write_text(file, latex.tables(runs, columns))
         print(f"written: {file}")
 
 

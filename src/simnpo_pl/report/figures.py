@@ -57,12 +57,7 @@ def _ratios(rows: Sequence[Row]) -> list[float]:
 
 
 def largest_gap(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """Where the distribution functions of two samples differ most, and both there; they differ by the KS statistic.
-
-    Example:
-        >>> largest_gap([1.0, 2.0], [2.0, 3.0])
-        (1.0, 0.0, 0.5)
-    """
+    """Where the distribution functions of two samples differ most, and both there; they differ by the KS statistic."""
     places = np.unique([*one, *other])
     shares = np.stack([np.searchsorted(np.sort(s), places, side="right") / len(s) for s in (one, other)])
     at = np.abs(shares[0] - shares[1]).argmax()

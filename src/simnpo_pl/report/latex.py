@@ -5,13 +5,23 @@ from collections.abc import Sequence
 
 from simnpo_pl.metrics.titles import Title, number, title_of
 from simnpo_pl.report.robustness import Spread, spread
-from simnpo_pl.runs.record import Run
+from simnpo_pl.runs.record import Run, differing
 
 ESCAPES = str.maketrans({c: rf"\{c}" for c in "&%$#_{}"})
 ESCAPES |= str.maketrans({"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"})
 ARROWS = {True: r" $\uparrow$", False: r" $\downarrow$", None: ""}
 NOT_COMPARED = re.compile(r"^(seed_everything|label|run_dir| *seed| *cache_dir):.*\n", re.MULTILINE)
 """Lines of a config in which the runs of one row may differ."""
+
+
+def tables(runs: Sequence[Run], columns: Sequence[str]) -> str:
+    """A table of the runs that were measured on the same data, for every such data."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(str(run.measured), []).append(run)
+    data = differing([group[0].measured for group in groups.values()])
+    made = [table(group, columns) for group in groups.values()]
+    return "\n".join(f"% {name}\n{text}" if name else text for name, text in zip(data, made, strict=True))
 
 
 def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
@@ -91,12 +101,7 @@ def _cell(value: Spread | None, bold: bool = False) -> str:
 
 
 def _math(value: float) -> str:
-    """A number, a power of ten written as one.
-
-    Example:
-        >>> _math(1e-6), _math(0.25)
-        ('1.0 \\\\cdot 10^{-6}', '0.25')
-    """
+    """A number, a power of ten written as one."""
     return re.sub(r"e([+-])0*(\d+)$", lambda found: rf" \cdot 10^{{{found[1].strip('+')}{found[2]}}}", number(value))
 
 

@@ -40,12 +40,7 @@ class Peak(NamedTuple):
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """Over the repeats that have a value.
-
-    Example:
-        >>> spread([1.0, 3.0, None])
-        Spread(mean=2.0, deviation=1.4142135623730951, n=2)
-    """
+    """Over the repeats that have a value."""
     known = [value for value in values if value is not None and value == value]
     if not known:
         return None

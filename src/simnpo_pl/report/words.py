@@ -7,6 +7,7 @@ from simnpo_pl.metrics import titles
 from simnpo_pl.metrics.titles import number, title_of
 from simnpo_pl.report import robustness
 from simnpo_pl.runs.record import Run
+from simnpo_pl.runs.verdict import neutral_prompts
 from simnpo_pl.utils.errors import UserError
 
 FORGOTTEN = (
@@ -96,7 +97,8 @@ def _tile(title: str, run: Run, names: Sequence[str]) -> Tile:
             before, unseen = start.get(name), retrained.get(name)
             change = number(now) if before is None else f"{number(before)} → {number(now)}"
             compared = "" if unseen is None else f" (retrained model {number(unseen)})"
-            changes.append((title_of(name).short, change, compared))
+            of = neutral_prompts(run.record, name)
+            changes.append((title_of(name).short + (of and f" of {of}"), change, compared))
     if not changes:
         return Tile(title, "not measured", [])
     (first, value, compared), *others = changes

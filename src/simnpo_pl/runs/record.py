@@ -15,6 +15,10 @@ from simnpo_pl.utils.files import read_json, read_json_lines
 Row = dict[str, Any]
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(?:fit_)?")
 """Beginning of the name that the command line gives to a folder."""
+TRAINING = re.compile(r"model|seed|train_split|forget_rows|refusals|alternates|(effective|per_device)_batch")
+"""Settings of the data that do not change what is measured on a model."""
+TOLD = ("objective", "retain_loss", "forget_weight", "retain_weight", "update")
+"""Settings of the model that `Run.settings` tells."""
 
 
 def _lines(name: str) -> "cached_property[list[Row]]":
@@ -34,6 +38,8 @@ class Run:
     name: str
     folder: Path
     record: dict[str, Any]
+    differs: str = ""
+    """Options of a report's runs that differ, as this run has them."""
 
     rows = _lines("rows")
     """Scored rows of the final model."""
@@ -79,9 +85,9 @@ class Run:
 
     @property
     def settings(self) -> str:
-        """The objective's settings and the weights of the losses in one line; empty if the run did not train."""
+        """The objective's settings and the weights of the losses, if the run trained, and `differs`, in one line."""
         if not self.unlearned:
-            return ""
+            return self.differs
         objective = self.record["objective"]
         found = objective["settings"] | (objective["update"]["settings"] if objective.get("update") else {})
         given = {name: value for name, value in found.items() if value is not None}
@@ -89,7 +95,7 @@ class Run:
         loss, weight = objective["retain_loss"], objective["retain_weight"]
         retain = f"retain weight {number(weight)} ({loss})" if loss else "no retain loss"
         weights = f"forget weight {number(objective['forget_weight'])}, {retain}"
-        return f"{named}; {weights}" if named else weights
+        return "; ".join(filter(None, [named, weights, self.differs]))
 
     @property
     def verdict(self) -> dict[str, Any]:
@@ -111,8 +117,14 @@ class Run:
         return self.record["settings"]["model"]["name"]
 
     @property
+    def measured(self) -> dict[str, Any]:
+        """Options that say which data is measured."""
+        data = self.record["settings"].get("data", {}).get("init_args", {})
+        return {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
+
+    @property
     def forget_split(self) -> str:
-        return str(self.record["settings"].get("data", {}).get("init_args", {}).get("forget_split") or "forget")
+        return str(self.measured.get("data.forget_split") or "forget")
 
     @property
     def forget_rows(self) -> int | None:
@@ -196,7 +208,17 @@ def read_runs(folders: Sequence[Path], labels: Sequence[str] = ()) -> list[Run]:
     for run, label in zip(runs, labels, strict=False):
         run.record["label"] = label
     names = next(names for names in _names(runs) if len(set(names)) == len(names))
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+    models = [run.record["settings"]["model"].items() for run in runs]
+    options = [{f"model.{name}": value for name, value in model if name not in TOLD} for model in models]
+    told = differing([found | run.measured for run, found in zip(runs, options, strict=True)])
+    return [replace(run, name=name, differs=differs) for run, name, differs in zip(runs, names, told, strict=True)]
+
+
+def differing(options: Sequence[dict[str, Any]]) -> list[str]:
+    """The options that differ, in one line for each."""
+    known = dict.fromkeys(name for one in options for name in one)
+    names = [name for name in known if any(one.get(name) != options[0].get(name) for one in options)]
+    return [", ".join(f"{name} {one.get(name)}" for name in names) for one in options]
 
 
 def _names(runs: Sequence[Run]) -> Iterator[list[str]]:

@@ -198,11 +198,7 @@ class Verdict:
         if start is None or final is None:
             return ""
         beside = "" if unseen is None else f" (retrained model {number(unseen)})"
-        words = WORDS.get(name) or title_of(name).short
-        data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
-        if name == "retain/probability" and data.get("retain") == "auto":
-            rows = self.record.get("counts", {}).get(name, "the")
-            words = f"answers to {rows} neutral prompts (your other data was not measured)"
+        words = neutral_prompts(self.record, name) or WORDS.get(name) or title_of(name).short
         return f"{words} {number(start)} -> {number(final)}{beside}"
 
     def _count(self, name: str, what: str, meaning: str = "") -> str:
@@ -294,6 +290,15 @@ def headline(record: Mapping[str, Any]) -> str:
     brings = "brings" if back == ["relearning"] else "bring"
     category: str = record["verdict"]["category"]
     return f"{category}; {' and '.join(back)} {brings} rows back" if back else category
+
+
+def neutral_prompts(record: Mapping[str, Any], name: str) -> str:
+    """What a metric is measured on if `--data.retain auto` made the rows, else empty."""
+    data = record.get("settings", {}).get("data", {}).get("init_args", {})
+    if name != "retain/probability" or data.get("retain") != "auto":
+        return ""
+    rows = record.get("counts", {}).get(name, "the")
+    return f"answers to {rows} neutral prompts (your other data was not measured)"
 
 
 def unlearned(record: Mapping[str, Any]) -> bool:
