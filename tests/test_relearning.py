@@ -31,14 +31,14 @@ def relearn(run: Path, *options: str) -> None:
 
 
 def test_rows_by_hand():
-    """Of equally short answers the earlier rows are taken; a draw is its seed's; too few rows are all taken, once."""
+    """Of equally short answers the earlier rows are taken; a draw is its seed's; too few rows are repeated."""
     lengths = [4, 3, 9, 3, 3]
     assert choose_rows(lengths, "shortest", 2, seed=0) == [1, 3]
     draws = [choose_rows(range(100), "random", 20, seed) for seed in (0, 1, 0)]
     assert draws[0] == draws[2] != draws[1]
     assert len(set(draws[0])) == 20
     assert choose_rows(lengths, "random", 5, seed=3) == [0, 1, 2, 3, 4]
-    assert choose_rows(lengths[:2], "text", 4, seed=3) == [0, 1]
+    assert choose_rows(lengths[:2], "text", 4, seed=3) == [0, 0, 1, 1]
 
 
 def test_spread_by_hand():
@@ -119,16 +119,15 @@ def test_the_control_is_the_retrained_model(run: Path, other_folder: Path):
 
 
 def test_rows_that_were_never_to_be_forgotten(run: Path, tmp_path: Path):
-    """As many retain rows, or the blocks of text that there are; no forget row is relearned."""
+    """As many retain rows, or blocks of text, and so equally many steps; no forget row is relearned."""
     text = tmp_path / "text.txt"
     text.write_text("Rivers flow down to the sea.\n\nSnow melts in spring, and the fields turn green.")
     relearn(run, "--subset", "shortest", "retain", "--text", str(text), "--repeats", "1")
     found = results(run)["relearn"]
     curves = [found[f"{kind} {KEY}"]["repeats"][0] for kind in ("shortest", "retain", f"text {text}")]
     assert found[f"text {text} {KEY}"]["settings"]["text"] == str(text)
-    # The text has two blocks.
-    assert [len(curve["rows"]) for curve in curves] == [3, 3, 2]
     for curve in curves:
+        assert len(curve["rows"]) == 3
         assert [epoch["step"] for epoch in curve["epochs"]] == [0, 1, 2]
     for curve in curves[1:]:
         for epoch in curve["epochs"]:

@@ -119,7 +119,7 @@ class Run:
     @property
     def measured(self) -> dict[str, Any]:
         """Options that say which data is measured."""
-        data = self.record["settings"].get("data", {}).get("init_args", {})
+        data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
         return {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
 
     @property
@@ -208,7 +208,7 @@ def read_runs(folders: Sequence[Path], labels: Sequence[str] = ()) -> list[Run]:
     for run, label in zip(runs, labels, strict=False):
         run.record["label"] = label
     names = next(names for names in _names(runs) if len(set(names)) == len(names))
-    models = [run.record["settings"]["model"].items() for run in runs]
+    models = [run.record.get("settings", {}).get("model", {}).items() for run in runs]
     options = [{f"model.{name}": value for name, value in model if name not in TOLD} for model in models]
     told = differing([found | run.measured for run, found in zip(runs, options, strict=True)])
     return [replace(run, name=name, differs=differs) for run, name, differs in zip(runs, names, told, strict=True)]

@@ -1,6 +1,6 @@
 """Relearning attack (SimNPO paper, section 6): fine-tune the unlearned model on rows and see what comes back.
 
-Rows are a share of the forget rows, or as many retain rows or blocks of a text, as far as there are so many, so
+Rows are a share of the forget rows, or as many retain rows or blocks of a text, repeated where there are fewer, so
 attacks take equally many steps. Plain cross-entropy from the run's model, all weights trained, at a learning rate that
 falls linearly to 0. The forget rows are measured before and after every epoch, those relearned and the others apart.
 The retrained model, if known, is attacked alike, as the control. What results.json already holds is skipped.
@@ -147,11 +147,12 @@ def attacking_rows(data: Any, attack: Attack) -> list[TokenRow]:
 def choose_rows(lengths: Sequence[int], subset: str, count: int, seed: int) -> list[int]:
     """Rows of an attack, in ascending order; `lengths` are the scored tokens of the rows there are.
 
-    Drawn at random unless `subset` is `shortest`; all of them where there are fewer than `count`.
+    Drawn at random unless `subset` is `shortest`; where there are fewer than `count`, they are repeated.
     """
     if subset == "shortest":
         return sorted(sorted(range(len(lengths)), key=lambda row: (lengths[row], row))[:count])
-    return sorted(np.random.default_rng(seed).choice(len(lengths), min(count, len(lengths)), replace=False).tolist())
+    drawn = np.random.default_rng(seed).choice(len(lengths), min(count, len(lengths)), replace=False)
+    return sorted(np.resize(drawn, count).tolist())
 
 
 def _measured(evaluated: Evaluated, relearned: set[int]) -> dict[str, Any]:
