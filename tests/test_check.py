@@ -94,7 +94,7 @@ def test_relearning_is_told_at_its_peak():
         "relearning 2 retain rows (lr 0.001, 8 steps): probability of the forget answers 0.1 -> 0.2, of the retrained "
         "model 0.2 -> 0.2: holds"
     )
-    # Versions before 0.2 took rows twice where there were too few.
+    # Rows are repeated where there are too few; the sentence counts different ones.
     other["repeats"][0]["rows"] = [1, 1, 4]
     judge(record(relearn={"strong": strong, "retain": other}))
     assert other["sentence"].startswith("relearning 2 retain rows (lr 0.001, 8 steps): ")

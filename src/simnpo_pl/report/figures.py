@@ -218,7 +218,7 @@ def _relearning(axis: Any, runs: Sequence[Run], metric: str) -> None:
         for attack, role in product(run.relearned, ("epochs", "control")):
             settings, repeats = attack["settings"], attack["repeats"]
             known = [(epoch, value) for epoch, value in robustness.relearned(attack, metric, role).items() if value]
-            name = f"{run.name}, {len(repeats[0]['rows'])} {settings['subset']}, lr {settings['lr']:g}"
+            name = f"{run.name}, {robustness.kind_of(attack)}, lr {settings['lr']:g}"
             name += ", control" if role == "control" else ""
             places = [(epoch, value.mean) for epoch, value in known]
             shade = GREY if role == "control" else color(number)

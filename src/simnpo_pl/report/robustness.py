@@ -69,7 +69,7 @@ def judge(record: dict[str, Any]) -> None:
     # Versions before 0.2 did not tell relearned rows from others.
     relearning = [one for one in run.relearned if "step" in one["repeats"][0]["epochs"][0]]
     for attack in relearning:
-        groups.setdefault(_kind(attack), []).append(attack)
+        groups.setdefault(kind_of(attack), []).append(attack)
     taught = [attack for attack in relearning if attack["settings"]["subset"] in ("shortest", "random")]
     start, own = run.metrics("start").get(FORGET), peak(taught, SHOWN)
     # Without a start model, what the attack itself reached shows what a model that knows the rows would.
@@ -115,8 +115,8 @@ def is_learned(attacks: Sequence[Mapping[str, Any]], top: float | None) -> bool:
     return own is not None and own.value - own.before >= LEARNED * ((1.0 if top is None else top) - own.before)
 
 
-def _kind(attack: Mapping[str, Any]) -> str:
-    """Number and kind of the rows that were relearned."""
+def kind_of(attack: Mapping[str, Any]) -> str:
+    """Number and kind of the different rows that were relearned."""
     kind = Path(attack["settings"].get("text", attack["settings"]["subset"])).name
     return f"{len(set(attack['repeats'][0]['rows']))} {kind} rows"
 
@@ -125,7 +125,7 @@ def _relearned(attacks: Sequence[Mapping[str, Any]], top: float | None, strong: 
     """Outcome and sentence of relearning with one kind of rows; see `outcome`."""
     own, metric = peak(attacks, SHOWN), SHOWN if peak(attacks, OTHERS) is None else OTHERS
     found, control = peak(attacks, metric), peak(attacks, metric, "control")
-    text = f"relearning {_kind(attacks[0])}"
+    text = f"relearning {kind_of(attacks[0])}"
     if found is None:
         return "inconclusive", f"{text}: the probability of the forget answers was not measured"
     result = outcome(found.before, found.value, control and control.value, top, strong)
@@ -180,7 +180,7 @@ def relearning_table(runs: Sequence[Run]) -> str:
         for attack in run.relearned:
             settings, repeats = attack["settings"], attack["repeats"]
             rows = groups.setdefault((settings["epochs"], settings["lr"], settings["share"]), [])
-            kind = f"{_kind(attack)}, {len(repeats)} draws" if len(repeats) > 1 else _kind(attack)
+            kind = f"{kind_of(attack)}, {len(repeats)} draws" if len(repeats) > 1 else kind_of(attack)
             for role, model in (("epochs", run.method), ("control", "retrained")):
                 for name in RELEARNED:
                     values = relearned(attack, name, role).values()
