@@ -48,8 +48,11 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
         (("--model.objective", "RKLD", "--model.memorizing", "./none"), "--model.memorizing: folder ./none does not"),
         (("--model.objective", "NPO", "--model.reference", "./none"), "--model.reference: folder ./none does not"),
         (("--model.objective.beta", "-1"), "--model.objective.beta must be a number above 0, got -1.0"),
-        (("--config", "configs/no_such.yaml"), "error: --config: File does not exist: "),
-        (("--config", "./none.yaml"), "; run this from the repository's folder, or give the file's full path"),
+        (("--config", "configs/tofuu.yaml"), "configs/tofuu.yaml does not exist; the nearest is configs/tofu.yaml"),
+        (
+            ("--config", "./none.yaml"),
+            "error: --config: file none.yaml does not exist; run this from the repository's folder, or give the file's",
+        ),
         (
             ("--model.objective.betta", "1"),
             "Option 'betta' is not accepted by SimNPO; the nearest is beta; --model.objective.help SimNPO lists",

@@ -57,6 +57,17 @@ def test_mistyped_command(capsys: pytest.CaptureFixture[str]):
     assert all(name in said for name in COMMANDS)
 
 
+def test_interrupted_while_loading(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupt(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("simnpo_pl.__main__._run", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
 def test_task_vector(model_folder: Path, other_folder: Path, tmp_path: Path):
     """By hand: start - 0.5 (overfit - start) = 1.5 start - 0.5 overfit."""
     out = tmp_path / "unlearned"

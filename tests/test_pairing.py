@@ -177,11 +177,23 @@ def test_an_effective_batch_that_does_not_divide_is_refused(
         PairedSampler(100, 100, effective, per_device, world)
 
 
-@pytest.mark.parametrize("name", ["forget_rows", "effective_batch", "per_device_batch", "seed"])
-def test_numbers_out_of_range_are_refused(name: str) -> None:
-    arguments = {"forget_rows": 4, "retain_rows": 4, "effective_batch": 4, "per_device_batch": 4, "seed": 0}
-    with pytest.raises(UserError, match=rf"{name} must be at least [01], got -1"):
-        PairedSampler(**{**arguments, name: -1})
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("forget_rows", 0, "forget_rows must be at least 1, got 0"),
+        ("retain_rows", -1, "retain_rows must be at least 0, got -1"),
+        ("effective_batch", 0, "effective_batch must be at least 1, got 0"),
+        ("per_device_batch", 0, "per_device_batch must be at least 1, got 0"),
+        ("world_size", 0, "world_size must be at least 1, got 0"),
+        ("rank", -1, "rank must be at least 0, got -1"),
+        ("rank", 1, "rank must be below world_size 1, got 1"),
+        ("seed", -1, "seed must be at least 0, got -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name: str, value: int, message: str) -> None:
+    arguments = {"forget_rows": 4, "retain_rows": 4, "effective_batch": 4, "per_device_batch": 4}
+    with pytest.raises(UserError, match=f"^{message}$"):
+        PairedSampler(**{**arguments, name: value})
 
 
 def test_alternates_are_fixed_by_seed_and_row_and_use_all_refusals() -> None:

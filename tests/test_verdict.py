@@ -64,6 +64,12 @@ def test_half_of_it():
     assert "raise --model.forget_weight from 0.5 to 1" in found["advice"]
 
 
+def test_sampled_answers_are_named():
+    settings = {"model": {"lr": 5e-5}, "eval": {"temperature": 0.7}}
+    assert "measured on answers sampled at temperature 0.7" in verdict(record(FORGOTTEN, settings=settings))["reasons"]
+    assert "temperature" not in str(verdict(record(FORGOTTEN))["reasons"])
+
+
 def test_advice_where_the_rate_was_found():
     """Another setting would change that rate, too."""
     found = verdict(record({**START, "forget/probability": 0.714}, lr_auto={"lr": 5e-5}))

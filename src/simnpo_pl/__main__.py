@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _run(arguments)
     except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         message = user_message(error)

@@ -5,6 +5,7 @@ settings, the loss weights and the choice of parameters are cleared wherever a l
 """
 
 import inspect
+import os
 import pydoc
 import re
 from argparse import Action
@@ -126,10 +127,14 @@ def explain(error: Exception, options: Iterable[str]) -> str:
         return f"{option}: {reason} by {owner[2]}{closest}; {option}.help {owner[2]} lists its settings"
     if option == "--model.name":
         return f"no model is named: {_RUN}"
+    if option == "--config" and reason.startswith("File does not exist: '"):
+        given = os.path.relpath(reason.split("'")[1])
+        near = nearest(given, map(str, Path("configs").rglob("*.yaml")))
+        place = near or "; run this from the repository's folder, or give the file's full path"
+        return f"--config: file {given} does not exist{place}"
     expected, _, value = reason.partition(". Got value: ")
     if not value:
-        place = "; run this from the repository's folder, or give the file's full path" if option == "--config" else ""
-        return f"{option}: {reason}{place if reason.startswith('File does not exist') else ''}"
+        return f"{option}: {reason}"
     # Where several types are possible the innermost error is only of the first one.
     union = messages[-2].partition("Subtypes: [")[2].partition("] Errors: ")[0]
     types = _TYPE.sub(lambda kind: kind[1] or kind[2], union or expected.removeprefix("Expected a "))

@@ -65,9 +65,12 @@ class PairedSampler(Sampler[MicroBatch]):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"forget_rows": 1, "effective_batch": 1, "per_device_batch": 1, "seed": 0}.items():
+        positive = ("forget_rows", "effective_batch", "per_device_batch", "world_size")
+        for name, least in {**dict.fromkeys(positive, 1), "retain_rows": 0, "rank": 0, "seed": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.rank >= self.world_size:
+            raise UserError(f"rank must be below world_size {self.world_size}, got {self.rank}")
         _check_divisible(self.effective_batch, self.per_device_batch, self.world_size)
         self.epoch = self.yielded = 0
         self._resumed = (-1, 0)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from simnpo_pl.metrics.titles import number, title_of
+from simnpo_pl.metrics.titles import answers_at, number, title_of
 
 CATEGORIES = ("forgotten", "partly forgotten", "not forgotten", "over-forgotten", "model damaged", "inconclusive")
 
@@ -173,6 +173,8 @@ class Verdict:
         names += [name for name in self.splits("degenerate", kept=True) if self._rises(name)]
         decided = {"model damaged": self.damaged, "over-forgotten": self.over}.get(category, list)()
         found += [self._said(name) for name in dict.fromkeys([*decided, *names])]
+        if temperature := self.record.get("settings", {}).get("eval", {}).get("temperature"):
+            found.append(f"measured on {answers_at(temperature)}")
         quality = self.models["final"].get("forget_quality")
         if quality is not None and quality == quality:
             differs = "no difference from" if quality > 0.05 else "a difference to"
