@@ -68,6 +68,15 @@ def test_final_metrics_are_those_of_the_folder(cli: CLI, small_folder: Path, tmp
     assert final["forget/probability"] == pytest.approx(first, rel=0.05)
 
 
+def test_the_start_model_is_no_epoch(cli: CLI, small_folder: Path, tmp_path: Path):
+    """Lightning evaluates it as a check before the first step; no epoch is better by this metric."""
+    quick = ("--eval.generate_rows", "0", "--eval.start", "false", "--eval.final", "false", "--trainer.max_epochs", "1")
+    options = (*quick, *BEST, "--trainer.num_sanity_val_steps", "-1")
+    cli("fit", "--model.name", str(small_folder), *options, "--run_dir", str(tmp_path))
+    start, exported = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (small_folder, tmp_path / "model"))
+    assert not torch.equal(start["model.norm.weight"], exported["model.norm.weight"])
+
+
 @pytest.fixture
 def adapted(model_folder: Path) -> Callable[..., Any]:
     """Makes models with an adapter that is not at its start, where it would change nothing."""

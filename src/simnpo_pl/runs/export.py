@@ -61,7 +61,7 @@ class ExportModel(Callback):
             )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        if self.options.best is None or trainer.state.fn != "fit":
+        if self.options.best is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         result: EvalResult = pl_module.evaluation_result
         value = result.values[self.options.best]
