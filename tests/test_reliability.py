@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import results, same_run
+from helpers import history, results, same_run, same_weights
 from simnpo_pl.data.pairing import PairedSampler
 from simnpo_pl.evaluation.finished import FinishedBatches
 from simnpo_pl.evaluation.plan import share_of
 from simnpo_pl.module.policy import PolicyModule
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.runs.checkpoint import CheckpointOptions, SaveState, Stopped, StopSignals
+from simnpo_pl.runs.folder import RunFolder
 from simnpo_pl.runs.history import GradientWeights
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import clean, recover, replace
@@ -87,6 +88,38 @@ def test_stop_after_the_last_step_of_an_epoch_without_evaluation(cli: CLI, tmp_p
                 cli("fit", *options)
             options += ["--ckpt_path", "last"]
         cli("fit", *options)
+    assert same_run(*runs)
+
+
+@pytest.mark.parametrize("steps", [4, 2])
+def test_run_that_ended_within_an_epoch_goes_on(cli: CLI, tmp_path: Path, steps: int):
+    """By max_steps, or by a stop in the middle of an effective batch, as max_time may ask for it."""
+    options = ["--model.schedule", "constant", "--eval.start", "false", "--eval.final", "false"]
+    options += ["--trainer.limit_val_batches", "0", "--run_dir"]
+    runs = [tmp_path / name for name in ("whole", "ended", "longer")]
+    cli("fit", *options, str(runs[0]))
+
+    def stop(self: Any, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop |= steps == 2 and batch_idx == 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "on_train_batch_end", stop, raising=False)
+        cli("fit", *options, str(runs[1]), *(["--trainer.max_steps", "4"] if steps == 4 else []))
+    cli("fit", *options, str(runs[2]), "--ckpt_path", str(runs[1] / "last.ckpt"))
+    assert history(runs[0]) == history(runs[1]) + history(runs[2])
+    assert len(history(runs[1])) == steps
+    assert same_weights(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("step", [1, pytest.param(3, marks=SLOW), pytest.param(5, marks=SLOW)])
+def test_evaluations_within_an_epoch_are_all_there(cli: CLI, tmp_path: Path, step: int):
+    """After every micro-batch, the last before the save, too."""
+    runs = [tmp_path / name for name in ("whole", "cut")]
+    options = ["--trainer.val_check_interval", "1", "--checkpoint.every_steps", "1", "--eval.generate_rows", "0"]
+    cli("fit", *options, "--run_dir", str(runs[0]))
+    with killed(SaveState, "save", lambda self, trainer: trainer.global_step == step, after=True):
+        cli("fit", *options, "--run_dir", str(runs[1]))
+    cli("fit", *options, "--run_dir", str(runs[1]), "--ckpt_path", "last")
     assert same_run(*runs)
 
 
@@ -302,10 +335,10 @@ def test_epochs_between_saves(tmp_path: Path, every: int | None, expected: list[
     state, saved = SaveState(tmp_path, CheckpointOptions(every_epochs=every), signals), []
     state.save = lambda trainer: saved.append(trainer.current_epoch + 1)  # type: ignore[method-assign]
     for epoch in range(4):
-        state.on_train_epoch_end(Namespace(current_epoch=epoch, world_size=1), None)
+        state.on_train_epoch_end(Namespace(current_epoch=epoch, world_size=1, is_last_batch=True), None)
     assert saved == expected
     signals.requested = signal.SIGTERM
-    state.on_train_epoch_end(Namespace(current_epoch=4, world_size=1), None)
+    state.on_train_epoch_end(Namespace(current_epoch=4, world_size=1, is_last_batch=True), None)
     assert saved == [*expected, 5]
 
 

@@ -33,7 +33,7 @@ class CheckpointOptions:
 
     Args:
         every_steps: Optimizer steps between two saves within an epoch; null saves only at its end.
-        every_epochs: Epochs between two saves at their ends; null saves at none.
+        every_epochs: Epochs between two saves at their ends; null saves at none, nor where a run ends inside an epoch.
     """
 
     every_steps: int | None = None
@@ -113,16 +113,16 @@ class StopSignals:
 
 
 class SaveState(Checkpoint):
-    """Saves `last.ckpt` at the ends of epochs, every few steps, and before a signal stops the run.
+    """Saves `last.ckpt` at the ends of epochs, every few steps, and before the run ends inside an epoch.
 
-    Saves only between optimizer steps, where no gradient is accumulated. All processes agree on a stop.
+    Saves and stops only between optimizer steps, where no gradient is accumulated. All processes agree on a stop.
     """
 
     def __init__(self, folder: Path, options: CheckpointOptions, signals: StopSignals) -> None:
         self.file = folder / LAST
         self.every, self.every_epochs = options.every_steps, options.every_epochs
         self.signals = signals
-        self._saved_step = -1
+        self._saved_step, self._ends = -1, False
 
     def save(self, trainer: pl.Trainer) -> None:
         # Sharded strategies write a folder, which takes the name only once it is complete.
@@ -135,10 +135,12 @@ class SaveState(Checkpoint):
         self._saved_step = trainer.global_step
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if trainer.validating:
-            # Lightning repeats an epoch's evaluation only if it was saved inside of a batch; callbacks run between
-            # batches. Without this a resumed run would skip that evaluation.
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+        loops = checkpoint["loops"]["fit_loop"]
+        batch = loops["epoch_loop.batch_progress"]["current"]
+        if trainer.validating or batch["completed"] < batch["processed"]:
+            # An evaluation goes on or may follow. Lightning repeats it only if saved inside of one of its batches;
+            # callbacks run between batches. Without this a resumed run would skip that evaluation.
+            progress = loops["epoch_loop.val_loop.batch_progress"]
             for scope in ("total", "current"):
                 progress[scope] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
 
@@ -146,9 +148,14 @@ class SaveState(Checkpoint):
         self.signals.defer()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        between = trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        # By max_time, for example.
+        self._ends |= trainer.should_stop
+        trainer.should_stop = self._ends and between
         # After the last batch the epoch's evaluation starts or the epoch ends; both save.
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and not trainer.is_last_batch:
-            self._save_if_due(trainer)
+        if between and not trainer.is_last_batch:
+            ends = trainer.should_stop or trainer.global_step == trainer.max_steps
+            self._save_if_due(trainer, ends and self.every_epochs is not None)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.signals.defer()
@@ -173,16 +180,17 @@ class SaveState(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         due = self.every_epochs is not None and (trainer.current_epoch + 1) % self.every_epochs == 0
-        if due or self._agreed_signal(trainer):
+        # Lightning would go on from an epoch's end, also where the run ends before it.
+        if trainer.is_last_batch and (due or self._agreed_signal(trainer)):
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._stop(trainer, self._agreed_signal(trainer))
         self.signals.defer(False)
 
-    def _save_if_due(self, trainer: pl.Trainer) -> None:
+    def _save_if_due(self, trainer: pl.Trainer, due: bool = False) -> None:
         stop = self._agreed_signal(trainer)
-        if stop or (self.every is not None and trainer.global_step % self.every == 0):
+        if stop or due or (self.every is not None and trainer.global_step % self.every == 0):
             self.save(trainer)
         self._stop(trainer, stop)
 

@@ -99,7 +99,8 @@ class RunFolder(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.role = "epoch"
-        self.record["epochs"] = [e for e in self.record["epochs"] if e["epoch"] <= trainer.current_epoch]
+        epoch, step = trainer.current_epoch, trainer.global_step
+        self.record["epochs"] = [e for e in self.record["epochs"] if e["epoch"] <= epoch or e["step"] < step]
         self.record["objective"] = describe_objective(pl_module)
         if pl_module.found_rate is not None:
             self._take_rate(pl_module.found_rate)
@@ -118,7 +119,7 @@ class RunFolder(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self._add_seconds(f"evaluation, {self.role}", self._evaluation_started)
         result = pl_module.evaluation_result
-        if self.role in ("mia_reference", "answers", "depth"):
+        if trainer.sanity_checking or self.role in ("mia_reference", "answers", "depth"):
             # Only metrics of other models, or training rows, are made from it.
             return
         metrics = {"metrics": result.values, "intervals": result.intervals}
