@@ -2,16 +2,22 @@
 
 import copy
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers import Gemma3TextConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from simnpo_pl.models import forward, packing
+from simnpo_pl.models.layers import layers_of, train_only
+from simnpo_pl.models.loading import load_causal_lm, save_model
 from simnpo_pl.models.logprobs import Scorer
+from simnpo_pl.models.lora import BaseScorer, LoraOptions, add_adapter, inject_adapter
+from simnpo_pl.objectives import RMU
 from simnpo_pl.utils.errors import UserError
 
 # Values of whichever of these options a config class has.
@@ -183,6 +189,50 @@ def test_gradient_is_that_of_rows_alone(kind: str, checkpointing: bool):
         (logps * torch.linspace(0, 1, len(logps))).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_adapters_on_experts(kind: str, tmp_path: Path):
+    """With the default layers, of which all experts' weights are in one tensor: trained, turned off and merged."""
+    build(kind).save_pretrained(tmp_path / "base")
+    model, batch = load_causal_lm(str(tmp_path / "base")), rows((30, 20, 5))
+    with torch.no_grad():
+        base = own_logps(model, batch)
+    add_adapter(model, LoraOptions(rank=2))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    torch.manual_seed(3)
+    for weight in trained:
+        weight.data.normal_(std=0.3)
+    found = logps_of(scorer := Scorer(model), batch)
+    found.sum().backward()
+    assert all(weight.grad is not None and weight.grad.any() for weight in trained)
+    with torch.no_grad():
+        torch.testing.assert_close(found, own_logps(model, batch), rtol=0, atol=1e-4)
+        torch.testing.assert_close(logps_of(BaseScorer(scorer), batch), base, rtol=0, atol=1e-4)
+        save_model(model, None, tmp_path / "merged")
+        merged = load_causal_lm(str(tmp_path / "merged"))
+        torch.testing.assert_close(own_logps(merged, batch), found, rtol=0, atol=1e-3)
+    assert not torch.allclose(found, base, atol=0.1)
+
+
+def test_modules_for_images_are_left_alone():
+    """Of a model for text and images whose two parts have equally many layers, and names that match."""
+    text = {**{name: VALUES[name] for name in Gemma3TextConfig().to_dict() if name in VALUES}, "num_hidden_layers": 3}
+    image = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3}
+    image |= {"image_size": 28, "patch_size": 14}
+    tokens = {"image_token_index": 95, "boi_token_index": 94, "eoi_token_index": 93, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(text_config=text, vision_config=image, **tokens)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert layers_of(model) is model.model.language_model.layers
+    train_only(model, RMU(layer=2).default_trainable)
+    layers = "model.language_model.layers"
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert trained == [f"{layers}.{number}.mlp.down_proj.weight" for number in range(3)]
+    inject_adapter(model, LoraOptions(rank=2))
+    logps_of(Scorer(model.train()), rows((20, 5))).sum().backward()
+    adapted = [weight for weight in model.parameters() if weight.requires_grad]
+    assert len(adapted) == 3 * 7 * 2
+    assert all(weight.grad is not None for weight in adapted)
 
 
 def test_layer_states_one_by_one():

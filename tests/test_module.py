@@ -219,13 +219,21 @@ def test_only_what_is_named_is_trained(fit: Callable[..., Any], model_folder: Pa
 @pytest.mark.parametrize(
     ("trainable", "message"),
     [
-        (["down_proj"], r"--model.trainable \['down_proj'\] matches no parameter; .* such as model.layers.0."),
-        (["("], r"--model.trainable \['\('\] contains no regular expression"),
+        ([".*", "down_proj"], r"--model.trainable 'down_proj' matches no parameter; .* such as model.layers.0."),
+        (["("], r"--model.trainable '\(' is no regular expression"),
     ],
 )
 def test_trainable_must_match(model_folder: Path, trainable: list[str], message: str):
     with pytest.raises(UserError, match=message):
         UnlearningModule(str(model_folder), trainable=trainable).configure_model()
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+def test_tied_weights_are_trained_by_either_name(make_model: Callable[..., Path], name: str):
+    module = UnlearningModule(str(make_model(tie_word_embeddings=True)), trainable=[name, "model.norm.weight"])
+    module.configure_model()
+    trained = [n for n, weight in module.policy.named_parameters() if weight.requires_grad]
+    assert trained == ["model.embed_tokens.weight", "model.norm.weight"]
 
 
 def test_layer_must_be_there(model_folder: Path):

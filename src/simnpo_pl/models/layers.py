@@ -18,7 +18,7 @@ def body_of(model: Any) -> Any:
 def layers_of(model: Any) -> nn.ModuleList:
     """The list of a model's layers; raises UserError where it has none."""
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
+    for module in model.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(f"{type(model).__name__} keeps its {count} layers in no list: their states cannot be read")
@@ -68,18 +68,32 @@ def replaced_outputs(model: Any, layer: int, at: Tensor, states: Tensor) -> Iter
         handle.remove()
 
 
+def beside_text(model: Any) -> list[str]:
+    """Names of the modules that text does not pass through, such as those for images."""
+    if model.config.get_text_config() is model.config:
+        return []
+    parts = filter(None, (model.get_decoder(), model.get_output_embeddings()))
+    used = {module for part in parts for module in part.modules()}
+    return [name for name, module in model.named_modules() if module not in used]
+
+
 def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze all parameters but those whose whole name one of the regular expressions matches."""
-    try:
-        expressions = [re.compile(pattern) for pattern in patterns]
-    except re.error as error:
-        raise UserError(f"--model.trainable {list(patterns)} contains no regular expression ({error})") from error
-    trained = {n for n, _ in model.named_parameters() if any(e.fullmatch(n) for e in expressions)}
-    if not trained:
-        names = ", ".join(name for name, _ in list(model.named_parameters())[1:4])
-        raise UserError(
-            f"--model.trainable {list(patterns)} matches no parameter; an expression must match a whole name, "
-            f"such as {names}"
-        )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+    """Freeze all parameters but those whose whole name one of the regular expressions matches; only text's are."""
+    beside = set(beside_text(model))
+    # Tied weights have two names.
+    named = model.named_parameters(remove_duplicate=False)
+    names = {name: weight for name, weight in named if name.rpartition(".")[0] not in beside}
+    trained: set[nn.Parameter] = set()
+    for pattern in patterns:
+        try:
+            found = {weight for name, weight in names.items() if re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise UserError(f"--model.trainable {pattern!r} is no regular expression ({error})") from error
+        if not found:
+            raise UserError(
+                f"--model.trainable {pattern!r} matches no parameter; an expression must match a whole name, such as "
+                f"{', '.join(list(names)[1:4])}"
+            )
+        trained |= found
+    for weight in model.parameters():
+        weight.requires_grad_(weight in trained)

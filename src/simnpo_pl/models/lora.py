@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from simnpo_pl.models.layers import beside_text
 from simnpo_pl.models.logprobs import AnswerStates, Rows, Scorer
 from simnpo_pl.utils.errors import UserError, positive
 from simnpo_pl.utils.files import read_json
@@ -80,6 +81,7 @@ def inject_adapter(model: Any, options: LoraOptions) -> Any:
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=options.target_modules or "all-linear",
+        exclude_modules=beside_text(model) or None,
     )
     # The adapter's weights follow only from the run's seed, so they are the same on every process.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -154,8 +156,10 @@ def _refuse_tied(model: Any, option: str) -> None:
     """Raise UserError for an adapter on weights that another layer uses, too: merged, it would change that layer."""
     uses = Counter(weight for module in model.modules() for weight in module._parameters.values())
     for name, module in model.named_modules():
-        base = getattr(module, "base_layer", None)
-        if base is not None and uses[base.weight] > 1:
+        if not hasattr(module, "base_layer"):
+            continue
+        # Experts of one tensor are adapted by the name of their parameter.
+        if uses[getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))] > 1:
             raise UserError(
                 f"{option}: {name} shares its weights with another layer (tied embeddings), which merging an adapter "
                 "would change, too; leave it out"
