@@ -1,6 +1,7 @@
 """AltPO's alternatives: sampled once and kept with the run, or from a file; a row comes once for each of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,9 @@ def test_a_row_comes_once_for_each_alternative(encoder: PromptTemplate):
     rows = TrainingRows(ROWS, sampled=[["Bo.", "Cy."], ["In Rome."]])
     encoded = rows.encode(encoder, ("forget", "sampled"), 0)
     forget = encoder.encode_rows([(row["question"], row["answer"]) for row in ROWS], "forget")
-    assert encoded["forget"] == [forget[0], forget[0], forget[1]]
+    assert encoded["forget"] == [replace(forget[row], row=row) for row in (0, 0, 1)]
     assert encoded["sampled"] == encoder.encode_rows([("Who?", "Bo."), ("Who?", "Cy."), ("Where?", "In Rome.")], "x")
-    assert rows.only([1]).encode(encoder, ("forget", "sampled"), 0)["forget"] == [forget[1]]
+    assert rows.only([1]).encode(encoder, ("forget", "sampled"), 0)["forget"] == [replace(forget[1], row=0)]
     with pytest.raises(UserError, match="needs other answers to the forget questions, got none: `fit` asks the start"):
         TrainingRows(ROWS).encode(encoder, ("forget", "sampled"), 0)
 

@@ -15,11 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers import results
 from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.models.logprobs import AnswerLogps
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.objectives import DPO, IDK, NPO, WGA, FineTune, ForgetInputs, GradDiff, Objective, SimNPO
 from simnpo_pl.runs.history import GradientWeights
+from simnpo_pl.runs.record import Run
+from simnpo_pl.studies.weights import by_length
 
 CLI = Callable[..., None]
 LN3 = math.log(3)
@@ -191,6 +194,24 @@ def test_one_line_a_row_and_epoch(npo_rows: Path):
     assert all(r["weight"] < 0.99 for r in rows if r["epoch"] == 2)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_index_is_the_data_sets(npo_rows: Path, data_folder: Path, cli: CLI, tmp_path: Path, times: int):
+    """Where some rows are trained on, too, and where each comes once for each of its two alternates."""
+    chosen, options = [2, 4, 5, 6, 8], ["--trainer.max_epochs", "1", "--run_dir", str(tmp_path)]
+    if times == 2:
+        rows = [json.loads(line) for line in (data_folder / "forget10.json").read_text().splitlines()]
+        lines = [json.dumps({"question": row["question"], "alternates": ["Bo.", "In Rome."]}) for row in rows]
+        (tmp_path / "own.jsonl").write_text("\n".join(lines))
+        options += ["--data.alternates", str(tmp_path / "own.jsonl")]
+    objective = "NPO" if times == 1 else "AltPO"
+    cli("fit", *QUICK, *options, "--model.objective", objective, "--data.forget_rows", str(chosen))
+    assert [row["index"] for row in read(tmp_path)] == sorted(chosen * times)
+    lengths = {row["index"]: row["length"] for row in read(npo_rows)}
+    order = sorted(chosen, key=lambda index: (lengths[index], index))
+    halves = {"shortest": sorted(order[:2]), "longest": sorted(order[2:])}
+    assert by_length(Run("run", tmp_path, results(tmp_path))) == halves
+
+
 def test_weights_follow_from_the_written_log_probs(cli: CLI, tmp_path: Path):
     settings = ("--model.objective.beta", "3", "--model.objective.gamma", "0.5")
     cli("fit", *QUICK, "--run_dir", str(tmp_path / "run"), *settings, "--trainer.max_epochs", "1")
@@ -227,7 +248,7 @@ def test_an_epoch_starts_without_the_last_one(tmp_path: Path):
     """A checkpoint from an epoch's end holds its rows; with those of a second process they would be added twice."""
     kept = GradientWeights(tmp_path)
     trainer: Any = SimpleNamespace(is_global_zero=True, current_epoch=0)
-    lines, saved = [{"index": 0}, {"index": 1}], dict[str, Any]()
+    lines, saved = [{"index": index, "step": 1, "weight": 1.0} for index in (0, 1)], dict[str, Any]()
     kept.on_load_checkpoint(trainer, None, {"gradient_weights": lines})
     kept.on_save_checkpoint(trainer, None, saved)
     assert saved["gradient_weights"] == lines

@@ -277,7 +277,11 @@ class UnlearningData(PairedData):
         self._form = f"prompt: {self.encoder.description}"
         if isinstance(chosen.forget, Texts):
             self._form = f"text, {chosen.forget.rows} of at most {self.encoder.max_length} tokens"
-        return chosen.encode(self.encoder, parts, self.seed)
+        encoded = chosen.encode(self.encoder, parts, self.seed)
+        if self.forget_rows is not None and not isinstance(chosen.forget, Texts):
+            for i, row in enumerate(encoded["forget"]):
+                encoded["forget"][i] = replace(row, row=self.forget_rows[i if row.row is None else row.row])
+        return encoded
 
     def make_evaluation(self) -> Evaluation:
         build = EvaluationBuilder(self.encoder, self.eval)

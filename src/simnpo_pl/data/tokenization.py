@@ -33,11 +33,13 @@ class TokenRow:
         labels: T labels: the id itself where it is scored, else IGNORE_INDEX. They are not shifted: a scored id is
             predicted from the ids before it.
         end: How many of the last ids are scored as the end of the answer; 0 where it was cut, and for plain text.
+        row: Its index in the data set, where that is not its place in the list.
     """
 
     input_ids: list[int]
     labels: list[int]
     end: int = 0
+    row: int | None = None
 
     @property
     def length(self) -> int:

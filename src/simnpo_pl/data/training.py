@@ -81,7 +81,7 @@ class TrainingRows:
             rows = [row for row, texts in enumerate(self.sampled) for _ in texts]
             pairs = [(questions[row]["question"], text) for row, texts in enumerate(self.sampled) for text in texts]
             encoded["sampled"] = encoder.encode_rows(pairs, "alternates")
-            encoded["forget"] = [encoded["forget"][row] for row in rows]
+            encoded["forget"] = [replace(encoded["forget"][row], row=row) for row in rows]
         return encoded
 
 
@@ -125,7 +125,7 @@ def collate(rows: Sequence[TokenRow]) -> Part:
 class TrainingSet(Dataset[dict[str, Part]]):
     """Makes the batch of a `MicroBatch`, of all parts that the losses read.
 
-    A part holds `input_ids`, `labels`, `attention_mask` `(B, T)`, and of its rows the `index` and `end` (of a
+    A part holds `input_ids`, `labels`, `attention_mask` `(B, T)`, and of its rows the `index`, `row` and `end` (of a
     `TokenRow`) `(B,)`; and, so that a mean over the effective batch does not depend on how it is cut: `weight` `(B,)`,
     0 for a filler row and else 1, and `step_rows` and `step_tokens`, the rows and scored tokens of the whole effective
     batch, scalars. Sums weighted by these add up over micro-batches and processes to the mean.
@@ -143,6 +143,7 @@ class TrainingSet(Dataset[dict[str, Part]]):
             parts[name] = {
                 **collate([rows[i] for i in indices]),
                 "index": torch.tensor(indices),
+                "row": torch.tensor([i if rows[i].row is None else rows[i].row for i in indices]),
                 "end": torch.tensor([rows[i].end for i in indices]),
                 "weight": torch.tensor(micro.real, dtype=torch.float32),
                 # Integers, since half precision would round floats of a batch.

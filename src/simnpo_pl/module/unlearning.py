@@ -272,7 +272,7 @@ class UnlearningModule(PolicyModule):
         torch.manual_seed(seed)
         self._reference.add_to(batch)
         losses = self.losses(batch)
-        rows = {name: part["index"] for name, part in batch.items() if "index" in part}
+        rows = {name: part["row"] for name, part in batch.items() if "row" in part}
         self._micro_batches.append((torch.stack((losses["forget_loss"], losses["retain_loss"])).detach(), rows))
         if self.update is not None:
             self.update.take(self, batch, seed, losses["forget_loss"], losses["retain_loss"])

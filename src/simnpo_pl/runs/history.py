@@ -89,11 +89,11 @@ class GradientWeights(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         scores, forget = pl_module.forget_scores, batch["forget"]
-        if scores and "index" in forget:
+        if scores and "row" in forget:
             # Rows of weight 0 only fill up the batch.
             counts = forget.get("weight", torch.ones_like(scores["weight"]))
             steps = torch.full_like(scores["weight"], self._step)
-            columns = [forget["index"], counts, steps, *(scores[name] for name in ("weight", "logp", "length"))]
+            columns = [forget["row"], counts, steps, *(scores[name] for name in ("weight", "logp", "length"))]
             self._passes.append(torch.stack([column.float() for column in columns], dim=1))
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -112,14 +112,15 @@ class GradientWeights(Callback):
             _log(trainer, lines)
 
     def _lines(self, epoch: int) -> list[dict[str, Any]]:
-        """Of this epoch, by index, of all processes."""
+        """Of this epoch, of all processes, by index; a row with several alternates has a line for each."""
         lines = list(self._resumed)
         for index, count, step, weight, logp, length in torch.cat(self._passes).tolist() if self._passes else ():
             if count > 0:
                 place = {"index": int(index), "epoch": epoch, "step": int(step)}
                 scores = {"weight": weight, "length": int(length), "logp": logp}
                 lines.append({**place, **scores, "probability": math.exp(logp / max(1, length))})
-        return sorted((line for own in gather(lines) for line in own), key=lambda line: line["index"])
+        lines = [line for own in gather(lines) for line in own]
+        return sorted(lines, key=lambda line: tuple(line[name] for name in ("index", "step", "weight")))
 
 
 def _log(trainer: pl.Trainer, lines: list[dict[str, Any]]) -> None:
