@@ -238,8 +238,9 @@ def differences(one: Path, other: Path) -> list[str]:
     """Where two finished runs differ, times aside."""
     records = [json.loads((folder / "results.json").read_text()) for folder in (one, other)]
     found = [key for key in COMPARED if records[0].get(key) != records[1].get(key)]
-    names = [*FILES, *sorted({f"model/{f.name}" for folder in (one, other) for f in (folder / "model").iterdir()})]
-    for name in names:
+    names = {f"model/{file.name}" for folder in (one, other) for file in (folder / "model").iterdir()}
+    # The model card names its run.
+    for name in [*FILES, *sorted(names - {"model/README.md"})]:
         contents = [(folder / name).read_bytes() if (folder / name).is_file() else None for folder in (one, other)]
         if contents[0] != contents[1]:
             found.append(name)
