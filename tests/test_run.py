@@ -260,6 +260,14 @@ def test_resume_with_other_rows_scores_the_reference_again(cli: CLI, tmp_path: P
     assert len(fills) == 2
 
 
+def test_the_schedule_needs_a_number_of_steps(cli_error: Callable[..., str], tmp_path: Path):
+    options = ("--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:01:00", "--run_dir", str(tmp_path / "run"))
+    assert "max_epochs -1: the schedule needs the number of steps; give --trainer.max_steps" in cli_error(
+        "fit", *options
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_steps_instead_of_epochs(cli: CLI, tmp_path: Path):
     steps = ["--trainer.max_epochs", "-1", "--trainer.max_steps", "4", "--eval.start", "false"]
     cli("fit", *steps, "--run_dir", str(tmp_path / "run"))

@@ -137,7 +137,7 @@ class UnlearningCLI(LightningCLI):
         callbacks.append(SaveState(folder, made.checkpoint, self.signals))
         if given.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(str(folder), name="", version="")
-        if isinstance(given.strategy, str) and not strategy.startswith(("fsdp", "deepspeed")):
+        if isinstance(given.strategy, str) and not strategy.startswith("fsdp"):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs, precision=precision(given), callbacks=callbacks)
         check_trainer(trainer)
@@ -148,6 +148,7 @@ class UnlearningCLI(LightningCLI):
     def fit(self, **_: Any) -> None:
         """Plan, start evaluation, training, export, final evaluation, table."""
         with self._stoppable():
+            check_fit(self.model, self.trainer)
             self._prepare(fit=True)
             self.export.check(self.trainer, self.model, self.datamodule.evaluation())
             if self._ckpt_path is None and self.datamodule.eval.start:
@@ -216,7 +217,6 @@ class UnlearningCLI(LightningCLI):
         if first:
             say(plan(self.trainer, self.model, self.run_folder.folder, fit))
         if fit:
-            check_fit(self.model, self.trainer)
             if first and "retain" not in self.model.parts and self.model.objective.default_retain_weight:
                 print("warning: there is no retain loss, so the model may lose everything else, too")
             answer = partial(self._evaluate_once, "answers", self.model)
