@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from transformers import AutoTokenizer
 
 from helpers import history, killed_in_epoch, results
@@ -229,12 +229,20 @@ def test_the_ramp_leaves_the_model_as_it_was(learned: Callable[[int], Path], cas
         assert all(not value.any() for value in adapters)
 
 
-def test_a_probability_that_does_not_fall_has_no_rate(learned: Callable[[int], Path]):
-    """Fine-tuning on the forget rows lowers it only where the rates break the model."""
+def test_a_loss_that_does_not_fall_has_no_rate(learned: Callable[[int], Path]):
+    """Fine-tuning on the forget rows lowers their probability only where the rates break the model."""
     with pytest.raises(
-        UserError, match=r"did not halve the forget probability, which went from .*; give --model.lr a num"
+        UserError, match=r"did not fall as the forget probability halved: from .*; give --model.lr a num"
     ):
         own_fit(learned(0), objective=FineTune(), retain_loss=None)
+
+
+def test_a_probability_that_does_not_fall_has_no_rate(learned: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_Ramp, "read", lambda ramp: {"forget": 0.8 - 0.02 * ramp.number})
+    with pytest.raises(
+        UserError, match=r"to 0.13 this objective did not halve the forget probability: from 0.8 to 0.44;"
+    ):
+        own_fit(learned(0))
 
 
 def test_retain_answers_do_not_end_the_ramp(
@@ -264,7 +272,7 @@ def test_where_between_two_readings():
 
 
 def test_what_the_ramp_cannot_do_is_refused():
-    for strategy, precision in ((DeepSpeedStrategy, "32-true"), (SingleDeviceStrategy, "16-mixed")):
+    for strategy, precision in ((FSDPStrategy, "32-true"), (SingleDeviceStrategy, "16-mixed")):
         trainer = SimpleNamespace(strategy=object.__new__(strategy), precision=precision)
         with pytest.raises(
             UserError, match=rf"ddp and fsdp2, in 32-true and bf16-mixed: .* {strategy.__name__}.* {precision}"

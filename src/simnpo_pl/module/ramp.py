@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -27,7 +27,7 @@ LENGTH = 2.0
 
 def check_ramp(trainer: Any) -> None:
     """Refuse strategies and precisions where the ramp cannot take the run's steps."""
-    if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy) or trainer.precision == "16-mixed":
+    if isinstance(trainer.strategy, FSDPStrategy) or trainer.precision == "16-mixed":
         raise UserError(
             "--model.lr auto works with ddp and fsdp2, in 32-true and bf16-mixed: give --model.lr a number; got "
             f"{type(trainer.strategy).__name__}, {trainer.precision}"
@@ -92,12 +92,13 @@ def find_rate(module: Any, loader: Any, factors: float) -> dict[str, Any]:
             total -= rate * (1 - end)
             break
         last = now
-    fell = end is not None and ramp.forget_loss() < loss
+    fell = ramp.forget_loss() < loss
     ramp.restore()
-    if not fell:
+    if end is None or not fell:
+        did = "did not halve the forget probability" if end is None else "did not fall as the forget probability halved"
         raise UserError(
-            f"--model.lr auto: at rates up to {rate:.2g} this objective did not halve the forget probability, which "
-            f"went from {before['forget']:.3g} to {now['forget']:.3g}; give --model.lr a number"
+            f"--model.lr auto: at rates up to {rate:.2g} this objective {did}: from {before['forget']:.3g} to "
+            f"{now['forget']:.3g}; give --model.lr a number"
         )
     read = {part: [round(before[part], 4), round(now[part], 4)] for part in now}
     lr, seconds = float(f"{LENGTH * total / factors:.2g}"), round(time.monotonic() - started, 1)
