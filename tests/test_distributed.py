@@ -7,7 +7,6 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from safetensors.torch import load_file
 
 from helpers import history, results, run_processes, same_run
@@ -29,6 +29,7 @@ from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.models.reference import Reference
 from simnpo_pl.models.sharding import SafeReader
+from simnpo_pl.module.policy import check_trainer
 from simnpo_pl.utils.errors import UserError
 
 METHODS = {
@@ -284,7 +285,8 @@ def test_file_is_no_sharded_checkpoint(run_options: list[str], tmp_path: Path):
     assert "is no complete checkpoint of a sharded run" in (tmp_path / "log.0").read_text()
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
-def test_deepspeed_is_not_installed(cli_error: Callable[..., str]):
-    error = cli_error("fit", "--config", "configs/hardware/deepspeed_zero3.yaml", "--trainer.accelerator", "cpu")
-    assert "you must have DeepSpeed installed" in error
+def test_deepspeed_is_refused():
+    """Lightning's own hooks would be called for every micro-batch."""
+    trainer: Any = SimpleNamespace(strategy=object.__new__(DeepSpeedStrategy), precision="32-true")
+    with pytest.raises(UserError, match="DeepSpeed, whose steps are micro-batches, is not supported: give fsdp2"):
+        check_trainer(trainer)

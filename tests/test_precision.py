@@ -205,7 +205,7 @@ def tofu(data_folder: Path, model: Path, batch: int = 8) -> TofuData:
 
 
 class BFloat16Steps(Precision):
-    """As DeepSpeed and FSDP have it in bf16-mixed: new tensors of a step are bfloat16 unless they say otherwise."""
+    """As FSDP has it in bf16-mixed: new tensors of a step are bfloat16 unless they say otherwise."""
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
@@ -130,7 +130,7 @@ def memory(trainer: Any, module: Any, data: Any) -> str:
 def on_devices(trainer: Any) -> dict[str, Any]:
     """The arguments of `memory.Step` that depend on the trainer."""
     strategy = trainer.strategy
-    sharded = isinstance(strategy, (ShardedStrategy, DeepSpeedStrategy))
+    sharded = isinstance(strategy, ShardedStrategy)
     return {
         "autocast": str(trainer.precision).endswith("-mixed"),
         "gpu": strategy.root_device.type != "cpu",

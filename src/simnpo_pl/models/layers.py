@@ -81,19 +81,15 @@ def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
     """Freeze all parameters but those whose whole name one of the regular expressions matches; only text's are."""
     beside = set(beside_text(model))
     # Tied weights have two names.
-    named = model.named_parameters(remove_duplicate=False)
-    names = {name: weight for name, weight in named if name.rpartition(".")[0] not in beside}
-    trained: set[nn.Parameter] = set()
+    names = {n: w for n, w in model.named_parameters(remove_duplicate=False) if n.rpartition(".")[0] not in beside}
+    model.requires_grad_(False)
     for pattern in patterns:
         try:
-            found = {weight for name, weight in names.items() if re.fullmatch(pattern, name)}
+            found = [weight for name, weight in names.items() if re.fullmatch(pattern, name)]
         except re.error as error:
             raise UserError(f"--model.trainable {pattern!r} is no regular expression ({error})") from error
         if not found:
-            raise UserError(
-                f"--model.trainable {pattern!r} matches no parameter; an expression must match a whole name, such as "
-                f"{', '.join(list(names)[1:4])}"
-            )
-        trained |= found
-    for weight in model.parameters():
-        weight.requires_grad_(weight in trained)
+            some = ", ".join(list(names)[1:4])
+            raise UserError(f"--model.trainable {pattern!r} matches no parameter; match a whole name, such as {some}")
+        for weight in found:
+            weight.requires_grad_()

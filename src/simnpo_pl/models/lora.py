@@ -75,14 +75,9 @@ def add_adapter(model: Any, options: LoraOptions) -> dict[str, Any]:
 def inject_adapter(model: Any, options: LoraOptions) -> Any:
     """The part of `add_adapter` that reads no weights; returns peft's config."""
     peft = _peft()
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.rank,
-        lora_alpha=options.alpha,
-        lora_dropout=options.dropout,
-        target_modules=options.target_modules or "all-linear",
-        exclude_modules=beside_text(model) or None,
-    )
+    size = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+    layers = {"target_modules": options.target_modules or "all-linear", "exclude_modules": beside_text(model) or None}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **size, **layers)
     # The adapter's weights follow only from the run's seed, so they are the same on every process.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # Tied weights are refused below.
@@ -156,10 +151,9 @@ def _refuse_tied(model: Any, option: str) -> None:
     """Raise UserError for an adapter on weights that another layer uses, too: merged, it would change that layer."""
     uses = Counter(weight for module in model.modules() for weight in module._parameters.values())
     for name, module in model.named_modules():
-        if not hasattr(module, "base_layer"):
-            continue
+        base = module.get_base_layer() if hasattr(module, "base_layer") else None
         # Experts of one tensor are adapted by the name of their parameter.
-        if uses[getattr(module.get_base_layer(), getattr(module, "parameter_name", "weight"))] > 1:
+        if base is not None and uses[getattr(base, getattr(module, "parameter_name", "weight"))] > 1:
             raise UserError(
                 f"{option}: {name} shares its weights with another layer (tied embeddings), which merging an adapter "
                 "would change, too; leave it out"

@@ -28,7 +28,7 @@ from simnpo_pl.utils.errors import UserError
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
-    """Refuse precisions in which Lightning casts the whole model, and strategies whose processes lose the results.
+    """Refuse precisions in which Lightning casts the whole model, and strategies with other steps or lost results.
 
     Such a cast rounds buffers that have to stay in float32, such as the frequencies of rotary position embeddings.
     """
@@ -37,6 +37,8 @@ def check_trainer(trainer: pl.Trainer) -> None:
             f"--trainer.precision {trainer.precision} is not supported: give 32-true, bf16-mixed or 16-mixed; for "
             "weights in bfloat16 give --model.dtype bfloat16 with 32-true"
         )
+    if trainer.strategy.handles_gradient_accumulation:
+        raise UserError("--trainer.strategy: DeepSpeed, whose steps are micro-batches, is not supported: give fsdp2")
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise UserError(
             "--trainer.strategy: ddp_spawn, ddp_fork and ddp_notebook train in processes that end with their results: "
