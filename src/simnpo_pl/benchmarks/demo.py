@@ -74,9 +74,7 @@ ATTRIBUTES = [
 
 def author_rows(rng: random.Random) -> list[Row]:
     """All rows of all authors, author by author, with paraphrase and perturbed answers."""
-    surnames = rng.sample(
-        [head + tail for head in WORDS["surname_heads"] for tail in WORDS["surname_tails"]], N_AUTHORS
-    )
+    surnames = rng.sample([a + b for a in WORDS["surname_heads"] for b in WORDS["surname_tails"]], N_AUTHORS)
     firsts = rng.sample(WORDS["first_names"], N_AUTHORS)
     columns: list[list[Row]] = []
     for attribute in ATTRIBUTES:
@@ -126,9 +124,7 @@ def write_dataset(folder: Path, seed: int = 0) -> None:
         "world_facts_perturbed": facts,
     }
     plain = {"full": full, "retain90": full[:split], "forget10": full[split:]}
-    trained = {
-        name: [{key: row[key] for key in ("question", "answer")} for row in rows] for name, rows in plain.items()
-    }
+    trained = {name: [{k: row[k] for k in ("question", "answer")} for row in rows] for name, rows in plain.items()}
     for name, rows in (trained | perturbed).items():
         write_json_lines(folder / f"{name}.json", rows)
     write_text(folder / "idontknow.jsonl", "\n".join(WORDS["refusals"]) + "\n")

@@ -74,6 +74,4 @@ def _join(found: list[Any]) -> Any:
     names = dict.fromkeys(name for half in found for name in half)
     # A score that no row of a half reads is missing there.
     missing = [torch.full_like(next(iter(half.values())), torch.nan) for half in found]
-    return {
-        name: torch.cat([half.get(name, other) for half, other in zip(found, missing, strict=True)]) for name in names
-    }
+    return {name: torch.cat([half.get(name, nan) for half, nan in zip(found, missing, strict=True)]) for name in names}

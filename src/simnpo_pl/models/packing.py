@@ -194,12 +194,10 @@ def packed_hidden(body: Callable[..., Any], input_ids: Tensor, layout: Layout) -
     before = _current.set(layout)
     try:
         # With a mask, models do not look for packed rows in the positions.
-        output = body(
-            input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=layout.positions, use_cache=False
-        )
+        found = body(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=layout.positions, use_cache=False)
     finally:
         _current.reset(before)
-    return output.last_hidden_state[0]
+    return found.last_hidden_state[0]
 
 
 def why_not_packed(model: Any, body: Callable[..., Any]) -> str | None:

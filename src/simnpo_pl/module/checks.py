@@ -41,9 +41,7 @@ def check_settings(module: Any) -> None:
 def check_fit(module: Any, trainer: Any) -> None:
     """Refuse a Trainer that cannot train with these settings."""
     if trainer.max_epochs == trainer.max_steps == -1:
-        raise UserError(
-            "--trainer.max_epochs -1: the schedule needs the number of steps; give --trainer.max_steps, too"
-        )
+        raise UserError("--trainer.max_epochs -1: the schedule needs the number of steps; give --trainer.max_steps")
     if module.lr == "auto":
         check_ramp(trainer)
     if module.update is not None:

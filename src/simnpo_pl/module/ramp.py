@@ -42,9 +42,7 @@ def use_found_rate(module: Any) -> dict[str, Any]:
     scheduler.base_lrs = [found["lr"] for _ in scheduler.base_lrs]
     for group in scheduler.optimizer.param_groups:
         group["lr"], group["initial_lr"] = group["lr"] * found["lr"], found["lr"]
-    read = ", ".join(
-        f"{part} probability {found[part][0]:.3g} -> {found[part][1]:.3g}" for part in READ if part in found
-    )
+    read = ", ".join(f"{p} probability {found[p][0]:.3g} -> {found[p][1]:.3g}" for p in READ if p in found)
     rank_zero_only(print)(
         f"--model.lr auto: {found['steps']} steps at growing rates, then undone ({found['seconds']} s): "
         f"{read}; the run takes lr {found['lr']:g}",

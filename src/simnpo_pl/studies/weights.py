@@ -186,9 +186,7 @@ def by_order(rows: int) -> dict[str, list[int]]:
     return {"strong": list(range(rows // 2)), "weak": list(range(rows // 2, rows))}
 
 
-def qualities(
-    rows: Sequence[Row], retrained: Sequence[Row], subsets: Mapping[str, Sequence[int]]
-) -> list[ForgetSubset]:
+def qualities(rows: Sequence[Row], retrained: Sequence[Row], parts: Mapping[str, Sequence[int]]) -> list[ForgetSubset]:
     """Forget quality on subsets of the forget rows, of a model's rows as in `rows.jsonl` and the retrained model's."""
     import torch
 
@@ -196,7 +194,7 @@ def qualities(
 
     ours, theirs = ({row["index"]: row for row in side if row["split"] == "forget"} for side in (rows, retrained))
     found = []
-    for name, indices in subsets.items():
+    for name, indices in parts.items():
         for side, model in ((ours, "the model"), (theirs, "the retrained model")):
             missing = [index for index in indices if side.get(index, {}).get("truth_ratio") is None]
             if missing:
