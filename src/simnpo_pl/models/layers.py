@@ -72,8 +72,7 @@ def beside_text(model: Any) -> list[str]:
     """Names of the modules that text does not pass through, such as those for images."""
     if model.config.get_text_config() is model.config:
         return []
-    parts = filter(None, (model.get_decoder(), model.get_output_embeddings()))
-    used = {module for part in parts for module in part.modules()}
+    used = {m for part in filter(None, (model.get_decoder(), model.get_output_embeddings())) for m in part.modules()}
     return [name for name, module in model.named_modules() if module not in used]
 
 
@@ -89,7 +88,6 @@ def train_only(model: nn.Module, patterns: Sequence[str]) -> None:
         except re.error as error:
             raise UserError(f"--model.trainable {pattern!r} is no regular expression ({error})") from error
         if not found:
-            some = ", ".join(list(names)[1:4])
-            raise UserError(f"--model.trainable {pattern!r} matches no parameter; match a whole name, such as {some}")
+            raise UserError(f"--model.trainable {pattern!r} matches no parameter; match a name, such as {[*names][1]}")
         for weight in found:
             weight.requires_grad_()
