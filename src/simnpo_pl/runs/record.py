@@ -17,6 +17,8 @@ _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(?:fit_)?")
 """Beginning of the name that the command line gives to a folder."""
 TRAINING = re.compile(r"model|seed|train_split|forget_rows|refusals|alternates|(effective|per_device)_batch")
 """Settings of the data that do not change what is measured on a model."""
+MEASURING = ("retain_log", "retrained", "truth_ratio", "generate_rows", "max_new_tokens", "temperature", "min_k")
+"""Settings of the evaluation that change values of metrics."""
 TOLD = ("objective", "retain_loss", "forget_weight", "retain_weight", "update")
 """Settings of the model that `Run.settings` tells."""
 
@@ -118,9 +120,11 @@ class Run:
 
     @property
     def measured(self) -> dict[str, Any]:
-        """Options that say which data is measured."""
-        data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
-        return {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
+        """Options that say which data is measured, and how; runs in which they are equal can be compared."""
+        settings = self.record.get("settings", {})
+        data, evaluation = settings.get("data", {}).get("init_args", {}), settings.get("eval", {})
+        found = {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
+        return found | {f"eval.{name}": evaluation[name] for name in MEASURING if name in evaluation}
 
     @property
     def forget_split(self) -> str:
@@ -218,7 +222,7 @@ def differing(options: Sequence[dict[str, Any]]) -> list[str]:
     """The options that differ, in one line for each."""
     known = dict.fromkeys(name for one in options for name in one)
     names = [name for name in known if any(one.get(name) != options[0].get(name) for one in options)]
-    return [", ".join(f"{name} {one.get(name)}" for name in names) for one in options]
+    return [", ".join(f"{name} {' '.join(str(one.get(name)).split())}" for name in names) for one in options]
 
 
 def _names(runs: Sequence[Run]) -> Iterator[list[str]]:
