@@ -184,6 +184,14 @@ def test_config_of_a_run_repeats_it(finished: Path, tmp_path: Path, capsys: pyte
     assert f"written to {again}:\n" in out
 
 
+def test_the_name_of_a_run_is_its_own(cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A later run of this process, without --run_dir, too, makes another folder."""
+    monkeypatch.chdir(tmp_path)
+    cli("test", "--eval.generate_rows", "0")
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert "SIMNPO_PL_RUN_DIR" not in os.environ
+
+
 def test_test_command_repeats_the_final_evaluation(cli: CLI, finished: Path, other_folder: Path, tmp_path: Path):
     """Also with our own log as the retrained model's, which is how results are compared across machines."""
     cli("test", "--model.name", str(other_folder), "--run_dir", str(tmp_path / "retrained"))
@@ -528,7 +536,7 @@ def test_two_processes_are_as_good_as_one(run_options: list[str], finished: Path
 
 def test_interrupt_saves_what_is_there(run_options: list[str], tmp_path: Path):
     """Ctrl-C in training: no traceback, results and checkpoint of the epochs before, and a resume that works."""
-    folder = tmp_path / "stopped"
+    folder = tmp_path / "stopped run"
     command = [sys.executable, "-m", "simnpo_pl", "fit", *run_options, "--run_dir", str(folder)]
     process = subprocess.Popen(
         [*command, "--trainer.max_epochs", "10000"],
@@ -545,7 +553,7 @@ def test_interrupt_saves_what_is_there(run_options: list[str], tmp_path: Path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert f"--run_dir {folder} --ckpt_path last" in err
+    assert f"--run_dir '{folder}' --ckpt_path last" in err
     assert torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
     assert results(folder)["epochs"]
     assert not results(folder)["finished"]

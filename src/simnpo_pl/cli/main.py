@@ -1,6 +1,7 @@
 """The command line: LightningCLI with the order of a whole run and its folder."""
 
 import os
+import shlex
 import sys
 import time
 from argparse import ArgumentError
@@ -197,9 +198,13 @@ class UnlearningCLI(LightningCLI):
             raise
         except Stopped as stop:
             if self.trainer.is_global_zero:
-                how = f"; resume with --run_dir {folder}{' --ckpt_path last' if self.subcommand == 'fit' else ''}"
+                last = " --ckpt_path last" if self.subcommand == "fit" else ""
+                how = f"; resume with --run_dir {shlex.quote(str(folder))}{last}"
                 print(f"stopped by {stop}{how if folder.exists() else ''}", file=sys.stderr)
             sys.exit(128 + stop.signum)
+        finally:
+            # A later run of this process makes a folder of its own.
+            os.environ.pop(RUN_DIR_VARIABLE, None)
 
     def _prepare(self, fit: bool = False) -> None:
         """Show the plan, read the data, evaluate the models that the policy is compared with."""
