@@ -142,6 +142,7 @@ def test_parts_are_for_the_same_weights_and_plan_only(data_folder: Path, model_f
     from simnpo_pl.evaluation.finished import identity
     from simnpo_pl.evaluation.options import EvalOptions
     from simnpo_pl.models.loading import load_causal_lm
+    from simnpo_pl.models.lora import LoraOptions, inject_adapter
 
     def plan(seed: int = 0, **options: Any) -> Any:
         data = TofuData(path=str(data_folder), tokenizer=str(model_folder), seed=seed, eval=EvalOptions(**options))
@@ -156,9 +157,18 @@ def test_parts_are_for_the_same_weights_and_plan_only(data_folder: Path, model_f
     before = identity(model, plans[0], 1)
     assert before == identity(load_causal_lm(str(model_folder)), plans[0], 1)
     assert before != identity(model, plans[0], 2)
+    model.config.rms_norm_eps *= 2
+    assert before != identity(model, plans[0], 1)
+    model.config.rms_norm_eps /= 2
+    assert before == identity(model, plans[0], 1)
     with torch.no_grad():
         next(model.parameters()).view(-1)[5] += 1e-6
     assert before != identity(model, plans[0], 1)
+    adapted = [load_causal_lm(str(model_folder)) for _ in range(3)]
+    for one, alpha in zip(adapted, (8, 8, 16), strict=True):
+        inject_adapter(one, LoraOptions(rank=4, alpha=alpha))
+    found = [identity(one, plans[0], 1) for one in adapted]
+    assert found[0] == found[1] != found[2]
 
 
 def test_lines_cut_short_are_not_whole(tmp_path: Path):
