@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
 from simnpo_pl.benchmarks.base import PairedData
@@ -27,7 +28,7 @@ from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import trust_remote_code
 from simnpo_pl.module.checks import check_fit
-from simnpo_pl.module.depth import check_depth, measure_depth
+from simnpo_pl.module.depth import UDS, check_depth, measure_depth
 from simnpo_pl.module.policy import PolicyModule, check_trainer
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.runs.checkpoint import LAST, AtomicCheckpointIO, CheckpointOptions, SaveState, Stopped, StopSignals
@@ -271,7 +272,14 @@ class UnlearningCLI(LightningCLI):
         """Unlearning Depth Score of the exported model, see `measure_depth`."""
         self.run_folder.role, retrained = "depth", self.datamodule.eval.retrained
         models = (self.model.name, retrained, str(self.export.folder))
-        return measure_depth(self.trainer, self.model, self.datamodule, *models)
+        try:
+            return measure_depth(self.trainer, self.model, self.datamodule, *models)
+        except Exception as error:
+            # Such as a lack of memory: the run ends with its other results, and `check` can measure it later.
+            reason = f"it could not be measured ({' '.join(repr(error).split())[:300]})"
+            self.run_folder.record["unavailable"][UDS] = reason
+            rank_zero_warn(f"--eval.depth: {reason}")
+            return None
 
     def _finish(self, result: EvalResult | None, epoch: int | None = None, depth: Any = None) -> None:
         """Write the results, show table and files."""

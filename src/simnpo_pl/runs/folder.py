@@ -221,7 +221,8 @@ def add_depth(run: Run, record: dict[str, Any], entry: dict[str, Any], rows: lis
     if not entry["n"]:
         reason = "the retrained model's hidden states lack nothing of any forget row, in any layer"
     lost = [name for name, value in entry["metrics"].items() if value != value]
-    record["unavailable"] = record.get("unavailable", {}) | dict.fromkeys(lost, reason)
+    others = {name: why for name, why in record.get("unavailable", {}).items() if name not in entry["metrics"]}
+    record["unavailable"] = others | dict.fromkeys(lost, reason)
 
 
 def describe_objective(module: Any) -> dict[str, Any]:
