@@ -126,6 +126,8 @@ class UnlearningCLI(LightningCLI):
         settings = {group: config[group].clone().as_dict() for group in ("model", "data", "eval")}
         self.run_folder = RunFolder(folder, self._resolved(config), settings, int(config.seed_everything))
         self.run_folder.record["label"] = config.label
+        if self.subcommand != "fit" and config.ckpt_path is not None:
+            self.run_folder.record["checkpoint"] = config.ckpt_path
         self.signals = StopSignals(plugins)
         callbacks: list[Any] = [*_as_list(given.callbacks), self.run_folder]
         if given.enable_progress_bar is not False and not any(isinstance(c, AnyProgressBar) for c in callbacks):

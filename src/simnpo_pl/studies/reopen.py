@@ -74,6 +74,8 @@ def finished_runs(folders: list[Path]) -> list[Run]:
     for run in runs:
         if not run.record.get("finished"):
             raise UserError(f"{run.folder} holds an unfinished run; resume it: --run_dir {run.folder} --ckpt_path last")
+        if file := run.record.get("checkpoint"):
+            raise UserError(f"{run.folder} measured {file}, which is no model folder: give the fit that wrote it")
         if run.unlearned and not (run.folder / "model").is_dir():
             raise UserError(f"{run.folder} holds no model/; give the folder of a finished fit")
     return runs
