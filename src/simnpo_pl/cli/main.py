@@ -156,11 +156,12 @@ class UnlearningCLI(LightningCLI):
             if self._ckpt_path is None and self.datamodule.eval.start:
                 self._evaluate_once("start", self.model)
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path)
+            # A run that was stopped after its last step had nothing left to train.
+            epoch = self.export.epoch or self.trainer.fit_loop.epoch_progress.current.ready
             if not self.export.folder.is_dir():
-                # The run was stopped between its last epoch and the export, and had nothing left to train.
-                self.export.save(self.trainer, self.model, self.trainer.current_epoch)
+                self.export.save(self.trainer, self.model, epoch)
             result = self._final_result() if self.datamodule.eval.final else None
-            self._finish(result, self.export.epoch, self._depth() if self.datamodule.eval.depth else None)
+            self._finish(result, epoch, self._depth() if self.datamodule.eval.depth else None)
 
     def validate(self, **_: Any) -> None:
         """Plan, evaluation, table."""
@@ -168,7 +169,7 @@ class UnlearningCLI(LightningCLI):
             self._prepare()
             # `RunFolder.finish` logs them, as those of the final model.
             self.model.logs_metrics = False
-            run = self.trainer.validate if self.subcommand == "validate" else self.trainer.test
+            run = getattr(self.trainer, str(self.subcommand))
             run(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path, verbose=False)
             self._finish(result_of(self.model))
 
@@ -265,9 +266,7 @@ class UnlearningCLI(LightningCLI):
         result = newest if self.export.options.best is None else self.export.result
         if result is None or self.model.lora is not None:
             # Merging an adapter rounds.
-            model = self.model.like(str(self.export.folder))
-            self.trainer.test(model, datamodule=self.datamodule, verbose=False)
-            result = result_of(model)
+            result = self._evaluate_once("final", self.model.like(str(self.export.folder)))
         return result
 
     def _depth(self) -> Any:

@@ -97,10 +97,13 @@ class RunFolder(Callback):
         if trainer.is_global_zero:
             write_text(self.folder / "config.yaml", self.config)
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Training does not start where a resumed run has nothing left to train.
+        self.record["objective"] = describe_objective(pl_module)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.role = "epoch"
-        self.record["epochs"] = [e for e in self.record["epochs"] if e["epoch"] <= trainer.current_epoch]
-        self.record["objective"] = describe_objective(pl_module)
+        self.record["epochs"] = [e for e in self.record["epochs"] if e["step"] <= trainer.global_step]
         if pl_module.found_rate is not None:
             self._take_rate(pl_module.found_rate)
         self._epoch_started = time.monotonic()
@@ -123,7 +126,10 @@ class RunFolder(Callback):
             return
         metrics = {"metrics": result.values, "intervals": result.intervals}
         if self.role == "epoch":
-            self.record["epochs"].append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics})
+            step = trainer.global_step
+            # The first evaluation of a resumed run may be a repeated one.
+            earlier = [entry for entry in self.record["epochs"] if entry["step"] < step]
+            self.record["epochs"] = [*earlier, {"epoch": trainer.current_epoch + 1, "step": step, **metrics}]
         elif self.role != "final":
             self.record[self.role] = metrics
             if trainer.is_global_zero:
@@ -133,7 +139,7 @@ class RunFolder(Callback):
         if self.role != "retrained":
             self.record |= {"counts": result.counts, "unavailable": result.unavailable, "titles": result.titles}
             # The exported model's evaluation repeats an epoch's, unless nothing was trained.
-            if self.role != "final" or "objective" not in self.record:
+            if self.role != "final" or not trainer.global_step:
                 log_evaluation(trainer, result, trainer.global_step if self.role == "epoch" else 0)
         self._write(trainer)
 
