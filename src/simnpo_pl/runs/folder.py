@@ -19,7 +19,7 @@ from simnpo_pl.metrics.chance import forget_quality_chance
 from simnpo_pl.metrics.logs import RetainLog
 from simnpo_pl.runs.board import log_evaluation, log_outcome
 from simnpo_pl.runs.card import write_card
-from simnpo_pl.runs.record import Run
+from simnpo_pl.runs.record import Run, differing
 from simnpo_pl.runs.verdict import unlearned, verdict
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines, write_text
@@ -67,15 +67,15 @@ class RunFolder(Callback):
         """Read the record of a resumed run; refuse a folder whose run would be overwritten."""
         file = self.folder / RESULTS
         if file.is_file():
-            earlier = read_json(file)
+            earlier, holds = read_json(file), f"--run_dir {self.folder} holds"
             if earlier.get("finished"):
-                raise UserError(f"--run_dir {self.folder} holds a finished run: give another folder")
+                raise UserError(f"{holds} a finished run: give another folder")
             if not resume:
-                raise UserError(
-                    f"--run_dir {self.folder} holds an unfinished run: resume it with --ckpt_path last, "
-                    "or give another folder"
-                )
-            kept = ("start", "retrained", "epochs", "seconds", "peak_memory_gib")
+                raise UserError(f"{holds} an unfinished run: resume it with --ckpt_path last, or give another folder")
+            was, here = differing([Run("", self.folder, earlier).evaluated, self.run.evaluated])
+            if was and "settings" in earlier:
+                raise UserError(f"{holds} results with {was}, here it is {here}: give its options, or another folder")
+            kept = ("start", "epochs", "counts", "unavailable", "titles", "seconds", "peak_memory_gib")
             self.record |= {key: earlier[key] for key in kept if key in earlier}
             if "lr_auto" in earlier:
                 self._take_rate(earlier["lr_auto"])
@@ -152,10 +152,9 @@ class RunFolder(Callback):
             self.finished.drop()
 
     def finish(self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None, depth: Any) -> None:
-        """Write the final results, the rows and the benchmark's own files.
+        """Write the final results, the rows and the benchmark's own files; None for what there is not.
 
-        `result` is the evaluation of the exported model, `epoch` its epoch, `depth` what `measure_depth` found; None if
-        there is none.
+        `result` is the evaluation of the exported model, `epoch` its epoch, `depth` what `measure_depth` found.
         """
         if epoch is not None:
             self.record["exported_epoch"] = epoch
@@ -174,9 +173,8 @@ class RunFolder(Callback):
             self.record["verdict"] = verdict(self.record)
         if trainer.is_global_zero and result is not None:
             write_json_lines(self.folder / "rows.jsonl", result.rows)
-            retrained = self.folder / "retrained_rows.jsonl"
-            if log is not None and not retrained.exists():
-                write_json_lines(retrained, log.rows())
+            if log is not None and data.eval.retrained is None:
+                write_json_lines(self.folder / "retrained_rows.jsonl", log.rows())
             for name, content in data.export(result).items():
                 write_json(self.folder / name, content)
             log_outcome(trainer, self.record)

@@ -17,6 +17,8 @@ _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(?:fit_)?")
 """Beginning of the name that the command line gives to a folder."""
 TRAINING = re.compile(r"model|seed|train_split|forget_rows|refusals|alternates|(effective|per_device)_batch")
 """Settings of the data that do not change what is measured on a model."""
+UNMEASURED = ("start", "final", "depth", "tokens_per_batch", "prompts_per_batch", "cache_dir")
+"""Settings of the evaluation that do not change the value of a metric."""
 TOLD = ("objective", "retain_loss", "forget_weight", "retain_weight", "update")
 """Settings of the model that `Run.settings` tells."""
 
@@ -121,6 +123,12 @@ class Run:
         """Options that say which data is measured."""
         data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
         return {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """Options that say what is measured and how."""
+        given = self.record.get("settings", {}).get("eval", {}).items()
+        return {f"eval.{name}": value for name, value in given if name not in UNMEASURED} | self.measured
 
     @property
     def forget_split(self) -> str:
