@@ -277,8 +277,7 @@ class UnlearningCLI(LightningCLI):
             return measure_depth(self.trainer, self.model, self.datamodule, *models)
         except Exception as error:
             # Such as a lack of memory: the run ends with its other results, and `check` can measure it later.
-            reason = f"it could not be measured ({' '.join(repr(error).split())[:300]})"
-            self.run_folder.record["unavailable"][UDS] = reason
+            self.run_folder.record["unavailable"][UDS] = reason = f"it could not be measured ({error!r:.300})"
             rank_zero_warn(f"--eval.depth: {reason}")
             return None
 

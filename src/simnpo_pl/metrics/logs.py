@@ -163,8 +163,7 @@ def unlearning_run(folder: Path) -> Path | None:
             break
         if record.get("objective", {}).get("name", "FineTune") != "FineTune":
             return folder
-        named = record.get("checkpoint") or record["settings"].get("model", {}).get("name")
-        model = Path(str(named)).expanduser()
+        model = Path(str(record.get("checkpoint") or record["settings"].get("model", {}).get("name"))).expanduser()
         if model.name not in ("model", "last.ckpt"):
             break
         folder = model.parent

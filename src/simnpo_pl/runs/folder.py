@@ -77,25 +77,24 @@ class RunFolder(Callback):
                 raise UserError(f"{holds} results with {was}, here it is {here}: give its options, or another folder")
             kept = ("start", "epochs", "counts", "unavailable", "titles", "seconds", "peak_memory_gib")
             self.record |= {key: earlier[key] for key in kept if key in earlier}
-            if "lr_auto" in earlier:
-                self._take_rate(earlier["lr_auto"])
+            self._take_rate(earlier.get("lr_auto"))
             self._started -= self.record["seconds"].get("total", 0.0)
             self._cpu_seconds = earlier.get("cpu_seconds", 0.0)
         if resume:
             clean(self.folder)
 
-    def _take_rate(self, found: dict[str, Any]) -> None:
-        """Record what `--model.lr auto` found, and the rate among the settings, in the place of `auto`."""
-        self.record["lr_auto"] = found
-        self.record["settings"]["model"]["lr"] = found["lr"]
+    def _take_rate(self, found: dict[str, Any] | None) -> None:
+        """Record what `--model.lr auto` found, if anything, and the rate among the settings, in the place of `auto`."""
+        if found is not None:
+            self.record["lr_auto"] = found
+            self.record["settings"]["model"]["lr"] = found["lr"]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # The runs of a study evaluate a model that does not change once.
         shared = trainer.datamodule.eval.cache_dir if self.role in SHARED else None
         pl_module.finished_batches = FinishedBatches(Path(shared).expanduser()) if shared else self.finished
         # The data has been read by now: a mistyped option leaves no folder behind.
-        if trainer.is_global_zero:
-            write_text(self.folder / "config.yaml", self.config)
+        rank_zero_only(write_text)(self.folder / "config.yaml", self.config)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Training does not start where a resumed run has nothing left to train.
@@ -104,8 +103,7 @@ class RunFolder(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.role = "epoch"
         self.record["epochs"] = [e for e in self.record["epochs"] if e["step"] <= trainer.global_step]
-        if pl_module.found_rate is not None:
-            self._take_rate(pl_module.found_rate)
+        self._take_rate(pl_module.found_rate)
         self._epoch_started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -132,8 +130,7 @@ class RunFolder(Callback):
             self.record["epochs"] = [*earlier, {"epoch": trainer.current_epoch + 1, "step": step, **metrics}]
         elif self.role != "final":
             self.record[self.role] = metrics
-            if trainer.is_global_zero:
-                write_json_lines(self.folder / f"{self.role}_rows.jsonl", result.rows)
+            rank_zero_only(write_json_lines)(self.folder / f"{self.role}_rows.jsonl", result.rows)
         if self.role in ("epoch", "final"):
             self.result, self.result_step = result, trainer.global_step
         if self.role != "retrained":
@@ -201,8 +198,7 @@ class RunFolder(Callback):
         self.record["seconds"]["total"] = round(time.monotonic() - self._started, 1)
         self.record["cpu_seconds"] = round(self._cpu_seconds + time.process_time(), 1)
         self.record["peak_memory_gib"] = {k: max(v, peaks.get(k, 0.0)) for k, v in _peak_memory(trainer).items()}
-        if trainer.is_global_zero:
-            write_json(self.folder / RESULTS, self.record)
+        rank_zero_only(write_json)(self.folder / RESULTS, self.record)
 
 
 def _peak_memory(trainer: pl.Trainer) -> dict[str, float]:

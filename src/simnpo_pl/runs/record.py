@@ -17,8 +17,6 @@ _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(?:fit_)?")
 """Beginning of the name that the command line gives to a folder."""
 TRAINING = re.compile(r"model|seed|train_split|forget_rows|refusals|alternates|(effective|per_device)_batch")
 """Settings of the data that do not change what is measured on a model."""
-UNMEASURED = ("start", "final", "depth", "tokens_per_batch", "prompts_per_batch", "cache_dir")
-"""Settings of the evaluation that do not change the value of a metric."""
 TOLD = ("objective", "retain_loss", "forget_weight", "retain_weight", "update")
 """Settings of the model that `Run.settings` tells."""
 
@@ -126,9 +124,10 @@ class Run:
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """Options that say what is measured and how."""
+        """Options that change the values of metrics: how, what, and beside which model is measured."""
+        others = ("start", "final", "depth", "tokens_per_batch", "prompts_per_batch", "cache_dir")
         given = self.record.get("settings", {}).get("eval", {}).items()
-        return {f"eval.{name}": value for name, value in given if name not in UNMEASURED} | self.measured
+        return {f"eval.{name}": value for name, value in given if name not in others} | self.measured
 
     @property
     def forget_split(self) -> str:
