@@ -288,7 +288,7 @@ class UnlearningData(PairedData):
         return f"{super().describe()}; {self._form}"
 
     def use_retrained_rows(self, rows: list[dict[str, Any]], source: str) -> None:
-        self.retrained_log = parse_rows(source, rows, "evaluated in this run")
+        self.retrained_log = parse_rows(source, rows, "evaluated in this run", convention=self.eval.truth_ratio)
         self._evaluation = None
 
     def use_reference_losses(self, losses: dict[str, Tensor]) -> None:
@@ -304,7 +304,7 @@ class UnlearningData(PairedData):
                 "without the forget rows"
             )
         if self.retrained_log is None and self.eval.retain_log is not None:
-            self.retrained_log = read_retain_log(hub_file(self.eval.retain_log))
+            self.retrained_log = read_retain_log(hub_file(self.eval.retain_log), self.eval.truth_ratio)
         return self.retrained_log
 
 

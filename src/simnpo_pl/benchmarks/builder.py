@@ -74,6 +74,8 @@ class EvaluationBuilder:
                 perturbed answers they have.
         """
         source, options, count = source or name, self.options, len(rows)
+        # A choice is between the answer and wrong ones.
+        rows = [{**row, "paraphrased_answer": None} for row in rows] if choice else rows
         texts, has_paraphrase = _answers(rows, source)
         kinds = len(texts[0])
         metrics: dict[str, RowMetric] = {
@@ -130,7 +132,9 @@ class EvaluationBuilder:
             self.unavailable["forget_quality"] = NO_RETRAINED
             return
         forget = self.splits["forget"]
-        ratios = [row.get("truth_ratio") for row in log.match("forget", forget.texts, forget.tokens, source)]
+        # A log of PrivLeak may hold no forget row, as may an evaluation of other splits alone.
+        rows = log.match("forget", forget.texts, forget.tokens, source) if log.splits["forget"] else []
+        ratios = [row.get("truth_ratio") for row in rows]
         found = [ratio for ratio in ratios if ratio is not None]
         if not found:
             reason = f"the retrained model's log {log.source} has no truth ratios; score that model with wrong answers"

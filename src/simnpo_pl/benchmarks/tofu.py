@@ -18,6 +18,7 @@ from simnpo_pl.metrics.export import open_unlearning_log
 from simnpo_pl.metrics.logs import RetainLog, read_retain_log
 from simnpo_pl.utils.errors import UserError, nearest
 
+COMPLETE = re.compile(r"forget(\d\d)")
 QUESTIONS = ("question", "answer")
 ANSWERS = (*QUESTIONS, "paraphrased_answer", "perturbed_answer")
 CHOICES = (*QUESTIONS, "perturbed_answer")
@@ -91,11 +92,11 @@ class TofuData(UnlearningData):
     def _published_log(self) -> RetainLog | None:
         """The retrained model's log that was published together with the start model."""
         published = re.fullmatch(r"open-unlearning/(tofu_.+)_full", self.model_name or "")
-        if published is None:
+        if published is None or not COMPLETE.fullmatch(self.forget_split):
             return None
         log = f"hf://datasets/open-unlearning/eval/{published[1]}_{_complement(self.forget_split)}/TOFU_EVAL.json"
         try:
-            return read_retain_log(hub_file(log))
+            return read_retain_log(hub_file(log), self.eval.truth_ratio)
         except UserError as error:
             rank_zero_warn(f"no forget quality: {error}")
             return None
@@ -109,7 +110,10 @@ class TofuData(UnlearningData):
         rows = {name: load_split(self.path, self.eval_splits[name], columns) for name, columns in COLUMNS.items()}
         check_disjoint(rows["forget"], rows["retain"], "retain")
         for name, columns in COLUMNS.items():
-            build.questions(name, rows[name], choice=columns == CHOICES, source=self.eval_splits[name])
+            source = self.eval_splits[name]
+            split = build.questions(name, rows[name], choice=columns == CHOICES, source=source)
+            if f"{name}/truth_ratio" not in split.metrics:
+                raise UserError(f"{source}: expected wrong answers in perturbed_answer, got empty lists: give them")
         build.summary["model_utility"] = ModelUtility(
             {
                 f"{name}/{metric}": build.splits[name].metrics[f"{name}/{metric}"]
@@ -121,7 +125,15 @@ class TofuData(UnlearningData):
         for text in build.splits["forget"].texts:
             text["forget_split"] = forget
         log = self.find_retain_log()
-        build.forget_quality(log, forget)
+        try:
+            build.forget_quality(log, forget)
+        except UserError as error:
+            # A log that the user named has to fit.
+            if self.retrained_log is not None:
+                raise
+            rank_zero_warn(f"no forget quality: {error}")
+            self._published_log = log = None
+            build.forget_quality(None)
         if self.holdout is not None:
             if is_file(self.holdout):
                 holdout = load_table(self.holdout, "--data.holdout", QUESTIONS)
@@ -137,7 +149,7 @@ class TofuData(UnlearningData):
 
 
 def _complement(forget_split: str) -> str:
-    match = re.fullmatch(r"forget(\d\d)", forget_split)
+    match = COMPLETE.fullmatch(forget_split)
     if match is None:
         closest = nearest(forget_split, ("forget01", "forget05", "forget10"))
         raise UserError(
