@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def test_models_of_other_settings_are_made_anew(
     assert file.read_bytes() != first
     MarkovData(str(tmp_path)).prepare_data()
     assert file.read_bytes() == first
-    file.unlink()
+    shutil.rmtree(file.parent)
     MarkovData(str(tmp_path)).prepare_data()
     assert file.read_bytes() == first
 

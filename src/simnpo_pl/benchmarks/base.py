@@ -50,11 +50,7 @@ class PairedData(EvalData):
     """Saved with the model; None where rows are tokens from the start."""
 
     def __init__(
-        self,
-        effective_batch: int = 32,
-        per_device_batch: int = 8,
-        seed: int = 0,
-        eval: EvalOptions | None = None,
+        self, effective_batch: int = 32, per_device_batch: int = 8, seed: int = 0, eval: EvalOptions | None = None
     ) -> None:
         super().__init__(eval or EvalOptions())
         self.effective_batch = effective_batch

@@ -29,7 +29,6 @@ from simnpo_pl.utils.files import read_json, write_json
 
 STATES, OWNED, LEAKAGE = 10, 3, 0.2
 CHAINS = ("retain", "forget1", "forget2")
-MODELS = ("start", "retrained")
 LENGTH = 20
 """States of a sequence; those of forget2 may be shorter."""
 DISTANCE = "distance"
@@ -174,15 +173,12 @@ def sequences(size: Size, forget2_length: int, seed: int, train: bool) -> dict[s
 
 def prepare(folder: Path, size: Size, forget2_length: int, knows_forget2: bool, seed: int) -> None:
     """Writes the models `start` and `retrained`, see `MarkovData`, unless the folder has those of these settings."""
-    marker = folder / "fingerprint.json"
-    fingerprint = {**asdict(size), "forget2_length": forget2_length, "knows_forget2": knows_forget2, "seed": seed}
-    complete = all(file.is_file() for file in (marker, *(folder / name / "model.safetensors" for name in MODELS)))
-    if complete and read_json(marker) == fingerprint:
-        return
-    # An interrupted rebuild must not look complete.
-    marker.unlink(missing_ok=True)
     known = sequences(size, forget2_length, seed, train=True)
-    for name, chains in zip(MODELS, (CHAINS if knows_forget2 else CHAINS[:2], CHAINS[:1]), strict=True):
+    settings = {**asdict(size), "forget2_length": forget2_length, "knows_forget2": knows_forget2, "seed": seed}
+    for name, chains in {"start": CHAINS if knows_forget2 else CHAINS[:2], "retrained": CHAINS[:1]}.items():
+        marker = folder / name / "settings.json"
+        if marker.is_file() and read_json(marker) == settings:
+            continue
         model = new_llama(
             seed,
             vocab_size=STATES,
@@ -199,7 +195,7 @@ def prepare(folder: Path, size: Size, forget2_length: int, knows_forget2: bool, 
         orders = [generator.permutation(len(rows)).tolist() for _ in range(size.epochs)]
         train(model, batches_of(rows, orders, BATCH), lr=size.lr)
         save_model(model, None, folder / name)
-    write_json(marker, fingerprint)
+        write_json(marker, settings)
 
 
 def bayes_floors(weights: Array, length: int, count: int = 4000, seed: int = 0) -> dict[str, float]:

@@ -18,7 +18,6 @@ from simnpo_pl.metrics.export import open_unlearning_log
 from simnpo_pl.metrics.logs import RetainLog, read_retain_log
 from simnpo_pl.utils.errors import UserError, nearest
 
-COMPLETE = re.compile(r"forget(\d\d)")
 QUESTIONS = ("question", "answer")
 ANSWERS = (*QUESTIONS, "paraphrased_answer", "perturbed_answer")
 CHOICES = (*QUESTIONS, "perturbed_answer")
@@ -92,9 +91,10 @@ class TofuData(UnlearningData):
     def _published_log(self) -> RetainLog | None:
         """The retrained model's log that was published together with the start model."""
         published = re.fullmatch(r"open-unlearning/(tofu_.+)_full", self.model_name or "")
-        if published is None or not COMPLETE.fullmatch(self.forget_split):
+        split = re.match(r"forget\d\d", self.forget_split)
+        if published is None or split is None:
             return None
-        log = f"hf://datasets/open-unlearning/eval/{published[1]}_{_complement(self.forget_split)}/TOFU_EVAL.json"
+        log = f"hf://datasets/open-unlearning/eval/{published[1]}_{_complement(split[0])}/TOFU_EVAL.json"
         try:
             return read_retain_log(hub_file(log), self.eval.truth_ratio)
         except UserError as error:
@@ -149,7 +149,7 @@ class TofuData(UnlearningData):
 
 
 def _complement(forget_split: str) -> str:
-    match = COMPLETE.fullmatch(forget_split)
+    match = re.fullmatch(r"forget(\d\d)", forget_split)
     if match is None:
         closest = nearest(forget_split, ("forget01", "forget05", "forget10"))
         raise UserError(

@@ -25,7 +25,6 @@ from simnpo_pl.utils.files import read_json
 LOG_NAMES = ("rows.jsonl", "TOFU_EVAL.json", "MUSE_EVAL.json", "eval_log_aggregated.json")
 COMPARED = ("question", "answer", "forget_split", "tokens", "min_k_share", "mia_min_k", "truth_ratio")
 """What is kept of a row."""
-AUC = "auc"
 AVERAGED = {
     "probability": "forget/probability",
     "rougeL_recall": "forget/rouge",
@@ -58,7 +57,7 @@ class RetainLog:
         """The rows in our own format; an AUC without its scores is a row of its own."""
         rows = [{"split": name, "index": i, **rows[i]} for name, rows in self.splits.items() for i in sorted(rows)]
         alone = self.auc is not None and not any("mia_min_k" in row for row in rows)
-        return [*rows, {"split": AUC, "index": 0, AUC: self.auc}] if alone else rows
+        return [*rows, {"split": "auc", "index": 0, "auc": self.auc}] if alone else rows
 
     def about(self) -> dict[str, Any]:
         """Source, format and number of rows, and whether the rows can be compared token by token."""
@@ -201,7 +200,7 @@ def parse_rows(
     Rows without losses have a geometric `truth_ratio`. `kind` is the project whose format they had; `auc`, of the
     Min-K% attack, is computed from the rows if None; `convention` is that of the truth ratio among the metrics.
     """
-    auc = next((row[AUC] for row in rows if row["split"] == AUC), auc)
+    auc = next((row["auc"] for row in rows if row["split"] == "auc"), auc)
     splits: dict[str, dict[int, Row]] = {"forget": {}, "holdout": {}}
     for row in rows:
         if (found := splits.get(row["split"])) is not None:
@@ -218,10 +217,10 @@ def parse_rows(
 def _metrics(forget: list[Row], convention: str) -> dict[str, float]:
     found = {name: [row[score] for row in forget if row.get(score) is not None] for score, name in AVERAGED.items()}
     metrics = {name: fmean(values) for name, values in found.items() if 0 < len(values) == len(forget)}
-    ratios = [ratio for row in forget if (ratio := _truth_ratio(row, convention)) is not None]
+    ratios = _tensor([ratio for row in forget if (ratio := _truth_ratio(row, convention)) is not None])
     if 0 < len(ratios) == len(forget):
-        closest = convention != "prob_mean"
-        metrics["forget/truth_ratio"] = F.forget_truth_ratio(_tensor(ratios)) if closest else fmean(ratios)
+        ratios = ratios if convention == "prob_mean" else F.closeness(ratios)
+        metrics["forget/truth_ratio"] = ratios.mean().item()
     return metrics
 
 
