@@ -317,6 +317,8 @@ def test_infinite_losses(bad: float | None):
     assert category({**FORGOTTEN, "retain/nll": 1.0}, {**START, "retain/nll": bad}) == "forgotten"
     assert category({**FORGOTTEN, "retain/nll": 1.0}, {**START, "retain/nll": 800.0}) == "forgotten"
     assert category({**FORGOTTEN, "retain/nll": bad}, {**START, "retain/nll": 1.0}) == "model damaged"
+    found, filed = (verdict(record({**FORGOTTEN, "forget/nll": v}, {**START, "forget/nll": 1})) for v in (bad, None))
+    assert found == filed
 
 
 @pytest.mark.parametrize(

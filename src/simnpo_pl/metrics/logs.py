@@ -75,15 +75,9 @@ class RetainLog:
     ) -> list[Row]:
         """The rows of a split in order, if they are the rows of this evaluation.
 
-        Texts and digests are compared if the log holds them; texts without their whitespace, since public logs store
-        cleaned-up text ("," for " ,") and questions inside a prompt template.
-
-        Args:
-            name: `forget` or `holdout`.
-            texts: `question` and `answer` of every row.
-            tokens: Digest of every row's tokens, see `Split.tokens`.
-            called: What the rows are called, such as "forget10", which the log's `forget_split` must be; by default
-                the split's name.
+        Texts and digests, see `Split.tokens`, are compared if the log holds them; texts without their whitespace, since
+        public logs store cleaned-up text ("," for " ,") and questions inside a prompt template. A log's `forget_split`
+        must be what the rows are `called`, such as "forget10".
 
         Raises:
             UserError: Another split, other rows, texts or tokens; the message names the first that differs.
@@ -126,9 +120,8 @@ def read_retain_log(path: Path, convention: str = "geometric") -> RetainLog:
     "metrics", and TOFU's `eval_log_aggregated.json` or its forget part; each may be gzipped. R is computed from the
     losses, the log's convention does not matter; without losses its scores are taken as geometric ratios.
 
-    Args:
-        path: A log, or its folder; for a run that unlearned, the retrained model's rows in it are read.
-        convention: Of the truth ratio among `RetainLog.metrics`, which needs losses if it is not geometric.
+    `path` is a log or its folder; for a run that unlearned, the retrained model's rows in it are read. The truth ratio
+    among `RetainLog.metrics` is of the `convention`, which needs losses if it is not geometric.
 
     Raises:
         UserError: No such file, an unknown format, no score to compare with, or a log of a model that unlearned.

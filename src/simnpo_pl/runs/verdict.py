@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from simnpo_pl.metrics.titles import answers_at, number, title_of
+from simnpo_pl.utils.files import finite
 
 CATEGORIES = ("forgotten", "partly forgotten", "not forgotten", "over-forgotten", "model damaged", "inconclusive")
 
@@ -80,7 +81,8 @@ class Verdict:
     """Reads the results of a run; see `verdict`."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        self.record = record
+        # As the file has it, where what is not finite is null.
+        self.record = record = finite(record)
         self.models = {name: (record.get(name) or {}).get("metrics", {}) for name in ("start", "final", "retrained")}
         self.attacks = [(group, entry) for group in ATTACKS for entry in record.get(group, {}).values()]
 
@@ -181,7 +183,7 @@ class Verdict:
         if temperature := self.record.get("settings", {}).get("eval", {}).get("temperature"):
             found.append(f"measured on {answers_at(temperature)}")
         quality = self.models["final"].get("forget_quality")
-        if quality is not None and quality == quality:
+        if quality is not None:
             differs = "no difference from" if quality > 0.05 else "a difference to"
             finds = f"the test finds {differs} the retrained model"
             if quality > 0.05 and (chance := self.record.get("forget_quality_chance")):
@@ -212,7 +214,7 @@ class Verdict:
         """A share of rows as a count of them."""
         n = self.record.get("counts", {}).get(name)
         final = self.models["final"][name]
-        if n is None or final is None or final != final:
+        if n is None or final is None:
             return ""
         others = {model: self.models[model].get(name) for model in ("start", "retrained")}
         beside = ", ".join(f"{model} model {round(v * n)}" for model, v in others.items() if v is not None)
@@ -319,8 +321,8 @@ def attacked_control(attack: Mapping[str, Any]) -> bool:
 
 
 def _level(name: str, value: float | None) -> float | None:
-    """A metric from 0 to 1, None if it is missing or not a number."""
-    if value is None or not math.isfinite(value):
+    """A metric from 0 to 1, None if it is missing."""
+    if value is None:
         return None
     if name.endswith("/nll"):
         return math.exp(-value)
