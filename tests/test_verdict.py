@@ -166,7 +166,7 @@ def test_edges_beside_a_retrained_model(change: dict[str, float], expected: str)
     ids=["SimNPO", "NPO", "GradDiff", "SimNPO-tuned"],
 )
 def test_a_real_model(values: tuple[float, ...], expected: str):
-    """SmolLM2 on TOFU forget01 (docs/results.md), whose retrained model lost utility as well."""
+    """SmolLM2 on TOFU forget01, whose retrained model lost utility as well."""
     names = [f"forget/{name}" for name in ("probability", "rouge", "truth_ratio", "extraction_strength")]
     names += ["forget/exact_memorization", "retain/probability", "model_utility"]
     start = dict(zip(names, (0.991, 0.981, 0.505, 1.0, 1.0, 0.989, 0.333), strict=True))

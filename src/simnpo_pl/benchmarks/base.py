@@ -63,7 +63,7 @@ class PairedData(EvalData):
         """The rows to train on.
 
         Args:
-            parts: What the losses read: `forget`, `retain`, `alternate`.
+            parts: What the losses read: `forget`, `retain`, `alternate`, `sampled`.
 
         Returns:
             Part to its rows; one alternate for each forget row.
@@ -229,7 +229,7 @@ class UnlearningData(PairedData):
         """The rows to train on.
 
         Args:
-            parts: What the losses read: `forget`, `retain`, `alternate`; other rows may be left out.
+            parts: What the losses read: `forget`, `retain`, `alternate`, `sampled`; other rows may be left out.
         """
 
     @abstractmethod

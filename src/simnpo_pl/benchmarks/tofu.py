@@ -41,7 +41,7 @@ class TofuData(UnlearningData):
         world_facts_split: Rows of the world-facts metrics.
         holdout: Rows like the forget rows that no model was trained on, for membership inference: a json file, or a
             split such as "holdout10"; null measures none of it.
-        refusals: File of refusals, one a line, for IDK and DPO; null looks for idontknow.jsonl in `path`.
+        refusals: File of refusals, one a line, for IDK, DPO and JensUn; null looks for idontknow.jsonl in `path`.
         kwargs: Passed on to `UnlearningData`.
     """
 
