@@ -140,6 +140,15 @@ class Run:
         return counts.get("forget_quality", counts.get("forget/probability"))
 
     @property
+    def trained(self) -> str:
+        """The rows that were unlearned, with their number where it is known."""
+        data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
+        other = data.get("train_split") or data.get("forget_eval_split")
+        rows = len(data.get("forget_rows") or ()) or (None if other else self.forget_rows)
+        rows = rows or len({row["index"] for row in self.weights})
+        return f"{rows or 'the'} rows of {data.get('train_split') or self.forget_split}"
+
+    @property
     def memory(self) -> float | None:
         """Peak memory, GiB: the device's if there is one, else the process's."""
         peaks = self.record.get("peak_memory_gib", {})
