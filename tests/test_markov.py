@@ -2,7 +2,10 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +115,25 @@ def test_models_know_what_they_saw(tmp_path: Path):
     before = (tmp_path / "start" / "model.safetensors").stat().st_mtime_ns
     chains.prepare(tmp_path, size, 20, knows_forget2=False, seed=0)
     assert (tmp_path / "start" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "other", [{"forget2_length": 20}, {"forget2_length": 5, "knows_forget2": False}, {"seed": 1}, {"size": "paper"}]
+)
+def test_models_of_other_settings_are_made_anew(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+):
+    monkeypatch.setitem(chains.SIZES, "paper", replace(TINY, width=16))
+    file = tmp_path / "start" / "model.safetensors"
+    MarkovData(str(tmp_path)).prepare_data()
+    first = file.read_bytes()
+    MarkovData(str(tmp_path), **other).prepare_data()
+    assert file.read_bytes() != first
+    MarkovData(str(tmp_path)).prepare_data()
+    assert file.read_bytes() == first
+    shutil.rmtree(file.parent)
+    MarkovData(str(tmp_path)).prepare_data()
+    assert file.read_bytes() == first
 
 
 def test_every_method_sees_the_same_batches(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -50,11 +50,7 @@ class PairedData(EvalData):
     """Saved with the model; None where rows are tokens from the start."""
 
     def __init__(
-        self,
-        effective_batch: int = 32,
-        per_device_batch: int = 8,
-        seed: int = 0,
-        eval: EvalOptions | None = None,
+        self, effective_batch: int = 32, per_device_batch: int = 8, seed: int = 0, eval: EvalOptions | None = None
     ) -> None:
         super().__init__(eval or EvalOptions())
         self.effective_batch = effective_batch
@@ -67,7 +63,7 @@ class PairedData(EvalData):
         """The rows to train on.
 
         Args:
-            parts: What the losses read: `forget`, `retain`, `alternate`.
+            parts: What the losses read: `forget`, `retain`, `alternate`, `sampled`.
 
         Returns:
             Part to its rows; one alternate for each forget row.
@@ -233,7 +229,7 @@ class UnlearningData(PairedData):
         """The rows to train on.
 
         Args:
-            parts: What the losses read: `forget`, `retain`, `alternate`; other rows may be left out.
+            parts: What the losses read: `forget`, `retain`, `alternate`, `sampled`; other rows may be left out.
         """
 
     @abstractmethod
@@ -288,7 +284,7 @@ class UnlearningData(PairedData):
         return f"{super().describe()}; {self._form}"
 
     def use_retrained_rows(self, rows: list[dict[str, Any]], source: str) -> None:
-        self.retrained_log = parse_rows(source, rows, "evaluated in this run")
+        self.retrained_log = parse_rows(source, rows, "evaluated in this run", convention=self.eval.truth_ratio)
         self._evaluation = None
 
     def use_reference_losses(self, losses: dict[str, Tensor]) -> None:
@@ -304,7 +300,7 @@ class UnlearningData(PairedData):
                 "without the forget rows"
             )
         if self.retrained_log is None and self.eval.retain_log is not None:
-            self.retrained_log = read_retain_log(hub_file(self.eval.retain_log))
+            self.retrained_log = read_retain_log(hub_file(self.eval.retain_log), self.eval.truth_ratio)
         return self.retrained_log
 
 
@@ -313,9 +309,7 @@ def _set_accumulation(trainer: Any, sampler: PairedSampler) -> None:
     step = sampler.accumulate
     # Lightning has no public name for this setting.
     if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-        raise UserError(
-            "rows are distributed to processes by this data module: set --trainer.use_distributed_sampler false"
-        )
+        raise UserError("this data module distributes rows to processes: set --trainer.use_distributed_sampler false")
     if trainer.accumulate_grad_batches not in (1, step):
         raise UserError(
             f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} contradicts "

@@ -127,6 +127,13 @@ class Run:
         return found | {f"eval.{name}": evaluation[name] for name in MEASURING if name in evaluation}
 
     @property
+    def evaluated(self) -> dict[str, Any]:
+        """Options that change the values of metrics: how, what, and beside which model is measured."""
+        others = ("start", "final", "depth", "tokens_per_batch", "prompts_per_batch", "cache_dir")
+        given = self.record.get("settings", {}).get("eval", {}).items()
+        return {f"eval.{name}": value for name, value in given if name not in others} | self.measured
+
+    @property
     def forget_split(self) -> str:
         return str(self.measured.get("data.forget_split") or "forget")
 
@@ -135,6 +142,15 @@ class Run:
         """Number of rows behind forget quality, or else behind the forget probability."""
         counts = self.record.get("counts", {})
         return counts.get("forget_quality", counts.get("forget/probability"))
+
+    @property
+    def trained(self) -> str:
+        """The rows that were unlearned, with their number where it is known."""
+        data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
+        other = data.get("train_split") or data.get("forget_eval_split")
+        rows = len(data.get("forget_rows") or ()) or (None if other else self.forget_rows)
+        rows = rows or len({row["index"] for row in self.weights})
+        return f"{rows or 'the'} rows of {data.get('train_split') or self.forget_split}"
 
     @property
     def memory(self) -> float | None:
