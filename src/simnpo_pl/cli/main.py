@@ -216,7 +216,7 @@ class UnlearningCLI(LightningCLI):
             raise UserError(f"--ckpt_path {self._ckpt_path} does not exist; a run keeps it as RUN_DIR/{LAST}")
         data, first = self.datamodule, self.trainer.is_global_zero
         if first:
-            self.run_folder.check(resume=self.resumes or self._ckpt_path is not None or not fit)
+            self.run_folder.check(fit, resume=self.resumes or self._ckpt_path is not None or not fit)
             if self.resumes and self._ckpt_path is None:
                 print("no checkpoint yet: the run starts from its beginning")
         data.trainer = self.trainer
