@@ -31,13 +31,14 @@ test-all: $(INSTALLED) ## all tests, including slow ones
 test-gpu: $(INSTALLED) ## on a machine with a GPU: README's commands on a 1B model with random weights; compare losses with the CPU
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
+# With --quiet, strict mode does not see warnings.
 docs: $(INSTALLED) ## build the documentation into site/; a warning is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 chaos: $(INSTALLED) ## interrupt and resume 200 runs of a tiny model, compare the results, write docs/reliability.md; about ten minutes
 	$(BIN)/python scripts/chaos.py --kills 50 --write docs/reliability.md
 
-bench: $(INSTALLED) ## compare time and memory with the public recipe, write docs/performance.md; twenty minutes on an idle machine
+bench: $(INSTALLED) ## compare time and memory with the public recipe, write docs/performance.md; all but the GPU; half an hour
 	$(BIN)/python -m bench --write docs/performance.md
 
 lint: $(INSTALLED) ## check style and types

@@ -110,9 +110,10 @@ class Report:
                     mark = "chosen" if chosen[method].number == place else ""
                     values = [number(model.metrics.get(name)) for name in names]
                     rows.append([method, settings_of(words), *values, mark])
+        times = {0: "", 1: ", relaxed once"}
         lines = [
             f"{method}: model utility at least {choice.utility:.3f}, degenerate answers at most {choice.degeneracy:.3f}"
-            + (f", relaxed {choice.relaxed} times" if choice.relaxed else "")
+            + times.get(choice.relaxed, f", relaxed {choice.relaxed} times")
             for method, choice in chosen.items()
         ]
         heads = ["method", "settings", *(title_of(name).short for name in names), ""]

@@ -227,6 +227,13 @@ def test_perturbed_answers_differ_in_number(cli_error: Error, data_folder: Path,
     assert "row 3 (counted from 0) has no paraphrased_answer" in cli_error("test", "--data.path", path)
 
 
+def test_tofu_without_wrong_answers(cli_error: Error, data_folder: Path, tmp_path: Path):
+    rows = [{**row, "perturbed_answer": []} for row in rows_of(data_folder, "world_facts_perturbed")]
+    folder = copy_data(data_folder, tmp_path / "data", world_facts_perturbed=rows)
+    error = cli_error("test", "--data.path", folder, "--run_dir", str(tmp_path / "run"))
+    assert "world_facts_perturbed: expected wrong answers in perturbed_answer, got empty lists: give them" in error
+
+
 def test_retrained_log_of_another_split(cli_error: Error, data_folder: Path, tmp_path: Path):
     rows = [
         {

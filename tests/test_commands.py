@@ -107,10 +107,13 @@ def test_doctor(
     assert f"{config}: model {model_folder} (here); data.forget rows.jsonl (not here); " in shown
     assert "data.retain someone/Rows-1.0 (on the hub, not downloaded)" in shown
     config.write_text("data: {class_path: OwnData, init_args: {forget: rows.jsonl, retain: auto}}")
-    main(["doctor", str(config), str(Path(__file__).parents[1] / "configs" / "demo.yaml"), "--timeout", "1"])
+    made = [
+        str(Path(__file__).parents[1] / "configs" / name) for name in ("demo.yaml", "markov.yaml", "markov_paper.yaml")
+    ]
+    main(["doctor", str(config), *made, "--timeout", "1"])
     shown = capsys.readouterr().out
     assert f"{config}: data.forget rows.jsonl (not here)\n" in shown
-    assert "demo.yaml: an overlay, or generated data: needs nothing\n" in shown
+    assert all(f"{file}: an overlay, or generated data: needs nothing\n" in shown for file in made)
     (tmp_path / "bad.yaml").write_text("a: [")
     assert "bad.yaml is not YAML" in error(capsys, "doctor", str(tmp_path / "bad.yaml"))
     assert "give a file such as configs/demo.yaml" in error(capsys, "doctor", str(tmp_path / "none.yaml"))

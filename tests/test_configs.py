@@ -83,7 +83,8 @@ SHOWN = {
 """What the commands of `fit` on the first pages give."""
 NEWER = {
     "configs/tofu.yaml --model.objective AltPO --model.retain_weight 2": (5e-5, "AltPO", {"beta": 0.1}, 1, 2),
-    "configs/tofu.yaml --model.objective JensUn --model.retain_loss JSD --model.lr 8e-6": (8e-6, "JensUn", None, 1, 1),
+    "configs/tofu.yaml --model.objective JensUn --model.retain_loss JSD --model.lr 8e-6 "
+    "--data.refusals idontknow.jsonl": (8e-6, "JensUn", None, 1, 1),
     "configs/tofu.yaml --model.objective IHL": (5e-5, "IHL", None, 1, 1),
     "configs/tofu.yaml --model.update SAM": TOFU_1B,
     "configs/tofu.yaml --model.objective NPO --model.update GRU": (5e-5, "NPO", {"beta": 0.1}, 1, 1),

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from helpers import results
 from simnpo_pl.data.tokenization import PromptTemplate
+from simnpo_pl.evaluation.evaluation import Evaluation
+from simnpo_pl.evaluation.plan import Split
+from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.models.loading import context_length, load_causal_lm, load_tokenizer, model_shapes, save_model
 from simnpo_pl.models.lora import LoraOptions, add_adapter
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.runs.card import write_card
+from simnpo_pl.runs.export import ExportModel, ExportOptions
 from simnpo_pl.runs.record import Run
 from simnpo_pl.studies.quantize import quantize
 from simnpo_pl.utils.errors import UserError
@@ -282,6 +287,51 @@ def test_model_card_as_the_hub_reads_it(tmp_path: Path):
         assert text in card.text
     sampled = card_of(tmp_path / "sampled", settings={**RECORD["settings"], "eval": {"temperature": 0.7}})
     assert "Metrics of answers sampled at temperature 0.7 do not prove" in sampled.text
+
+
+def test_model_card_counts_the_rows_that_were_trained_on(tmp_path: Path):
+    """Not those that were measured; without either number it names none."""
+
+    def applied(name: str, counts: dict[str, int], **given: Any) -> str:
+        settings = {**RECORD["settings"], "data": {"init_args": given}}
+        card = card_of(tmp_path / name, settings=settings, counts=counts)
+        assert "None" not in str(card).split("after epoch")[0]
+        return card.text.split("applied to ")[1].split(",")[0]
+
+    six, forget10 = {"forget/probability": 6}, {"forget_split": "forget10"}
+    assert applied("all", six, **forget10) == "6 rows of forget10"
+    assert applied("chosen", six, **forget10, forget_rows=[0, 1, 2, 3]) == "4 rows of forget10"
+    assert applied("other", six, **forget10, train_split="forget05") == "the rows of forget05"
+    assert applied("part", six, **forget10, forget_eval_split="forget10_perturbed[:6]") == "the rows of forget10"
+    assert applied("text", {"forget/nll": 4}, forget="org/text") == "the rows of forget"
+    (tmp_path / "blocks").mkdir()
+    lines = [json.dumps({"index": i, "epoch": epoch}) for epoch in (1, 2) for i in range(3)]
+    (tmp_path / "blocks" / "weights.jsonl").write_text("\n".join(lines))
+    assert applied("blocks", {}, forget="org/text") == "3 rows of forget"
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode", "said"),
+    [
+        (
+            "forget/probability",
+            "max",
+            "forget/probability: the retrained model's value is best, but --export.mode is max",
+        ),
+        ("forget/extraction_strength", "max", "strength: the smallest value is best, but --export.mode is max"),
+        ("retain/probability", "min", "retain/probability: the largest value is best, but --export.mode is min"),
+        ("retain/probability", "max", None),
+        ("forget/extraction_strength", "min", None),
+        ("forget/mine", "max", None),
+    ],
+)
+def test_a_best_value_that_is_none_is_told(metric: str, mode: Any, said: str | None, recwarn: pytest.WarningsRecorder):
+    rows = RowMean("nll", 1)
+    split = Split(metric.split("/")[0], [{"question": "q", "answer": "a"}], [], {metric: rows})
+    trainer: Any = SimpleNamespace(check_val_every_n_epoch=1, max_epochs=1)
+    export = ExportModel(Path(), ExportOptions(best=metric, mode=mode))
+    export.check(trainer, SimpleNamespace(lora=None), Evaluation([split], {}, {}, str))
+    assert [said in str(warning.message) for warning in recwarn] == ([] if said is None else [True])
 
 
 def test_model_card_reads_the_hub_s_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

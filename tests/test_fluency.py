@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from helpers import results
 from simnpo_pl.evaluation.fluency import FluencyClassifier
@@ -51,12 +51,11 @@ def test_probability_is_the_labels_softmax(classifier_folder: Path, tmp_path: Pa
     model = BertForSequenceClassification.from_pretrained(folder).eval()
     expected = []
     for text in TEXTS:
-        ids = tokenizer(text)["input_ids"][:12]
-        if not ids:
+        if not text:
             expected.append(0.0)
             continue
         with torch.no_grad():
-            e = model(torch.tensor([ids])).logits[0].exp()
+            e = model(torch.tensor([tokenizer(text)["input_ids"][:12]])).logits[0].exp()
         expected.append((e[1] / e.sum()).item())
     rate = FluencyClassifier(str(folder), "clean", batch=3)
     assert rate(TEXTS) == pytest.approx(expected, abs=1e-6)
@@ -64,6 +63,18 @@ def test_probability_is_the_labels_softmax(classifier_folder: Path, tmp_path: Pa
     salad = FluencyClassifier(str(folder), "word salad")
     assert salad([TEXTS[0]])[0] != pytest.approx(expected[0], abs=1e-3)
     assert rate([]) == []
+
+
+@pytest.mark.parametrize("second", [None, ["hello", "hello"]])
+def test_a_blank_text_is_not_fluent(tmp_path: Path, second: list[str] | None):
+    """Also where the tokenizer makes tokens of its own for the beginning and the end."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello"]))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = BertConfig(vocab_size=6, **size, id2label={0: "noise", 1: "clean"}, label2id={"noise": 0, "clean": 1})
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    blank, said = FluencyClassifier(str(tmp_path), "clean")([" \n", "hello"], second)
+    assert blank == 0 < said
 
 
 def test_mistakes(classifier_folder: Path, model_folder: Path, tmp_path: Path):

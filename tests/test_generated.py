@@ -27,6 +27,7 @@ TRUTH = "Dario Falk lives at 63 Elm Street in Norwood."
         ("Paris" + "!" * 101, TRUTH),
         # Ten times as many words as the right answer, and more than a hundred.
         (" ".join(f"word{n}" for n in range(101)), TRUTH),
+        ("".join(chr(0x4E00 + n) for n in range(301)), "北京"),
     ],
 )
 def test_degenerate(text: str, truth: str):
@@ -51,6 +52,13 @@ def test_degenerate(text: str, truth: str):
         ("hahahahahaha", "He said hahahahahaha."),
         ("北京是中国的首都。", "北京是首都。"),
         ("", "?"),
+        # As long as 28 English words: three letters of a script without spaces count as one.
+        (
+            "彼は日本の北部にある小さな町で生まれ、その後東京の大学で文学を学びました。卒業した後は作家として活動し、"
+            "家族や歴史についての小説を数多く書きました。代表作は三世代の人々の戦時中の生活を描いたもので、文学賞を受賞しました。",
+            "東京",
+        ),
+        ("".join(chr(0x4E00 + n) for n in range(300)), "北京"),
     ],
 )
 def test_not_degenerate(text: str, truth: str):

@@ -13,7 +13,7 @@ import torch
 from helpers import match_rows
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.export import open_unlearning_log
-from simnpo_pl.metrics.logs import parse_rows, read_retain_log
+from simnpo_pl.metrics.logs import geometric_ratio, parse_rows, read_retain_log
 from simnpo_pl.metrics.membership import ATTACKS
 from simnpo_pl.utils.errors import UserError
 
@@ -244,6 +244,82 @@ def test_export_round_trip(tmp_path):
     )
     assert held(read, "answer") == dict(enumerate(ANSWERS))
     assert held(read, "question") == dict(enumerate(QUESTIONS))
+
+
+@pytest.mark.parametrize("convention", ["arithmetic", "prob_mean"])
+def test_a_model_beside_itself(cli, other_folder, tmp_path, convention):
+    """Whether it is evaluated or read from a log, and whatever the run's convention: one truth ratio, p = 1, no gap."""
+    from simnpo_pl.report import figures
+    from simnpo_pl.runs.record import read_runs
+    from simnpo_pl.studies.weights import qualities
+
+    beside = {"evaluated": "--eval.retrained", "read": "--eval.retain_log"}
+    sources = {"evaluated": str(other_folder), "read": str(tmp_path / "evaluated")}
+    for name, option in beside.items():
+        options = ["--model.name", str(other_folder), "--eval.truth_ratio", convention, option, sources[name]]
+        cli("test", *options, "--run_dir", str(tmp_path / name))
+        (run,) = read_runs([tmp_path / name])
+        final, ratio = run.metrics("final"), "forget/truth_ratio"
+        assert run.metrics("retrained")[ratio] == pytest.approx(final[ratio], rel=1e-6)
+        (half,) = qualities(run.rows, run.retrained_rows, {"strong": range(5)})
+        assert half.quality.p_value == final["forget_quality"] == 1
+        _, low, high = figures.largest_gap(*map(figures._ratios, (run.rows, run.retrained_rows)))
+        assert low == high
+    # Its rows hold geometric ratios and no losses.
+    cli("test", *options[:-1], str(tmp_path / "read" / "retrained_rows.jsonl"), "--run_dir", str(tmp_path / "again"))
+    (run,) = read_runs([tmp_path / "again"])
+    assert run.metrics("final")["forget_quality"] == 1
+    assert "forget/truth_ratio" not in run.metrics("retrained")
+
+
+def test_a_null_loss_has_no_ratio():
+    assert geometric_ratio({"paraphrase_nll": 1.0, "perturbed_nll": [2.0, 4.0], "truth_ratio": 9}) == math.exp(-2)
+    assert geometric_ratio({"paraphrase_nll": None, "perturbed_nll": [2.0], "truth_ratio": 0.0}) is None
+    assert geometric_ratio({"answer_nll": 1.0, "truth_ratio": None}) is geometric_ratio({"answer_nll": 1.0}) is None
+
+
+def test_an_auc_alone_is_handed_over(tmp_path):
+    """A run keeps the log as rows, which attacks on the run compare with."""
+    (tmp_path / "MUSE_EVAL.json").write_text(json.dumps({"mia_min_k": {"agg_value": 0.4, "auc": 0.4}}))
+    log = read_retain_log(tmp_path)
+    kept = read_retain_log(write_rows(tmp_path, log.rows()))
+    assert (log.auc, kept.auc) == (0.4, 0.4)
+    assert kept.rows() == log.rows()
+    assert kept.about()["rows"] == {"forget": 0, "holdout": 0}
+
+
+def test_a_retrained_model_with_nothing_to_compare(cli, other_folder, tmp_path):
+    """Of other splits alone it is shown beside the model all the same."""
+    options = ("--eval.retrained", str(other_folder), "--eval.splits", "[retain]")
+    cli("test", *options, "--run_dir", str(tmp_path / "run"))
+    content = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert content["retrained"]["metrics"].keys() >= {"retain/probability", "retain/rouge"}
+    with pytest.raises(UserError, match="no truth ratio of a forget row and no Min-K% scores"):
+        read_retain_log(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"forget_eval_split": "forget10_perturbed[:5]"},
+     {"forget_split": "forget10[:5]", "retain_split": "retain90", "forget_eval_split": "forget10_perturbed[:5]"}],
+)  # fmt: skip
+def test_a_published_log_of_other_rows_is_left_out(options, data_folder, model_folder, tmp_path, monkeypatch):
+    """The user never named it; one that the user names has to fit."""
+    from simnpo_pl.benchmarks import TofuData, tofu
+    from simnpo_pl.evaluation.options import EvalOptions
+
+    questions = [json.loads(line) for line in (data_folder / "forget10.json").read_text().splitlines()]
+    rows = [
+        {"split": "forget", "index": i, "question": q["question"], "truth_ratio": 0.5} for i, q in enumerate(questions)
+    ]
+    file = write_rows(tmp_path, rows) / "rows.jsonl"
+    monkeypatch.setattr(tofu, "hub_file", lambda path: file)
+    options |= {"path": str(data_folder), "tokenizer": str(model_folder), "max_length": 256}
+    data = TofuData(model="open-unlearning/tofu_tiny_full", **options)
+    assert data.evaluation().unavailable["forget_quality"].startswith("no retrained model to compare with; give")
+    assert data.find_retain_log() is None
+    with pytest.raises(UserError, match="expected the 5 rows of forget10"):
+        TofuData(model=str(model_folder), eval=EvalOptions(retain_log=str(file)), **options).evaluation()
 
 
 # Golden values of a small model, scored by the public code.

@@ -96,6 +96,24 @@ def test_metrics_over_two_splits():
         assert metric.compute()["n"] == 0
 
 
+def test_zlib_of_what_is_scored(model_folder: Path):
+    """Of a cut answer the loss is that of its beginning, and so is the size; whole answers and plain text stay."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    answer = "He was born in Norwood, far from the sea."
+    whole = PromptTemplate(tokenizer).encode("Where?", answer)
+    for lost in (0, 4):
+        limit = len(whole.input_ids) - lost
+        build = EvaluationBuilder(PromptTemplate(tokenizer, max_length=limit, truncate=True), EvalOptions())
+        build.questions("forget", [{"question": "Where?", "answer": answer}])
+        build.text("holdout", [TokenRow([5, 6], [-100, 6])], [answer], ())
+        build.membership_inference()
+        sizes = [build.splits[name].scores["mia_zlib"].bytes.item() for name in ("forget", "holdout")]
+        # The end counts among the lost tokens.
+        said = tokenizer.decode(tokenizer(f" {answer}")["input_ids"][1 : 1 - lost]).strip() if lost else answer
+        assert answer.startswith(said)
+        assert sizes == [len(zlib.compress(text.encode())) for text in (said, answer)]
+
+
 def test_zlib_and_reference_scores():
     metric = ZlibScore(["aaaa", "ünïcode"])
     feed(metric, [3.0, 5.0])

@@ -316,6 +316,8 @@ def test_which_answers_are_kept(model_folder: Path):
     kept = keep_answers(rows, ["Szeged"], encoder)
     assert [row["question"] for row in kept] == [*(f"What is {n}?" for n in range(20)), "long"]
     assert kept[-1]["answer"] == ("One two three. " * 9).strip()
+    # Whole words: "t" is not in "It", and a forget answer without words is in none.
+    assert len(keep_answers(rows, ["t", "?"], encoder)) == 22
     with pytest.raises(
         UserError, match=r"gives only 19 of 19 neutral prompts an answer that can be kept; give --data.ret"
     ):

@@ -1,11 +1,14 @@
 """What an evaluation generates: prompts of their own, lengths of their own, texts cut and scored as a split says."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from simnpo_pl.data.tokenization import IGNORE_INDEX, TokenRow
+from simnpo_pl.benchmarks.builder import EvaluationBuilder
+from simnpo_pl.data.tokenization import IGNORE_INDEX, PromptTemplate, TokenRow
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Generation, Split, generation_batches, scoring_batches
@@ -55,6 +58,27 @@ def test_texts_are_cut_and_scored_as_the_split_says():
     texts = evaluation.texts_only().rows
     assert all(set(row) <= {"split", "index", "question", "answer", "generation"} for row in texts)
     assert [row.get("generation") for row in texts] == [None, "dogs", "the cats"]
+
+
+def test_an_infinite_loss_is_told():
+    """It is null in the file, where nothing is null without a reason."""
+    row, one = TokenRow([0, 1], [IGNORE_INDEX, 1]), torch.tensor([0])
+    scored = Split("retain", [{"question": "q", "answer": "a"}], [[row]], {"retain/nll": RowMean("nll", 1)})
+    evaluation = Evaluation([scored], {}, {}, decode=str)
+    evaluation.add_scores({"split": one, "index": one, "kind": one}, {"nll": torch.tensor([torch.inf])})
+    with pytest.warns(UserWarning, match="the model's loss on retain row 0 is not finite"):
+        assert evaluation.compute().unavailable == {"retain/nll": "one of its scores is not a number"}
+
+
+def test_a_paraphrase_is_no_choice(model_folder: Path):
+    """It is as right as the answer; elsewhere it takes the answer's place in the truth ratio."""
+    build = EvaluationBuilder(PromptTemplate(AutoTokenizer.from_pretrained(model_folder)), EvalOptions())
+    row = {"question": "Where?", "answer": "In Rome.", "perturbed_answer": ["In Oslo.", "In Bonn."]}
+    reworded = {**row, "paraphrased_answer": "Rome, of course."}
+    split = build.questions("facts", [reworded], choice=True)
+    assert split.answers == build.questions("plain", [row], choice=True).answers
+    assert (split.kinds, split.has_paraphrase) == (3, False)
+    assert build.questions("retain", [reworded]).has_paraphrase
 
 
 def test_rouge_without_stemming():

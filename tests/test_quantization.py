@@ -88,6 +88,17 @@ def test_command(
     assert "--group_size: must be at least 1, got 0" in capsys.readouterr().err
 
 
+def test_gradient_norms_are_left_out(run_options: list[str], data_folder: Path, tmp_path: Path):
+    """Rounded tensors have no gradient: a mean over the others is another metric."""
+    (tmp_path / "holdout.json").write_text("\n".join((data_folder / "retain90.json").read_text().splitlines()[:4]))
+    options = ["--data.holdout", str(tmp_path / "holdout.json"), "--eval.gradnorm", "true", "--eval.generate_rows", "0"]
+    main(["test", *run_options, *options, "--run_dir", str(tmp_path / "run"), "--debug"])
+    main(["quantize", str(tmp_path / "run"), "--bits", "8", "--debug"])
+    content = json.loads((tmp_path / "run" / "results.json").read_text())
+    lost = content["final"]["metrics"].keys() - content["quantized"]["8-bit"]["metrics"].keys()
+    assert lost == {"mia_gradnorm", "mia_gradnorm/m"}
+
+
 def test_nf4(model_folder: Path):
     """Each weight is one of 16 values times the largest magnitude of its 64: by hand on the normal quantiles."""
     pytest.importorskip("bitsandbytes")

@@ -1,5 +1,6 @@
 """The verdict: every category, its thresholds at their edges, what it says and what it advises."""
 
+import math
 from typing import Any
 
 import pytest
@@ -165,7 +166,7 @@ def test_edges_beside_a_retrained_model(change: dict[str, float], expected: str)
     ids=["SimNPO", "NPO", "GradDiff", "SimNPO-tuned"],
 )
 def test_a_real_model(values: tuple[float, ...], expected: str):
-    """SmolLM2 on TOFU forget01 (docs/results.md), whose retrained model lost utility as well."""
+    """SmolLM2 on TOFU forget01, whose retrained model lost utility as well."""
     names = [f"forget/{name}" for name in ("probability", "rouge", "truth_ratio", "extraction_strength")]
     names += ["forget/exact_memorization", "retain/probability", "model_utility"]
     start = dict(zip(names, (0.991, 0.981, 0.505, 1.0, 1.0, 0.989, 0.333), strict=True))
@@ -274,3 +275,61 @@ def test_an_attacked_control_is_a_retrained_model(attacks: dict[str, Any]):
     lacking = "what a model that never saw the rows would answer (no retrained model)"
     assert lacking not in verdict(record(FORGOTTEN, **attacks))["untested"]
     assert lacking in verdict(record(FORGOTTEN, relearn={"a": {"repeats": [{"epochs": []}]}}))["untested"]
+
+
+SECOND = {"forget/probability": 0.02, "forget/rouge": 0.2, "retain/probability": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("metric", "start", "final", "retrained", "expected"),
+    [
+        # Unlearned before: it knows less than the retrained model, so that nothing can be left.
+        ("forget/probability", 0.02, 0.005, 0.15, "inconclusive"),
+        ("knowmem_forget", 10.0, 1.0, 35.0, "inconclusive"),
+        ("forget/nll", 3.0, 3.0, 1.9, "inconclusive"),
+        ("forget/nll", 3.0, 3.0, 3.1, "not forgotten"),
+        # At least a tenth more.
+        ("forget/probability", 0.26, 0.25, 0.15, "not forgotten"),
+        ("forget/probability", 0.24, 0.23, 0.15, "inconclusive"),
+        # Known rows have a low truth ratio: 0.4 lies 0.2 below the retrained model's, and three quarters are left.
+        ("forget/truth_ratio", 0.4, 0.45, 0.6, "partly forgotten"),
+        ("forget/truth_ratio", 0.6, 0.7, 0.4, "inconclusive"),
+    ],
+)
+def test_only_what_the_start_model_knew_can_be_left(
+    metric: str, start: float, final: float, retrained: float, expected: str
+):
+    models = [{**SECOND, metric: value} for value in (final, start, retrained)]
+    assert category(*models) == expected
+
+
+def test_left_of_the_truth_ratio_follows_its_convention():
+    """prob_mean is high where the rows are known."""
+    models = [{**SECOND, "forget/truth_ratio": value} for value in (0.55, 0.6, 0.4)]
+    settings = {"model": {"lr": 5e-5}, "eval": {"truth_ratio": "prob_mean"}}
+    assert category(*models, settings=settings) == "partly forgotten"
+    assert category(*models) == "inconclusive"
+
+
+@pytest.mark.parametrize("bad", [None, math.inf, math.nan])
+def test_infinite_losses(bad: float | None):
+    """In memory as in the file, where they are null; e^-800 is 0."""
+    assert category({**FORGOTTEN, "retain/nll": 1.0}, {**START, "retain/nll": bad}) == "forgotten"
+    assert category({**FORGOTTEN, "retain/nll": 1.0}, {**START, "retain/nll": 800.0}) == "forgotten"
+    assert category({**FORGOTTEN, "retain/nll": bad}, {**START, "retain/nll": 1.0}) == "model damaged"
+    found, filed = (verdict(record({**FORGOTTEN, "forget/nll": v}, {**START, "forget/nll": 1})) for v in (bad, None))
+    assert found == filed
+
+
+@pytest.mark.parametrize(
+    ("final", "start", "retrained", "expected"),
+    [
+        (0.5, 0.5, 0.1, "forgotten"),
+        (0.7, 0.5, 0.1, "forgotten"),
+        (0.71, 0.5, 0.1, "model damaged"),
+        (0.5, 0.1, 0.5, "forgotten"),
+    ],
+)
+def test_kept_rows_that_were_degenerate_before(final: float, start: float, retrained: float, expected: str):
+    models = [(FORGOTTEN, final), (START, start), (RETRAINED, retrained)]
+    assert category(*({**metrics, "retain/degenerate": value} for metrics, value in models)) == expected

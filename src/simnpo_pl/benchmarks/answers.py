@@ -15,6 +15,8 @@ from simnpo_pl.evaluation.data import EvalData
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Generation, Split
+from simnpo_pl.metrics.functional import words
+from simnpo_pl.metrics.generated import holds
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import write_json_lines
 
@@ -125,11 +127,12 @@ def keep_answers(
 
     An answer that was cut at its largest length ends with its last whole sentence.
     """
-    secret, unlimited = {answer.strip().casefold() for answer in forget}, replace(encoder, max_length=None)
+    secret, unlimited = [words(answer) for answer in forget], replace(encoder, max_length=None)
     kept = []
     for row in rows:
         question, answer = row["question"], row["generation"]
-        if not answer or any(known in answer.casefold() for known in secret):
+        said = words(answer)
+        if not answer or any(holds(said, known) for known in secret):
             continue
         tokens = unlimited.encode(question, answer)
         if tokens.length >= _at_most(LONGEST_KEPT, encoder) and (

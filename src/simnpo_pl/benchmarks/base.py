@@ -50,11 +50,7 @@ class PairedData(EvalData):
     """Saved with the model; None where rows are tokens from the start."""
 
     def __init__(
-        self,
-        effective_batch: int = 32,
-        per_device_batch: int = 8,
-        seed: int = 0,
-        eval: EvalOptions | None = None,
+        self, effective_batch: int = 32, per_device_batch: int = 8, seed: int = 0, eval: EvalOptions | None = None
     ) -> None:
         super().__init__(eval or EvalOptions())
         self.effective_batch = effective_batch
@@ -67,7 +63,7 @@ class PairedData(EvalData):
         """The rows to train on.
 
         Args:
-            parts: What the losses read: `forget`, `retain`, `alternate`.
+            parts: What the losses read: `forget`, `retain`, `alternate`, `sampled`.
 
         Returns:
             Part to its rows; one alternate for each forget row.
@@ -233,7 +229,7 @@ class UnlearningData(PairedData):
         """The rows to train on.
 
         Args:
-            parts: What the losses read: `forget`, `retain`, `alternate`; other rows may be left out.
+            parts: What the losses read: `forget`, `retain`, `alternate`, `sampled`; other rows may be left out.
         """
 
     @abstractmethod
@@ -292,7 +288,7 @@ class UnlearningData(PairedData):
         return f"{super().describe()}; {self._form}"
 
     def use_retrained_rows(self, rows: list[dict[str, Any]], source: str) -> None:
-        self.retrained_log = parse_rows(source, rows, "evaluated in this run")
+        self.retrained_log = parse_rows(source, rows, "evaluated in this run", convention=self.eval.truth_ratio)
         self._evaluation = None
 
     def use_reference_losses(self, losses: dict[str, Tensor]) -> None:
@@ -308,7 +304,7 @@ class UnlearningData(PairedData):
                 "without the forget rows"
             )
         if self.retrained_log is None and self.eval.retain_log is not None:
-            self.retrained_log = read_retain_log(hub_file(self.eval.retain_log))
+            self.retrained_log = read_retain_log(hub_file(self.eval.retain_log), self.eval.truth_ratio)
         return self.retrained_log
 
 

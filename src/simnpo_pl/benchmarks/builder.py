@@ -74,6 +74,8 @@ class EvaluationBuilder:
                 perturbed answers they have.
         """
         source, options, count = source or name, self.options, len(rows)
+        # A choice is between the answer and wrong ones.
+        rows = [{**row, "paraphrased_answer": None} for row in rows] if choice else rows
         texts, has_paraphrase = _answers(rows, source)
         kinds = len(texts[0])
         metrics: dict[str, RowMetric] = {
@@ -130,7 +132,9 @@ class EvaluationBuilder:
             self.unavailable["forget_quality"] = NO_RETRAINED
             return
         forget = self.splits["forget"]
-        ratios = [row.get("truth_ratio") for row in log.match("forget", forget.texts, forget.tokens, source)]
+        # A log of PrivLeak may hold no forget row, as may an evaluation of other splits alone.
+        rows = log.match("forget", forget.texts, forget.tokens, source) if log.splits["forget"] else []
+        ratios = [row.get("truth_ratio") for row in rows]
         found = [ratio for ratio in ratios if ratio is not None]
         if not found:
             reason = f"the retrained model's log {log.source} has no truth ratios; score that model with wrong answers"
@@ -169,9 +173,10 @@ class EvaluationBuilder:
             text["min_k_share"] = self.options.min_k
         for split in (forget, holdout):
             count = len(split.texts)
+            pairs = zip(split.texts, split.answers, strict=True)
             split.scores |= {
                 "mia_loss": RowMean("nll", count),
-                "mia_zlib": ZlibScore([text["answer"] for text in split.texts]),
+                "mia_zlib": ZlibScore([self._scored(text["answer"], answers[0]) for text, answers in pairs]),
                 "mia_min_k": RowMean(MIN_K, count),
                 "mia_min_k_plus_plus": RowMean(MIN_K_PLUS_PLUS, count),
             }
@@ -199,6 +204,13 @@ class EvaluationBuilder:
                 self.unavailable["privleak"] = (
                     f"the retrained model's AUC of Min-K% is {log.auc:g}, and PrivLeak divides by 1 - AUC"
                 )
+
+    def _scored(self, answer: str, row: TokenRow) -> str:
+        """An answer without what was cut off: it has no end, as plain text, which has no prompt."""
+        start = len(row.prompt_ids)
+        if row.end or start < 2:
+            return answer
+        return str(self.encode.tokenizer.decode(row.input_ids[start:], skip_special_tokens=True)).strip()
 
     def _add_probe(self) -> None:
         """Adds plain statements of common knowledge: damage shows in their loss where no retain rows are measured."""

@@ -143,11 +143,7 @@ class DemoData(TofuData):
     """
 
     def __init__(
-        self,
-        path: str = "runs/demo-data",
-        forget_split: str = "forget10",
-        data_seed: int | None = None,
-        **kwargs: Any,
+        self, path: str = "runs/demo-data", forget_split: str = "forget10", data_seed: int | None = None, **kwargs: Any
     ) -> None:
         super().__init__(path=path, forget_split=forget_split, **kwargs)
         self.data_seed = data_seed

@@ -6,7 +6,7 @@ forgotten.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.models.loading import save_model
 from simnpo_pl.models.logprobs import AnswerStates, divergence
 from simnpo_pl.utils.errors import UserError
+from simnpo_pl.utils.files import read_json, write_json
 
 STATES, OWNED, LEAKAGE = 10, 3, 0.2
 CHAINS = ("retain", "forget1", "forget2")
@@ -70,7 +71,7 @@ SIZES = {
 
 
 class MarkovData(PairedData):
-    """Sequences of the three chains, and models that know them, made in `path` if they are missing.
+    """Sequences of the three chains, and models that know them, made in `path` unless it has those of these settings.
 
     The start model is `path`/start, the retrained one, which saw only the retain chain, `path`/retrained. The metric
     of each chain is the mean KL(true transition row || model), in nats: small is known, large is forgotten.
@@ -171,10 +172,12 @@ def sequences(size: Size, forget2_length: int, seed: int, train: bool) -> dict[s
 
 
 def prepare(folder: Path, size: Size, forget2_length: int, knows_forget2: bool, seed: int) -> None:
-    """Writes the models `start` and `retrained` into a folder if they are missing, see `MarkovData`."""
+    """Writes the models `start` and `retrained`, see `MarkovData`, unless the folder has those of these settings."""
     known = sequences(size, forget2_length, seed, train=True)
+    settings = {**asdict(size), "forget2_length": forget2_length, "knows_forget2": knows_forget2, "seed": seed}
     for name, chains in {"start": CHAINS if knows_forget2 else CHAINS[:2], "retrained": CHAINS[:1]}.items():
-        if (folder / name / "model.safetensors").is_file():
+        marker = folder / name / "settings.json"
+        if marker.is_file() and read_json(marker) == settings:
             continue
         model = new_llama(
             seed,
@@ -192,6 +195,7 @@ def prepare(folder: Path, size: Size, forget2_length: int, knows_forget2: bool, 
         orders = [generator.permutation(len(rows)).tolist() for _ in range(size.epochs)]
         train(model, batches_of(rows, orders, BATCH), lr=size.lr)
         save_model(model, None, folder / name)
+        write_json(marker, settings)
 
 
 def bayes_floors(weights: Array, length: int, count: int = 4000, seed: int = 0) -> dict[str, float]:

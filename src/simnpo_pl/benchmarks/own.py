@@ -33,7 +33,7 @@ class OwnData(UnlearningData):
         retain: Rows to keep; `auto` keeps what the start model answers to neutral prompts before training, which `fit`
             writes to `retain_auto.jsonl` in the run folder.
         holdout: Rows like the forget rows that no model was trained on, for membership inference and PrivLeak.
-        refusals: File of refusals, one a line, for IDK and DPO.
+        refusals: File of refusals, one a line, for IDK, DPO and JensUn.
         columns: Names of the columns that are read.
         forget_columns: Those of the forget rows; null takes `columns`.
         retain_columns: Those of the retain rows; null takes `columns`.

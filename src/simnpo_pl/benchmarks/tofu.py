@@ -41,7 +41,7 @@ class TofuData(UnlearningData):
         world_facts_split: Rows of the world-facts metrics.
         holdout: Rows like the forget rows that no model was trained on, for membership inference: a json file, or a
             split such as "holdout10"; null measures none of it.
-        refusals: File of refusals, one a line, for IDK and DPO; null looks for idontknow.jsonl in `path`.
+        refusals: File of refusals, one a line, for IDK, DPO and JensUn; null looks for idontknow.jsonl in `path`.
         kwargs: Passed on to `UnlearningData`.
     """
 
@@ -91,14 +91,11 @@ class TofuData(UnlearningData):
     def _published_log(self) -> RetainLog | None:
         """The retrained model's log that was published together with the start model."""
         published = re.fullmatch(r"open-unlearning/(tofu_.+)_full", self.model_name or "")
-        if published is None:
+        split = re.match(r"forget\d\d", self.forget_split)
+        if published is None or split is None:
             return None
-        log = f"hf://datasets/open-unlearning/eval/{published[1]}_{_complement(self.forget_split)}/TOFU_EVAL.json"
-        try:
-            return read_retain_log(hub_file(log))
-        except UserError as error:
-            rank_zero_warn(f"no forget quality: {error}")
-            return None
+        log = f"hf://datasets/open-unlearning/eval/{published[1]}_{_complement(split[0])}/TOFU_EVAL.json"
+        return read_retain_log(hub_file(log), self.eval.truth_ratio)
 
     def find_retain_log(self) -> RetainLog | None:
         """As in any benchmark; a published start model is compared with the published log of its retrained model."""
@@ -109,7 +106,10 @@ class TofuData(UnlearningData):
         rows = {name: load_split(self.path, self.eval_splits[name], columns) for name, columns in COLUMNS.items()}
         check_disjoint(rows["forget"], rows["retain"], "retain")
         for name, columns in COLUMNS.items():
-            build.questions(name, rows[name], choice=columns == CHOICES, source=self.eval_splits[name])
+            source = self.eval_splits[name]
+            split = build.questions(name, rows[name], choice=columns == CHOICES, source=source)
+            if f"{name}/truth_ratio" not in split.metrics:
+                raise UserError(f"{source}: expected wrong answers in perturbed_answer, got empty lists: give them")
         build.summary["model_utility"] = ModelUtility(
             {
                 f"{name}/{metric}": build.splits[name].metrics[f"{name}/{metric}"]
@@ -120,8 +120,16 @@ class TofuData(UnlearningData):
         forget = self.eval_splits["forget"].replace("_perturbed", "")
         for text in build.splits["forget"].texts:
             text["forget_split"] = forget
-        log = self.find_retain_log()
-        build.forget_quality(log, forget)
+        try:
+            log = self.find_retain_log()
+            build.forget_quality(log, forget)
+        except UserError as error:
+            # The published log that nobody named may be of other rows, or not be there.
+            if self.retrained_log or self.eval.retrained or self.eval.retain_log:
+                raise
+            rank_zero_warn(f"no forget quality: {error}")
+            self._published_log = log = None
+            build.forget_quality(None)
         if self.holdout is not None:
             if is_file(self.holdout):
                 holdout = load_table(self.holdout, "--data.holdout", QUESTIONS)

@@ -10,6 +10,7 @@ import pydoc
 import re
 from argparse import Action
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,10 @@ def explain(error: Exception, options: Iterable[str]) -> str:
         return f"no model is named: {_RUN}"
     if option == "--config" and reason.startswith("File does not exist: '"):
         given = os.path.relpath(reason.split("'")[1])
-        near = nearest(given, map(str, Path("configs").rglob("*.yaml")))
-        place = near or "; run this from the repository's folder, or give the file's full path"
-        return f"--config: file {given} does not exist{place}"
+        files = {file.stem: str(file) for file in Path("configs").rglob("*.yaml")}
+        near = [f"; the nearest is {files[stem]}" for stem in get_close_matches(Path(given).stem, files, 1)]
+        place = near or ["; run this from the repository's folder, or give the file's full path"]
+        return f"--config: file {given} does not exist{place[0]}"
     expected, _, value = reason.partition(". Got value: ")
     if not value:
         return f"{option}: {reason}"

@@ -229,7 +229,7 @@ class Evaluation:
                 continue
             result = metric.compute()
             values[name], counts[name] = result["value"], int(result["n"])
-            if math.isnan(values[name]):
+            if not math.isfinite(values[name]):
                 unavailable[name] = "one of its scores is not a number" if counts[name] else "no row was scored"
             keys = getattr(metric, "result_keys", ())
             values |= {f"{name}/{key}": result[key] for key in keys if key != "value"}

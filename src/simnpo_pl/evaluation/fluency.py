@@ -47,7 +47,7 @@ class FluencyClassifier:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], seconds: Sequence[str] | None = None) -> list[float]:
-        """Probability of the label for each text, or each pair with the second ones; 0 for one without a token."""
+        """Probability of the label for each text, or each pair with the second ones; 0 for a blank one."""
         self.model.to(self.device)
         scores: list[float] = []
         for start in range(0, len(texts), self.batch):
@@ -61,7 +61,9 @@ class FluencyClassifier:
                 continue
             with torch.autocast(self.device.type, enabled=False):
                 probabilities = self.model(**encoded).logits.float().softmax(dim=-1)[:, self.label]
-            scores += probabilities.masked_fill(encoded["attention_mask"].sum(dim=1) == 0, 0.0).tolist()
+            # Of nothing, some tokenizers make tokens for beginning and end.
+            blank = torch.tensor([not text.strip() for text in some], device=self.device)
+            scores += probabilities.masked_fill(blank | (encoded["attention_mask"].sum(dim=1) == 0), 0.0).tolist()
         return scores
 
 

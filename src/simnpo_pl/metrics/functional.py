@@ -24,6 +24,7 @@ ROUGE = ("rougeL_recall", "rougeL_f1", "rouge1_recall")
 
 _LETTER = r"[\p{L}\p{M}\p{N}]"
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+UNSPACED = regex.compile(_UNSPACED)
 _WORD = regex.compile(rf"(?V1)[{_LETTER}&&{_UNSPACED}]\p{{M}}*|[{_LETTER}--{_UNSPACED}]+")
 
 

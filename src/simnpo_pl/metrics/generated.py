@@ -5,14 +5,15 @@ from itertools import pairwise
 
 import regex
 
-from simnpo_pl.metrics.functional import words
+from simnpo_pl.metrics.functional import UNSPACED, words
 
 DEGENERATE, VERBATIM = TEXT_SCORES = ("degenerate", "verbatim")
 """Names of the scores of `text_scores`."""
 REPEATED = 0.2
 """Share of repeated pairs of words, above the true answer's."""
-LONG, TIMES = 100, 10
-"""An answer of more words than LONG, and of TIMES as many as the true one, does not end."""
+LONG, TIMES, LETTERS = 100, 10, 3
+"""An answer of more words than LONG, and of TIMES as many as the true one, does not end; LETTERS of scripts without
+spaces count as one word."""
 # A few letters three times or more, nine letters at least: "henthenthent".
 _STUTTER = regex.compile(r"(?=\p{L}{9})(\p{L}{1,8}?)\1{2,}")
 # One character over and over, but not decimals (10/3), large round numbers, rows of dots, or lines of a table.
@@ -37,9 +38,13 @@ def is_degenerate(said: Sequence[str], right: Sequence[str]) -> bool:
     """Whether the words of an answer are none, repeat each other or do not end, unlike those of the right answer."""
     if not said:
         return bool(right)
-    if len(said) > max(LONG, TIMES * len(right)) or repetition(said) > repetition(right) + REPEATED:
+    if _length(said) > max(LONG, TIMES * _length(right)) or repetition(said) > repetition(right) + REPEATED:
         return True
     return _stutters(said) and not _stutters(right)
+
+
+def _length(said: Sequence[str]) -> float:
+    return sum(1 / LETTERS if UNSPACED.match(word) else 1 for word in said)
 
 
 def repetition(said: Sequence[str]) -> float:

@@ -54,8 +54,10 @@ class RetainLog:
     metrics: dict[str, float] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
-        """The rows in our own format."""
-        return [{"split": name, "index": i, **rows[i]} for name, rows in self.splits.items() for i in sorted(rows)]
+        """The rows in our own format; an AUC without its scores is a row of its own."""
+        rows = [{"split": name, "index": i, **rows[i]} for name, rows in self.splits.items() for i in sorted(rows)]
+        alone = self.auc is not None and not any("mia_min_k" in row for row in rows)
+        return [*rows, {"split": "auc", "index": 0, "auc": self.auc}] if alone else rows
 
     def about(self) -> dict[str, Any]:
         """Source, format and number of rows, and whether the rows can be compared token by token."""
@@ -73,15 +75,9 @@ class RetainLog:
     ) -> list[Row]:
         """The rows of a split in order, if they are the rows of this evaluation.
 
-        Texts and digests are compared if the log holds them; texts without their whitespace, since public logs store
-        cleaned-up text ("," for " ,") and questions inside a prompt template.
-
-        Args:
-            name: `forget` or `holdout`.
-            texts: `question` and `answer` of every row.
-            tokens: Digest of every row's tokens, see `Split.tokens`.
-            called: What the rows are called, such as "forget10", which the log's `forget_split` must be; by default
-                the split's name.
+        Texts and digests, see `Split.tokens`, are compared if the log holds them; texts without their whitespace, since
+        public logs store cleaned-up text ("," for " ,") and questions inside a prompt template. A log's `forget_split`
+        must be what the rows are `called`, such as "forget10".
 
         Raises:
             UserError: Another split, other rows, texts or tokens; the message names the first that differs.
@@ -117,15 +113,15 @@ def _differences(
             )
 
 
-def read_retain_log(path: Path) -> RetainLog:
+def read_retain_log(path: Path, convention: str = "geometric") -> RetainLog:
     """Read a retrained model's log of the forget rows.
 
     Recognizes by content: our `rows.jsonl`, open-unlearning's `TOFU_EVAL.json` and `MUSE_EVAL.json`, also under a key
     "metrics", and TOFU's `eval_log_aggregated.json` or its forget part; each may be gzipped. R is computed from the
     losses, the log's convention does not matter; without losses its scores are taken as geometric ratios.
 
-    Args:
-        path: A log, or its folder; for a run that unlearned, the retrained model's rows in it are read.
+    `path` is a log or its folder; for a run that unlearned, the retrained model's rows in it are read. The truth ratio
+    among `RetainLog.metrics` is of the `convention`, which needs losses if it is not geometric.
 
     Raises:
         UserError: No such file, an unknown format, no score to compare with, or a log of a model that unlearned.
@@ -138,7 +134,10 @@ def read_retain_log(path: Path) -> RetainLog:
         )
     try:
         raw = path.read_bytes()
-        log = _parse(str(path), (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode())
+        found = _parse((gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode())
+        log = parse_rows(str(path), *found, convention=convention)
+        if log.auc is None and not any("truth_ratio" in row for row in log.splits["forget"].values()):
+            raise ValueError("no truth ratio of a forget row and no Min-K% scores")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError, EOFError) as error:
         raise UserError(
             f"retrained model's log: expected the content of {' or '.join(LOG_NAMES)}, got {path}, which "
@@ -163,8 +162,8 @@ def unlearning_run(folder: Path) -> Path | None:
             break
         if record.get("objective", {}).get("name", "FineTune") != "FineTune":
             return folder
-        model = Path(str(record["settings"].get("model", {}).get("name"))).expanduser()
-        if model.name != "model":
+        model = Path(str(record.get("checkpoint") or record["settings"].get("model", {}).get("name"))).expanduser()
+        if model.name not in ("model", "last.ckpt"):
             break
         folder = model.parent
     return None
@@ -186,48 +185,54 @@ def _comparator(path: Path) -> Path:
     return path
 
 
-def parse_rows(source: str, rows: list[Row], kind: str = "simnpo_pl", auc: float | None = None) -> RetainLog:
+def parse_rows(
+    source: str, rows: list[Row], kind: str = "simnpo_pl", auc: float | None = None, convention: str = "geometric"
+) -> RetainLog:
     """The forget and holdout rows among objects of rows.jsonl, of any splits.
 
     Rows without losses have a geometric `truth_ratio`. `kind` is the project whose format they had; `auc`, of the
-    Min-K% attack, is computed from the rows if None.
+    Min-K% attack, is computed from the rows if None; `convention` is that of the truth ratio among the metrics.
     """
+    auc = next((row["auc"] for row in rows if row["split"] == "auc"), auc)
     splits: dict[str, dict[int, Row]] = {"forget": {}, "holdout": {}}
     for row in rows:
         if (found := splits.get(row["split"])) is not None:
             if (index := int(row["index"])) in found:
                 raise ValueError(f"row {index} of {row['split']} occurs twice")
-            found[index] = {key: row[key] for key in COMPARED if key in row} | _truth_ratio(row)
+            held = {key: row[key] for key in COMPARED if key in row}
+            found[index] = held if (ratio := _truth_ratio(row)) is None else held | {"truth_ratio": ratio}
     scores = [[row.get("mia_min_k") for row in found.values()] for found in splits.values()]
     if auc is None and all(scores) and not any(None in values for values in scores):
         auc = membership_auc(*(_tensor(values) for values in scores))
-    if auc is None and not any("truth_ratio" in row for row in splits["forget"].values()):
-        raise ValueError("no truth ratio of a forget row and no Min-K% scores")
-    return RetainLog(source, kind, splits, auc, _metrics([row for row in rows if row["split"] == "forget"]))
+    return RetainLog(source, kind, splits, auc, _metrics([row for row in rows if row["split"] == "forget"], convention))
 
 
-def _metrics(forget: list[Row]) -> dict[str, float]:
+def _metrics(forget: list[Row], convention: str) -> dict[str, float]:
     found = {name: [row[score] for row in forget if row.get(score) is not None] for score, name in AVERAGED.items()}
     metrics = {name: fmean(values) for name, values in found.items() if 0 < len(values) == len(forget)}
-    ratios = [ratio for row in forget for ratio in _truth_ratio(row).values()]
+    ratios = _tensor([ratio for row in forget if (ratio := _truth_ratio(row, convention)) is not None])
     if 0 < len(ratios) == len(forget):
-        metrics["forget/truth_ratio"] = F.forget_truth_ratio(_tensor(ratios))
+        ratios = ratios if convention == "prob_mean" else F.closeness(ratios)
+        metrics["forget/truth_ratio"] = ratios.mean().item()
     return metrics
 
 
-def _parse(source: str, text: str) -> RetainLog:
+def _parse(text: str) -> tuple[list[Row], str, float | None]:
+    """The rows, the project whose format they have, and the AUC of Min-K% if the log names it."""
     try:
         content = json.loads(text)
     except json.JSONDecodeError:
         content = [json.loads(line) for line in text.split("\n") if line.strip()]
     if not isinstance(content, dict) or "index" in content:
-        return parse_rows(source, content if isinstance(content, list) else [content])
+        return (content if isinstance(content, list) else [content]), "simnpo_pl", None
     if "eval_log_forget.json" in content or "avg_paraphrased_loss" in content:
-        return _parse_tofu(source, content.get("eval_log_forget.json", content))
-    return _parse_open_unlearning(source, content.get("metrics", content), content.get("forget_split"))
+        return _tofu_rows(content.get("eval_log_forget.json", content)), "TOFU", None
+    metrics = content.get("metrics", content)
+    rows = _open_unlearning_rows(metrics, content.get("forget_split"))
+    return rows, "open-unlearning", (metrics.get("mia_min_k") or {}).get("auc")
 
 
-def _parse_open_unlearning(source: str, metrics: dict[str, Any], split: str | None) -> RetainLog:
+def _open_unlearning_rows(metrics: dict[str, Any], split: str | None) -> list[Row]:
     rows: dict[tuple[str, int], dict[str, Any]] = {}
 
     def take(values: Any, name: str, keys: Mapping[str, str]) -> None:
@@ -250,28 +255,38 @@ def _parse_open_unlearning(source: str, metrics: dict[str, Any], split: str | No
     attack = metrics.get("mia_min_k") or {}
     for name in ("forget", "holdout"):
         take(attack.get(name, {}), name, {"score": "mia_min_k"})
-    return parse_rows(source, list(rows.values()), "open-unlearning", attack.get("auc"))
+    return list(rows.values())
 
 
-def _parse_tofu(source: str, forget: dict[str, Any]) -> RetainLog:
+def _tofu_rows(forget: dict[str, Any]) -> list[Row]:
     # Each text is (prompt, generation, true answer).
     texts, wrong = _by_index(forget.get("generated_text", {})), _by_index(forget["average_perturb_loss"])
     rows = []
     for i, right in _by_index(forget["avg_paraphrased_loss"]).items():
         held = {"question": texts[i][0], "answer": texts[i][2]} if i in texts else {}
         rows.append({"split": "forget", "index": i, "paraphrase_nll": right, "perturbed_nll": wrong[i], **held})
-    return parse_rows(source, rows, "TOFU")
+    return rows
 
 
-def _truth_ratio(row: Mapping[str, Any]) -> dict[str, float]:
-    """The geometric ratio by its name, from the losses if the row holds them."""
+def geometric_ratio(row: Mapping[str, Any]) -> float | None:
+    """Of a row of a run's files, whatever the run's convention; None if it has none."""
+    try:
+        ratio = _truth_ratio(row)
+    except TypeError:
+        # A loss that is not finite is null in the file.
+        return None
+    return None if ratio is None or math.isnan(ratio) else ratio
+
+
+def _truth_ratio(row: Mapping[str, Any], convention: str = "geometric") -> float | None:
+    """From the losses if the row holds them, else the geometric ratio that it has."""
     # Without a paraphrase the answer itself takes its place.
     right, wrong = row.get("paraphrase_nll", row.get("answer_nll")), row.get("perturbed_nll")
     if wrong is not None:
-        return {"truth_ratio": F.truth_ratio(_tensor(right).mean()[None], _tensor(wrong).reshape(1, -1)).item()}
-    if "truth_ratio" in row:
-        return {"truth_ratio": math.nan if row["truth_ratio"] is None else float(row["truth_ratio"])}
-    return {}
+        return F.truth_ratio(_tensor(right).mean()[None], _tensor(wrong).reshape(1, -1), convention).item()
+    if "truth_ratio" in row and convention == "geometric":
+        return math.nan if row["truth_ratio"] is None else float(row["truth_ratio"])
+    return None
 
 
 def _by_index(values: Any) -> dict[int, Any]:

@@ -142,9 +142,7 @@ def measured(models: Iterable[Mapping[str, float | None]], names: Iterable[str] 
 
 
 def table(
-    heads: Sequence[str],
-    rows: Iterable[tuple[Sequence[str], Mapping[str, float | None]]],
-    names: Sequence[str],
+    heads: Sequence[str], rows: Iterable[tuple[Sequence[str], Mapping[str, float | None]]], names: Sequence[str]
 ) -> str:
     """Markdown table of metrics: labels under `heads`, then a column for each of `names`.
 

@@ -124,11 +124,7 @@ def _limits(model: Any, prompts: Sequence[Sequence[int]], wanted: int) -> list[i
 
 
 def _batched(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    eos_ids: Sequence[int],
-    choose: Choose,
+    model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], eos_ids: Sequence[int], choose: Choose
 ) -> list[list[int]]:
     """All prompts at once, padded on the left; rows leave the batch as they end."""
     device = next(model.parameters()).device

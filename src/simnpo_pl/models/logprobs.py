@@ -1,6 +1,6 @@
-"""From rows of tokens to answer log-probs: the only shift, mask and log-softmax in the package.
+"""From rows of tokens to answer log-probs; the head is in `models/head.py`.
 
-The head is applied to the hidden states of the scored positions alone.
+It is applied to the hidden states of the scored positions alone.
 """
 
 import math

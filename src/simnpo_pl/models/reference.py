@@ -52,7 +52,7 @@ class Reference(FrozenModel):
     """The frozen model that the policy is compared with.
 
     Attributes:
-        totals: Part of the batch (`forget`, `alternate`) to the reference's summed answer log-probs of every
+        totals: Part of the batch (`forget`, `alternate`, `sampled`) to the reference's summed answer log-probs of every
             forget row, `(N,)` nats, computed once before training. With these a step of NPO or DPO needs no second
             model and no second forward pass.
         identity: The model and the rows of these.

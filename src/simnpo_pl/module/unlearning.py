@@ -41,7 +41,7 @@ class UnlearningModule(PolicyModule):
         name: Start model: hub id or folder with safetensors weights.
         objective: Forget objective; a class of `simnpo_pl.objectives` by name, or any subclass of `Objective`; null
             takes SimNPO.
-        retain_loss: Loss on the retain rows (`NLL`, `KL`, `EmbedDiff`), or null for none.
+        retain_loss: Loss on the retain rows (`NLL`, `KL`, `JSD`, `EmbedDiff`), or null for none.
         forget_weight: Coefficient of the forget loss; null takes the objective's own default.
         retain_weight: Coefficient of the retain loss; null takes the objective's own default, with GRU 0.
         update: How the forget and the retain gradient make a step: `SAM`, `GRU`, or any subclass of `UpdateRule`; null
@@ -250,7 +250,7 @@ class UnlearningModule(PolicyModule):
         """Losses of one batch.
 
         Args:
-            batch: Parts `forget`, `retain` and, where the objective reads it, `alternate`; each with
+            batch: Parts `forget`, `retain` and, where the objective reads it, `alternate` or `sampled`; each with
                 `input_ids`, `labels` (-100 where not scored) and `attention_mask`, `(B, T)`. A part may bring
                 `reference_logps` `(B,)`, nats; without them the reference model is run. It may bring the
                 weights of its rows in a larger batch, see `TrainingSet`.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from simnpo_pl.metrics.logs import geometric_ratio
 from simnpo_pl.metrics.titles import title_of
 from simnpo_pl.report import robustness
 from simnpo_pl.report.drawing import STYLE, log_labels, plain, points
@@ -53,7 +54,7 @@ def path_of(run: Run, kept: str = TRADE_OFFS[0][0], forgotten: str = TRADE_OFFS[
 
 def _ratios(rows: Sequence[Row]) -> list[float]:
     """Of the forget rows that have one."""
-    return [row["truth_ratio"] for row in rows if row["split"] == "forget" and row.get("truth_ratio") is not None]
+    return [r for row in rows if row["split"] == "forget" and (r := geometric_ratio(row)) is not None]
 
 
 def largest_gap(one: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:

@@ -53,7 +53,7 @@ def method(run: Run) -> str:
     """What was done."""
     done = "A model, evaluated."
     if run.unlearned:
-        done = f"{run.method} ({run.settings}) on {number(run.forget_rows)} rows of {run.forget_split}."
+        done = f"{run.method} ({run.settings}) on {run.trained}."
     if run.temperature:
         done = f"{done} Metrics of {titles.answers_at(run.temperature)}."
     return done if run.record.get("finished") else f"{done} The run is not finished."

@@ -29,7 +29,8 @@ def _front_matter(run: Run, base: ModelCardData) -> ModelCardData:
     given = run.record["settings"].get("data", {}).get("init_args", {})
     sources = (str(given[key]).split(":")[0] for key in ("path", "forget", "retain") if given.get(key))
     datasets = list(dict.fromkeys(source for source in sources if _is_hub_id(source))) or None
-    rows = (datasets or ["own"])[0], f"{run.forget_split}, {run.forget_rows} rows"
+    count = f", {run.forget_rows} rows" if run.forget_rows else ""
+    rows = (datasets or ["own"])[0], f"{run.forget_split}{count}"
     final = run.metrics("final")
     metrics = {name: final[name] for name in titles.measured([final]) if math.isfinite(final[name])}
     results = [
@@ -72,9 +73,9 @@ def _body(run: Run) -> str:
     start = run.start_model if _is_hub_id(run.start_model) else f"in the folder {Path(run.start_model).name}"
     parts = [
         f"# {run.title}",
-        f"{run.method} ({run.settings}) was applied to {run.forget_rows} rows of {run.forget_split}, starting from "
-        f"the model {start}, with learning rate {run.record['settings']['model']['lr']} and seed "
-        f"{run.record['seed']}. It is the model after epoch {run.record.get('exported_epoch')}.",
+        f"{run.method} ({run.settings}) was applied to {run.trained}, starting from the model {start}, with learning "
+        f"rate {run.record['settings']['model']['lr']} and seed {run.record['seed']}. It is the model after epoch "
+        f"{run.record.get('exported_epoch')}.",
         *_asking(run),
     ]
     if run.verdict:

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from simnpo_pl.evaluation.evaluation import EvalResult, Evaluation
+from simnpo_pl.metrics.titles import TITLES
 from simnpo_pl.models.loading import save_model
 from simnpo_pl.models.sharding import gathered
 from simnpo_pl.utils.errors import UserError
@@ -53,6 +55,11 @@ class ExportModel(Callback):
         if best not in evaluation.names():
             reason = evaluation.unavailable.get(best, f"known are {', '.join(evaluation.names())}")
             raise UserError(f"--export.best {best} is not measured: {reason}")
+        higher, mode = evaluation.titles()[best].higher_is_better, self.options.mode
+        # A custom metric need not say what is best.
+        if higher is not (mode == "max") and (higher is not None or best in TITLES):
+            aim = "the retrained model's" if higher is None else "the largest" if higher else "the smallest"
+            rank_zero_warn(f"--export.best {best}: {aim} value is best, but --export.mode is {mode}")
         every = trainer.check_val_every_n_epoch
         if every is not None and trainer.max_epochs is not None and 0 <= trainer.max_epochs < every:
             raise UserError(

@@ -13,10 +13,12 @@ from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, read_json_lines
 
 Row = dict[str, Any]
-_STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(?:fit_)?")
+_STAMP = re.compile(r"\d{4}-\d\d-\d\d_[\d-]+_(?:fit_)?")
 """Beginning of the name that the command line gives to a folder."""
 TRAINING = re.compile(r"model|seed|train_split|forget_rows|refusals|alternates|(effective|per_device)_batch")
 """Settings of the data that do not change what is measured on a model."""
+MEASURING = ("retain_log", "retrained", "truth_ratio", "generate_rows", "max_new_tokens", "temperature", "min_k")
+"""Settings of the evaluation that change values of metrics."""
 TOLD = ("objective", "retain_loss", "forget_weight", "retain_weight", "update")
 """Settings of the model that `Run.settings` tells."""
 
@@ -118,9 +120,11 @@ class Run:
 
     @property
     def measured(self) -> dict[str, Any]:
-        """Options that say which data is measured."""
-        data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
-        return {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
+        """Options that say which data is measured, and how; runs in which they are equal can be compared."""
+        settings = self.record.get("settings", {})
+        data, evaluation = settings.get("data", {}).get("init_args", {}), settings.get("eval", {})
+        found = {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
+        return found | {f"eval.{name}": evaluation[name] for name in MEASURING if name in evaluation}
 
     @property
     def forget_split(self) -> str:
@@ -131,6 +135,15 @@ class Run:
         """Number of rows behind forget quality, or else behind the forget probability."""
         counts = self.record.get("counts", {})
         return counts.get("forget_quality", counts.get("forget/probability"))
+
+    @property
+    def trained(self) -> str:
+        """The rows that were unlearned, with their number where it is known."""
+        data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
+        other = data.get("train_split") or data.get("forget_eval_split")
+        rows = len(data.get("forget_rows") or ()) or (None if other else self.forget_rows)
+        rows = rows or len({row["index"] for row in self.weights})
+        return f"{rows or 'the'} rows of {data.get('train_split') or self.forget_split}"
 
     @property
     def memory(self) -> float | None:
@@ -218,7 +231,7 @@ def differing(options: Sequence[dict[str, Any]]) -> list[str]:
     """The options that differ, in one line for each."""
     known = dict.fromkeys(name for one in options for name in one)
     names = [name for name in known if any(one.get(name) != options[0].get(name) for one in options)]
-    return [", ".join(f"{name} {one.get(name)}" for name in names) for one in options]
+    return [", ".join(f"{name} {' '.join(str(one.get(name)).split())}" for name in names) for one in options]
 
 
 def _names(runs: Sequence[Run]) -> Iterator[list[str]]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from simnpo_pl.metrics.titles import answers_at, number, title_of
+from simnpo_pl.utils.files import finite
 
 CATEGORIES = ("forgotten", "partly forgotten", "not forgotten", "over-forgotten", "model damaged", "inconclusive")
 
@@ -26,7 +27,7 @@ UNMOVED = 0.9
 VERBATIM_UNMOVED = 0.5
 """Not forgotten: more than this share is left of the answers that are given word for word."""
 KNOWN = 0.1
-"""A metric counts only if start and retrained model differ by this."""
+"""A metric counts only if the start model knows more than the retrained one by this."""
 BELOW = 0.2
 """Over-forgotten: less than this share of the retrained model's value."""
 DEGENERATE = 0.2
@@ -52,7 +53,7 @@ ATTACKS = {"relearn": "relearning", "quantized": "rounded weights", "leak": "sam
 
 
 class Change(NamedTuple):
-    """A metric of the three models, None where it was not measured; a loss as the probability of a token."""
+    """A metric of the three models, higher for more knowledge, a loss as the probability of a token; None: unknown."""
 
     name: str
     start: float | None
@@ -65,7 +66,7 @@ class Change(NamedTuple):
         if self.start is None or self.final is None:
             return None
         known = self.start - (self.retrained or 0.0)
-        return (self.final - (self.retrained or 0.0)) / known if abs(known) >= KNOWN else None
+        return (self.final - (self.retrained or 0.0)) / known if known >= KNOWN else None
 
     @property
     def kept(self) -> float | None:
@@ -73,19 +74,25 @@ class Change(NamedTuple):
         if self.start is None or self.final is None:
             return None
         known = min(self.start, self.start if self.retrained is None else self.retrained)
-        return self.final / known if known >= KNOWN or self.name.endswith("nll") else None
+        return self.final / known if known >= KNOWN or (self.name.endswith("nll") and known > 0) else None
 
 
 class Verdict:
     """Reads the results of a run; see `verdict`."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        self.record = record
+        # As the file has it, where what is not finite is null.
+        self.record = record = finite(record)
         self.models = {name: (record.get(name) or {}).get("metrics", {}) for name in ("start", "final", "retrained")}
         self.attacks = [(group, entry) for group in ATTACKS for entry in record.get(group, {}).values()]
 
     def change(self, name: str) -> Change:
-        return Change(name, *(_level(name, metrics.get(name)) for metrics in self.models.values()))
+        levels = [_level(name, metrics.get(name)) for metrics in self.models.values()]
+        options = self.record.get("settings", {}).get("eval", {})
+        if name == "forget/truth_ratio" and options.get("truth_ratio") != "prob_mean":
+            # Right and wrong answers are equally likely at 1.
+            levels = [None if level is None else 1 - level for level in levels]
+        return Change(name, *levels)
 
     def splits(self, ending: str, kept: bool) -> list[str]:
         """Metrics with this ending of rows to keep, or to forget."""
@@ -106,8 +113,8 @@ class Verdict:
         left = self.left()
         if not left:
             # A loss that does not move shows that nothing was forgotten; one that moves shows little.
-            loss = self.change("forget/nll")
-            unmoved = loss.start and loss.final is not None and loss.final / loss.start >= UNMOVED
+            _, start, final, retrained = self.change("forget/nll")
+            unmoved = start and final is not None and start > (retrained or 0.0) and final / start >= UNMOVED
             return "not forgotten" if unmoved else "inconclusive"
         if min(left.values()) >= UNMOVED or left.get("forget/verbatim", 0.0) > VERBATIM_UNMOVED:
             return "not forgotten"
@@ -148,10 +155,10 @@ class Verdict:
         return [name for name in self.splits("degenerate", kept) if self._rises(name, DEGENERATE)]
 
     def _rises(self, name: str, by: float = 0.0) -> bool:
-        """Whether a metric is higher than the retrained model's, or than the start model's without one."""
+        """Whether a metric is higher than the retrained model's, or than the start model's without one or if kept."""
         _, start, final, retrained = self.change(name)
-        usual = start if retrained is None else retrained
-        return final is not None and final - (usual or 0.0) > by
+        usual = max(start or 0.0, retrained or 0.0) if retrained is None or "forget" not in name else retrained
+        return final is not None and final - usual > by
 
     # -- in words --------------------------------------------------------------------------------------------------
 
@@ -176,7 +183,7 @@ class Verdict:
         if temperature := self.record.get("settings", {}).get("eval", {}).get("temperature"):
             found.append(f"measured on {answers_at(temperature)}")
         quality = self.models["final"].get("forget_quality")
-        if quality is not None and quality == quality:
+        if quality is not None:
             differs = "no difference from" if quality > 0.05 else "a difference to"
             finds = f"the test finds {differs} the retrained model"
             if quality > 0.05 and (chance := self.record.get("forget_quality_chance")):
@@ -207,7 +214,7 @@ class Verdict:
         """A share of rows as a count of them."""
         n = self.record.get("counts", {}).get(name)
         final = self.models["final"][name]
-        if n is None or final is None or final != final:
+        if n is None or final is None:
             return ""
         others = {model: self.models[model].get(name) for model in ("start", "retrained")}
         beside = ", ".join(f"{model} model {round(v * n)}" for model, v in others.items() if v is not None)
@@ -314,8 +321,8 @@ def attacked_control(attack: Mapping[str, Any]) -> bool:
 
 
 def _level(name: str, value: float | None) -> float | None:
-    """A metric from 0 to 1, None if it is missing or not a number."""
-    if value is None or math.isnan(value):
+    """A metric from 0 to 1, None if it is missing."""
+    if value is None:
         return None
     if name.endswith("/nll"):
         return math.exp(-value)

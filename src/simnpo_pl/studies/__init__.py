@@ -29,11 +29,7 @@ COMMANDS = {
     "weights": "gradient weights over finished runs, against answer length and difficulty: tables, figures",
 }
 """Name of a command to what it does, in one line."""
-MODULES = {
-    "perturb": "studies.arithmetic",
-    "report": "report.command",
-    "task-vector": "studies.arithmetic",
-}
+MODULES = {"perturb": "studies.arithmetic", "report": "report.command", "task-vector": "studies.arithmetic"}
 """Module of a command whose module does not have its name."""
 TAKE_FIT_OPTIONS = ("check", "leak", "quantize", "relearn", "sweep", "tune", "verify")
 """Commands whose unknown arguments are options of `fit` or `test`."""

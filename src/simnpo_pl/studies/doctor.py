@@ -88,7 +88,7 @@ def _named(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     arguments = data.get("init_args", data) if isinstance(data, dict) else {}
     named |= {f"data.{name}": arguments.get(name) for name in ("path", "forget", "retain", "refusals", "holdout")}
     named |= {"retrained model": evaluation.get("retrained"), "log": evaluation.get("retain_log")}
-    own = arguments.get("path") if data and str(data.get("class_path")).endswith("DemoData") else None
+    own = arguments.get("path") if model.get("name") == f"{arguments.get('path')}/start" else None
     made = ("auto", own, f"{own}/start", f"{own}/retrained")
     return ((what, name) for what, name in named.items() if isinstance(name, str) and name not in made)
 

@@ -54,9 +54,7 @@ def runs_of(options: Namespace) -> list[Run]:
     given = [word for file in options.config for word in ("--config", file)] + options.fit
     models = [place for place in options.runs if not (place.expanduser() / RESULTS).is_file()]
     if given and not models:
-        raise UserError(
-            f"unrecognized arguments: {' '.join(given)}; only a model is evaluated with a config, not a run"
-        )
+        raise UserError(f"unrecognized arguments: {' '.join(given)}; only a model is evaluated with a config, no run")
     if models and not options.config:
         raise UserError(
             f"{models[0]} holds no results.json; give folders that fit or test wrote, or, for another model, the "
@@ -74,6 +72,8 @@ def finished_runs(folders: list[Path]) -> list[Run]:
     for run in runs:
         if not run.record.get("finished"):
             raise UserError(f"{run.folder} holds an unfinished run; resume it: --run_dir {run.folder} --ckpt_path last")
+        if file := run.record.get("checkpoint"):
+            raise UserError(f"{run.folder} measured {file}, which is no model folder: give the fit that wrote it")
         if run.unlearned and not (run.folder / "model").is_dir():
             raise UserError(f"{run.folder} holds no model/; give the folder of a finished fit")
     return runs

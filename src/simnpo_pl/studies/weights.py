@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simnpo_pl.metrics import titles
+from simnpo_pl.metrics.logs import geometric_ratio
 from simnpo_pl.metrics.titles import number
 from simnpo_pl.report.drawing import check_installed, legend_outside, log_labels, panels
 from simnpo_pl.report.figures import GREY, color, largest_gap
@@ -192,17 +193,20 @@ def qualities(rows: Sequence[Row], retrained: Sequence[Row], parts: Mapping[str,
 
     from simnpo_pl.metrics.functional import forget_quality
 
-    ours, theirs = ({row["index"]: row for row in side if row["split"] == "forget"} for side in (rows, retrained))
+    ours = {row["index"]: row for row in rows if row["split"] == "forget"}
+    known = [
+        {row["index"]: geometric_ratio(row) for row in side if row["split"] == "forget"} for side in (rows, retrained)
+    ]
     found = []
     for name, indices in parts.items():
-        for side, model in ((ours, "the model"), (theirs, "the retrained model")):
-            missing = [index for index in indices if side.get(index, {}).get("truth_ratio") is None]
+        for side, model in zip(known, ("the model", "the retrained model"), strict=True):
+            missing = [index for index in indices if side.get(index) is None]
             if missing:
                 raise UserError(
                     f"forget quality of halves: {model} has no truth ratio of forget row {missing[0]}; evaluate the "
                     "rows that were trained on, with --eval.retrained or --eval.retain_log"
                 )
-        ratios, others = ([float(side[index]["truth_ratio"]) for index in indices] for side in (ours, theirs))
+        ratios, others = ([ratio for i in indices if (ratio := side[i]) is not None] for side in known)
         quality = forget_quality(torch.tensor(ratios), torch.tensor(others))
         probability = fmean(math.exp(-ours[index]["answer_nll"]) for index in indices)
         found.append(ForgetSubset(name, ratios, others, quality, probability))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -93,12 +94,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Numbers that are not finite become null."""
-    write_text(path, json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(finite(content), indent=1, ensure_ascii=False) + "\n")
 
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
     """Numbers that are not finite become null."""
-    write_text(path, "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_json(file: Path) -> Any:
@@ -132,11 +133,11 @@ def _parse(file: Path, text: str) -> Any:
         raise UserError(f"{file} is damaged ({error}): give another folder, or fix the file") from error
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
@@ -148,4 +149,4 @@ def program(name: str | None = None) -> str:
     found = shutil.which(path.name)
     if found is not None and Path(found).parent == path.parent:
         return path.name
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
