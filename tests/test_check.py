@@ -153,6 +153,14 @@ def test_an_attack_has_the_bar_of_fit(run: Path):
         assert [type(one) for one in callbacks if isinstance(one, AnyProgressBar)] == expected
 
 
+def test_an_attack_clips_gradients_as_the_run(run: Path):
+    (finished,) = finished_runs([run])
+    trainer = reopen(
+        finished, "--trainer.gradient_clip_algorithm", "value", "--trainer.gradient_clip_val", "0.1"
+    ).trainer
+    assert (trainer.gradient_clip_algorithm, trainer.gradient_clip_val) == ("value", 0.1)
+
+
 def test_a_run_is_checked(run: Path, capsys: pytest.CaptureFixture[str]):
     """All attacks, with the control, at rates up to ten times the run's own; sentences and verdict are kept."""
     main(["check", str(run), "--epochs", "2", "--k", "2", "--debug"])

@@ -1,11 +1,13 @@
 """The relearning attack on finished runs: which rows, what is measured, what is kept and not done again."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.report.robustness import OTHERS, SHOWN, spread
@@ -84,6 +86,28 @@ def test_curve(run: Path, run_options: list[str], tmp_path: Path, capsys: pytest
     for epoch, expected in zip(results(again)["epochs"], after, strict=True):
         for name in ("forget/probability", "forget/truth_ratio", "forget/exact_memorization"):
             assert expected[name] == pytest.approx(epoch["metrics"][name], rel=1e-5)
+
+
+def test_no_setting_of_the_method_reaches_the_attack(run: Path, tmp_path: Path):
+    """A run with other settings, its other models gone, is attacked alike."""
+    relearn(run, "--subset", "shortest")
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("results.json"))
+    record = {name: value for name, value in results(run).items() if name != "relearn"}
+    (copy / "results.json").write_text(json.dumps(record))
+    changed = {
+        **{"objective": {"class_path": "RKLD"}, "retain_loss": {"class_path": "KL"}, "update": {"class_path": "GRU"}},
+        **{"forget_weight": 0.3, "retain_weight": 2.0, "reference": "/gone", "memorizing": "/gone"},
+        **{"trainable": ["nothing"], "lora": {"rank": 2}, "lr": 1.0, "warmup_epochs": 9.0, "warmup_steps": 99},
+        **{"schedule": "constant", "dtype": "bfloat16"},
+    }
+    kept = {"name", "optimizer", "weight_decay", "betas", "gradient_checkpointing", "attn_implementation"}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert changed.keys() | kept == config["model"].keys()
+    config["model"] |= changed
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    relearn(copy, "--subset", "shortest")
+    assert results(copy)["relearn"] == results(run)["relearn"]
 
 
 def test_what_is_there_is_not_done_again(run: Path, monkeypatch: pytest.MonkeyPatch):

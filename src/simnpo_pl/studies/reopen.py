@@ -24,8 +24,8 @@ from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, write_json
 
 KEPT = (
-    *("accelerator", "strategy", "devices", "num_nodes", "plugins", "gradient_clip_val", "deterministic"),
-    *("max_epochs", "enable_progress_bar"),
+    *("accelerator", "strategy", "devices", "num_nodes", "plugins", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("deterministic", "max_epochs", "enable_progress_bar"),
 )
 """Settings of the run's Trainer that a Trainer over the finished run has, too."""
 
