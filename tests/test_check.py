@@ -114,6 +114,34 @@ def test_relearning_is_told_at_its_peak():
     assert "outcome" not in old
 
 
+def test_the_control_is_that_of_the_attack_at_its_peak():
+    """Attacked at a weaker rate alone it is none: 0.6 of a possible 0.9 came back, at a rate it was not trained at."""
+    weak = relearned("random", 1e-5, curve([0.1, 0.15, 0.2], [0.1, 0.11, 0.12]), curve([0.2] * 3, [0.2, 0.2, 0.22]))
+    strong = relearned("random", 1e-3, curve([0.1, 0.8, 0.9], [0.1, 0.5, 0.6]), curve([0.2] * 3, [0.2, 0.5, 0.7]))
+    judge(record(relearn={"weak": weak, "strong": strong}))
+    assert weak["sentence"].endswith("0.1 -> 0.6, of the retrained model 0.2 -> 0.7; of those relearned 0.9: holds")
+    # A control that goes higher at a weaker rate does not excuse the peak.
+    weak["repeats"][0]["control"], strong["repeats"][0]["control"] = (
+        one["repeats"][0]["control"] for one in (strong, weak)
+    )
+    judge(record(relearn={"weak": weak, "strong": strong}))
+    assert "0.1 -> 0.6, of the retrained model 0.2 -> 0.22; of those relearned 0.9: comes back" in (weak["sentence"])
+    del strong["repeats"][0]["control"]
+    judge(record(relearn={"weak": weak, "strong": strong}))
+    assert "0.1 -> 0.6; of those relearned 0.9: comes back; no control: " in weak["sentence"]
+
+
+def test_texts_of_one_name_are_judged_apart():
+    flat = curve([None] * 3, [0.2] * 3)
+    attacks = {"random": relearned("random", 1e-3, curve([0.1, 0.8, 0.9], [0.1] * 3), flat)}
+    for path, others in (("wiki/text.txt", [0.1] * 3), ("forum/text.txt", [0.1, 0.5, 0.7])):
+        attacks[path] = relearned("text", 1e-3, curve([None] * 3, others), flat)
+        attacks[path]["settings"]["text"] = path
+    judge(record(relearn=attacks))
+    assert [attacks[f"{name}/text.txt"]["outcome"] for name in ("wiki", "forum")] == ["holds", "comes back"]
+    assert attacks["wiki/text.txt"]["sentence"].startswith("relearning 2 wiki/text.txt rows (lr 0.001, 8 steps): ")
+
+
 def test_rounding_and_sampling_are_told():
     """Of 20 rows 9 answer right, 4 of the retrained model's: (0.45 - 0.2) / 0.8 = 0.3125."""
     rounded = {name: {"metrics": {"forget/probability": value}} for name, value in (("8-bit", 0.1), ("nf4", 0.3))}
