@@ -242,6 +242,22 @@ def test_another_model_is_evaluated_and_checked(
     assert "holds a run that was started with other options" in capsys.readouterr().err
 
 
+def test_another_control(run: Path, other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One that is not there ends no more than its attacks; the Unlearning Depth Score is measured again."""
+    gone, copy = tmp_path / "gone", tmp_path / "copy"
+    main(["check", str(run), "--attacks", "relearn", "leak", "--k", "3", "--epochs", "3", "--retrained", str(gone)])
+    shown = capsys.readouterr().out
+    for words in ("relearning", "sampled answers"):
+        assert f"not tested: {words} (--retrained: folder {gone} does not exist" in shown
+    for model in (other_folder, shutil.copytree(other_folder, copy)):
+        main(["check", str(run), "--attacks", "depth", "--retrained", str(model)])
+        assert results(run)["depth"]["settings"]["retrained"] == str(model)
+    main(["check", str(run), "--attacks", "relearn", "--epochs", "1", "--text", str(gone)])
+    shown = capsys.readouterr().out
+    assert f"not tested: relearning with {gone} (--text" in shown
+    assert "* relearning 2 random rows (" in shown
+
+
 def test_mistakes(run: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]):
     def said(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:

@@ -142,6 +142,46 @@ def test_the_control_is_the_retrained_model(run: Path, other_folder: Path):
     assert control[2]["metrics"][SHOWN] > control[0]["metrics"][SHOWN]
 
 
+def test_another_control_is_attacked_on_the_rows_and_tokens_of_the_run(run: Path, other_folder: Path, tmp_path: Path):
+    """Its own tokenizer and context do not count; all draws get it, and the run's own model is not attacked again."""
+
+    def repeats() -> list[dict[str, Any]]:
+        return results(run)["relearn"][f"random {KEY}"]["repeats"]
+
+    relearn(run, "--subset", "random", "--repeats", "2")
+    before, other = repeats(), tmp_path / "other"
+    shutil.copytree(other_folder, other, ignore=shutil.ignore_patterns("tokenizer*"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    relearn(run, "--subset", "random", "--repeats", "1", "--retrained", str(other))
+    assert repeats() == [{**one, "retrained": str(other)} for one in before]
+    assert {one["retrained"] for one in before} == {str(other_folder)}
+    # Without one named, the run's own is meant.
+    relearn(run, "--subset", "random", "--repeats", "1")
+    assert repeats() == before
+
+
+def test_what_is_measured_is_kept_where_the_control_fails(run: Path, other_folder: Path, tmp_path: Path, capsys: Any):
+    """One that is not there stops the attack before it begins; one that breaks later leaves the run's own curve."""
+    options = ["relearn", str(run), "--subset", "shortest", "--epochs", "1", "--lr", "3e-3", "--retrained"]
+    with pytest.raises(SystemExit):
+        main([*options, str(tmp_path / "gone")])
+    assert f"--retrained: folder {tmp_path / 'gone'} does not exist" in capsys.readouterr().err
+    broken, key = tmp_path / "broken", "shortest share=0.2 epochs=1 lr=0.003"
+    assert key not in results(run).get("relearn", {})
+    shutil.copytree(other_folder, broken)
+    (broken / "model.safetensors").write_text("")
+    with pytest.raises(SystemExit):
+        main([*options, str(broken)])
+    assert f"--retrained: the model in {broken} cannot be loaded" in capsys.readouterr().err
+    (kept,) = results(run)["relearn"][key]["repeats"]
+    assert kept.keys() == {"seed", "rows", "epochs"}
+    main([*options, str(other_folder)])
+    (whole,) = results(run)["relearn"][key]["repeats"]
+    assert {name: whole[name] for name in kept} == kept
+    assert whole["control"]
+
+
 def test_rows_that_were_never_to_be_forgotten(run: Path, tmp_path: Path):
     """As many retain rows, or blocks of text, and so equally many steps; no forget row is relearned."""
     text = tmp_path / "text.txt"

@@ -89,14 +89,14 @@ def retrained_of(run: Run, given: str | None = None) -> str | None:
     return given or run.record["settings"].get("eval", {}).get("retrained")
 
 
-def reopen(run: Run, *options: str, model: str | None = None) -> LoadedRun:
-    """A run whose start model is `model`, by default its own, with the retrained model's rows that it kept.
+def reopen(run: Run, *options: str) -> LoadedRun:
+    """A run whose start model is its own, with the retrained model's rows that it kept.
 
     Further options of `fit` win over the run's.
     """
     kept = run.folder / "retrained_rows.jsonl"
     retrained = str(kept) if kept.is_file() else "null"
-    arguments = ["fit", "--config", str(run.folder / "config.yaml"), "--model.name", model or model_of(run)]
+    arguments = ["fit", "--config", str(run.folder / "config.yaml"), "--model.name", model_of(run)]
     arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained, "--eval.depth", "false"]
     if (answers := run.folder / START_ANSWERS).is_file():
         arguments += ["--data.retain", str(answers)]
