@@ -227,9 +227,9 @@ def test_another_model_is_evaluated_and_checked(
     run_options: list[str], model_folder: Path, other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """The model itself is attacked, from what its evaluation measured; it has no verdict."""
-    place = run_options.index("--model.name")
+    place, model = run_options.index("--model.name"), shutil.copytree(model_folder, tmp_path / "model")
     options = [*run_options[:place], *run_options[place + 2 :], "--eval.retrained", str(other_folder)]
-    command = ["check", str(model_folder), *options, "--out", str(tmp_path / "checks"), "--epochs", "1"]
+    command = ["check", str(model), *options, "--out", str(tmp_path / "checks"), "--epochs", "1"]
     main([*command, "--attacks", "relearn", "--debug"])
     (folder,) = (path for path in (tmp_path / "checks").iterdir() if (path / "results.json").is_file())
     found = results(folder)
@@ -240,6 +240,11 @@ def test_another_model_is_evaluated_and_checked(
     with pytest.raises(SystemExit):
         main([*command, "--data.forget_split", "forget05"])
     assert "holds a run that was started with other options" in capsys.readouterr().err
+    # What was measured on other weights is not this model's.
+    shutil.copy(other_folder / "model.safetensors", model)
+    with pytest.raises(SystemExit):
+        main([*command, "--attacks", "relearn"])
+    assert f"{folder} holds a run that was started with other model files" in capsys.readouterr().err
 
 
 def test_another_control(run: Path, other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

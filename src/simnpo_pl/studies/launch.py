@@ -3,6 +3,7 @@
 Workers on several machines may share the folders: a run is locked while it is made.
 """
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -102,19 +103,30 @@ class Job:
         return read_json(self.folder / AFTER) if (self.folder / AFTER).is_file() else []
 
     def _check_options(self) -> None:
-        """Note the options and configs of a run; refuse a run that was started with others."""
+        """Note the options and configs of a run, and the files of a measured model; refuse a run that had others."""
         configs = [read_yaml(Path(file)) for option, file in pairwise(self.options) if option == "--config"]
         asked = json.loads(json.dumps({"options": self.options, "configs": configs}, default=str))
+        if self.command == "test" and (files := _model_files(self.options)):
+            asked["model files"] = files
         file = self.folder / MADE_OF
         if not (self.folder / RESULTS).is_file():
             write_json(file, asked)
         elif not file.is_file():
             raise UserError(f"{self.folder} holds a run that this command did not start; give another folder")
-        elif different := [name for name, value in read_json(file).items() if value != asked[name]]:
+        elif different := [name for name, value in read_json(file).items() if value != asked.get(name, value)]:
             raise UserError(
                 f"{self.folder} holds a run that was started with other {' and '.join(different)} (see {file}); give "
                 "another folder, or remove this one to make the run again"
             )
+
+
+def _model_files(options: Sequence[str]) -> dict[str, str]:
+    """Digests of weights and configs of the model that options name; none of a hub id."""
+    folder, found = Path(dict(pairwise(options)).get("--model.name", "/")).expanduser(), {}
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        with file.open("rb") as content:
+            found[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
 
 
 def read_record(folder: Path) -> dict[str, Any]:
