@@ -282,6 +282,30 @@ def test_mistakes(run: Path, model_folder: Path, capsys: pytest.CaptureFixture[s
     assert f"--text {table} row 0, counted from 0, has no column 'text'; its columns are: words" in found
 
 
+def test_a_run_with_named_columns_and_made_retain_rows(
+    data_folder: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The made rows have the default names; forget rows that were moved are named again, as other devices are."""
+    rows = [json.loads(line) for line in (data_folder / "forget10.json").read_text().splitlines()]
+    forget, run = tmp_path / "forget.jsonl", tmp_path / "run"
+    named = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
+    forget.write_text("".join(json.dumps(row) + "\n" for row in named))
+    options = ["--config", str(PAGE.parents[1] / "configs" / "own.yaml"), "--model.name", str(model_folder)]
+    options += ["--data.forget", str(forget), "--data.columns.question", "prompt", "--data.columns.answer"]
+    options += ["completion", "--model.lr", "1e-2", "--eval.max_new_tokens", "5", "--trainer.max_epochs", "1"]
+    main(["fit", *options, "--run_dir", str(run), "--trainer.accelerator", "cpu"])
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("accelerator: cpu", "accelerator: cuda"))
+    moved = forget.rename(tmp_path / "moved.jsonl")
+    command = ["relearn", str(run), "--subset", "retain", "--epochs", "1", "--repeats", "1"]
+    with pytest.raises(SystemExit):
+        main(command)
+    capsys.readouterr()
+    main([*command, "--data.forget", str(moved), "--trainer.accelerator", "cpu", "--debug"])
+    (attack,) = results(run)["relearn"].values()
+    assert attack["settings"]["subset"] == "retain"
+
+
 def test_every_attack_can_be_chosen():
     for name in ATTACKS:
         assert parse("check", ["run", "--attacks", name]).attacks == [name]

@@ -5,6 +5,7 @@ A model that no run of this project made is evaluated first, which makes it a ru
 
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ KEPT = (
     *("deterministic", "max_epochs", "enable_progress_bar"),
 )
 """Settings of the run's Trainer that a Trainer over the finished run has, too."""
+
+OPENED_WITH = ("--data.", "--trainer.", "--model.dtype")
+"""Beginnings of the options that may differ from the run's: places of its data, devices, precision."""
 
 
 class LoadedRun(UnlearningCLI):
@@ -53,9 +57,11 @@ def runs_of(options: Namespace) -> list[Run]:
     """The runs that a command names; of a model in their place, the run of `test` that evaluates it."""
     given = [word for file in options.config for word in ("--config", file)] + options.fit
     models = [place for place in options.runs if not (place.expanduser() / RESULTS).is_file()]
-    if given and not models:
+    names = [word for place, word in enumerate(given) if place == 0 or word.startswith("--")]
+    if not models and not all(name.startswith(OPENED_WITH) for name in names):
         raise UserError(
-            f"unrecognized arguments: {' '.join(given)}; only a model is evaluated with a config, not a run"
+            f"unrecognized arguments: {' '.join(given)}; only a model is evaluated with a config, not a run, which "
+            f"takes {', '.join(OPENED_WITH)}"
         )
     if models and not options.config:
         raise UserError(
@@ -65,7 +71,8 @@ def runs_of(options: Namespace) -> list[Run]:
     folders = {model: options.out / str(model).strip("./~").replace("/", "_") for model in models}
     for model, folder in folders.items():
         Job(folder, [*given, "--model.name", str(model)], options.out, "test").make()
-    return finished_runs([folders.get(place, place) for place in options.runs])
+    runs = finished_runs([folders.get(place, place) for place in options.runs])
+    return runs if models else [replace(run, options=tuple(given)) for run in runs]
 
 
 def finished_runs(folders: list[Path]) -> list[Run]:
@@ -100,7 +107,7 @@ def reopen(run: Run, *options: str) -> LoadedRun:
     arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained, "--eval.depth", "false"]
     if (answers := run.folder / START_ANSWERS).is_file():
         arguments += ["--data.retain", str(answers)]
-    return LoadedRun([*arguments, *options])
+    return LoadedRun([*arguments, *run.options, *options])
 
 
 def measure_once(run: Run, group: str, key: str, measure: Callable[..., Any], *settings: Any) -> None:
