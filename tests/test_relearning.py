@@ -110,6 +110,21 @@ def test_no_setting_of_the_method_reaches_the_attack(run: Path, tmp_path: Path):
     assert results(copy)["relearn"] == results(run)["relearn"]
 
 
+def test_an_adapter_exported_alone(run_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Loaded in bfloat16 it is merged in float32 and trained as any model; to be rounded it needs float32, too."""
+    folder = tmp_path / "adapter"
+    options = ["--model.lora.rank", "2", "--model.dtype", "bfloat16", "--export.adapter", "true", "--eval.start"]
+    main(["fit", *run_options, *options, "false", "--trainer.max_epochs", "1", "--run_dir", str(folder)])
+    relearn(folder, "--subset", "shortest")
+    (repeat,) = results(folder)["relearn"][f"shortest {KEY}"]["repeats"]
+    before, *_, after = (epoch["metrics"][SHOWN] for epoch in repeat["epochs"])
+    assert after > 2 * before
+    main(["check", str(folder), "--attacks", "quantize"])
+    assert "not tested: weights rounded to 8 bits (RUN/model: the adapter is not merged" in capsys.readouterr().out
+    main(["check", str(folder), "--attacks", "quantize", "--model.dtype", "float32"])
+    assert "8-bit" in results(folder)["quantized"]
+
+
 def test_what_is_there_is_not_done_again(run: Path, monkeypatch: pytest.MonkeyPatch):
     """One more draw is added to the two that are there; with all there nothing is opened."""
     from simnpo_pl.studies import relearn as module
