@@ -45,7 +45,7 @@ IMPORTED = (
     *("simnpo_pl.cli.main", "peft", "peft.tuners.lora", "rouge_score.rouge_scorer", "torch.utils.tensorboard"),
     *("tensorboard.compat.proto.event_pb2", "transformers.models.llama.modeling_llama"),
 )
-COMPARED = ("start", "epochs", "final", "counts", "unavailable", "exported_epoch", "finished")
+COMPARED = ("start", "epochs", "final", "counts", "unavailable", "exported_epoch", "finished", "objective", "verdict")
 FILES = ("rows.jsonl", "TOFU_EVAL.json", "history.jsonl", "weights.jsonl")
 
 
@@ -78,6 +78,8 @@ def command(data: Path, model: Path, setting: str, run: Path) -> list[str]:
     return [
         *("fit", "--config", str(Path(__file__).parents[1] / "configs" / "tofu.yaml"), *SETTINGS[setting]),
         *("--data.path", str(data), "--model.name", str(model), "--run_dir", str(run), "--ckpt_path", "last"),
+        # The model card has the run's name.
+        *("--label", "chaos"),
         *("--data.effective_batch", "4", "--data.per_device_batch", "2", "--model.lr", "1e-2"),
         *("--eval.retain_log", "null", "--eval.max_new_tokens", "8", "--eval.cache_dir", "null"),
         *("--eval.tokens_per_batch", "1024", "--eval.prompts_per_batch", "8"),

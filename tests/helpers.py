@@ -55,15 +55,15 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 
 @contextmanager
-def killed_in_epoch(epoch: int) -> Iterator[None]:
-    """Ends the run inside, as by a kill, at the first batch of an epoch, from 1."""
+def killed_in_epoch(epoch: int, batch: int = 0) -> Iterator[None]:
+    """Ends the run inside, as by a kill, at a batch of an epoch, from 1."""
     from simnpo_pl.runs.folder import RunFolder
 
     class Killed(BaseException):
         pass
 
     def kill(self: Any, trainer: Any, *args: Any) -> None:
-        if trainer.current_epoch == epoch - 1:
+        if trainer.current_epoch == epoch - 1 and args[-1] >= batch:
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch:
@@ -75,6 +75,7 @@ def killed_in_epoch(epoch: int) -> Iterator[None]:
 def same_run(one: Path, other: Path) -> bool:
     """Whether two runs ended alike, bit for bit: results but for times, rows, logs of steps and weights."""
     names = ("start", "retrained", "epochs", "final", "counts", "unavailable", "exported_epoch", "finished")
+    names += ("objective", "verdict")
     a, b = (results(folder) for folder in (one, other))
     for name in names:
         assert a.get(name) == b.get(name), name

@@ -272,7 +272,7 @@ def test_mistakes(run: Path, model_folder: Path, capsys: pytest.CaptureFixture[s
 
     for command in ("check", "relearn", "quantize", "leak"):
         found = said(command, str(run), "--shaer", "0.2")
-        assert "unrecognized arguments: --shaer 0.2; only a model is evaluated with a config, not a run" in found
+        assert "unrecognized arguments: --shaer 0.2; only a model is evaluated with a config, no run" in found
         found = said(command, str(model_folder))
         assert f"{model_folder} holds no results.json; give folders that fit or test wrote, or, for another" in found
     assert "--attacks: invalid choice: 'steal'" in said("check", str(run), "--attacks", "steal")

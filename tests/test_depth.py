@@ -190,6 +190,38 @@ def test_what_is_missing_is_said(
         assert f"not tested: hidden states (the Unlearning Depth Score needs {lacking}" in capsys.readouterr().out
 
 
+def test_a_lack_of_memory_leaves_the_other_results(
+    cli: Callable[..., None], other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The run ends, and `check` measures what is missing."""
+    from simnpo_pl.module.depth import DepthModule
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    options = ["--eval.retrained", str(other_folder), "--eval.depth", "true", "--trainer.max_epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(DepthModule, "test_step", fail)
+        with pytest.warns(UserWarning, match="--eval.depth: it could not be measured .*no memory"):
+            cli("fit", *options, "--run_dir", str(tmp_path))
+    found = results(tmp_path)
+    assert "no memory" in found["unavailable"][UDS]
+    assert found["finished"]
+    assert found["final"]["metrics"].keys() >= found["start"]["metrics"].keys() - {UDS}
+    main(["check", str(tmp_path), "--attacks", "depth", "--debug"])
+    assert 0 <= results(tmp_path)["final"]["metrics"][UDS] <= 1
+    assert UDS not in results(tmp_path)["unavailable"]
+
+
+def test_a_run_without_final_metrics_is_told_before_the_passes(
+    cli: Callable[..., None], other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cli("fit", "--eval.final", "false", "--trainer.max_epochs", "1", "--run_dir", str(tmp_path))
+    main(["check", str(tmp_path), "--attacks", "depth", "--retrained", str(other_folder), "--debug"])
+    said = "not tested: hidden states (the Unlearning Depth Score needs a run of fit with --eval.final true)"
+    assert said in capsys.readouterr().out
+
+
 def test_text_without_a_forget_split(public: dict[str, Any], models: dict[str, str]):
     with pytest.raises(UserError, match="reads the answers of a split `forget`, which is not measured here"):
         measure(models, [scored(public["rows"][0])], split="retain")

@@ -209,6 +209,17 @@ def test_run_resumes_exports_and_is_evaluated(cli: CLI, model_folder: Path, tmp_
     assert moved == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+def test_start_and_final_model_are_measured_on_the_same_rows(cli: CLI, tmp_path: Path):
+    """With rate 0 they are one model."""
+    options = ["--model.lora.rank", "4", "--model.lr", "0", "--trainer.max_epochs", "1", "--eval.generate_rows", "0"]
+    options += ["--trainer.limit_val_batches", "60", "--eval.tokens_per_batch", "64"]
+    cli("fit", *options, "--run_dir", str(tmp_path))
+    start, final = (results(tmp_path)[model]["metrics"] for model in ("start", "final"))
+    known = {name: value for name, value in start.items() if value is not None}
+    assert known
+    assert {name: value for name, value in final.items() if value is not None} == pytest.approx(known, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

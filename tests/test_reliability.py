@@ -142,6 +142,7 @@ def test_parts_are_for_the_same_weights_and_plan_only(data_folder: Path, model_f
     from simnpo_pl.evaluation.finished import identity
     from simnpo_pl.evaluation.options import EvalOptions
     from simnpo_pl.models.loading import load_causal_lm
+    from simnpo_pl.models.lora import LoraOptions, inject_adapter
 
     def plan(seed: int = 0, **options: Any) -> Any:
         data = TofuData(path=str(data_folder), tokenizer=str(model_folder), seed=seed, eval=EvalOptions(**options))
@@ -156,9 +157,18 @@ def test_parts_are_for_the_same_weights_and_plan_only(data_folder: Path, model_f
     before = identity(model, plans[0], 1)
     assert before == identity(load_causal_lm(str(model_folder)), plans[0], 1)
     assert before != identity(model, plans[0], 2)
+    model.config.rms_norm_eps *= 2
+    assert before != identity(model, plans[0], 1)
+    model.config.rms_norm_eps /= 2
+    assert before == identity(model, plans[0], 1)
     with torch.no_grad():
         next(model.parameters()).view(-1)[5] += 1e-6
     assert before != identity(model, plans[0], 1)
+    adapted = [load_causal_lm(str(model_folder)) for _ in range(3)]
+    for one, alpha in zip(adapted, (8, 8, 16), strict=True):
+        inject_adapter(one, LoraOptions(rank=4, alpha=alpha))
+    found = [identity(one, plans[0], 1) for one in adapted]
+    assert found[0] == found[1] != found[2]
 
 
 def test_lines_cut_short_are_not_whole(tmp_path: Path):
@@ -338,12 +348,12 @@ def test_ignored_interrupts_stay_ignored():
 
 @pytest.mark.parametrize(
     ("signum", "where"),
-    [("SIGINT", "step"), pytest.param("SIGTERM", "step", marks=SLOW), ("SIGTERM", "evaluation")],
+    [("SIGINT", "step"), pytest.param("SIGTERM", "step", marks=SLOW), ("SIGTERM", "evaluation"), ("SIGTERM", "final")],
 )
 def test_signal_saves_and_says_how_to_resume(
     cli: CLI, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], signum: str, where: str
 ):
-    """In the middle of an effective batch, or in an epoch's evaluation: not a step is done twice."""
+    """In the middle of an effective batch, in an epoch's evaluation or in the final one: not a step is done twice."""
     cut, done = tmp_path / "cut", []
     options = [*RUN, "--run_dir", str(cut)]
     number = getattr(signal, signum)
@@ -356,7 +366,8 @@ def test_signal_saves_and_says_how_to_resume(
         return training(self, batch, batch_idx)
 
     def evaluate(self: Any, batch: Any, batch_idx: int) -> Any:
-        if where == "evaluation" and self.trainer.state.fn == "fit" and batch_idx == 0:
+        after = "final" if self.trainer.global_step else "start"
+        if where == ("evaluation" if self.trainer.state.fn == "fit" else after) and batch_idx == 0:
             signal.raise_signal(number)
         return validation(self, batch, batch_idx)
 
@@ -373,7 +384,8 @@ def test_signal_saves_and_says_how_to_resume(
         assert stop.value.code == 128 + number
         error = capsys.readouterr().err
         assert f"stopped by {signum}; resume with --run_dir {cut} --ckpt_path last" in error
-        assert torch.load(cut / "last.ckpt", weights_only=True)["global_step"] == (3 if where == "evaluation" else 2)
+        steps = {"step": 2, "evaluation": 3, "final": 6}
+        assert torch.load(cut / "last.ckpt", weights_only=True)["global_step"] == steps[where]
         where = "nowhere"
         cli("fit", *options, "--ckpt_path", "last")
     assert sorted(done) == [(epoch, batch) for epoch in range(2) for batch in range(5)]

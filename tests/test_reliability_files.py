@@ -199,7 +199,9 @@ def test_an_evaluation_is_taken_up_for_the_same_code_model_and_rows_only(
         module.policy = policy
         module.finished_batches = FinishedBatches(tmp_path / "kept")
         strategy = SimpleNamespace(root_device=torch.device("cpu"))
-        trainer: Any = SimpleNamespace(datamodule=data, precision="32", global_rank=0, strategy=strategy)
+        trainer: Any = SimpleNamespace(
+            datamodule=data, precision="32", global_rank=0, strategy=strategy, predicting=False
+        )
         module._trainer = trainer
         module.on_validation_epoch_start()
         return module.finished_batches._path.parent.name

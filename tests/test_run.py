@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers import killed_in_epoch, losses, results, same_weights
 from simnpo_pl.metrics.logs import read_retain_log
 from simnpo_pl.metrics.membership import ATTACKS
+from simnpo_pl.utils.errors import UserError
 
 CLI = Callable[..., None]
 METRICS = {
@@ -418,19 +419,89 @@ def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path, ob
     assert (cut / "history.jsonl").read_text() == (whole / "history.jsonl").read_text()
 
 
-def test_run_that_was_stopped_before_its_export_is_completed(cli: CLI, tmp_path: Path):
+@pytest.mark.parametrize("options", [[], ["--trainer.max_steps", "5"]], ids=["epochs", "steps"])
+def test_run_that_was_stopped_before_its_export_is_completed(cli: CLI, tmp_path: Path, options: list[str]):
     """Stopped between the last epoch and the export: resuming trains nothing, exports and evaluates."""
     import shutil
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    cli("fit", "--run_dir", str(whole))
+    cli("fit", *options, "--run_dir", str(whole))
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "model")
-    (cut / "results.json").write_text(json.dumps({**results(whole), "finished": False, "final": None}))
-    cli("fit", "--run_dir", str(cut), "--ckpt_path", "last")
+    own = ("settings", "start", "epochs", "counts", "unavailable", "titles", "seconds")
+    (cut / "results.json").write_text(json.dumps({name: results(whole)[name] for name in own}))
+    cli("fit", *options, "--run_dir", str(cut), "--ckpt_path", "last")
+    for name in ("objective", "exported_epoch", "verdict"):
+        assert results(cut)[name] == results(whole)[name]
+    assert "It is the model after epoch 2." in (cut / "model" / "README.md").read_text()
     assert same_weights(whole, cut)
     assert results(cut)["final"]["metrics"] == pytest.approx(results(whole)["final"]["metrics"], rel=1e-6)
     assert results(cut)["epochs"] == results(whole)["epochs"]
+
+
+def test_evaluations_within_an_epoch_outlast_a_resume(cli: CLI, tmp_path: Path):
+    """Of the steps 1, 2, 4 and 5, with a kill in step 6 of 6 that goes back to step 5."""
+    options = ["--trainer.val_check_interval", "2", "--eval.start", "false", "--eval.final", "false"]
+    cli("fit", *options, "--run_dir", str(tmp_path / "whole"))
+    options += ["--checkpoint.every_steps", "1", "--run_dir", str(tmp_path / "cut")]
+    with killed_in_epoch(2, batch=4):
+        cli("fit", *options)
+    cli("fit", *options, "--ckpt_path", "last")
+    assert [(e["epoch"], e["step"]) for e in results(tmp_path / "cut")["epochs"]] == [(1, 1), (1, 2), (2, 4), (2, 5)]
+    assert results(tmp_path / "cut")["epochs"] == results(tmp_path / "whole")["epochs"]
+
+
+def test_resume_with_another_evaluation_is_refused(cli: CLI, cli_error: Callable[..., str], tmp_path: Path):
+    """Its values would stand beside the earlier ones; how many rows are scored at once may differ."""
+    cut = tmp_path / "cut"
+    cli("test", "--run_dir", str(tmp_path / "log"))
+    with killed_in_epoch(2):
+        cli("fit", "--run_dir", str(cut))
+    resume = ["--run_dir", str(cut), "--ckpt_path", "last"]
+    for option, value, was in (("eval.truth_ratio", "prob_mean", "geometric"), ("data.max_length", "99", "None")):
+        error = cli_error("fit", *resume, f"--{option}", value)
+        assert f"holds results with {option} {was}, here it is {option} {value}: give its options" in error
+    error = cli_error("fit", *resume, "--eval.retain_log", str(tmp_path / "log"))
+    assert "holds results with eval.retain_log None, here" in error
+    cli("fit", *resume, "--eval.tokens_per_batch", "512", "--eval.cache_dir", "null")
+    assert results(cut)["finished"]
+
+
+def test_rows_of_a_log_replace_older_ones(cli: CLI, tmp_path: Path):
+    cli("test", "--run_dir", str(tmp_path / "log"))
+    rows = tmp_path / "run" / "retrained_rows.jsonl"
+    rows.parent.mkdir()
+    rows.write_text("{}\n")
+    cli("test", "--run_dir", str(rows.parent), "--eval.retain_log", str(tmp_path / "log"))
+    assert json.loads(rows.read_text().splitlines()[0])["split"] == "forget"
+
+
+def test_answers_and_scores_are_resumed_apart(cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`predict` in the folder of a killed `test`: a batch to generate has the number of one to score."""
+    from simnpo_pl.module.policy import PolicyModule
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicyModule, "on_test_epoch_end", lambda self: sys.exit(1))
+        with pytest.raises(SystemExit):
+            cli("test", "--run_dir", str(tmp_path))
+    cli("predict", "--run_dir", str(tmp_path))
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 25
+
+
+def test_a_checkpoint_is_measured_and_not_attacked(
+    cli: CLI, cli_error: Callable[..., str], tmp_path: Path, finished: Path
+):
+    """Commands over a run would take its start model; its log is that of an unlearned model."""
+    from simnpo_pl.studies.reopen import finished_runs
+
+    file = finished / "last.ckpt"
+    cli("test", "--ckpt_path", str(file), "--run_dir", str(tmp_path / "run"))
+    final = results(tmp_path / "run")["final"]["metrics"]
+    assert final["forget/probability"] == results(finished)["final"]["metrics"]["forget/probability"]
+    with pytest.raises(UserError, match=f"measured {file}, which is no model folder: give the fit that wrote it"):
+        finished_runs([tmp_path / "run"])
+    error = cli_error("test", "--eval.retain_log", str(tmp_path / "run"), "--run_dir", str(tmp_path / "other"))
+    assert f"the model it is of was unlearned in {finished}" in error
 
 
 def test_stop_in_the_middle_of_an_epoch(cli: CLI, tmp_path: Path):

@@ -115,7 +115,7 @@ def test_training_rows_of_text():
     assert encoded["retain"] == text_blocks(WITH_BOS, "another city", 6)
     with pytest.raises(UserError, match="1 of 1 forget rows are also retain rows"):
         TrainingRows(Texts(["one"]), Texts(["two", " one"])).encode(encoder, ("retain",), 0)
-    with pytest.raises(UserError, match="the retain loss needs retain rows"):
+    with pytest.raises(UserError, match="the loss needs retain rows"):
         TrainingRows(Texts(["one"])).encode(encoder, ("retain",), 0)
     with pytest.raises(UserError, match="the forget rows are plain text"):
         TrainingRows(Texts(["one"]), refusals=["no"]).encode(encoder, ("alternate",), 0)

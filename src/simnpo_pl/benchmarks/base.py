@@ -309,9 +309,7 @@ def _set_accumulation(trainer: Any, sampler: PairedSampler) -> None:
     step = sampler.accumulate
     # Lightning has no public name for this setting.
     if trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-        raise UserError(
-            "rows are distributed to processes by this data module: set --trainer.use_distributed_sampler false"
-        )
+        raise UserError("this data module distributes rows to processes: set --trainer.use_distributed_sampler false")
     if trainer.accumulate_grad_batches not in (1, step):
         raise UserError(
             f"--trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} contradicts "

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
 from simnpo_pl.benchmarks.base import PairedData
@@ -27,7 +28,7 @@ from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.models.loading import trust_remote_code
 from simnpo_pl.module.checks import check_fit
-from simnpo_pl.module.depth import check_depth, measure_depth
+from simnpo_pl.module.depth import UDS, check_depth, measure_depth
 from simnpo_pl.module.policy import PolicyModule, check_trainer
 from simnpo_pl.module.unlearning import UnlearningModule
 from simnpo_pl.runs.checkpoint import LAST, AtomicCheckpointIO, CheckpointOptions, SaveState, Stopped, StopSignals
@@ -125,6 +126,8 @@ class UnlearningCLI(LightningCLI):
         settings = {group: config[group].clone().as_dict() for group in ("model", "data", "eval")}
         self.run_folder = RunFolder(folder, self._resolved(config), settings, int(config.seed_everything))
         self.run_folder.record["label"] = config.label
+        if self.subcommand != "fit" and config.ckpt_path is not None:
+            self.run_folder.record["checkpoint"] = config.ckpt_path
         self.signals = StopSignals(plugins)
         callbacks: list[Any] = [*_as_list(given.callbacks), self.run_folder]
         if given.enable_progress_bar is not False and not any(isinstance(c, AnyProgressBar) for c in callbacks):
@@ -153,11 +156,12 @@ class UnlearningCLI(LightningCLI):
             if self._ckpt_path is None and self.datamodule.eval.start:
                 self._evaluate_once("start", self.model)
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path)
+            # A run that was stopped after its last step had nothing left to train.
+            epoch = self.export.epoch or self.trainer.fit_loop.epoch_progress.current.ready
             if not self.export.folder.is_dir():
-                # The run was stopped between its last epoch and the export, and had nothing left to train.
-                self.export.save(self.trainer, self.model, self.trainer.current_epoch)
+                self.export.save(self.trainer, self.model, epoch)
             result = self._final_result() if self.datamodule.eval.final else None
-            self._finish(result, self.export.epoch, self._depth() if self.datamodule.eval.depth else None)
+            self._finish(result, epoch, self._depth() if self.datamodule.eval.depth else None)
 
     def validate(self, **_: Any) -> None:
         """Plan, evaluation, table."""
@@ -165,7 +169,7 @@ class UnlearningCLI(LightningCLI):
             self._prepare()
             # `RunFolder.finish` logs them, as those of the final model.
             self.model.logs_metrics = False
-            run = self.trainer.validate if self.subcommand == "validate" else self.trainer.test
+            run = getattr(self.trainer, str(self.subcommand))
             run(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path, verbose=False)
             self._finish(result_of(self.model))
 
@@ -262,16 +266,20 @@ class UnlearningCLI(LightningCLI):
         result = newest if self.export.options.best is None else self.export.result
         if result is None or self.model.lora is not None:
             # Merging an adapter rounds.
-            model = self.model.like(str(self.export.folder))
-            self.trainer.test(model, datamodule=self.datamodule, verbose=False)
-            result = result_of(model)
+            result = self._evaluate_once("final", self.model.like(str(self.export.folder)))
         return result
 
     def _depth(self) -> Any:
         """Unlearning Depth Score of the exported model, see `measure_depth`."""
         self.run_folder.role, retrained = "depth", self.datamodule.eval.retrained
         models = (self.model.name, retrained, str(self.export.folder))
-        return measure_depth(self.trainer, self.model, self.datamodule, *models)
+        try:
+            return measure_depth(self.trainer, self.model, self.datamodule, *models)
+        except Exception as error:
+            # Such as a lack of memory: the run ends with its other results, and `check` can measure it later.
+            self.run_folder.record["unavailable"][UDS] = reason = f"it could not be measured ({error!r:.300})"
+            rank_zero_warn(f"--eval.depth: {reason}")
+            return None
 
     def _finish(self, result: EvalResult | None, epoch: int | None = None, depth: Any = None) -> None:
         """Write the results, show table and files."""

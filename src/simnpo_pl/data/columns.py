@@ -34,9 +34,7 @@ class Records:
         values = {name: row.get(name) for name in self.names}
         for name, value in values.items():
             if value is None or isinstance(value, list | dict) or not str(value).strip():
-                raise UserError(
-                    f"{where}: expected a text or number as {name}, got {value!r:.80}; fix or remove the row"
-                )
+                raise UserError(f"{where}: expected a text or number as {name}, got {value!r:.80}; fix or remove it")
         return {"question": self.question.format_map(values), "answer": self.answer.format_map(values)}
 
 

@@ -59,9 +59,7 @@ class TrainingRows:
         encoded = {"forget": _encode(self.forget, encoder, "forget")}
         if "retain" in parts:
             if not items_of(self.retain):
-                raise UserError(
-                    "the retain loss needs retain rows, got none: give --data.retain FILE or --data.retain auto"
-                )
+                raise UserError("the loss needs retain rows, got none: give --data.retain FILE or --data.retain auto")
             encoded["retain"] = _encode(self.retain, encoder, "retain")
             check_disjoint(items_of(self.forget), items_of(self.retain), "retain")
         if "alternate" in parts:

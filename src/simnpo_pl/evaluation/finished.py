@@ -107,8 +107,8 @@ def gather(thing: T) -> list[T]:
     return gathered
 
 
-def identity(model: torch.nn.Module, evaluation: Any, *settings: object) -> str:
-    """Digest of everything that outcomes depend on: weights, of all processes if sharded, rows, code and settings."""
+def identity(model: Any, evaluation: Any, *settings: object) -> str:
+    """Digest of all that outcomes depend on: weights of all processes, config, adapter scales, rows, code, settings."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict().items():
         local: Tensor = getattr(weight, "_local_tensor", weight).detach()
@@ -117,7 +117,9 @@ def identity(model: torch.nn.Module, evaluation: Any, *settings: object) -> str:
             digest.update(sums.cpu().numpy().tobytes())
     weights = sorted(set(gather(digest.hexdigest())))
     versions = [version(name) for name in ("torch", "transformers")]
-    content = (weights, evaluation.digest(), _code(model, evaluation), versions, settings)
+    config = {**model.config.to_dict(), "_name_or_path": None}
+    scales = [scale for module in model.modules() if isinstance(scale := getattr(module, "scaling", None), dict)]
+    content = (weights, config, scales, evaluation.digest(), _code(model, evaluation), versions, settings)
     return hashlib.sha256(repr(content).encode()).hexdigest()[:24]
 
 

@@ -77,9 +77,7 @@ class RowMetric(Metric):
     def __init__(self, rows: int, kinds: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if rows < 1 or kinds < 1:
-            raise UserError(
-                f"{type(self).__name__}: expected a row and a kind at least, got rows={rows}, kinds={kinds}"
-            )
+            raise UserError(f"{type(self).__name__}: expected a row and kind at least, got rows={rows}, kinds={kinds}")
         self.kinds = kinds
         self.rows: dict[int, float] = {}
         self.add_state("table", torch.zeros(2, rows, kinds), dist_reduce_fx=first_seen)

@@ -162,8 +162,8 @@ def unlearning_run(folder: Path) -> Path | None:
             break
         if record.get("objective", {}).get("name", "FineTune") != "FineTune":
             return folder
-        model = Path(str(record["settings"].get("model", {}).get("name"))).expanduser()
-        if model.name != "model":
+        model = Path(str(record.get("checkpoint") or record["settings"].get("model", {}).get("name"))).expanduser()
+        if model.name not in ("model", "last.ckpt"):
             break
         folder = model.parent
     return None

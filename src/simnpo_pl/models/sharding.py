@@ -87,9 +87,7 @@ class ShardedStrategy(ModelParallelStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         if not (path / INDEX).is_file() or not (path / REST).is_file():
-            raise UserError(
-                f"--ckpt_path {path} is no complete checkpoint of a sharded run; give the folder that it saved"
-            )
+            raise UserError(f"--ckpt_path {path} is no complete checkpoint of a sharded run; give the folder it saved")
         reader = SafeReader(path)
         known = reader.read_metadata().state_dict_metadata
         assert self.model is not None

@@ -152,7 +152,8 @@ class PolicyModule(pl.LightningModule):
         self.evaluation = data.evaluation().to(self.device)
         self.evaluation.reset()
         if self.finished_batches is not None:
-            batches = (*data.eval.batch_sizes(self.trainer), self._end_ids())
+            # `predict` has other batches, with the numbers of those to score.
+            batches = (*data.eval.batch_sizes(self.trainer), self._end_ids(), self.trainer.predicting)
             run_in = (self.trainer.precision, self.device.type, self.dtype_name, self.attn_implementation)
             of = identity(self.policy, self.evaluation, batches, run_in)
             self.finished_batches.open(of, self.global_rank)

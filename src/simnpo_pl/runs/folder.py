@@ -19,7 +19,7 @@ from simnpo_pl.metrics.chance import forget_quality_chance
 from simnpo_pl.metrics.logs import RetainLog
 from simnpo_pl.runs.board import log_evaluation, log_outcome
 from simnpo_pl.runs.card import write_card
-from simnpo_pl.runs.record import Run
+from simnpo_pl.runs.record import Run, differing
 from simnpo_pl.runs.verdict import unlearned, verdict
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines, write_text
@@ -67,42 +67,43 @@ class RunFolder(Callback):
         """Read the record of a resumed run; refuse a folder whose run would be overwritten."""
         file = self.folder / RESULTS
         if file.is_file():
-            earlier = read_json(file)
+            earlier, holds = read_json(file), f"--run_dir {self.folder} holds"
             if earlier.get("finished"):
-                raise UserError(f"--run_dir {self.folder} holds a finished run: give another folder")
+                raise UserError(f"{holds} a finished run: give another folder")
             if not resume:
-                raise UserError(
-                    f"--run_dir {self.folder} holds an unfinished run: resume it with --ckpt_path last, "
-                    "or give another folder"
-                )
-            kept = ("start", "retrained", "epochs", "seconds", "peak_memory_gib")
+                raise UserError(f"{holds} an unfinished run: resume it with --ckpt_path last, or give another folder")
+            was, here = differing([Run("", self.folder, earlier).evaluated, self.run.evaluated])
+            if was and "settings" in earlier:
+                raise UserError(f"{holds} results with {was}, here it is {here}: give its options, or another folder")
+            kept = ("start", "epochs", "counts", "unavailable", "titles", "seconds", "peak_memory_gib")
             self.record |= {key: earlier[key] for key in kept if key in earlier}
-            if "lr_auto" in earlier:
-                self._take_rate(earlier["lr_auto"])
+            self._take_rate(earlier.get("lr_auto"))
             self._started -= self.record["seconds"].get("total", 0.0)
             self._cpu_seconds = earlier.get("cpu_seconds", 0.0)
         if resume:
             clean(self.folder)
 
-    def _take_rate(self, found: dict[str, Any]) -> None:
-        """Record what `--model.lr auto` found, and the rate among the settings, in the place of `auto`."""
-        self.record["lr_auto"] = found
-        self.record["settings"]["model"]["lr"] = found["lr"]
+    def _take_rate(self, found: dict[str, Any] | None) -> None:
+        """Record what `--model.lr auto` found, if anything, and the rate among the settings, in the place of `auto`."""
+        if found is not None:
+            self.record["lr_auto"] = found
+            self.record["settings"]["model"]["lr"] = found["lr"]
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         # The runs of a study evaluate a model that does not change once.
         shared = trainer.datamodule.eval.cache_dir if self.role in SHARED else None
         pl_module.finished_batches = FinishedBatches(Path(shared).expanduser()) if shared else self.finished
         # The data has been read by now: a mistyped option leaves no folder behind.
-        if trainer.is_global_zero:
-            write_text(self.folder / "config.yaml", self.config)
+        rank_zero_only(write_text)(self.folder / "config.yaml", self.config)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Training does not start where a resumed run has nothing left to train.
+        self.record["objective"] = describe_objective(pl_module)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.role = "epoch"
-        self.record["epochs"] = [e for e in self.record["epochs"] if e["epoch"] <= trainer.current_epoch]
-        self.record["objective"] = describe_objective(pl_module)
-        if pl_module.found_rate is not None:
-            self._take_rate(pl_module.found_rate)
+        self.record["epochs"] = [e for e in self.record["epochs"] if e["step"] <= trainer.global_step]
+        self._take_rate(pl_module.found_rate)
         self._epoch_started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -123,17 +124,19 @@ class RunFolder(Callback):
             return
         metrics = {"metrics": result.values, "intervals": result.intervals}
         if self.role == "epoch":
-            self.record["epochs"].append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics})
+            step = trainer.global_step
+            # The first evaluation of a resumed run may be a repeated one.
+            earlier = [entry for entry in self.record["epochs"] if entry["step"] < step]
+            self.record["epochs"] = [*earlier, {"epoch": trainer.current_epoch + 1, "step": step, **metrics}]
         elif self.role != "final":
             self.record[self.role] = metrics
-            if trainer.is_global_zero:
-                write_json_lines(self.folder / f"{self.role}_rows.jsonl", result.rows)
+            rank_zero_only(write_json_lines)(self.folder / f"{self.role}_rows.jsonl", result.rows)
         if self.role in ("epoch", "final"):
             self.result, self.result_step = result, trainer.global_step
         if self.role != "retrained":
             self.record |= {"counts": result.counts, "unavailable": result.unavailable, "titles": result.titles}
             # The exported model's evaluation repeats an epoch's, unless nothing was trained.
-            if self.role != "final" or "objective" not in self.record:
+            if self.role != "final" or not trainer.global_step:
                 log_evaluation(trainer, result, trainer.global_step if self.role == "epoch" else 0)
         self._write(trainer)
 
@@ -146,10 +149,9 @@ class RunFolder(Callback):
             self.finished.drop()
 
     def finish(self, trainer: pl.Trainer, data: Any, result: EvalResult | None, epoch: int | None, depth: Any) -> None:
-        """Write the final results, the rows and the benchmark's own files.
+        """Write the final results, the rows and the benchmark's own files; None for what there is not.
 
-        `result` is the evaluation of the exported model, `epoch` its epoch, `depth` what `measure_depth` found; None if
-        there is none.
+        `result` is the evaluation of the exported model, `epoch` its epoch, `depth` what `measure_depth` found.
         """
         if epoch is not None:
             self.record["exported_epoch"] = epoch
@@ -168,9 +170,8 @@ class RunFolder(Callback):
             self.record["verdict"] = verdict(self.record)
         if trainer.is_global_zero and result is not None:
             write_json_lines(self.folder / "rows.jsonl", result.rows)
-            retrained = self.folder / "retrained_rows.jsonl"
-            if log is not None and not retrained.exists():
-                write_json_lines(retrained, log.rows())
+            if log is not None and data.eval.retrained is None:
+                write_json_lines(self.folder / "retrained_rows.jsonl", log.rows())
             for name, content in data.export(result).items():
                 write_json(self.folder / name, content)
             log_outcome(trainer, self.record)
@@ -197,8 +198,7 @@ class RunFolder(Callback):
         self.record["seconds"]["total"] = round(time.monotonic() - self._started, 1)
         self.record["cpu_seconds"] = round(self._cpu_seconds + time.process_time(), 1)
         self.record["peak_memory_gib"] = {k: max(v, peaks.get(k, 0.0)) for k, v in _peak_memory(trainer).items()}
-        if trainer.is_global_zero:
-            write_json(self.folder / RESULTS, self.record)
+        rank_zero_only(write_json)(self.folder / RESULTS, self.record)
 
 
 def _peak_memory(trainer: pl.Trainer) -> dict[str, float]:
@@ -221,7 +221,8 @@ def add_depth(run: Run, record: dict[str, Any], entry: dict[str, Any], rows: lis
     if not entry["n"]:
         reason = "the retrained model's hidden states lack nothing of any forget row, in any layer"
     lost = [name for name, value in entry["metrics"].items() if value != value]
-    record["unavailable"] = record.get("unavailable", {}) | dict.fromkeys(lost, reason)
+    others = {name: why for name, why in record.get("unavailable", {}).items() if name not in entry["metrics"]}
+    record["unavailable"] = others | dict.fromkeys(lost, reason)
 
 
 def describe_objective(module: Any) -> dict[str, Any]:

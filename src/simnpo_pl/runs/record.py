@@ -125,6 +125,13 @@ class Run:
         return {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
 
     @property
+    def evaluated(self) -> dict[str, Any]:
+        """Options that change the values of metrics: how, what, and beside which model is measured."""
+        others = ("start", "final", "depth", "tokens_per_batch", "prompts_per_batch", "cache_dir")
+        given = self.record.get("settings", {}).get("eval", {}).items()
+        return {f"eval.{name}": value for name, value in given if name not in others} | self.measured
+
+    @property
     def forget_split(self) -> str:
         return str(self.measured.get("data.forget_split") or "forget")
 

@@ -10,6 +10,7 @@ run's results.json with its verdict; relearn, quantize and leak make them one by
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -84,15 +85,16 @@ def sampling(run: Run, options: Namespace) -> None:
 
 def depth(run: Run, options: Namespace) -> None:
     """How much of what the retrained model lacks in its hidden states the unlearned one lacks, too."""
-    start = options.start or (run.start_model if run.unlearned else None)
-    retrained = retrained_of(run, options.retrained)
+    start: Any = options.start or (run.start_model if run.unlearned else None)
+    retrained: Any = retrained_of(run, options.retrained)
     made = run.record.get("depth", {}).get("settings")
     if made and start in (None, made["start"]) and retrained in (None, made["retrained"]):
         return
     with untested("hidden states"):
-        if start is None or retrained is None:
-            lacking = "the start model, --start MODEL" if start is None else "a retrained model, --retrained MODEL"
-            raise UserError(f"the Unlearning Depth Score needs {lacking}")
+        needs = {"the start model, --start MODEL": start, "a retrained model, --retrained MODEL": retrained}
+        for what, given in (needs | {"a run of fit with --eval.final true": run.metrics("final")}).items():
+            if not given:
+                raise UserError(f"the Unlearning Depth Score needs {what}")
         opened = reopen(run)
         opened.datamodule.prepare_data()
         opened.datamodule.setup("validate")

@@ -60,8 +60,8 @@ def runs_of(options: Namespace) -> list[Run]:
     names = [word for place, word in enumerate(given) if place == 0 or word.startswith("--")]
     if not models and not all(name.startswith(OPENED_WITH) for name in names):
         raise UserError(
-            f"unrecognized arguments: {' '.join(given)}; only a model is evaluated with a config, not a run, which "
-            f"takes {', '.join(OPENED_WITH)}"
+            f"unrecognized arguments: {' '.join(given)}; only a model is evaluated with a config, no run; a run takes "
+            f"{', '.join(OPENED_WITH)}"
         )
     if models and not options.config:
         raise UserError(
@@ -81,6 +81,8 @@ def finished_runs(folders: list[Path]) -> list[Run]:
     for run in runs:
         if not run.record.get("finished"):
             raise UserError(f"{run.folder} holds an unfinished run; resume it: --run_dir {run.folder} --ckpt_path last")
+        if file := run.record.get("checkpoint"):
+            raise UserError(f"{run.folder} measured {file}, which is no model folder: give the fit that wrote it")
         if run.unlearned and not (run.folder / "model").is_dir():
             raise UserError(f"{run.folder} holds no model/; give the folder of a finished fit")
     return runs
