@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.benchmarks import MarkovData
@@ -167,7 +168,26 @@ def test_level_between_evaluations():
         {"step": 2, "retain": 0.06, "forget1": 0.3, "forget2": 0.6},
     ]
     assert markov.at_level(curve, 0.05) == pytest.approx({"forget1": 0.2, "forget2": 0.4})
+    assert markov.at_level(curve, 0.06) == pytest.approx({"forget1": 0.3, "forget2": 0.6})
     assert markov.at_level(curve, 0.07) is None
+
+
+def test_seeds_that_do_not_reach_a_level():
+    """One of two seeds reaches 0.10: the cell says so. The band ends where the lower seed is highest, at 0.8."""
+
+    def curve(top: float) -> list[dict[str, float]]:
+        return [{"step": s, "retain": s * top, "forget1": s * 0.8, "forget2": s * 0.8} for s in (0, 1)]
+
+    methods = [dict.fromkeys(markov.METHODS, curve(top)) for top in (0.08, 0.2)]
+    point = {"retain": 0.0, "forget1": 0.0, "forget2": 0.0}
+    results = [
+        {"length": 5, "seed": s, "methods": m, "start": point, "retrained": point} for s, m in enumerate(methods)
+    ]
+    row = next(line for line in markov.table(results).splitlines() if line.startswith("| GA |"))
+    assert row.split(" | ")[1:3] == ["0.35 ± 0.21", "0.40 ± 0.00 (1 of 2)"]
+    axis = Figure().subplots()
+    markov._draw(axis, [curve(0.08), curve(0.2)], "forget1", "GA", "k")
+    assert axis.lines[0].get_xydata()[-1] == pytest.approx([0.08, (0.8 + 0.32) / 2])
 
 
 def test_command(tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

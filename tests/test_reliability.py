@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -322,7 +323,7 @@ def test_epochs_between_saves(tmp_path: Path, every: int | None, expected: list[
 # -- signals -------------------------------------------------------------------------------------------------
 
 
-def test_first_signal_is_noted_and_the_second_stops():
+def test_first_signal_is_noted_and_the_second_stops(monkeypatch: pytest.MonkeyPatch):
     before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as signals:
         with pytest.raises(Stopped, match="SIGTERM"):
@@ -330,9 +331,25 @@ def test_first_signal_is_noted_and_the_second_stops():
         signals.defer()
         signal.raise_signal(signal.SIGTERM)
         assert signals.requested == signal.SIGTERM
+        # A study passes on the one that its whole process group got.
+        signal.raise_signal(signal.SIGTERM)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 1)
         with pytest.raises(Stopped, match="SIGTERM"):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_two_interrupts_stop_at_once():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopSignals() as signals:
+            signals.defer()
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(Stopped, match="SIGINT"):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ignored_interrupts_stay_ignored():

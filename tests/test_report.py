@@ -349,26 +349,29 @@ def test_page_escapes_what_a_model_generated(runs: list[Path], tmp_path: Path):
 
 def test_names_in_figures_stay_names(tmp_path: Path):
     """They are neither formulas nor elements of the page."""
-    write_run(tmp_path / "hostile", 0.5, 0.5, label="$x$ <script>window.taken = 1</script> $")
+    write_run(tmp_path / "hostile", 0.5, 0.5, label="_ #000000 $x$ <script>window.taken = 1</script> $")
     main(["report", str(tmp_path / "hostile"), "-o", str(tmp_path / "report.html")])
     tags = Tags()
     tags.feed((tmp_path / "report.html").read_text())
     assert sum(tag == "script" for tag, _ in tags.found) == 2
-    assert "$x$ &lt;script&gt;" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "> _ #000000 $x$ &lt;script&gt;" in page
+    assert "fill: currentColor" in page
+    assert "fill: #000000" not in page
 
 
 def test_markdown_and_latex(runs: list[Path], tmp_path: Path):
     write_run(tmp_path / "a_b|c", 0.5, 0.5)
     folders = [*map(str, runs), str(tmp_path / "a_b|c")]
-    main(["report", *folders, "-o", str(tmp_path / "report.md"), str(tmp_path / "rows.tex")])
-    text = (tmp_path / "report.md").read_text()
+    main(["report", *folders, "-o", str(tmp_path / "my report.md"), str(tmp_path / "rows.tex")])
+    text = (tmp_path / "my report.md").read_text()
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert table[0] == "| run | model | n | forget quality | log10 p | model utility | forget prob. | retain prob. |"
     assert table[2] == "| one | unlearned | 6 | 0.2 | -0.699 | 0.55 | 0.2 | 0.9 |"
     assert table[8].startswith("| a_b\\|c | unlearned |")
     for name in ("trade_off", "truth_ratios"):
-        assert f"(report_figures/{name}.png)" in text
-        assert (tmp_path / "report_figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"(my%20report_figures/{name}.png)" in text
+        assert (tmp_path / "my report_figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "* PrivLeak, MIA loss: no holdout rows" in text
     rows = (tmp_path / "rows.tex").read_text().splitlines()
     # The runs have one seed.
@@ -406,9 +409,33 @@ def test_latex_table(tmp_path: Path):
     ]
 
 
+def test_latex_counts_values_and_keeps_models_apart(tmp_path: Path):
+    """One of two seeds has a value; two evaluations of one start model differ and are not averaged."""
+    entries = [
+        {"metrics": {"model_utility": 0.5 + 0.2 * seed, "forget/rouge": value}}
+        for seed, value in ((0, None), (1, 0.25))
+    ]
+    starts = [{"metrics": {"model_utility": value}} for value in (0.7, 0.8)]
+    folders = [
+        write_run(tmp_path / f"a{seed}", 0.5, 0.1, seed=seed, final=entries[seed], start=starts[seed], retrained=None)
+        for seed in (0, 1)
+    ]
+    for seed, folder in enumerate(folders):
+        (folder / "config.yaml").write_text(f"seed_everything: {seed}\n")
+    runs = read_runs(folders, ["a", "a"])
+    lines = latex.table(runs, ["model_utility", "forget/rouge"]).splitlines()
+    assert lines[6:10] == [
+        r"start of a, seed 0 &  & $0.7$ & - \\",
+        r"start of a, seed 1 &  & $0.8$ & - \\",
+        r"\midrule",
+        r"a & 2 & $0.6 \pm 0.141$ & $0.25$ (1 of 2) \\",
+    ]
+
+
 def retained(folder: Path, retain: str, **changes: Any) -> Path:
     """A run that keeps these rows."""
     settings = {
+        "eval": {"truth_ratio": "geometric", "start": True},
         "model": {"name": "org/start", "lr": 1e-5, "forget_weight": 0.5},
         "data": {"init_args": {"forget": "rows.jsonl", "retain": retain, "seed": 3, "effective_batch": 8}},
     }
@@ -432,6 +459,23 @@ def test_latex_of_runs_measured_on_different_data(tmp_path: Path):
     assert lines == [
         *("% data.retain auto", head, r"start &  & $0.8$ \\", r"a & 1 & $0.2$ \\", r"c & 1 & $\mathbf{0.8}$ \\"),
         *("% data.retain b.jsonl", head, r"start &  & $0.2$ \\", r"b & 1 & $0.8$ \\"),
+    ]
+
+
+def test_latex_of_runs_measured_in_different_ways(tmp_path: Path):
+    """Their values are not compared, and a line break in a setting stays in its comment."""
+    low, high = ({"metrics": {"retain/probability": value}} for value in (0.2, 0.8))
+    changes = [[], [("eval", "start", False)], [("eval", "truth_ratio", "arithmetic"), ("data", "prefix", "a\nb")]]
+    folders = [
+        retained(tmp_path / name, "auto", start=None, retrained=None, final=final, options=options)
+        for name, final, options in zip("abc", (low, high, low), changes, strict=True)
+    ]
+    lines = latex.tables(read_runs(folders), ["retain/probability"]).splitlines()
+    assert lines[0] == "% eval.truth_ratio geometric, data.prefix None"
+    shown = [line for line in lines if line.startswith(("a &", "b &", "c &", "% eval"))][1:]
+    assert shown == [
+        *(r"a & 1 & $0.2$ \\", r"b & 1 & $\mathbf{0.8}$ \\"),
+        *("% eval.truth_ratio arithmetic, data.prefix a b", r"c & 1 & $0.2$ \\"),
     ]
 
 

@@ -185,6 +185,14 @@ def test_config_of_a_run_repeats_it(finished: Path, tmp_path: Path, capsys: pyte
     assert f"written to {again}:\n" in out
 
 
+def test_the_name_of_a_run_is_its_own(cli: CLI, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A later run of this process, without --run_dir, too, makes another folder."""
+    monkeypatch.chdir(tmp_path)
+    cli("test", "--eval.generate_rows", "0")
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert "SIMNPO_PL_RUN_DIR" not in os.environ
+
+
 def test_test_command_repeats_the_final_evaluation(cli: CLI, finished: Path, other_folder: Path, tmp_path: Path):
     """Also with our own log as the retrained model's, which is how results are compared across machines."""
     cli("test", "--model.name", str(other_folder), "--run_dir", str(tmp_path / "retrained"))
@@ -451,20 +459,39 @@ def test_evaluations_within_an_epoch_outlast_a_resume(cli: CLI, tmp_path: Path):
     assert results(tmp_path / "cut")["epochs"] == results(tmp_path / "whole")["epochs"]
 
 
-def test_resume_with_another_evaluation_is_refused(cli: CLI, cli_error: Callable[..., str], tmp_path: Path):
-    """Its values would stand beside the earlier ones; how many rows are scored at once may differ."""
+def test_resume_with_other_options_is_refused(cli: CLI, cli_error: Callable[..., str], tmp_path: Path):
+    """Neither training nor evaluation would be that of the record; how many rows are in a batch may differ."""
     cut = tmp_path / "cut"
     cli("test", "--run_dir", str(tmp_path / "log"))
     with killed_in_epoch(2):
         cli("fit", "--run_dir", str(cut))
     resume = ["--run_dir", str(cut), "--ckpt_path", "last"]
-    for option, value, was in (("eval.truth_ratio", "prob_mean", "geometric"), ("data.max_length", "99", "None")):
+    for option, value, was in (
+        ("eval.truth_ratio", "prob_mean", "geometric"),
+        ("data.max_length", "99", "None"),
+        ("data.effective_batch", "2", "4"),
+        ("model.lr", "0.5", "0.01"),
+        ("seed_everything", "7", "0"),
+    ):
         error = cli_error("fit", *resume, f"--{option}", value)
-        assert f"holds results with {option} {was}, here it is {option} {value}: give its options" in error
-    error = cli_error("fit", *resume, "--eval.retain_log", str(tmp_path / "log"))
-    assert "holds results with eval.retain_log None, here" in error
+        assert f"holds a run with {option} {was}, here it is {option} {value}: give its options" in error
+    assert "holds a run with model.objective.class_path simnpo_pl" in cli_error(
+        "fit", *resume, "--model.objective", "NPO"
+    )
+    assert "holds a run with eval.retain_log None, here" in cli_error(
+        "fit", *resume, "--eval.retain_log", str(tmp_path / "log")
+    )
+    assert "holds a run of fit: give another folder" in cli_error("test", *resume)
     cli("fit", *resume, "--eval.tokens_per_batch", "512", "--eval.cache_dir", "null")
     assert results(cut)["finished"]
+
+
+def test_a_run_without_results_keeps_its_options(cli: CLI, cli_error: Callable[..., str], tmp_path: Path):
+    options = ["--run_dir", str(tmp_path), "--eval.start", "false", "--trainer.check_val_every_n_epoch", "9"]
+    with killed_in_epoch(2):
+        cli("fit", *options)
+    error = cli_error("fit", *options, "--ckpt_path", "last", "--model.lr", "0.5")
+    assert "holds a run with model.lr 0.01, here it is model.lr 0.5" in error
 
 
 def test_rows_of_a_log_replace_older_ones(cli: CLI, tmp_path: Path):
@@ -599,7 +626,7 @@ def test_two_processes_are_as_good_as_one(run_options: list[str], finished: Path
 
 def test_interrupt_saves_what_is_there(run_options: list[str], tmp_path: Path):
     """Ctrl-C in training: no traceback, results and checkpoint of the epochs before, and a resume that works."""
-    folder = tmp_path / "stopped"
+    folder = tmp_path / "stopped run"
     command = [sys.executable, "-m", "simnpo_pl", "fit", *run_options, "--run_dir", str(folder)]
     process = subprocess.Popen(
         [*command, "--trainer.max_epochs", "10000"],
@@ -616,7 +643,7 @@ def test_interrupt_saves_what_is_there(run_options: list[str], tmp_path: Path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert f"--run_dir {folder} --ckpt_path last" in err
+    assert f"--run_dir '{folder}' --ckpt_path last" in err
     assert torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
     assert results(folder)["epochs"]
     assert not results(folder)["finished"]

@@ -2,12 +2,13 @@
 
 import io
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from simnpo_pl.cli.summary import generates, measures, quiet, show
+from simnpo_pl.cli.summary import generates, measures, quiet, show, written
 from simnpo_pl.evaluation.evaluation import Evaluation
 from simnpo_pl.evaluation.plan import Generation, Split
 from simnpo_pl.metrics.base import RowMetric
@@ -75,6 +76,12 @@ def test_what_is_measured():
     split.generation = Generation([[1]], 8)
     assert f"{said}; answers sampled at temperature 0.7\n" in measures(evaluation)
     assert generates(evaluation) == "answers are generated for 1 forget rows; answers sampled at temperature 0.7"
+
+
+def test_commands_can_be_pasted():
+    said = written(Path("my runs/one"))
+    assert "-m simnpo_pl report 'my runs/one'\n" in said
+    assert said.endswith("--logdir 'my runs'")
 
 
 def test_an_evaluation_has_no_verdict():

@@ -1,9 +1,12 @@
 """Sweeps: what a file says becomes commands, runs that are made once, and the paper's table."""
 
 import json
+import os
 import re
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from simnpo_pl.__main__ import main
 from simnpo_pl.studies import launch
 from simnpo_pl.studies.launch import Job, RunFailed, Taken, read_record
 from simnpo_pl.studies.plans import read_plan
-from simnpo_pl.studies.sweep import Sweep
+from simnpo_pl.studies.sweep import Sweep, table
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -234,6 +237,26 @@ def test_a_config_that_changed_is_noticed(program: Callable[..., list[Sequence[s
         fit_once(tmp_path / "own", [], tmp_path)
 
 
+def test_a_run_that_has_begun_keeps_its_options(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
+    """A killed run may have a checkpoint before its first results; one that left nothing may be corrected."""
+    folder = tmp_path / "run"
+    program(code=-9)
+    with pytest.raises(RunFailed):
+        fit_once(folder, ["--model.lr", "1"], tmp_path)
+    (folder / "results.json").rename(folder / "last.ckpt")
+    program()
+    with pytest.raises(UserError, match="started with other options"):
+        fit_once(folder, ["--model.lr", "2"], tmp_path)
+    (folder / "last.ckpt").unlink()
+    assert fit_once(folder, ["--model.lr", "2"], tmp_path)["finished"]
+
+
+def test_every_command_has_its_own_log(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
+    program(says="said")
+    Job(tmp_path / "run", [], tmp_path, after=[["lm-eval"], ["relearn"]]).make(tmp_path / "log.txt")
+    assert sorted(file.name for file in tmp_path.glob("log*")) == ["log.after-1.txt", "log.after-2.txt", "log.txt"]
+
+
 def test_two_workers_never_take_the_same_run(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
     calls = program()
     with FileLock(tmp_path / ".run.lock"), pytest.raises(Taken):
@@ -244,29 +267,43 @@ def test_two_workers_never_take_the_same_run(program: Callable[..., list[Sequenc
 
 
 def test_a_stopped_run_stops_the_worker(program: Callable[..., list[Sequence[str]]], tmp_path: Path):
-    for code in (143, -15):
+    for code, own in ((143, 143), (-15, 143), (138, 138), (-10, 138)):
         program(code=code)
         with pytest.raises(SystemExit) as stop:
             fit_once(tmp_path / "run", [], tmp_path)
-        assert stop.value.code == 143
+        assert stop.value.code == own
 
 
 def test_signal_reaches_the_run(tmp_path: Path):
-    """SIGTERM to the worker ends its program, whose exit code is the worker's to see."""
-    import os
-    import signal
-    import threading
-
+    """SIGTERM to the worker ends its program, and the worker with the program's exit code."""
     script = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print('on'); time.sleep(30)"
-    log = tmp_path / "log.txt"
+    assert stopped(script, signal.SIGTERM, tmp_path / "log.txt") == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_is_not_forgotten(tmp_path: Path, number: int):
+    """A program that ends as if there had been no signal is the last one."""
+    script = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on'); time.sleep(0.5)"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert stopped(script, number, tmp_path / "log.txt") == 128 + number
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stopped(script: str, number: int, log: Path) -> Any:
+    """Exit code of a worker that gets a signal while a script runs."""
 
     def send() -> None:
         while not (log.is_file() and log.read_text()):
             threading.Event().wait(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=send).start()
-    assert launch.start([sys.executable, "-u", "-c", script], log) == 7
+    with pytest.raises(SystemExit) as stop:
+        launch.start([sys.executable, "-u", "-c", script], log)
+    return stop.value.code
 
 
 def test_table_by_hand(program: Callable[..., list[Sequence[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -292,6 +329,32 @@ def test_table_by_hand(program: Callable[..., list[Sequence[str]]], tmp_path: Pa
     assert "not finished" not in shown
     main(["sweep", str(file), "--folder", str(tmp_path / "runs"), "--table", "--debug"])
     assert len(calls) == 9
+    capsys.readouterr()
+    for options, message in ((["--table", "--model.lr", "9"], "other options"), (["--figure", "x"], "must be .png, ")):
+        with pytest.raises(SystemExit):
+            main(["sweep", str(file), "--folder", str(tmp_path / "runs"), *options])
+        assert message in capsys.readouterr().err
+
+
+def test_rows_of_different_models(tmp_path: Path):
+    """Start models that differ are not averaged, and a value that two of three seeds lack is no mean of three."""
+    folder = tmp_path / "runs"
+    file = write(tmp_path, table="quality", splits={"all": ""}, seeds=[0, 1, 2], methods={"A": "", "B": "", "C": ""})
+    sweep = read_plan([file], Sweep, str(folder))
+    for (_, method, seed), job in sweep.runs().items():
+        start = {"forget/probability": 0.7 if method == "B" else 0.9}
+        final = {"model_utility": None if method == "A" and seed else 0.6 + 0.1 * seed}
+        record = {"finished": True, "seed": seed, "versions": {}, "start": {"metrics": start}}
+        job.folder.mkdir(parents=True)
+        (job.folder / "results.json").write_text(json.dumps({**record, "final": {"metrics": final}}))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(sweep, sweep.runs()).splitlines()[4:9]]
+    assert [[row[0], row[3], row[4], row[7]] for row in rows] == [
+        ["Original, A, C", "-", "0.9", "3"],
+        ["Original, B", "-", "0.7", "3"],
+        ["A", "0.6 (1 of 3)", "-", "3"],
+        ["B", "0.7 ± 0.1", "-", "3"],
+        ["C", "0.7 ± 0.1", "-", "3"],
+    ]
 
 
 def test_failed_runs_do_not_stop_the_others(

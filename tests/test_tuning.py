@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from optuna.distributions import FloatDistribution
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.studies import launch
 from simnpo_pl.studies.plans import read_plan
-from simnpo_pl.studies.tune import NotANumber, Search, Tuning, measured, parsed, table, violation
+from simnpo_pl.studies.tune import NotANumber, Search, Tuning, distribution, measured, parsed, show, table, violation
 from simnpo_pl.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -260,6 +261,28 @@ def test_another_rule_needs_another_folder(program: Callable[..., list[Sequence[
     other = read_plan([write(tmp_path, folder=tuning.folder, subject_to=[])], Tuning)
     with pytest.raises(UserError, match="holds trials of A with another rule or search space"):
         Search(other, "A")
+    for changed, more in (({"fit": "--model.lr 1"}, []), ({"seed": 1}, []), ({}, ["--model.lr", "1"])):
+        other = read_plan([write(tmp_path, folder=tuning.folder, **changed)], Tuning)
+        with pytest.raises(UserError, match="or with other options or configs"):
+            Search(other, "A", more)
+
+
+def test_values_as_options(tuning: Tuning):
+    """What the search draws is what runs, as YAML; numbers that YAML reads as text are numbers."""
+    values = {"retain_loss": None, "truncate": True, "lr": 1e-5, "kind": "x"}
+    drawn = ["--retain_loss", "null", "--truncate", "true", "--lr", "1e-05", "--kind", "x", "--seed_everything", "0"]
+    assert tuning.options("B", values, ["--config", "more.yaml"]) == ["--config", "more.yaml", *drawn]
+    found = distribution("lr", {"low": "1e-5", "high": "1e-4", "log": True})
+    assert found == FloatDistribution(1e-5, 1e-4, log=True)
+    assert show({"loss.beta": 0.1, "retain.beta": 0.7, "model.lr": 1e-5}) == "loss.beta 0.1, retain.beta 0.7, lr 1e-05"
+
+
+@pytest.mark.parametrize("option", ["--steps", "--beta=2", "--seed_everything"])
+def test_what_the_search_draws_is_no_option(tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["tune", str(write(tmp_path)), "--folder", str(tmp_path / "runs"), option, "3"])
+    assert f"{option.partition('=')[0]}: the tuning file sets it for each trial" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_storage_by_url(program: Callable[..., list[Sequence[str]]], tmp_path: Path):

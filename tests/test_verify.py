@@ -84,6 +84,7 @@ def test_tiny_checkpoints(
     with pytest.raises(SystemExit):
         main(["verify", str(file), "--checkpoints", "two", "--table"])
     assert "4 of 5 values are within their tolerance." in capsys.readouterr().out
+    assert "started with other options" in refused(file, "--table", "--eval.min_k", "0.2")(capsys)
 
 
 def test_shipped_values():

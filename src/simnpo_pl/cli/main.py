@@ -1,6 +1,7 @@
 """The command line: LightningCLI with the order of a whole run and its folder."""
 
 import os
+import shlex
 import sys
 import time
 from argparse import ArgumentError
@@ -201,9 +202,13 @@ class UnlearningCLI(LightningCLI):
             raise
         except Stopped as stop:
             if self.trainer.is_global_zero:
-                how = f"; resume with --run_dir {folder}{' --ckpt_path last' if self.subcommand == 'fit' else ''}"
+                last = " --ckpt_path last" if self.subcommand == "fit" else ""
+                how = f"; resume with --run_dir {shlex.quote(str(folder))}{last}"
                 print(f"stopped by {stop}{how if folder.exists() else ''}", file=sys.stderr)
             sys.exit(128 + stop.signum)
+        finally:
+            # A later run of this process makes a folder of its own.
+            os.environ.pop(RUN_DIR_VARIABLE, None)
 
     def _prepare(self, fit: bool = False) -> None:
         """Show the plan, read the data, evaluate the models that the policy is compared with."""
@@ -211,7 +216,7 @@ class UnlearningCLI(LightningCLI):
             raise UserError(f"--ckpt_path {self._ckpt_path} does not exist; a run keeps it as RUN_DIR/{LAST}")
         data, first = self.datamodule, self.trainer.is_global_zero
         if first:
-            self.run_folder.check(resume=self.resumes or self._ckpt_path is not None or not fit)
+            self.run_folder.check(fit, resume=self.resumes or self._ckpt_path is not None or not fit)
             if self.resumes and self._ckpt_path is None:
                 print("no checkpoint yet: the run starts from its beginning")
         data.trainer = self.trainer

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -179,8 +180,8 @@ def written(folder: Path, board: bool = True) -> str:
     """The files of a run and how to look at them; `board` if TensorBoard's events are among them."""
     width = max(map(len, FILES))
     files = [f"  {name:{width}}  {what}" for name, what in FILES.items() if (folder / name).exists()]
-    report = f"  {program()} -m simnpo_pl report {folder}"
-    tensorboard = [f"  {program('tensorboard')} --logdir {folder.parent}"] if board else []
+    report = f"  {program()} -m simnpo_pl report {shlex.quote(str(folder))}"
+    tensorboard = [f"  {program('tensorboard')} --logdir {shlex.quote(str(folder.parent))}"] if board else []
     clear = f"this folder and its reports hold the forget rows in clear: pass on only {folder / 'model'}"
     private = [clear] if (folder / "model").exists() else []
     return "\n".join([f"written to {folder}:", *files, *private, "to look at it:", report, *tensorboard])

@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from simnpo_pl.metrics import titles
 from simnpo_pl.report import latex, robustness, words
@@ -114,7 +115,7 @@ def markdown(runs: Sequence[Run], columns: Sequence[str], file: Path) -> str:
         if name in SHOWN:
             image = f"{file.stem}_figures/{name}.png"
             _write(file.parent / image, content)
-            parts.append(f"![{title}]({image})")
+            parts.append(f"![{title}]({quote(image)})")
     parts += [robustness.relearning_table(runs), robustness.quantized_table(runs), robustness.leak_table(runs)]
     if missing := words.not_measured(runs):
         parts += ["Not measured:", "\n".join(f"* {cell(line)}" for line in missing)]

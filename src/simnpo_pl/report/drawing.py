@@ -47,7 +47,8 @@ def panels(file: Path, rows: int, columns: int, size: tuple[float, float], **opt
 def inline(svg: bytes) -> str:
     """An SVG file as an element of a page, in the page's text color, with the tips of `points` under the pointer."""
     text = svg.decode()
-    text = text[text.index("<svg") :].replace("#000000", "currentColor")
+    text = text[text.index("<svg") :]
+    text = re.sub('style="[^"]*"', lambda style: style[0].replace("#000000", "currentColor"), text)
     text = re.sub(rf'<g id="{TIP}([^"]*)">', r"<g><title>\1</title>", text)
     # Numbered anew in every figure; only what is drawn again is referred to, by other names.
     return re.sub(r' id="[a-zA-Z0-9]+_\d+"', "", text)
@@ -60,8 +61,8 @@ def points(axis: Any, places: Sequence[tuple[float, float]], tips: list[str], ma
 
 
 def plain(name: str) -> str:
-    """A name whose dollar signs do not start a formula."""
-    return name.replace("$", r"\$")
+    """A name whose dollar signs do not start a formula, and whose underscore does not hide it from the legend."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def log_labels(axis: Any) -> None:

@@ -15,7 +15,7 @@ NOT_COMPARED = re.compile(r"^(seed_everything|label|run_dir| *seed| *cache_dir):
 
 
 def tables(runs: Sequence[Run], columns: Sequence[str]) -> str:
-    """A table of the runs that were measured on the same data, for every such data."""
+    """A table of the runs that were measured on the same data in the same way, for every such data and way."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(str(run.measured), []).append(run)
@@ -28,15 +28,15 @@ def table(runs: Sequence[Run], columns: Sequence[str]) -> str:
     """A `tabular` with a row for every start model, every retrained model, and the runs that differ in seed alone."""
     heads = [title_of(name) for name in columns]
     references: dict[str, list[Spread | None]] = {}
-    starts = list(dict.fromkeys(run.start_model for run in runs))
     for model in ("start", "retrained"):
-        for start in starts:
-            # Runs of one start model repeat its metrics.
-            found = [run.metrics(model) for run in runs if run.start_model == start and run.metrics(model)]
-            distinct = [metrics for i, metrics in enumerate(found) if metrics not in found[:i]]
-            if distinct:
-                name = model if len(starts) == 1 else f"{model}, {start}"
-                references[name] = [spread([metrics.get(column) for metrics in distinct]) for column in columns]
+        # Runs of one model repeat its metrics.
+        found: dict[str, tuple[Run, list[Spread | None]]] = {}
+        for run in runs:
+            if metrics := run.metrics(model):
+                values = [spread([metrics.get(column)]) for column in columns]
+                found.setdefault(str([_cell(value) for value in values]), (run, values))
+        for run, values in found.values():
+            references[model if len(found) == 1 else f"{model} of {run.name}"] = values
     groups = _groups(runs)
     rows = [[spread([run.metrics("final").get(name) for run in group]) for name in columns] for _, group in groups]
     retrained = references.get("retrained", [None] * len(columns))
@@ -97,7 +97,7 @@ def _cell(value: Spread | None, bold: bool = False) -> str:
     if value is None:
         return "-"
     text = _math(value.mean) + (rf" \pm {_math(value.deviation)}" if value.n > 1 else "")
-    return rf"$\mathbf{{{text}}}$" if bold else f"${text}$"
+    return (rf"$\mathbf{{{text}}}$" if bold else f"${text}$") + value.known
 
 
 def _math(value: float) -> str:
@@ -106,4 +106,4 @@ def _math(value: float) -> str:
 
 
 def _line(name: str, count: str, cells: list[str]) -> str:
-    return " & ".join([name.translate(ESCAPES), count, *cells]) + r" \\"
+    return " & ".join([" ".join(name.split()).translate(ESCAPES), count, *cells]) + r" \\"

@@ -19,14 +19,20 @@ LEARNED = 0.5
 
 
 class Spread(NamedTuple):
-    """Mean of a value over repeats, and its sample standard deviation; 0 for a single one."""
+    """Mean of a value over the `n` repeats, `of` all, that have one, and its sample standard deviation; 0 for one."""
 
     mean: float
     deviation: float
     n: int
+    of: int = 0
+
+    @property
+    def known(self) -> str:
+        """How many have a value, if not all do."""
+        return f" ({self.n} of {self.of})" if self.n < self.of else ""
 
     def __str__(self) -> str:
-        return f"{number(self.mean)} ± {number(self.deviation)}" if self.n > 1 else number(self.mean)
+        return number(self.mean) + (f" ± {number(self.deviation)}" if self.n > 1 else "") + self.known
 
 
 class Peak(NamedTuple):
@@ -44,7 +50,8 @@ def spread(values: Sequence[float | None]) -> Spread | None:
     known = [value for value in values if value is not None and value == value]
     if not known:
         return None
-    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else 0.0, len(known))
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return Spread(statistics.fmean(known), deviation, len(known), len(values))
 
 
 def outcome(before: float, after: float, level: float | None, top: float | None, strong: bool = True) -> str:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ class StopSignals:
 
     def __init__(self, plugins: Iterable[Any] = ()) -> None:
         self.requeue = _requeue_signal(plugins)
-        self.requested = 0
+        self.requested, self._since = 0, 0.0
         self._deferred = False
         self._before: dict[int, Any] = {}
 
@@ -105,9 +106,12 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        # A study passes on the one that its whole process group got.
+        if signum == self.requested == signal.SIGTERM and time.monotonic() < self._since + 1:
+            return
         if not self._deferred or self.requested:
             raise Stopped(signum)
-        self.requested = signum
+        self.requested, self._since = signum, time.monotonic()
         name = signal.Signals(signum).name
         print(f"\n{name}: stops once the state is saved; send it again to stop at once", file=sys.stderr, flush=True)
 

@@ -1,6 +1,7 @@
 """Writes the run folder: config, results of every evaluation, rows, times. `runs.record` reads it."""
 
 import inspect
+import re
 import resource
 import sys
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -19,12 +21,19 @@ from simnpo_pl.metrics.chance import forget_quality_chance
 from simnpo_pl.metrics.logs import RetainLog
 from simnpo_pl.runs.board import log_evaluation, log_outcome
 from simnpo_pl.runs.card import write_card
+from simnpo_pl.runs.checkpoint import LAST
 from simnpo_pl.runs.record import Run, differing
 from simnpo_pl.runs.verdict import unlearned, verdict
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines, write_text
 
 RESULTS = "results.json"
+CONFIG = "config.yaml"
+FREE = re.compile(
+    r"model\.(name|attn_implementation|gradient_checkpointing)|data\.per_device_batch"
+    r"|eval\.(start|final|depth|tokens_per_batch|prompts_per_batch|cache_dir)"
+)
+"""Options of model, data and evaluation that a resumed run may change: no result depends on them."""
 PREDICTIONS = "predictions.jsonl"
 DEPTH = "depth.jsonl"
 SHARED = ("start", "retrained", "mia_reference", "answers")
@@ -63,23 +72,25 @@ class RunFolder(Callback):
         # Of a resumed run's earlier processes.
         self._cpu_seconds = 0.0
 
-    def check(self, resume: bool) -> None:
-        """Read the record of a resumed run; refuse a folder whose run would be overwritten."""
-        file = self.folder / RESULTS
-        if file.is_file():
-            earlier, holds = read_json(file), f"--run_dir {self.folder} holds"
-            if earlier.get("finished"):
-                raise UserError(f"{holds} a finished run: give another folder")
-            if not resume:
-                raise UserError(f"{holds} an unfinished run: resume it with --ckpt_path last, or give another folder")
-            was, here = differing([Run("", self.folder, earlier).evaluated, self.run.evaluated])
-            if was and "settings" in earlier:
-                raise UserError(f"{holds} results with {was}, here it is {here}: give its options, or another folder")
-            kept = ("start", "epochs", "counts", "unavailable", "titles", "seconds", "peak_memory_gib")
-            self.record |= {key: earlier[key] for key in kept if key in earlier}
-            self._take_rate(earlier.get("lr_auto"))
-            self._started -= self.record["seconds"].get("total", 0.0)
-            self._cpu_seconds = earlier.get("cpu_seconds", 0.0)
+    def check(self, fit: bool, resume: bool) -> None:
+        """Read the record of a resumed run; refuse a folder whose run would be overwritten or changed."""
+        config, file, holds = self.folder / CONFIG, self.folder / RESULTS, f"--run_dir {self.folder} holds"
+        earlier = read_json(file) if file.is_file() else {}
+        if earlier.get("finished"):
+            raise UserError(f"{holds} a finished run: give another folder")
+        if earlier and not resume:
+            raise UserError(f"{holds} an unfinished run: resume it with --ckpt_path last, or give another folder")
+        if not fit and (self.folder / LAST).exists():
+            raise UserError(f"{holds} a run of fit: give another folder")
+        if resume and config.is_file():
+            was, here = differing([_kept_options(text) for text in (config.read_text(), self.config)])
+            if was:
+                raise UserError(f"{holds} a run with {was}, here it is {here}: give its options, or another folder")
+        kept = ("start", "epochs", "counts", "unavailable", "titles", "seconds", "peak_memory_gib")
+        self.record |= {key: earlier[key] for key in kept if key in earlier}
+        self._take_rate(earlier.get("lr_auto"))
+        self._started -= self.record["seconds"].get("total", 0.0)
+        self._cpu_seconds = earlier.get("cpu_seconds", 0.0)
         if resume:
             clean(self.folder)
 
@@ -94,7 +105,7 @@ class RunFolder(Callback):
         shared = trainer.datamodule.eval.cache_dir if self.role in SHARED else None
         pl_module.finished_batches = FinishedBatches(Path(shared).expanduser()) if shared else self.finished
         # The data has been read by now: a mistyped option leaves no folder behind.
-        rank_zero_only(write_text)(self.folder / "config.yaml", self.config)
+        rank_zero_only(write_text)(self.folder / CONFIG, self.config)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Training does not start where a resumed run has nothing left to train.
@@ -223,6 +234,23 @@ def add_depth(run: Run, record: dict[str, Any], entry: dict[str, Any], rows: lis
     lost = [name for name, value in entry["metrics"].items() if value != value]
     others = {name: why for name, why in record.get("unavailable", {}).items() if name not in entry["metrics"]}
     record["unavailable"] = others | dict.fromkeys(lost, reason)
+
+
+def _kept_options(config: str) -> dict[str, Any]:
+    """The options of a resolved config that a resumed run must not change, by their names."""
+    found: dict[str, Any] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(name if key == "init_args" else f"{name}.{key}", inner)
+        elif not FREE.fullmatch(name):
+            found[name] = value
+
+    content = yaml.safe_load(config)
+    for group in ("model", "data", "eval", "seed_everything"):
+        add(group, content.get(group))
+    return found
 
 
 def describe_objective(module: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ _STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(?:fit_)?")
 """Beginning of the name that the command line gives to a folder."""
 TRAINING = re.compile(r"model|seed|train_split|forget_rows|refusals|alternates|(effective|per_device)_batch")
 """Settings of the data that do not change what is measured on a model."""
+MEASURING = ("retain_log", "retrained", "truth_ratio", "generate_rows", "max_new_tokens", "temperature", "min_k")
+"""Settings of the evaluation that change values of metrics."""
 TOLD = ("objective", "retain_loss", "forget_weight", "retain_weight", "update")
 """Settings of the model that `Run.settings` tells."""
 
@@ -120,16 +122,11 @@ class Run:
 
     @property
     def measured(self) -> dict[str, Any]:
-        """Options that say which data is measured."""
-        data = self.record.get("settings", {}).get("data", {}).get("init_args", {})
-        return {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
-
-    @property
-    def evaluated(self) -> dict[str, Any]:
-        """Options that change the values of metrics: how, what, and beside which model is measured."""
-        others = ("start", "final", "depth", "tokens_per_batch", "prompts_per_batch", "cache_dir")
-        given = self.record.get("settings", {}).get("eval", {}).items()
-        return {f"eval.{name}": value for name, value in given if name not in others} | self.measured
+        """Options that say which data is measured, and how; runs in which they are equal can be compared."""
+        settings = self.record.get("settings", {})
+        data, evaluation = settings.get("data", {}).get("init_args", {}), settings.get("eval", {})
+        found = {f"data.{name}": value for name, value in data.items() if not TRAINING.fullmatch(name)}
+        return found | {f"eval.{name}": evaluation[name] for name in MEASURING if name in evaluation}
 
     @property
     def forget_split(self) -> str:
@@ -236,7 +233,7 @@ def differing(options: Sequence[dict[str, Any]]) -> list[str]:
     """The options that differ, in one line for each."""
     known = dict.fromkeys(name for one in options for name in one)
     names = [name for name in known if any(one.get(name) != options[0].get(name) for one in options)]
-    return [", ".join(f"{name} {one.get(name)}" for name in names) for one in options]
+    return [", ".join(f"{name} {' '.join(str(one.get(name)).split())}" for name in names) for one in options]
 
 
 def _names(runs: Sequence[Run]) -> Iterator[list[str]]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +30,8 @@ MODEL_COMMANDS = ("perturb", "task-vector")
 """Commands that make a model without training."""
 AFTER = "after.json"
 """In a run's folder: the commands that ran over the finished run."""
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
-"""Exit codes of a program that a signal stopped."""
+STOPPED = (*range(129, 193), -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1)
+"""Exit codes of a program that a signal stopped: by itself, after it saved, or at once."""
 
 
 class RunFailed(UserError):
@@ -89,11 +89,11 @@ class Job:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder.parent / f".{self.folder.name}.lock", timeout=-1 if wait else 0):
-                if self.command not in MODEL_COMMANDS:
-                    self._check_options()
+                self.check_options()
                 for words in self.remaining():
                     after = words in self.after
-                    _call(self.folder, words, log.with_suffix(".after.txt") if log and after else log)
+                    own = log.with_suffix(f".after-{self.after.index(words) + 1}.txt") if log and after else log
+                    _call(self.folder, words, own)
                     if after:
                         write_json(self.folder / AFTER, [*self._done(), words])
         except Timeout:
@@ -102,14 +102,15 @@ class Job:
     def _done(self) -> list[list[str]]:
         return read_json(self.folder / AFTER) if (self.folder / AFTER).is_file() else []
 
-    def _check_options(self) -> None:
-        """Note the options and configs of a run, and the files of a measured model; refuse a run that had others."""
-        configs = [read_yaml(Path(file)) for option, file in pairwise(self.options) if option == "--config"]
-        asked = json.loads(json.dumps({"options": self.options, "configs": configs}, default=str))
+    def check_options(self) -> None:
+        """Note options, configs and a measured model's files of a new run; refuse a run that was started with others."""
+        if self.command in MODEL_COMMANDS:
+            return
+        asked, file = made_of(self.options), self.folder / MADE_OF
         if self.command == "test" and (files := _model_files(self.options)):
             asked["model files"] = files
-        file = self.folder / MADE_OF
-        if not (self.folder / RESULTS).is_file():
+        # A mistyped option leaves nothing else behind, and may be corrected.
+        if all(path == file for path in self.folder.glob("[!.]*")):
             write_json(file, asked)
         elif not file.is_file():
             raise UserError(f"{self.folder} holds a run that this command did not start; give another folder")
@@ -118,6 +119,12 @@ class Job:
                 f"{self.folder} holds a run that was started with other {' and '.join(different)} (see {file}); give "
                 "another folder, or remove this one to make the run again"
             )
+
+
+def made_of(options: Sequence[str]) -> Any:
+    """Options and the content of their configs, as JSON."""
+    configs = [read_yaml(Path(file)) for option, file in pairwise(options) if option == "--config"]
+    return json.loads(json.dumps({"options": options, "configs": configs}, default=str))
 
 
 def _model_files(options: Sequence[str]) -> dict[str, str]:
@@ -135,17 +142,27 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def start(command: Sequence[str], log: Path | None = None) -> int:
-    """Run a program and return its exit code; on a signal the program saves its state first."""
+    """Run a program and return its exit code; on a signal it saves its state, and this process ends with it."""
+    told: list[int] = []
+
+    def stop(signum: int, _: Any) -> None:
+        told.append(signum)
+        # An interrupt from a terminal reaches the program by itself.
+        if signum == signal.SIGTERM:
+            process.terminate()
+
     if log is not None:
         log.parent.mkdir(parents=True, exist_ok=True)
     with nullcontext() if log is None else log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output and subprocess.STDOUT)
-        # An interrupt from a terminal reaches the program by itself, a signal to this process alone does not.
-        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        while process.returncode is None:
-            with suppress(KeyboardInterrupt):
-                process.wait()
-        signal.signal(signal.SIGTERM, before)
+        stops = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, stop) for number in stops}
+        process.wait()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if told and process.returncode not in STOPPED:
+        print("stopped; repeat the command to go on", file=sys.stderr)
+        sys.exit(process.returncode or 128 + told[0])
     return process.returncode
 
 

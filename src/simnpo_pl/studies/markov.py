@@ -173,7 +173,8 @@ def at_level(curve: Curve, level: float) -> dict[str, float] | None:
     """Forget distances where the retain distance first reaches a level, nats; None if it never does."""
     for before, after in pairwise(curve):
         low, high = before["retain"], after["retain"]
-        if low <= level < high:
+        # A curve may end at the level.
+        if low <= level <= high and low < high:
             share = (level - low) / (high - low)
             return {name: before[name] + share * (after[name] - before[name]) for name in FORGET}
     return None
@@ -190,11 +191,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         for method in METHODS:
             curves = [result["methods"][method] for result in group]
             levels = {level: [found for curve in curves if (found := at_level(curve, level))] for level in LEVELS}
-            rows.append([method, *(_spread([found[name] for found in levels[level]]) for name, level in columns)])
+            cells = [_spread([found[name] for found in levels[level]], len(group)) for name, level in columns]
+            rows.append([method, *cells])
         parts += [f"forget2 of length {length}, {seen} by the start model:"]
         parts += [markdown.table(["method", *(f"{name} @{level:.2f}" for name, level in columns)], rows)]
         for model in ("start", "retrained"):
-            shown = [f"{name} {_spread([r[model][name] for r in group])}" for name in ("retain", *FORGET)]
+            shown = [f"{name} {_spread([r[model][name] for r in group], len(group))}" for name in ("retain", *FORGET)]
             parts += [f"{model}: {', '.join(shown)}"]
         shown = [f"{name} {value:.4f}" for name, value in floors(length).items()]
         parts += [f"Bayes floors of the start model: {', '.join(shown)}"]
@@ -215,12 +217,13 @@ def won(group: Sequence[dict[str, Any]], name: str) -> str:
     return f"on {sum(wins)} of {len(wins)} seeds."
 
 
-def _spread(values: Sequence[float]) -> str:
+def _spread(values: Sequence[float], seeds: int) -> str:
     if not values:
         return "-"
+    known = f" ({len(values)} of {seeds})" if len(values) < seeds else ""
     if max(values) < 0.1:
-        return f"{statistics.fmean(values):.3f}"
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
+        return f"{statistics.fmean(values):.3f}{known}"
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}{known}"
 
 
 def figure(results: Sequence[dict[str, Any]], file: Path) -> None:
@@ -252,6 +255,6 @@ def _draw(axis: Any, curves: Sequence[Curve], name: str, label: str, shade: str)
     last = min(RANGE, *(max(point["retain"] for point in curve) for curve in curves))
     if last > first:
         grid = np.linspace(first, last, 60)
-        values = np.array([[(at_level(curve, x) or curve[0])[name] for x in grid] for curve in curves])
+        values = np.array([[point[name] for x in grid if (point := at_level(curve, x))] for curve in curves])
         axis.plot(grid, values.mean(axis=0), color=shade, label=label, linewidth=1.6)
         axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=shade, alpha=0.12, linewidth=0)

@@ -10,14 +10,14 @@ never make the same run. All other options are options of every run, after those
 import shlex
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 from simnpo_pl.metrics.titles import number
-from simnpo_pl.report.drawing import check_installed, panels
+from simnpo_pl.report.drawing import check_installed, panels, plain
 from simnpo_pl.report.figures import GREY, color
 from simnpo_pl.report.robustness import Spread, spread
 from simnpo_pl.runs.record import Row, Run, read_runs
@@ -154,6 +154,11 @@ def run(options: Namespace) -> None:
         return
     if options.figure:
         check_installed()
+        if options.figure.suffix not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--figure {options.figure}: the ending must be .png, .pdf or .svg")
+    for job in (*models, *runs.values()):
+        if job.is_finished:
+            job.check_options()
     failed = [] if options.table else work(sweep.path, share, models)
     write_tables(table(sweep, runs), options.out)
     if options.figure:
@@ -197,7 +202,7 @@ def table(sweep: Sweep, jobs: Mapping[Key, Job]) -> str:
     columns = COLUMNS[sweep.table]
     lines = [f"# {sweep.title}", ""]
     for split in sweep.splits:
-        rows = [_cells(line, list(columns.values())) for line in _lines(jobs, split)]
+        rows = [_cells(line, columns.values()) for line in _lines(jobs, split, columns.values())]
         if len(sweep.splits) > 1:
             lines += [f"## {split}", ""]
         lines += [markdown.table(["method", *columns, "seeds"], rows), ""]
@@ -212,8 +217,8 @@ def table(sweep: Sweep, jobs: Mapping[Key, Job]) -> str:
 
 def draw(sweep: Sweep, jobs: Mapping[Key, Job], file: Path) -> None:
     """A panel for each metric: methods on the x axis, a line for each split with the spread over seeds as bars."""
-    lines = {split: _lines(jobs, split) for split in sweep.splits}
     columns = {title: name for title, name in COLUMNS[sweep.table].items() if name != "n"}
+    lines = {plain(split): _lines(jobs, split, columns.values()) for split in sweep.splits}
     with panels(file, 1, len(columns), (2.6, 2.2)) as (figure, axes):
         for axis, (title, name) in zip(axes[0], columns.items(), strict=True):
             for index, (split, found) in enumerate(lines.items()):
@@ -230,7 +235,7 @@ def draw(sweep: Sweep, jobs: Mapping[Key, Job], file: Path) -> None:
 
 
 class _Line(NamedTuple):
-    """A row of the table: runs of one method, or all runs for the start and the retrained model."""
+    """A row of the table: runs of one method, whose final, start or retrained model is meant."""
 
     title: str
     model: str
@@ -240,23 +245,30 @@ class _Line(NamedTuple):
         return spread([value(run, self.model, name) for run in self.runs])
 
 
-def _lines(jobs: Mapping[Key, Job], split: str) -> list[_Line]:
-    """Rows of a split, from its finished runs."""
+def _lines(jobs: Mapping[Key, Job], split: str, names: Collection[str]) -> list[_Line]:
+    """Rows of a split, from its finished runs; start and retrained model have one for all methods that share it."""
     methods: dict[str, list[Run]] = {}
     for (part, method, _), job in jobs.items():
         if part == split and job.is_finished:
             methods.setdefault(method, []).extend(read_runs([job.folder]))
-    every = [run for found in methods.values() for run in found]
-    compared = {"Original": "start", "Retrain": "retrained"}
-    lines = [_Line(title, model, [run for run in every if run.metrics(model)]) for title, model in compared.items()]
-    return [line for line in (*lines, *(_Line(name, "final", found) for name, found in methods.items())) if line.runs]
+    lines = []
+    for title, model in (("Original", "start"), ("Retrain", "retrained")):
+        alike: dict[str, list[_Line]] = {}
+        for method, found in methods.items():
+            line = _Line(method, model, [run for run in found if run.metrics(model)])
+            if line.runs:
+                alike.setdefault(str(_cells(line, names)[1:-1]), []).append(line)
+        for same in alike.values():
+            shared = title if len(alike) == 1 else f"{title}, {', '.join(line.title for line in same)}"
+            lines.append(max(same, key=lambda line: len(line.runs))._replace(title=shared))
+    return [*lines, *(_Line(name, "final", found) for name, found in methods.items())]
 
 
-def _cells(line: _Line, names: Sequence[str]) -> list[str]:
+def _cells(line: _Line, names: Collection[str]) -> list[str]:
     cells = []
     for name in names:
         found = line.spread(name)
-        cells.append("-" if found is None else number(found.mean) if found.deviation == 0 else str(found))
+        cells.append("-" if found is None else str(found) if found.deviation else number(found.mean) + found.known)
     return [line.title, *cells, str(len({run.record["seed"] for run in line.runs}))]
 
 

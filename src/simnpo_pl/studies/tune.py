@@ -8,6 +8,7 @@ settings as chosen_METHOD.yaml, a config for `fit`.
 """
 
 # Not `Study.optimize`: it cannot resume an interrupted trial, and several workers may exceed the number of trials.
+import json
 import math
 import re
 import shutil
@@ -22,7 +23,7 @@ from filelock import FileLock
 
 from simnpo_pl.metrics.titles import number, title_of
 from simnpo_pl.runs.verdict import UNMOVED, Verdict
-from simnpo_pl.studies.launch import Job, RunFailed, Taken, read_record
+from simnpo_pl.studies.launch import Job, RunFailed, Taken, made_of, read_record
 from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tables
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
@@ -142,18 +143,20 @@ class Tuning(Plan):
         return f"the largest {self.maximize} of the exported model{conditions}"
 
     def options(self, method: str, values: dict[str, Any], more: Sequence[str]) -> list[str]:
-        """Options of a trial's `fit`: those of the file, the values that the search drew, and `more`."""
-        drawn = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-        own = words_of(self.methods[method].options)
-        return self.filled([*words_of(self.fit), *own, *drawn, "--seed_everything", str(self.seed), *more])
+        """Options of a trial's `fit`: those of the file, `more`, and the values that the search drew."""
+        drawn = []
+        for name, value in {**values, "seed_everything": self.seed}.items():
+            drawn += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+        return self.filled([*words_of(self.fit), *words_of(self.methods[method].options), *more, *drawn])
 
 
 def distribution(option: str, values: dict[str, Any]) -> BaseDistribution:
     """What Optuna draws an option's value from."""
-    numbers = FloatDistribution if float in map(type, values.values()) else IntDistribution
+    numbers = FloatDistribution if {float, str} & set(map(type, values.values())) else IntDistribution
     kind: type[Any] = CategoricalDistribution if "choices" in values else numbers
     try:
-        return kind(**values)
+        # YAML reads 1e-5 as text.
+        return kind(**{name: float(value) if isinstance(value, str) else value for name, value in values.items()})
     except (TypeError, ValueError) as error:
         raise UserError(f"search space of {option}: {' '.join(str(error).split())}") from error
 
@@ -169,14 +172,16 @@ class Search:
         self._lock = FileLock(tuning.path / ".study.lock")
         url = tuning.storage and tuning.storage.replace("{folder}", str(tuning.path))
         storage = url or JournalStorage(JournalFileBackend(str(tuning.path / "journal.log")))
-        about = {"rule": tuning.rule, "space": space}
+        about = {"rule": tuning.rule, "space": space, **made_of(tuning.options(method, {}, more))}
         with self._lock:
             self.study = optuna.create_study(
                 storage=storage, study_name=method, direction="maximize", load_if_exists=True
             )
-            if self.study.user_attrs.get("about", about) != about:
+            # Earlier versions kept rule and space alone.
+            if {**about, **self.study.user_attrs.get("about", {})} != about:
                 raise UserError(
-                    f"{tuning.path} holds trials of {method} with another rule or search space; give another folder"
+                    f"{tuning.path} holds trials of {method} with another rule or search space, or with other options "
+                    "or configs; give another folder"
                 )
             self.study.set_user_attr("about", about)
 
@@ -282,6 +287,9 @@ def run(options: Namespace) -> None:
     for method in methods:
         if method not in tuning.methods:
             raise UserError(f"--methods {method}: no such method; the tuning has {', '.join(tuning.methods)}")
+    drawn = {f"--{option}" for method in tuning.methods.values() for option in method.space} | {"--seed_everything"}
+    if given := drawn & {word.partition("=")[0] for word in options.fit}:
+        raise UserError(f"{min(given)}: the tuning file sets it for each trial; change it there")
     searches = {method: Search(tuning, method, options.fit) for method in tuning.methods}
     if not options.table:
         for method in methods:
@@ -330,6 +338,8 @@ def _row(trial: dict[str, Any], chosen: bool, names: Sequence[str]) -> list[str]
 
 
 def show(values: dict[str, Any]) -> str:
-    """Values of a trial in one line, each option by its last name."""
-    shown = {name.rsplit(".", 1)[-1]: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in values.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items())
+    """Values of a trial in one line, each option by its last name if no other has it."""
+    last = [name.rsplit(".", 1)[-1] for name in values]
+    names = [short if last.count(short) == 1 else name for short, name in zip(last, values, strict=True)]
+    shown = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values())
+    return ", ".join(map(" ".join, zip(names, shown, strict=True)))

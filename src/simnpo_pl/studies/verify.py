@@ -73,7 +73,9 @@ def run(options: Namespace) -> None:
         checkpoint = plan.checkpoints[name]
         words = [*words_of(plan.fit), *words_of(checkpoint.test), "--model.name", checkpoint.model, *options.fit]
         job = Job(plan.path / name, plan.filled(words), plan.path, "test")
-        if not options.table:
+        if options.table and job.is_finished:
+            job.check_options()
+        elif not options.table:
             print(f"{name}: {'evaluated before' if job.is_finished else 'evaluating'}", flush=True)
             job.make(plan.path / "logs" / f"{name}.txt")
         found = (read_record(job.folder).get("final") or {}).get("metrics", {})

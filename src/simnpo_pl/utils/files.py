@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -148,4 +149,4 @@ def program(name: str | None = None) -> str:
     found = shutil.which(path.name)
     if found is not None and Path(found).parent == path.parent:
         return path.name
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    return shlex.quote(os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path))
