@@ -271,7 +271,7 @@ def test_names_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         return [run.name for run in read_runs(folders, labels)]
 
     stamped = write_run(tmp_path / "2026-11-26_08-16-48_fit_SimNPO", 0.5, 0.5)
-    other = write_run(tmp_path / "2026-11-26_09-16-48_fit_SimNPO", 0.5, 0.5, seed=4)
+    other = write_run(tmp_path / "2026-11-26_09-16-48-123_fit_SimNPO", 0.5, 0.5, seed=4)
     named = write_run(tmp_path / "x", 0.5, 0.5, label="ours, 1B")
     assert names(stamped, named) == ["SimNPO", "ours, 1B"]
     assert names(stamped, other) == ["SimNPO, seed 3", "SimNPO, seed 4"]

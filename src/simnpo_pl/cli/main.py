@@ -3,10 +3,10 @@
 import os
 import shlex
 import sys
-import time
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -306,7 +306,9 @@ class UnlearningCLI(LightningCLI):
         if named is None:
             objective = config.model.objective
             name = "SimNPO" if objective is None else objective["class_path"].rsplit(".", 1)[-1]
-            named = f"runs/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.subcommand}_{name}"
+            # To the millisecond: runs that a shell starts at once are different ones.
+            now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]
+            named = f"runs/{now}_{self.subcommand}_{name}"
             os.environ[RUN_DIR_VARIABLE] = named
         return Path(named).expanduser()
 

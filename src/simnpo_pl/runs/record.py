@@ -13,7 +13,7 @@ from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, read_json_lines
 
 Row = dict[str, Any]
-_STAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_(?:fit_)?")
+_STAMP = re.compile(r"\d{4}-\d\d-\d\d_[\d-]+_(?:fit_)?")
 """Beginning of the name that the command line gives to a folder."""
 TRAINING = re.compile(r"model|seed|train_split|forget_rows|refusals|alternates|(effective|per_device)_batch")
 """Settings of the data that do not change what is measured on a model."""
