@@ -44,9 +44,9 @@ def test_rows_by_hand():
 
 
 def test_spread_by_hand():
-    """Mean 4, squared deviations 4 + 0 + 4 over n - 1 = 2."""
-    assert spread([2.0, None, 4.0, 6.0]) == (4.0, 2.0, 3)
-    assert spread([5.0]) == (5.0, 0.0, 1)
+    """Mean 4, squared deviations 4 + 0 + 4 over n - 1 = 2; the last number is that of all repeats."""
+    assert spread([2.0, None, 4.0, 6.0]) == (4.0, 2.0, 3, 4)
+    assert spread([5.0]) == (5.0, 0.0, 1, 1)
     assert spread([None]) is None
 
 

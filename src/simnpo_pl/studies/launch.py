@@ -103,7 +103,7 @@ class Job:
         return read_json(self.folder / AFTER) if (self.folder / AFTER).is_file() else []
 
     def check_options(self) -> None:
-        """Note options, configs and a measured model's files of a new run; refuse a run that was started with others."""
+        """Note options, configs and model files of a new run; refuse a run that was started with others."""
         if self.command in MODEL_COMMANDS:
             return
         asked, file = made_of(self.options), self.folder / MADE_OF
