@@ -104,8 +104,9 @@ class Relearning:
             self.run,
             *("--model.objective", "FineTune", "--model.forget_weight", "1", "--model.retain_loss", "null"),
             *("--model.lr", str(attack.lr), "--model.warmup_epochs", "0", "--model.schedule", "linear"),
-            # Small updates fall below the resolution of bfloat16.
-            *("--model.dtype", "float32", "--model.warmup_steps", "null", "--model.update", "null"),
+            # Small updates fall below the resolution of bfloat16, which may be asked for where memory lacks.
+            *(() if "--model.dtype" in self.run.options else ("--model.dtype", "float32")),
+            *("--model.warmup_steps", "null", "--model.update", "null"),
             *("--model.reference", "null", "--model.memorizing", "null"),
             *("--model.lora", "null", "--model.trainable", "null"),
             *("--trainer.max_epochs", str(attack.epochs)),
