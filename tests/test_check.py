@@ -114,6 +114,34 @@ def test_relearning_is_told_at_its_peak():
     assert "outcome" not in old
 
 
+def test_the_control_is_that_of_the_attack_at_its_peak():
+    """Attacked at a weaker rate alone it is none: 0.6 of a possible 0.9 came back, at a rate it was not trained at."""
+    weak = relearned("random", 1e-5, curve([0.1, 0.15, 0.2], [0.1, 0.11, 0.12]), curve([0.2] * 3, [0.2, 0.2, 0.22]))
+    strong = relearned("random", 1e-3, curve([0.1, 0.8, 0.9], [0.1, 0.5, 0.6]), curve([0.2] * 3, [0.2, 0.5, 0.7]))
+    judge(record(relearn={"weak": weak, "strong": strong}))
+    assert weak["sentence"].endswith("0.1 -> 0.6, of the retrained model 0.2 -> 0.7; of those relearned 0.9: holds")
+    # A control that goes higher at a weaker rate does not excuse the peak.
+    weak["repeats"][0]["control"], strong["repeats"][0]["control"] = (
+        one["repeats"][0]["control"] for one in (strong, weak)
+    )
+    judge(record(relearn={"weak": weak, "strong": strong}))
+    assert "0.1 -> 0.6, of the retrained model 0.2 -> 0.22; of those relearned 0.9: comes back" in (weak["sentence"])
+    del strong["repeats"][0]["control"]
+    judge(record(relearn={"weak": weak, "strong": strong}))
+    assert "0.1 -> 0.6; of those relearned 0.9: comes back; no control: " in weak["sentence"]
+
+
+def test_texts_of_one_name_are_judged_apart():
+    flat = curve([None] * 3, [0.2] * 3)
+    attacks = {"random": relearned("random", 1e-3, curve([0.1, 0.8, 0.9], [0.1] * 3), flat)}
+    for path, others in (("wiki/text.txt", [0.1] * 3), ("forum/text.txt", [0.1, 0.5, 0.7])):
+        attacks[path] = relearned("text", 1e-3, curve([None] * 3, others), flat)
+        attacks[path]["settings"]["text"] = path
+    judge(record(relearn=attacks))
+    assert [attacks[f"{name}/text.txt"]["outcome"] for name in ("wiki", "forum")] == ["holds", "comes back"]
+    assert attacks["wiki/text.txt"]["sentence"].startswith("relearning 2 wiki/text.txt rows (lr 0.001, 8 steps): ")
+
+
 def test_rounding_and_sampling_are_told():
     """Of 20 rows 9 answer right, 4 of the retrained model's: (0.45 - 0.2) / 0.8 = 0.3125."""
     rounded = {name: {"metrics": {"forget/probability": value}} for name, value in (("8-bit", 0.1), ("nf4", 0.3))}
@@ -151,6 +179,14 @@ def test_an_attack_has_the_bar_of_fit(run: Path):
     for given, expected in (("true", [ProgressBar]), ("false", [])):
         callbacks = reopen(finished, "--trainer.enable_progress_bar", given).trainer.callbacks
         assert [type(one) for one in callbacks if isinstance(one, AnyProgressBar)] == expected
+
+
+def test_an_attack_clips_gradients_as_the_run(run: Path):
+    (finished,) = finished_runs([run])
+    trainer = reopen(
+        finished, "--trainer.gradient_clip_algorithm", "value", "--trainer.gradient_clip_val", "0.1"
+    ).trainer
+    assert (trainer.gradient_clip_algorithm, trainer.gradient_clip_val) == ("value", 0.1)
 
 
 def test_a_run_is_checked(run: Path, capsys: pytest.CaptureFixture[str]):
@@ -191,9 +227,9 @@ def test_another_model_is_evaluated_and_checked(
     run_options: list[str], model_folder: Path, other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     """The model itself is attacked, from what its evaluation measured; it has no verdict."""
-    place = run_options.index("--model.name")
+    place, model = run_options.index("--model.name"), shutil.copytree(model_folder, tmp_path / "model")
     options = [*run_options[:place], *run_options[place + 2 :], "--eval.retrained", str(other_folder)]
-    command = ["check", str(model_folder), *options, "--out", str(tmp_path / "checks"), "--epochs", "1"]
+    command = ["check", str(model), *options, "--out", str(tmp_path / "checks"), "--epochs", "1"]
     main([*command, "--attacks", "relearn", "--debug"])
     (folder,) = (path for path in (tmp_path / "checks").iterdir() if (path / "results.json").is_file())
     found = results(folder)
@@ -204,6 +240,27 @@ def test_another_model_is_evaluated_and_checked(
     with pytest.raises(SystemExit):
         main([*command, "--data.forget_split", "forget05"])
     assert "holds a run that was started with other options" in capsys.readouterr().err
+    # What was measured on other weights is not this model's.
+    shutil.copy(other_folder / "model.safetensors", model)
+    with pytest.raises(SystemExit):
+        main([*command, "--attacks", "relearn"])
+    assert f"{folder} holds a run that was started with other model files" in capsys.readouterr().err
+
+
+def test_another_control(run: Path, other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One that is not there ends no more than its attacks; the Unlearning Depth Score is measured again."""
+    gone, copy = tmp_path / "gone", tmp_path / "copy"
+    main(["check", str(run), "--attacks", "relearn", "leak", "--k", "3", "--epochs", "3", "--retrained", str(gone)])
+    shown = capsys.readouterr().out
+    for words in ("relearning", "sampled answers"):
+        assert f"not tested: {words} (--retrained: folder {gone} does not exist" in shown
+    for model in (other_folder, shutil.copytree(other_folder, copy)):
+        main(["check", str(run), "--attacks", "depth", "--retrained", str(model)])
+        assert results(run)["depth"]["settings"]["retrained"] == str(model)
+    main(["check", str(run), "--attacks", "relearn", "--epochs", "1", "--text", str(gone)])
+    shown = capsys.readouterr().out
+    assert f"not tested: relearning with {gone} (--text" in shown
+    assert "* relearning 2 random rows (" in shown
 
 
 def test_mistakes(run: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -223,6 +280,30 @@ def test_mistakes(run: Path, model_folder: Path, capsys: pytest.CaptureFixture[s
     table.write_text('{"words": "Rivers flow."}\n')
     found = said("relearn", str(run), "--subset", "retain", "--epochs", "1", "--repeats", "1", "--text", str(table))
     assert f"--text {table} row 0, counted from 0, has no column 'text'; its columns are: words" in found
+
+
+def test_a_run_with_named_columns_and_made_retain_rows(
+    data_folder: Path, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The made rows have the default names; forget rows that were moved are named again, as other devices are."""
+    rows = [json.loads(line) for line in (data_folder / "forget10.json").read_text().splitlines()]
+    forget, run = tmp_path / "forget.jsonl", tmp_path / "run"
+    named = [{"prompt": row["question"], "completion": row["answer"]} for row in rows]
+    forget.write_text("".join(json.dumps(row) + "\n" for row in named))
+    options = ["--config", str(PAGE.parents[1] / "configs" / "own.yaml"), "--model.name", str(model_folder)]
+    options += ["--data.forget", str(forget), "--data.columns.question", "prompt", "--data.columns.answer"]
+    options += ["completion", "--model.lr", "1e-2", "--eval.max_new_tokens", "5", "--trainer.max_epochs", "1"]
+    main(["fit", *options, "--run_dir", str(run), "--trainer.accelerator", "cpu"])
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("accelerator: cpu", "accelerator: cuda"))
+    moved = forget.rename(tmp_path / "moved.jsonl")
+    command = ["relearn", str(run), "--subset", "retain", "--epochs", "1", "--repeats", "1"]
+    with pytest.raises(SystemExit):
+        main(command)
+    capsys.readouterr()
+    main([*command, "--data.forget", str(moved), "--trainer.accelerator", "cpu", "--debug"])
+    (attack,) = results(run)["relearn"].values()
+    assert attack["settings"]["subset"] == "retain"
 
 
 def test_every_attack_can_be_chosen():

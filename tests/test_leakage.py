@@ -114,10 +114,10 @@ def test_command(run_options: list[str], other_folder: Path, tmp_path: Path, cap
     values = [first["metrics"][f"best_rouge@{k}"] for k in range(1, 6)]
     assert values == sorted(values)
     assert second["metrics"] != first["metrics"]
-    rows = [json.loads(line) for line in (one / "leak_5_1_0.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (one / "leak_5_1_0_0.8.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["question"] * 10 + ["examples"] * 10
     rows = rows[:10]
-    assert (one / "leak_5_1_0.jsonl").read_text() == (other / "leak_5_1_0.jsonl").read_text()
+    assert (one / "leak_5_1_0_0.8.jsonl").read_text() == (other / "leak_5_1_0_0.8.jsonl").read_text()
     best = [max(sample["rougeL_recall"] for sample in row["samples"]) for row in rows]
     assert sum(best) / 10 == pytest.approx(values[-1])
     assert [row["samples"][0]["rougeL_recall"] for row in rows] == best
@@ -128,13 +128,22 @@ def test_command(run_options: list[str], other_folder: Path, tmp_path: Path, cap
     )
     assert len(line.split(" | ")) == 6 + 4
 
-    before = (one / "leak_5_1_0.jsonl").stat().st_mtime_ns
+    before = (one / "leak_5_1_0_0.8.jsonl").stat().st_mtime_ns
     main(["leak", str(one), "--k", "5", "--debug"])
-    assert (one / "leak_5_1_0.jsonl").stat().st_mtime_ns == before
+    assert (one / "leak_5_1_0_0.8.jsonl").stat().st_mtime_ns == before
     # A control that was not known before is sampled beside it.
     main(["leak", str(one), "--k", "5", "--retrained", str(other_folder), "--debug"])
     sample = json.loads((one / "results.json").read_text())["leak"]["k=5 temperature=1 seed=0 correct=0.8"]
     assert sample["control"]["any"]["leak@5"] >= 0
+    # Another control in its place, whose own tokenizer does not count.
+    third = tmp_path / "third"
+    shutil.copytree(other_folder, third, ignore=shutil.ignore_patterns("tokenizer*"))
+    main(["leak", str(one), "--k", "5", "--retrained", str(third), "--debug"])
+    again = json.loads((one / "results.json").read_text())["leak"]["k=5 temperature=1 seed=0 correct=0.8"]
+    assert (sample["retrained"], again) == (str(other_folder), {**sample, "retrained": str(third)})
+    with pytest.raises(SystemExit):
+        main(["leak", str(one), "--k", "5", "--retrained", str(tmp_path / "gone")])
+    assert f"--retrained: folder {tmp_path / 'gone'} does not exist" in capsys.readouterr().err
 
 
 def test_examples_in_front(model_folder: Path):
@@ -177,8 +186,11 @@ def test_prompts_rule_and_control(
         main(["leak", str(folder), "--k", "4", *further, "--debug"])
     found = json.loads((folder / "results.json").read_text())["leak"]
     plain = found["k=4 temperature=1 seed=0 correct=0.01"]
-    judged = found[f"k=4 temperature=1 seed=0 correct=0 entailment={judge}"]
-    lines = [json.loads(line) for line in (folder / "leak_4_1_0.jsonl").read_text().splitlines()]
+    judged = found[f"k=4 temperature=1 seed=0 correct=0 entailment={judge} entailment_label=yes"]
+    # Each rule has a file of its own.
+    (file,) = folder.glob("leak_4_1_0_0_*_yes.jsonl")
+    assert (folder / "leak_4_1_0_0.01.jsonl").is_file()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
     prompts = ["question", "paraphrase", "examples"]
     assert list(plain["prompts"]) == list(plain["control"]) == [*prompts, "any"]
     assert plain["control"] != plain["prompts"]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import zlib
@@ -376,6 +377,22 @@ def test_results_and_rows(evaluated: Path):
     # The reference model against itself.
     assert retrained["mia_reference"] == 0.5
     assert "mia_reference" not in content
+
+
+def test_rounded_weights_say_what_they_lack(evaluated: Path, other_folder: Path, tmp_path: Path):
+    """The reference attack was asked for, so nobody is told to ask for it."""
+    from simnpo_pl.__main__ import main
+
+    folder = shutil.copytree(evaluated, tmp_path / "run")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("gradnorm: true", "gradnorm: false"))
+    main(["quantize", str(folder), "--bits", "8", "--debug"])
+    (rounded,) = results(folder)["quantized"].values()
+    reason = f"{other_folder} is not measured beside attacks"
+    assert rounded["unavailable"]["mia_reference"] == reason
+    assert results(folder)["final"]["metrics"].keys() - rounded["metrics"].keys() == {
+        *("mia_reference", "mia_reference/m", "mia_gradnorm", "mia_gradnorm/m")
+    }
 
 
 def test_public_format(evaluated: Path):

@@ -1,11 +1,13 @@
 """The relearning attack on finished runs: which rows, what is measured, what is kept and not done again."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from simnpo_pl.__main__ import main
 from simnpo_pl.report.robustness import OTHERS, SHOWN, spread
@@ -42,9 +44,9 @@ def test_rows_by_hand():
 
 
 def test_spread_by_hand():
-    """Mean 4, squared deviations 4 + 0 + 4 over n - 1 = 2."""
-    assert spread([2.0, None, 4.0, 6.0]) == (4.0, 2.0, 3)
-    assert spread([5.0]) == (5.0, 0.0, 1)
+    """Mean 4, squared deviations 4 + 0 + 4 over n - 1 = 2; the last number is that of all repeats."""
+    assert spread([2.0, None, 4.0, 6.0]) == (4.0, 2.0, 3, 4)
+    assert spread([5.0]) == (5.0, 0.0, 1, 1)
     assert spread([None]) is None
 
 
@@ -86,6 +88,43 @@ def test_curve(run: Path, run_options: list[str], tmp_path: Path, capsys: pytest
             assert expected[name] == pytest.approx(epoch["metrics"][name], rel=1e-5)
 
 
+def test_no_setting_of_the_method_reaches_the_attack(run: Path, tmp_path: Path):
+    """A run with other settings, its other models gone, is attacked alike."""
+    relearn(run, "--subset", "shortest")
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("results.json"))
+    record = {name: value for name, value in results(run).items() if name != "relearn"}
+    (copy / "results.json").write_text(json.dumps(record))
+    changed = {
+        **{"objective": {"class_path": "RKLD"}, "retain_loss": {"class_path": "KL"}, "update": {"class_path": "GRU"}},
+        **{"forget_weight": 0.3, "retain_weight": 2.0, "reference": "/gone", "memorizing": "/gone"},
+        **{"trainable": ["nothing"], "lora": {"rank": 2}, "lr": 1.0, "warmup_epochs": 9.0, "warmup_steps": 99},
+        **{"schedule": "constant", "dtype": "bfloat16"},
+    }
+    kept = {"name", "optimizer", "weight_decay", "betas", "gradient_checkpointing", "attn_implementation"}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert changed.keys() | kept == config["model"].keys()
+    config["model"] |= changed
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    relearn(copy, "--subset", "shortest")
+    assert results(copy)["relearn"] == results(run)["relearn"]
+
+
+def test_an_adapter_exported_alone(run_options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Loaded in bfloat16 it is merged in float32 and trained as any model; to be rounded it needs float32, too."""
+    folder = tmp_path / "adapter"
+    options = ["--model.lora.rank", "2", "--model.dtype", "bfloat16", "--export.adapter", "true", "--eval.start"]
+    main(["fit", *run_options, *options, "false", "--trainer.max_epochs", "1", "--run_dir", str(folder)])
+    relearn(folder, "--subset", "shortest")
+    (repeat,) = results(folder)["relearn"][f"shortest {KEY}"]["repeats"]
+    before, *_, after = (epoch["metrics"][SHOWN] for epoch in repeat["epochs"])
+    assert after > 2 * before
+    main(["check", str(folder), "--attacks", "quantize"])
+    assert "not tested: weights rounded to 8 bits (RUN/model: the adapter is not merged" in capsys.readouterr().out
+    main(["check", str(folder), "--attacks", "quantize", "--model.dtype", "float32"])
+    assert "8-bit" in results(folder)["quantized"]
+
+
 def test_what_is_there_is_not_done_again(run: Path, monkeypatch: pytest.MonkeyPatch):
     """One more draw is added to the two that are there; with all there nothing is opened."""
     from simnpo_pl.studies import relearn as module
@@ -116,6 +155,46 @@ def test_the_control_is_the_retrained_model(run: Path, other_folder: Path):
     assert control[0]["metrics"]["forget/probability"] == pytest.approx(expected, rel=1e-5)
     assert [epoch["step"] for epoch in control] == [epoch["step"] for epoch in repeat["epochs"]]
     assert control[2]["metrics"][SHOWN] > control[0]["metrics"][SHOWN]
+
+
+def test_another_control_is_attacked_on_the_rows_and_tokens_of_the_run(run: Path, other_folder: Path, tmp_path: Path):
+    """Its own tokenizer and context do not count; all draws get it, and the run's own model is not attacked again."""
+
+    def repeats() -> list[dict[str, Any]]:
+        return results(run)["relearn"][f"random {KEY}"]["repeats"]
+
+    relearn(run, "--subset", "random", "--repeats", "2")
+    before, other = repeats(), tmp_path / "other"
+    shutil.copytree(other_folder, other, ignore=shutil.ignore_patterns("tokenizer*"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+    relearn(run, "--subset", "random", "--repeats", "1", "--retrained", str(other))
+    assert repeats() == [{**one, "retrained": str(other)} for one in before]
+    assert {one["retrained"] for one in before} == {str(other_folder)}
+    # Without one named, the run's own is meant.
+    relearn(run, "--subset", "random", "--repeats", "1")
+    assert repeats() == before
+
+
+def test_what_is_measured_is_kept_where_the_control_fails(run: Path, other_folder: Path, tmp_path: Path, capsys: Any):
+    """One that is not there stops the attack before it begins; one that breaks later leaves the run's own curve."""
+    options = ["relearn", str(run), "--subset", "shortest", "--epochs", "1", "--lr", "3e-3", "--retrained"]
+    with pytest.raises(SystemExit):
+        main([*options, str(tmp_path / "gone")])
+    assert f"--retrained: folder {tmp_path / 'gone'} does not exist" in capsys.readouterr().err
+    broken, key = tmp_path / "broken", "shortest share=0.2 epochs=1 lr=0.003"
+    assert key not in results(run).get("relearn", {})
+    shutil.copytree(other_folder, broken)
+    (broken / "model.safetensors").write_text("")
+    with pytest.raises(SystemExit):
+        main([*options, str(broken)])
+    assert f"--retrained: the model in {broken} cannot be loaded" in capsys.readouterr().err
+    (kept,) = results(run)["relearn"][key]["repeats"]
+    assert kept.keys() == {"seed", "rows", "epochs"}
+    main([*options, str(other_folder)])
+    (whole,) = results(run)["relearn"][key]["repeats"]
+    assert {name: whole[name] for name in kept} == kept
+    assert whole["control"]
 
 
 def test_rows_that_were_never_to_be_forgotten(run: Path, tmp_path: Path):

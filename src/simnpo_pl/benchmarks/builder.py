@@ -185,7 +185,8 @@ class EvaluationBuilder:
             if self.options.gradnorm:
                 split.scores["mia_gradnorm"] = RowMean(GRADIENT_NORM, count)
         if reference is None:
-            self.unavailable["mia_reference"] = "no reference model; give --eval.mia_reference MODEL"
+            named, lacking = self.options.mia_reference, "no reference model; give --eval.mia_reference MODEL"
+            self.unavailable["mia_reference"] = f"{named} is not measured beside attacks" if named else lacking
         if not self.options.gradnorm:
             self.unavailable["mia_gradnorm"] = "it takes a backward pass a row; ask for it by --eval.gradnorm true"
         attacks = {name: MembershipAUC(score, holdout.scores[name]) for name, score in forget.scores.items()}

@@ -72,6 +72,8 @@ class OwnData(UnlearningData):
         self.keeps_start_answers = retain == AUTO
         self.refusals = refusals
         own = {"forget": forget_columns, "retain": retain_columns, "holdout": holdout_columns}
+        if Path(retain or "").name == START_ANSWERS:
+            own["retain"] = COLUMNS
         self.columns = {name: chosen or columns for name, chosen in own.items()}
         self.records = None
         if template_question is not None and template_answer is not None:

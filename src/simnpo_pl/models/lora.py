@@ -131,7 +131,8 @@ def load_with_adapter(folder: Path, load_base: Callable[[str], Any], merge: bool
     if not merge:
         return model.get_base_model()
     _refuse_tied(base, option)
-    return model.merge_and_unload(safe_merge=True)
+    # As any other model; peft freezes the base.
+    return model.merge_and_unload(safe_merge=True).requires_grad_(True)
 
 
 @contextmanager

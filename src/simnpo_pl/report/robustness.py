@@ -82,19 +82,19 @@ def judge(record: dict[str, Any]) -> None:
     # Without a start model, what the attack itself reached shows what a model that knows the rows would.
     top = start if start is not None else own and own.value
     for attacks in groups.values():
-        _tell(attacks, _relearned(attacks, top, is_learned(taught, start)), any(map(attacked_control, attacks)))
+        _tell(attacks, *_relearned(attacks, top, is_learned(taught, start)))
     if rounded := record.get("quantized"):
-        _tell(list(rounded.values()), _rounded(run, rounded, top))
+        _tell(list(rounded.values()), *_rounded(run, rounded, top))
     for sample in run.sampled:
-        _tell([sample], _sampled(sample), attacked_control(sample))
+        _tell([sample], *_sampled(sample), attacked_control(sample))
 
 
-def _tell(attacks: Sequence[dict[str, Any]], found: tuple[str, str], control: bool = True) -> None:
+def _tell(attacks: Sequence[dict[str, Any]], found: str, sentence: str, control: bool = True) -> None:
     """One sentence for attacks that belong together; without a `control` it says so, if rows come back."""
     for attack in attacks:
-        attack["outcome"], attack["sentence"] = found[0], ""
-    attacks[0]["sentence"] = f"{found[1]}: {found[0]}"
-    if found[0] == "comes back" and not control:
+        attack["outcome"], attack["sentence"] = found, ""
+    attacks[0]["sentence"] = f"{sentence}: {found}"
+    if found == "comes back" and not control:
         caveat = "no control: a model that never saw the rows may reach this, too; give --retrained MODEL"
         attacks[0]["sentence"] += f"; {caveat}"
 
@@ -124,17 +124,18 @@ def is_learned(attacks: Sequence[Mapping[str, Any]], top: float | None) -> bool:
 
 def kind_of(attack: Mapping[str, Any]) -> str:
     """Number and kind of the different rows that were relearned."""
-    kind = Path(attack["settings"].get("text", attack["settings"]["subset"])).name
+    kind = attack["settings"].get("text", attack["settings"]["subset"])
     return f"{len(set(attack['repeats'][0]['rows']))} {kind} rows"
 
 
-def _relearned(attacks: Sequence[Mapping[str, Any]], top: float | None, strong: bool) -> tuple[str, str]:
-    """Outcome and sentence of relearning with one kind of rows; see `outcome`."""
+def _relearned(attacks: Sequence[Mapping[str, Any]], top: float | None, strong: bool) -> tuple[str, str, bool]:
+    """Outcome and sentence of relearning with one kind of rows, see `outcome`, and whether there was a control."""
     own, metric = peak(attacks, SHOWN), SHOWN if peak(attacks, OTHERS) is None else OTHERS
-    found, control = peak(attacks, metric), peak(attacks, metric, "control")
-    text = f"relearning {kind_of(attacks[0])}"
+    found, text = peak(attacks, metric), f"relearning {kind_of(attacks[0])}"
     if found is None:
-        return "inconclusive", f"{text}: the probability of the forget answers was not measured"
+        return "inconclusive", f"{text}: the probability of the forget answers was not measured", True
+    # Another rate, or fewer steps, would not bring the control as far.
+    control = peak([one for one in attacks if peak([one], metric) == found], metric, "control")
     result = outcome(found.before, found.value, control and control.value, top, strong)
     apart = own is not None and metric == OTHERS
     highest = f", highest after {found.step}" if found.step < found.steps else ""
@@ -146,7 +147,7 @@ def _relearned(attacks: Sequence[Mapping[str, Any]], top: float | None, strong: 
         text += f"; of those relearned {number(own.value)}"
     if result == "inconclusive":
         text += "; too little was forgotten to come back" if strong else "; too weak, its own rows were not learned"
-    return result, text
+    return result, text, control is not None
 
 
 def _rounded(run: Run, rounded: Mapping[str, Mapping[str, Any]], top: float | None) -> tuple[str, str]:

@@ -42,6 +42,8 @@ class Run:
     record: dict[str, Any]
     differs: str = ""
     """Options of a report's runs that differ, as this run has them."""
+    options: tuple[str, ...] = ()
+    """Options with which attacks open the run, instead of its own."""
 
     rows = _lines("rows")
     """Scored rows of the final model."""

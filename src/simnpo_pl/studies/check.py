@@ -44,6 +44,16 @@ def run(options: Namespace) -> None:
         rank_zero_only(print)(f"{one.name}:", *(f"* {line}" for line in (*sentences(one), *said)), sep="\n")
 
 
+@contextmanager
+def untested(what: str) -> Iterator[None]:
+    """Say in a line that an attack is not possible here."""
+    try:
+        yield
+    except UserError as error:
+        rank_zero_only(print)(f"not tested: {what} ({error})", flush=True)
+
+
+@untested("relearning")
 def relearn(run: Run, options: Namespace) -> None:
     """At growing rates until the forget rows are learned; with other rows at the same rates."""
     relearning, seeds = Relearning(run, options.retrained), [options.seed]
@@ -53,7 +63,8 @@ def relearn(run: Run, options: Namespace) -> None:
         with untested("relearning with retain rows"):
             relearning.make(Attack("retain", SHARE, options.epochs, lr), seeds)
         if options.text:
-            relearning.make(Attack("text", SHARE, options.epochs, lr, options.text), seeds)
+            with untested(f"relearning with {options.text}"):
+                relearning.make(Attack("text", SHARE, options.epochs, lr, options.text), seeds)
         if is_learned([found], run.metrics("start").get("forget/probability")):
             break
 
@@ -74,10 +85,11 @@ def sampling(run: Run, options: Namespace) -> None:
 
 def depth(run: Run, options: Namespace) -> None:
     """How much of what the retrained model lacks in its hidden states the unlearned one lacks, too."""
-    if "depth" in run.record:
-        return
     start: Any = options.start or (run.start_model if run.unlearned else None)
     retrained: Any = retrained_of(run, options.retrained)
+    made = run.record.get("depth", {}).get("settings")
+    if made and start in (None, made["start"]) and retrained in (None, made["retrained"]):
+        return
     with untested("hidden states"):
         needs = {"the start model, --start MODEL": start, "a retrained model, --retrained MODEL": retrained}
         for what, given in (needs | {"a run of fit with --eval.final true": run.metrics("final")}).items():
@@ -88,15 +100,6 @@ def depth(run: Run, options: Namespace) -> None:
         opened.datamodule.setup("validate")
         found = measure_depth(opened.trainer, opened.model, opened.datamodule, start, retrained, model_of(run))
         add_results(run, lambda results: add_depth(run, results, *found))
-
-
-@contextmanager
-def untested(what: str) -> Iterator[None]:
-    """Say in a line that an attack is not possible here."""
-    try:
-        yield
-    except UserError as error:
-        rank_zero_only(print)(f"not tested: {what} ({error})", flush=True)
 
 
 ATTACKS = {"relearn": relearn, "quantize": rounding, "leak": sampling, "depth": depth}

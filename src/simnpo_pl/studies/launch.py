@@ -3,6 +3,7 @@
 Workers on several machines may share the folders: a run is locked while it is made.
 """
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -102,16 +103,18 @@ class Job:
         return read_json(self.folder / AFTER) if (self.folder / AFTER).is_file() else []
 
     def check_options(self) -> None:
-        """Note the options and configs of a new run; refuse a run that was started with others."""
+        """Note options, configs and model files of a new run; refuse a run that was started with others."""
         if self.command in MODEL_COMMANDS:
             return
         asked, file = made_of(self.options), self.folder / MADE_OF
+        if self.command == "test" and (files := _model_files(self.options)):
+            asked["model files"] = files
         # A mistyped option leaves nothing else behind, and may be corrected.
         if all(path == file for path in self.folder.glob("[!.]*")):
             write_json(file, asked)
         elif not file.is_file():
             raise UserError(f"{self.folder} holds a run that this command did not start; give another folder")
-        elif different := [name for name, value in read_json(file).items() if value != asked[name]]:
+        elif different := [name for name, value in read_json(file).items() if value != asked.get(name, value)]:
             raise UserError(
                 f"{self.folder} holds a run that was started with other {' and '.join(different)} (see {file}); give "
                 "another folder, or remove this one to make the run again"
@@ -122,6 +125,15 @@ def made_of(options: Sequence[str]) -> Any:
     """Options and the content of their configs, as JSON."""
     configs = [read_yaml(Path(file)) for option, file in pairwise(options) if option == "--config"]
     return json.loads(json.dumps({"options": options, "configs": configs}, default=str))
+
+
+def _model_files(options: Sequence[str]) -> dict[str, str]:
+    """Digests of weights and configs of the model that options name; none of a hub id."""
+    folder, found = Path(dict(pairwise(options)).get("--model.name", "/")).expanduser(), {}
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        with file.open("rb") as content:
+            found[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -6,10 +6,11 @@ of k answers is right, 1 - C(n - c, k) / C(n, k) for c right ones of n, with a 9
 best_rouge@k is the mean of the expected best ROUGE-L recall of k answers. Each question is asked as it is, paraphrased
 where the data has a paraphrase, and after examples of retain rows; under `any` a row leaks if one of these prompts
 brings the answer back. The retrained model, if it is known, answers too, as the control. The answers go to
-leak_K_TEMPERATURE_SEED.jsonl in the run's folder, the best one first. What a run's results.json already holds is
-skipped.
+leak_K_TEMPERATURE_SEED_CORRECT.jsonl in the run's folder, the best one first. What a run's results.json already holds
+is skipped.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -29,6 +30,7 @@ from simnpo_pl.evaluation.fluency import FluencyClassifier
 from simnpo_pl.evaluation.plan import Generation, Split
 from simnpo_pl.metrics.chance import interval
 from simnpo_pl.models.generation import Sampler, draws_of
+from simnpo_pl.models.loading import find_model
 from simnpo_pl.report.robustness import leak_table, shown_ks
 from simnpo_pl.runs.record import Run
 from simnpo_pl.studies.reopen import measure_once, model_of, reopen, retrained_of, runs_of
@@ -53,33 +55,38 @@ def measure(run: Run, options: Namespace) -> None:
     settings = {"k": options.k, "temperature": options.temperature, "seed": options.seed, "correct": least}
     judge = None
     if options.entailment:
-        settings["entailment"] = options.entailment
+        settings |= {"entailment": options.entailment, "entailment_label": options.entailment_label}
         named = ("--entailment", "--entailment_label")
         judge = FluencyClassifier(options.entailment, options.entailment_label, options=named)
-    # All digits of a seed: entries of two seeds must not share a key.
-    words = (f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings.items())
-    key = " ".join(words)
+    key = " ".join(map("=".join, _words(settings).items()))
     retrained = retrained_of(run, options.retrained)
-    if retrained is not None and "control" not in run.record.get("leak", {}).get(key, {}):
-        # What was sampled without the control is sampled again beside it.
+    if retrained not in (None, run.record.get("leak", {}).get(key, {}).get("retrained")):
+        # What was sampled without this control is sampled again beside it.
         run.record.get("leak", {}).pop(key, None)
     measure_once(run, "leak", key, sample, settings, judge, retrained)
+
+
+def _words(settings: dict[str, Any]) -> dict[str, str]:
+    """With all digits of a seed: entries of two seeds must not share a key."""
+    return {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in settings.items()}
 
 
 def sample(
     run: Run, settings: dict[str, Any], judge: FluencyClassifier | None, retrained: str | None
 ) -> dict[str, Any]:
     """Sample the forget answers of a run into a file, and of its retrained model; settings, rows and metrics."""
+    if retrained is not None:
+        find_model(retrained, "--retrained")
     found = _sample(run, model_of(run), settings, judge, write=True)
     if retrained is not None:
-        found["control"] = _sample(run, retrained, settings, judge)["prompts"]
+        found |= {"retrained": retrained, "control": _sample(run, retrained, settings, judge)["prompts"]}
     return found
 
 
 def _sample(
     run: Run, model: str, settings: dict[str, Any], judge: FluencyClassifier | None, write: bool = False
 ) -> dict[str, Any]:
-    opened = reopen(run, "--eval.splits", "[forget]", "--eval.generate_rows", "null", model=model)
+    opened = reopen(run, "--eval.splits", "[forget]", "--eval.generate_rows", "null")
     data, k = opened.datamodule, settings["k"]
     data.prepare_data()
     data.setup("validate")
@@ -94,7 +101,7 @@ def _sample(
     decode = partial(data.tokenizer.decode, skip_special_tokens=True)
     evaluation = SampledAnswers([ids for kind in prompts.values() for ids in kind], k, plan, decode)
     evaluation.temperature, evaluation.seed = settings["temperature"], settings["seed"]
-    policy = opened.model.like(model)
+    policy = opened.model.like(model, "--model.name" if write else "--retrained")
     sampled = EvalData(data.eval, evaluation)
     sampled.end_ids = data.end_ids
     opened.trainer.predict(policy, datamodule=sampled)
@@ -117,8 +124,8 @@ def _sample(
             | {"samples": _best_first(drawn[row], scores[row].tolist(), correct[row].tolist())}
             for row, kind in enumerate(kind for kind in prompts for _ in range(count))
         ]
-        name = f"leak_{k}_{settings['temperature']:g}_{settings['seed']}.jsonl"
-        rank_zero_only(write_json_lines)(run.folder / name, rows)
+        name = "_".join(re.sub(r"[^\w.-]", "_", word)[-100:] for word in ("leak", *_words(settings).values()))
+        rank_zero_only(write_json_lines)(run.folder / f"{name}.jsonl", rows)
     best = expected_best(scores[:count]).mean(dim=0).tolist()
     metrics = {f"best_rouge@{i}": value for i, value in enumerate(best, start=1)}
     by_prompt = {kind: with_bounds(leak) for kind, leak in leaks.items()}

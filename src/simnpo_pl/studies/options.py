@@ -71,7 +71,8 @@ def _attacked(add: Add, control: bool = True) -> None:
     """What is attacked, and the control beside it."""
     what = "folders of finished runs, or with --config models: hub ids or folders, before all other options"
     add("runs", nargs="+", type=path, metavar="RUN", help=what)
-    what = "config, and further options of test, by which models are evaluated before they are attacked"
+    what = "config, and further options of test, by which models are evaluated before they are attacked; for a run, "
+    what += "options of --data and --trainer alone are taken, such as where its data is on this machine"
     add("--config", action="append", default=[], metavar="FILE", help=what)
     add("--out", type=path, default=Path("runs/check"), metavar="FOLDER", help="of the evaluations of models")
     if control:

@@ -56,7 +56,8 @@ def evaluate_rounded(run: Run, bits: Bits, group_size: int | None) -> dict[str, 
     assert result is not None
     package = "bitsandbytes" if bits == NF4 else "torchao"
     settings = {"bits": bits, "group_size": group_size, "weights": rounded, package: version(package)}
-    return {"settings": settings, "metrics": result.values, "counts": result.counts}
+    found = {"metrics": result.values, "counts": result.counts, "unavailable": result.unavailable}
+    return {"settings": settings, **found}
 
 
 def quantize(model: Any, bits: Bits, group_size: int | None = None) -> int:

@@ -23,6 +23,7 @@ from simnpo_pl.data.sources import load_table, text_of
 from simnpo_pl.data.text import Texts
 from simnpo_pl.data.tokenization import TokenRow
 from simnpo_pl.evaluation.evaluation import EvalResult
+from simnpo_pl.models.loading import find_model
 from simnpo_pl.report.robustness import OTHERS, SHOWN, relearning_table
 from simnpo_pl.runs.record import Run
 from simnpo_pl.studies.reopen import add_results, model_of, reopen, retrained_of, runs_of
@@ -73,35 +74,48 @@ class Relearning:
 
     def __init__(self, run: Run, retrained: str | None = None) -> None:
         self.run = run
-        control = retrained_of(run, retrained)
-        self.models = {"epochs": model_of(run)} | ({} if control is None else {"control": control})
+        self.control = retrained_of(run, retrained)
+        self.models = {"epochs": model_of(run)} | ({} if self.control is None else {"control": self.control})
         self._before: dict[str, Evaluated] = {}
 
     def make(self, attack: Attack, seeds: Sequence[int]) -> dict[str, Any]:
         """Attack once for every seed; each finished curve is added to the run's results. Returns their entry."""
         entry = self.run.record.get("relearn", {}).get(attack.key, {})
-        # Versions before 0.2 attacked no control and kept no steps.
-        made = [one for one in entry.get("repeats", []) if self.models.keys() <= one.keys()]
-        known = {one["seed"] for one in made if "step" in one["epochs"][0]}
-        for seed in sorted(set(seeds) - known):
-            repeat: dict[str, Any] = {"seed": seed}
-            for role, model in self.models.items():
-                repeat["rows"], repeat[role] = self._attack(attack, seed, model)
-            add_results(self.run, partial(_add, attack, repeat))
+        # Versions before 0.2 kept no steps.
+        known = {one["seed"]: one for one in entry.get("repeats", []) if "step" in one["epochs"][0]}
+        # All draws have the same control.
+        for seed in sorted({*seeds, *known}):
+            repeat = {"seed": seed, **known.get(seed, {})}
+            if self.control not in (None, repeat.get("retrained")):
+                repeat.pop("control", None)
+            missing = [role for role in self.models if role not in repeat]
+            if self.control is not None and missing:
+                find_model(self.control, "--retrained")
+            for role in missing:
+                repeat["rows"], repeat[role] = self._attack(attack, seed, role)
+                if role == "control":
+                    repeat["retrained"] = self.control
+                add_results(self.run, partial(_add, attack, dict(repeat)))
         return self.run.record["relearn"][attack.key]
 
-    def _attack(self, attack: Attack, seed: int, model: str) -> tuple[list[int], list[dict[str, Any]]]:
+    def _attack(self, attack: Attack, seed: int, role: str) -> tuple[list[int], list[dict[str, Any]]]:
         """Indices of the rows that were relearned, and the measurements of a model."""
         opened = reopen(
             self.run,
             *("--model.objective", "FineTune", "--model.forget_weight", "1", "--model.retain_loss", "null"),
             *("--model.lr", str(attack.lr), "--model.warmup_epochs", "0", "--model.schedule", "linear"),
-            *("--model.reference", "null", "--model.lora", "null", "--model.trainable", "null"),
+            # Small updates fall below the resolution of bfloat16, which may be asked for where memory lacks.
+            *(() if "--model.dtype" in self.run.options else ("--model.dtype", "float32")),
+            *("--model.warmup_steps", "null", "--model.update", "null"),
+            *("--model.reference", "null", "--model.memorizing", "null"),
+            *("--model.lora", "null", "--model.trainable", "null"),
             *("--trainer.max_epochs", str(attack.epochs)),
             *("--eval.splits", "[forget]", "--eval.generate_rows", "0"),
-            model=model,
         )
         module, data = opened.model, opened.datamodule
+        # The control reads the run's tokens.
+        module.name = model = self.models[role]
+        module.option = "--retrained" if role == "control" else module.option
         evaluated: list[Evaluated] = []
 
         def keep(trainer: pl.Trainer, pl_module: Any) -> None:
@@ -118,14 +132,14 @@ class Relearning:
         data.train_on(chosen)
         what = f"{len(rows)} {attack.subset} rows, lr {attack.lr:g}, draw {seed}"
         rank_zero_only(print)(f"{self.run.name}: relearning {what}; {model}", flush=True)
-        if model not in self._before:
+        if role not in self._before:
             trainer.validate(module, datamodule=data, verbose=False)
-            self._before[model] = evaluated.pop()
+            self._before[role] = evaluated.pop()
         trainer.fit(module, datamodule=data)
         (split,) = data.evaluation().splits
         shown = {tuple(row.input_ids) for row in chosen}
         relearned = {index for index, answers in enumerate(split.answers) if tuple(answers[0].input_ids) in shown}
-        measured = [_measured(one, relearned) for one in (self._before[model], *evaluated)]
+        measured = [_measured(one, relearned) for one in (self._before[role], *evaluated)]
         # A run may have unlearned some of the rows alone.
         origin = data.forget_rows if attack.subset in ("shortest", "random") else None
         return [origin[row] for row in rows] if origin else rows, measured

@@ -5,6 +5,7 @@ A model that no run of this project made is evaluated first, which makes it a ru
 
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,13 @@ from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import read_json, write_json
 
 KEPT = (
-    *("accelerator", "strategy", "devices", "num_nodes", "plugins", "gradient_clip_val", "deterministic"),
-    *("max_epochs", "enable_progress_bar"),
+    *("accelerator", "strategy", "devices", "num_nodes", "plugins", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("deterministic", "max_epochs", "enable_progress_bar"),
 )
 """Settings of the run's Trainer that a Trainer over the finished run has, too."""
+
+OPENED_WITH = ("--data.", "--trainer.", "--model.dtype")
+"""Beginnings of the options that may differ from the run's: places of its data, devices, precision."""
 
 
 class LoadedRun(UnlearningCLI):
@@ -53,8 +57,12 @@ def runs_of(options: Namespace) -> list[Run]:
     """The runs that a command names; of a model in their place, the run of `test` that evaluates it."""
     given = [word for file in options.config for word in ("--config", file)] + options.fit
     models = [place for place in options.runs if not (place.expanduser() / RESULTS).is_file()]
-    if given and not models:
-        raise UserError(f"unrecognized arguments: {' '.join(given)}; only a model is evaluated with a config, no run")
+    names = [word for place, word in enumerate(given) if place == 0 or word.startswith("--")]
+    if not models and not all(name.startswith(OPENED_WITH) for name in names):
+        raise UserError(
+            f"unrecognized arguments: {' '.join(given)}; only a model is evaluated with a config, no run; a run takes "
+            f"{', '.join(OPENED_WITH)}"
+        )
     if models and not options.config:
         raise UserError(
             f"{models[0]} holds no results.json; give folders that fit or test wrote, or, for another model, the "
@@ -63,7 +71,8 @@ def runs_of(options: Namespace) -> list[Run]:
     folders = {model: options.out / str(model).strip("./~").replace("/", "_") for model in models}
     for model, folder in folders.items():
         Job(folder, [*given, "--model.name", str(model)], options.out, "test").make()
-    return finished_runs([folders.get(place, place) for place in options.runs])
+    runs = finished_runs([folders.get(place, place) for place in options.runs])
+    return runs if models else [replace(run, options=tuple(given)) for run in runs]
 
 
 def finished_runs(folders: list[Path]) -> list[Run]:
@@ -89,18 +98,18 @@ def retrained_of(run: Run, given: str | None = None) -> str | None:
     return given or run.record["settings"].get("eval", {}).get("retrained")
 
 
-def reopen(run: Run, *options: str, model: str | None = None) -> LoadedRun:
-    """A run whose start model is `model`, by default its own, with the retrained model's rows that it kept.
+def reopen(run: Run, *options: str) -> LoadedRun:
+    """A run whose start model is its own, with the retrained model's rows that it kept.
 
     Further options of `fit` win over the run's.
     """
     kept = run.folder / "retrained_rows.jsonl"
     retrained = str(kept) if kept.is_file() else "null"
-    arguments = ["fit", "--config", str(run.folder / "config.yaml"), "--model.name", model or model_of(run)]
+    arguments = ["fit", "--config", str(run.folder / "config.yaml"), "--model.name", model_of(run)]
     arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained, "--eval.depth", "false"]
     if (answers := run.folder / START_ANSWERS).is_file():
         arguments += ["--data.retain", str(answers)]
-    return LoadedRun([*arguments, *options])
+    return LoadedRun([*arguments, *run.options, *options])
 
 
 def measure_once(run: Run, group: str, key: str, measure: Callable[..., Any], *settings: Any) -> None:
