@@ -2,7 +2,8 @@
 
 import os
 import shutil
-import socket
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,19 @@ CONFIGS = {
 
 def on_processes(count: int, function: Callable[[int, Any], None]) -> None:
     """Run a function of rank and mesh on several gloo processes, forked from this one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    children = []
+    # They meet in a file: a free port may be another's by the time it is used.
+    file, children = tempfile.mktemp(), []
     for rank in range(count):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                place = {"RANK": str(rank), "WORLD_SIZE": str(count)}
-                os.environ |= {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                distributed.init_process_group("gloo")
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
+                distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count)
                 function(rank, init_device_mesh("cpu", (count,)))
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         children.append(child)
