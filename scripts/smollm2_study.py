@@ -185,7 +185,9 @@ def collect(task: Task) -> dict[str, Any]:
     record = read_json(task.run / "results.json")
     group = {"relearn": "relearn", "quantize": "quantized", "leak": "leak"}.get(task.words[0])
     if group is not None:
-        rows_of = [row for file in task.run.glob("leak_*.jsonl") for row in read_json_lines(file)]
+        # The newest alone: an attack that was made again has a file of its own.
+        files = sorted(task.run.glob("leak_*.jsonl"), key=lambda file: file.stat().st_mtime)[-1:]
+        rows_of = [row for file in files for row in read_json_lines(file)]
         asked = [row["samples"] for row in rows_of if row["prompt"] == "question"]
         best = {"best": [max(one["rougeL_recall"] for one in row) for row in asked]} if group == "leak" else {}
         return {"found": record[group], **best}

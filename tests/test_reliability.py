@@ -373,6 +373,49 @@ def test_first_signal_is_noted_and_the_second_stops(monkeypatch: pytest.MonkeyPa
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(
+    ("options", "step"),
+    [(["--trainer.max_steps", "6", "--trainer.max_epochs", "-1"], 5), (["--trainer.max_steps", "4"], 3)],
+)
+def test_signal_in_the_last_step(cli: CLI, tmp_path: Path, options: list[str], step: int):
+    """A resumed run would not go on: the evaluation and the export that follow the step are made before the stop."""
+    options = [*options, "--trainer.val_check_interval", "2", "--trainer.logger", "false"]
+    options += ["--export.best", "forget/probability", "--export.mode", "max"]
+    cli("fit", *options, "--run_dir", str(tmp_path / "whole"))
+
+    def interrupt(self: Any, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(RunFolder, "on_train_batch_start", interrupt, raising=False)
+        cli("fit", *options, "--run_dir", str(tmp_path / "cut"))
+    assert stop.value.code == 143
+    cli("fit", *options, "--run_dir", str(tmp_path / "cut"), "--ckpt_path", "last")
+    assert same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_stop_that_waits_for_other_epochs_saves_as_usual(cli: CLI, tmp_path: Path):
+    """EarlyStopping with min_epochs asks for a stop long before it comes."""
+    saved: list[int] = []
+
+    begin = RunFolder.on_train_start
+
+    def ask(self: Any, trainer: Any, pl_module: Any) -> None:
+        begin(self, trainer, pl_module)
+        trainer.should_stop = True
+
+    def save(self: Any, trainer: Any) -> None:
+        saved.append(trainer.global_step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "on_train_start", ask)
+        patch.setattr(SaveState, "save", save)
+        options = ["--trainer.max_epochs", "5", "--trainer.min_epochs", "3", "--trainer.limit_val_batches", "0"]
+        cli("fit", *options, "--eval.start", "false", "--eval.final", "false", "--run_dir", str(tmp_path))
+    assert saved == [3, 6, 9]
+
+
 def test_two_interrupts_stop_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -467,7 +467,9 @@ def test_evaluations_within_an_epoch_outlast_a_resume(cli: CLI, tmp_path: Path):
     assert results(tmp_path / "cut")["epochs"] == results(tmp_path / "whole")["epochs"]
 
 
-def test_resume_with_other_options_is_refused(cli: CLI, cli_error: Callable[..., str], tmp_path: Path):
+def test_resume_with_other_options_is_refused(
+    cli: CLI, cli_error: Callable[..., str], model_folder: Path, other_folder: Path, tmp_path: Path
+):
     """Neither training nor evaluation would be that of the record; how many rows are in a batch may differ."""
     cut = tmp_path / "cut"
     cli("test", "--run_dir", str(tmp_path / "log"))
@@ -480,6 +482,7 @@ def test_resume_with_other_options_is_refused(cli: CLI, cli_error: Callable[...,
         ("data.effective_batch", "2", "4"),
         ("model.lr", "0.5", "0.01"),
         ("seed_everything", "7", "0"),
+        ("model.name", str(other_folder), str(model_folder)),
     ):
         error = cli_error("fit", *resume, f"--{option}", value)
         assert f"holds a run with {option} {was}, here it is {option} {value}: give its options" in error
@@ -500,6 +503,13 @@ def test_a_run_without_results_keeps_its_options(cli: CLI, cli_error: Callable[.
         cli("fit", *options)
     error = cli_error("fit", *options, "--ckpt_path", "last", "--model.lr", "0.5")
     assert "holds a run with model.lr 0.01, here it is model.lr 0.5" in error
+
+
+def test_test_takes_over_no_fit(cli: CLI, cli_error: Callable[..., str], tmp_path: Path):
+    with killed_in_epoch(1):
+        cli("fit", "--run_dir", str(tmp_path))
+    assert not (tmp_path / "last.ckpt").exists()
+    assert "holds a run of fit: give another folder" in cli_error("test", "--run_dir", str(tmp_path))
 
 
 def test_rows_of_a_log_replace_older_ones(cli: CLI, tmp_path: Path):

@@ -158,8 +158,7 @@ class SaveState(Checkpoint):
         trainer.should_stop = self._ends and between
         # After the last batch the epoch's evaluation starts or the epoch ends; both save.
         if between and not trainer.is_last_batch:
-            ends = trainer.should_stop or trainer.global_step == trainer.max_steps
-            self._save_if_due(trainer, ends and self.every_epochs is not None)
+            self._save_if_due(trainer, self._is_over(trainer) and self.every_epochs is not None)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.signals.defer()
@@ -177,6 +176,9 @@ class SaveState(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.signals.defer(trainer.state.fn == "fit")
+        if self._is_over(trainer) and not trainer.is_last_batch and self.every_epochs is not None:
+            # The epoch that this evaluation picked for the export.
+            self.save(trainer)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
@@ -189,7 +191,7 @@ class SaveState(Checkpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._stop(trainer, self._agreed_signal(trainer))
+        self._stop(trainer, self._agreed_signal(trainer), over=False)
         self.signals.defer(False)
 
     def _save_if_due(self, trainer: pl.Trainer, due: bool = False) -> None:
@@ -206,8 +208,14 @@ class SaveState(Checkpoint):
         requested = torch.tensor(self.signals.requested, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(requested, reduce_op="max"))
 
-    def _stop(self, trainer: pl.Trainer, signum: int) -> None:
-        if signum:
+    @staticmethod
+    def _is_over(trainer: pl.Trainer) -> bool:
+        """Whether no step is left. A resumed run would not go on, so that its last evaluation would be lost."""
+        early = trainer.should_stop and trainer.fit_loop._can_stop_early
+        return trainer.state.fn == "fit" and (early or trainer.global_step == trainer.max_steps)
+
+    def _stop(self, trainer: pl.Trainer, signum: int, over: bool | None = None) -> None:
+        if signum and not (self._is_over(trainer) if over is None else over):
             if signum == self.signals.requeue and trainer.is_global_zero:
                 _requeue()
             raise Stopped(signum)

@@ -30,7 +30,7 @@ from simnpo_pl.utils.files import clean, read_json, write_json, write_json_lines
 RESULTS = "results.json"
 CONFIG = "config.yaml"
 FREE = re.compile(
-    r"model\.(name|attn_implementation|gradient_checkpointing)|data\.per_device_batch"
+    r"model\.(attn_implementation|gradient_checkpointing)|data\.per_device_batch"
     r"|eval\.(start|final|depth|tokens_per_batch|prompts_per_batch|cache_dir)"
 )
 """Options of model, data and evaluation that a resumed run may change: no result depends on them."""
@@ -80,10 +80,10 @@ class RunFolder(Callback):
             raise UserError(f"{holds} a finished run: give another folder")
         if earlier and not resume:
             raise UserError(f"{holds} an unfinished run: resume it with --ckpt_path last, or give another folder")
-        if not fit and (self.folder / LAST).exists():
+        if not fit and ((self.folder / LAST).exists() or "start" in earlier):
             raise UserError(f"{holds} a run of fit: give another folder")
         if resume and config.is_file():
-            was, here = differing([_kept_options(text) for text in (config.read_text(), self.config)])
+            was, here = differing(_kept_options(config.read_text(), self.config))
             if was:
                 raise UserError(f"{holds} a run with {was}, here it is {here}: give its options, or another folder")
         kept = ("start", "epochs", "counts", "unavailable", "titles", "seconds", "peak_memory_gib")
@@ -236,21 +236,23 @@ def add_depth(run: Run, record: dict[str, Any], entry: dict[str, Any], rows: lis
     record["unavailable"] = others | dict.fromkeys(lost, reason)
 
 
-def _kept_options(config: str) -> dict[str, Any]:
-    """The options of a resolved config that a resumed run must not change, by their names."""
-    found: dict[str, Any] = {}
+def _kept_options(*configs: str) -> list[dict[str, Any]]:
+    """Of resolved configs, the options that a resumed run must not change, by their names; without new ones."""
+    found: list[dict[str, Any]] = []
 
     def add(name: str, value: Any) -> None:
         if isinstance(value, dict):
             for key, inner in value.items():
                 add(name if key == "init_args" else f"{name}.{key}", inner)
         elif not FREE.fullmatch(name):
-            found[name] = value
+            found[-1][name] = value
 
-    content = yaml.safe_load(config)
-    for group in ("model", "data", "eval", "seed_everything"):
-        add(group, content.get(group))
-    return found
+    for config in configs:
+        found.append({})
+        content = yaml.safe_load(config)
+        for group in ("model", "data", "eval", "seed_everything"):
+            add(group, content.get(group))
+    return [{name: one[name] for name in one if all(name in other for other in found)} for one in found]
 
 
 def describe_objective(module: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
+from simnpo_pl.models.loading import find_model
 from simnpo_pl.module.depth import measure_depth
 from simnpo_pl.report.robustness import is_learned, sentences
 from simnpo_pl.runs.folder import add_depth
@@ -35,6 +36,9 @@ GROUP = 32
 
 
 def run(options: Namespace) -> None:
+    for name in ("retrained", "start"):
+        if given := getattr(options, name):
+            find_model(given, f"--{name}")
     for one in runs_of(options):
         for name, attack in ATTACKS.items():
             if options.attacks is None or name in options.attacks:

@@ -30,8 +30,9 @@ MODEL_COMMANDS = ("perturb", "task-vector")
 """Commands that make a model without training."""
 AFTER = "after.json"
 """In a run's folder: the commands that ran over the finished run."""
-STOPPED = (*range(129, 193), -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR1)
-"""Exit codes of a program that a signal stopped: by itself, after it saved, or at once."""
+_ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = (*(128 + number for number in _ASKED), *(-number for number in _ASKED))
+"""Exit codes of a program that was asked to stop: by itself, after it saved, or at once; not of one that was killed."""
 
 
 class RunFailed(UserError):
@@ -117,7 +118,7 @@ class Job:
         elif different := [name for name, value in read_json(file).items() if value != asked.get(name, value)]:
             raise UserError(
                 f"{self.folder} holds a run that was started with other {' and '.join(different)} (see {file}); give "
-                "another folder, or remove this one to make the run again"
+                "these, or another folder, or remove this one to make the run again"
             )
 
 

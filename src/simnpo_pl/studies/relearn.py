@@ -105,7 +105,7 @@ class Relearning:
             *("--model.objective", "FineTune", "--model.forget_weight", "1", "--model.retain_loss", "null"),
             *("--model.lr", str(attack.lr), "--model.warmup_epochs", "0", "--model.schedule", "linear"),
             # Small updates fall below the resolution of bfloat16, which may be asked for where memory lacks.
-            *(() if "--model.dtype" in self.run.options else ("--model.dtype", "float32")),
+            *(() if any(o.startswith("--model.dtype") for o in self.run.options) else ("--model.dtype", "float32")),
             *("--model.warmup_steps", "null", "--model.update", "null"),
             *("--model.reference", "null", "--model.memorizing", "null"),
             *("--model.lora", "null", "--model.trainable", "null"),

@@ -3,6 +3,7 @@
 A model that no run of this project made is evaluated first, which makes it a run.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,8 +31,8 @@ KEPT = (
 )
 """Settings of the run's Trainer that a Trainer over the finished run has, too."""
 
-OPENED_WITH = ("--data.", "--trainer.", "--model.dtype")
-"""Beginnings of the options that may differ from the run's: places of its data, devices, precision."""
+OPENED_WITH = re.compile(r"--(data\.(path|forget|retain|holdout|refusals|alternates)|trainer\..*|model\.dtype)(=.*)?")
+"""Options that may differ from the run's: places of its data, devices, precision."""
 
 
 class LoadedRun(UnlearningCLI):
@@ -58,10 +59,10 @@ def runs_of(options: Namespace) -> list[Run]:
     given = [word for file in options.config for word in ("--config", file)] + options.fit
     models = [place for place in options.runs if not (place.expanduser() / RESULTS).is_file()]
     names = [word for place, word in enumerate(given) if place == 0 or word.startswith("--")]
-    if not models and not all(name.startswith(OPENED_WITH) for name in names):
+    if not models and not all(map(OPENED_WITH.fullmatch, names)):
         raise UserError(
             f"unrecognized arguments: {' '.join(given)}; only a model is evaluated with a config, no run; a run takes "
-            f"{', '.join(OPENED_WITH)}"
+            "the places of its data (such as --data.path), --trainer options and --model.dtype"
         )
     if models and not options.config:
         raise UserError(
@@ -109,7 +110,19 @@ def reopen(run: Run, *options: str) -> LoadedRun:
     arguments += ["--eval.retrained", "null", "--eval.retain_log", retrained, "--eval.depth", "false"]
     if (answers := run.folder / START_ANSWERS).is_file():
         arguments += ["--data.retain", str(answers)]
-    return LoadedRun([*arguments, *run.options, *options])
+    opened = LoadedRun([*arguments, *run.options, *options])
+    if any(option.startswith("--data.") for option in run.options):
+        data = opened.datamodule
+        data.prepare_data()
+        data.setup("validate")
+        here = {
+            text.get("answer") for split in data.evaluation().splits for text in split.texts if split.name == "forget"
+        }
+        if here != {row.get("answer") for row in run.rows if row["split"] == "forget"}:
+            raise UserError(
+                f"{' '.join(run.options)}: these are not the forget rows of {run.folder}; give the run's own"
+            )
+    return opened
 
 
 def measure_once(run: Run, group: str, key: str, measure: Callable[..., Any], *settings: Any) -> None:
