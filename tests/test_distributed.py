@@ -39,7 +39,12 @@ METHODS = {
         *("--model.objective", "NPO", "--model.retain_loss", "KL", "--model.lora.rank", "4"),
     ],
     "gradient checkpointing": ["--model.objective", "NPO", "--model.gradient_checkpointing", "true"],
+    "some weights": [
+        *("--model.objective", "RMU", "--model.objective.layer", "1"),
+        *("--model.retain_loss", "EmbedDiff", "--model.retain_loss.layer", "1"),
+    ],
 }
+FAST = ("all weights, cached reference", "some weights")
 SLOW = pytest.mark.slow
 
 
@@ -83,7 +88,7 @@ def same_results(one: Path, several: Path) -> None:
         torch.testing.assert_close(models[1][name], weight, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("method", [m if "cached" in m else pytest.param(m, marks=SLOW) for m in METHODS])
+@pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=SLOW) for m in METHODS])
 def test_weights_sharded_on_two_processes(one_process: Any, tmp_path: Path, method: str):
     """FSDP2: sharded checkpoint, gathered export."""
     options, one = one_process(method)
@@ -101,6 +106,16 @@ def test_weights_sharded_on_two_processes(one_process: Any, tmp_path: Path, meth
     weights = [name for name in saved if name.startswith("state_dict.")]
     assert weights
     assert all(".lora_" in name for name in weights) is ("adapter" in method)
+
+
+def test_resident_reference_without_a_start_evaluation(one_process: Any, tmp_path: Path):
+    """FSDP2 shards the reference as it sharded the policy, also before the first evaluation."""
+    options, one = one_process("all weights, resident reference")
+    shared = ["--config", "configs/hardware/fsdp.yaml", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    shared += ["--eval.start", "false", "--run_dir", str(tmp_path / "run")]
+    assert run_processes(2, [*options, *shared], tmp_path / "log") == 0
+    for a, b in zip(history(tmp_path / "run"), history(one), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 @SLOW

@@ -1,6 +1,7 @@
 """Quantized evaluation: that weights really are rounded, to within a step, and what is kept of it."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from helpers import run_processes
 from simnpo_pl.__main__ import main
 from simnpo_pl.studies.quantize import quantize
 from simnpo_pl.utils.errors import UserError
@@ -30,7 +32,7 @@ def test_round_trip(model_folder: Path, bits: int, group_size: int | None):
             assert torch.equal(after[name], weight)
             continue
         groups = weight.reshape(-1, group_size or weight.shape[1])
-        found = after[name].dequantize().reshape(groups.shape)
+        found = after[name].reshape(groups.shape)
         step = groups.abs().amax(dim=1, keepdim=True) / ((2**bits - 1) / 2)
         assert ((found - groups).abs() <= 0.501 * step).all()
         assert max(len(group.unique()) for group in found) <= 2**bits
@@ -88,15 +90,20 @@ def test_command(
     assert "--group_size: must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_gradient_norms_are_left_out(run_options: list[str], data_folder: Path, tmp_path: Path):
-    """Rounded tensors have no gradient: a mean over the others is another metric."""
+def test_metrics_with_gradients_and_on_processes(run_options: list[str], data_folder: Path, tmp_path: Path):
+    """Rounded weights are ordinary tensors: all have a gradient, and DDP broadcasts them."""
     (tmp_path / "holdout.json").write_text("\n".join((data_folder / "retain90.json").read_text().splitlines()[:4]))
     options = ["--data.holdout", str(tmp_path / "holdout.json"), "--eval.gradnorm", "true", "--eval.generate_rows", "0"]
     main(["test", *run_options, *options, "--run_dir", str(tmp_path / "run"), "--debug"])
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
     main(["quantize", str(tmp_path / "run"), "--bits", "8", "--debug"])
-    content = json.loads((tmp_path / "run" / "results.json").read_text())
-    lost = content["final"]["metrics"].keys() - content["quantized"]["8-bit"]["metrics"].keys()
-    assert lost == {"mia_gradnorm", "mia_gradnorm/m"}
+    two = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+    assert run_processes(2, ["quantize", str(tmp_path / "copy"), *two, "--bits", "8"], tmp_path / "log") == 0
+    one, several = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "copy"))
+    found = one["quantized"]["8-bit"]["metrics"]
+    assert found.keys() == one["final"]["metrics"].keys()
+    assert found["mia_gradnorm"] == pytest.approx(one["final"]["metrics"]["mia_gradnorm"], abs=0.1)
+    assert several["quantized"]["8-bit"]["metrics"] == pytest.approx(found, rel=1e-5)
 
 
 def test_nf4(model_folder: Path):

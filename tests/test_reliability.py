@@ -387,9 +387,10 @@ def test_signal_in_the_last_step(cli: CLI, tmp_path: Path, options: list[str], s
         if trainer.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunFolder, "on_train_batch_start", interrupt, raising=False)
-        cli("fit", *options, "--run_dir", str(tmp_path / "cut"))
+        with pytest.raises(SystemExit) as stop:
+            cli("fit", *options, "--run_dir", str(tmp_path / "cut"))
     assert stop.value.code == 143
     cli("fit", *options, "--run_dir", str(tmp_path / "cut"), "--ckpt_path", "last")
     assert same_run(tmp_path / "cut", tmp_path / "whole")

@@ -36,7 +36,7 @@ class FrozenModel:
             sharded = is_sharded(policy.model)
             model = self._load(self.name, option=self.option, sharded=sharded).requires_grad_(False).eval()
             if sharded:
-                shard(model, next(policy.model.parameters()).device_mesh)
+                shard(model, policy.model.mesh)
             scorer = Scorer(model.to(device))
         ours, theirs = scorer.head.vocabulary, policy.head.vocabulary
         if ours != theirs:

@@ -55,6 +55,7 @@ def shard(model: Any, mesh: DeviceMesh) -> None:
         return body_of(self)(**inputs)
 
     model.run_body = MethodType(body, model)
+    model.mesh = mesh
     register_fsdp_forward_method(model, "run_body")
 
 

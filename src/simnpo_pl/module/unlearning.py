@@ -19,6 +19,7 @@ from simnpo_pl.models.loading import find_model, load_causal_lm, model_shapes
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.models.lora import BaseScorer, LoraOptions, add_adapter, check_adapter, inject_adapter, require_merged
 from simnpo_pl.models.reference import REFERENCE_KEY, FrozenModel, Reference
+from simnpo_pl.models.sharding import is_sharded
 from simnpo_pl.module.checks import check_settings
 from simnpo_pl.module.optimization import Shape, adamw, not_finite, schedule
 from simnpo_pl.module.policy import PolicyModule
@@ -146,6 +147,9 @@ class UnlearningModule(PolicyModule):
         if self.lora is None and (self._trainer is None or self.trainer.state.fn == "fit"):
             require_merged(self.policy, "--model.name")
             if self.trainable:
+                if is_sharded(self.policy):
+                    # An evaluation leaves parts of it gathered, and FSDP reads the flags of the shards.
+                    self.policy.reshard()
                 train_only(self.policy, self.trainable)
 
     def load_policy(self) -> Any:

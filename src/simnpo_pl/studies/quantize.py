@@ -44,8 +44,7 @@ def measure(run: Run, bits: Bits, group_size: int | None = None) -> None:
 
 def evaluate_rounded(run: Run, bits: Bits, group_size: int | None) -> dict[str, Any]:
     """Settings, metrics and counts of a run's model after rounding."""
-    # Tensors that torchao rounded have no gradient, and a mean over the others cannot be compared.
-    opened = reopen(run, *(() if bits == NF4 else ("--eval.gradnorm", "false")))
+    opened = reopen(run)
     trainer: Any = opened.trainer
     model = opened.model.like(opened.model.name)
     model.configure_model()
@@ -89,6 +88,9 @@ def quantize(model: Any, bits: Bits, group_size: int | None = None) -> int:
         granularity = PerAxis(0) if group_size is None else PerGroup(group_size)
         config = IntxWeightOnlyConfig(getattr(torch, f"int{bits}"), granularity)
         quantize_(model, config, filter_fn=lambda module, name: name in layers)
+        # torchao's tensors have no gradient, and DDP cannot broadcast them.
+        for layer in layers.values():
+            layer.weight = nn.Parameter(layer.weight.dequantize())
     return sum(layer.weight.numel() for layer in layers.values())
 
 
