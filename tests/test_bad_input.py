@@ -384,3 +384,11 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, 1.0], "y": None}
     write_text(tmp_path / "deep" / "b.txt", "é")
     assert re.fullmatch("é", (tmp_path / "deep" / "b.txt").read_text(encoding="utf-8"))
+
+
+def test_config_that_is_not_yaml(cli_error: Error, tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text("model: {lr: 1\nname: x")
+    assert f"--config {tmp_path / 'bad.yaml'} is not YAML: " in cli_error("fit", "--config", str(tmp_path / "bad.yaml"))
+    (tmp_path / "other.yaml").write_text("modle: {lr: 1}")
+    error = cli_error("fit", "--config", str(tmp_path / "other.yaml"))
+    assert "does not accept option 'modle.lr'; the nearest is --model.lr" in error

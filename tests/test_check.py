@@ -248,12 +248,13 @@ def test_another_model_is_evaluated_and_checked(
 
 
 def test_another_control(run: Path, other_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """One that is not there ends no more than its attacks; the Unlearning Depth Score is measured again."""
-    gone, copy = tmp_path / "gone", tmp_path / "copy"
-    main(["check", str(run), "--attacks", "relearn", "leak", "--k", "3", "--epochs", "3", "--retrained", str(gone)])
-    shown = capsys.readouterr().out
-    for words in ("relearning", "sampled answers"):
-        assert f"not tested: {words} (--retrained: folder {gone} does not exist" in shown
+    """One that is not there is missed before the first attack; the Unlearning Depth Score is measured again."""
+    gone, copy, before = tmp_path / "gone", tmp_path / "copy", (run / "results.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        main(["check", str(run), "--attacks", "relearn", "leak", "--k", "3", "--retrained", str(gone)])
+    assert stop.value.code == 2
+    assert f"error: --retrained: folder {gone} does not exist" in capsys.readouterr().err
+    assert (run / "results.json").read_bytes() == before
     for model in (other_folder, shutil.copytree(other_folder, copy)):
         main(["check", str(run), "--attacks", "depth", "--retrained", str(model)])
         assert results(run)["depth"]["settings"]["retrained"] == str(model)

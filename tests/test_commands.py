@@ -68,6 +68,20 @@ def test_interrupted_while_loading(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
+def test_interrupted_loop_of_lightning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupt(arguments: list[str]) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr("simnpo_pl.__main__._run", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["relearn"])
+    assert stop.value.code == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+
+
 def test_task_vector(model_folder: Path, other_folder: Path, tmp_path: Path):
     """By hand: start - 0.5 (overfit - start) = 1.5 start - 0.5 overfit."""
     out = tmp_path / "unlearned"

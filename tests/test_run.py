@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -483,6 +484,7 @@ def test_resume_with_other_options_is_refused(
         ("model.lr", "0.5", "0.01"),
         ("seed_everything", "7", "0"),
         ("model.name", str(other_folder), str(model_folder)),
+        ("trainer.max_epochs", "9", "2"),
     ):
         error = cli_error("fit", *resume, f"--{option}", value)
         assert f"holds a run with {option} {was}, here it is {option} {value}: give its options" in error
@@ -503,6 +505,17 @@ def test_a_run_without_results_keeps_its_options(cli: CLI, cli_error: Callable[.
         cli("fit", *options)
     error = cli_error("fit", *options, "--ckpt_path", "last", "--model.lr", "0.5")
     assert "holds a run with model.lr 0.01, here it is model.lr 0.5" in error
+
+
+def test_a_folder_is_one_runs(cli: CLI, cli_error: Callable[..., str], tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with FileLock(folder / ".lock"):
+        assert f"--run_dir {folder} is in use by another run" in cli_error("fit", "--run_dir", str(folder))
+    cli("fit", "--run_dir", str(folder), "--trainer.max_epochs", "1")
+    assert not (folder / ".lock").exists()
+    (tmp_path / "file").write_text("")
+    assert "file is a file: give a folder" in cli_error("fit", "--run_dir", str(tmp_path / "file"))
 
 
 def test_test_takes_over_no_fit(cli: CLI, cli_error: Callable[..., str], tmp_path: Path):

@@ -52,6 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as stop:
+        # Lightning ends a loop that Ctrl-C stopped with exit code 1, and says nothing.
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print("\ninterrupted; the same command goes on: what it finished is kept", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         message = user_message(error)
         if debug or message is None:

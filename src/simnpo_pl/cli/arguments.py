@@ -109,7 +109,7 @@ def explain(error: Exception, options: Iterable[str]) -> str:
     if messages[0].startswith("the following arguments are required"):
         return f"no benchmark is named: {_RUN}"
     if not names:
-        mistyped = re.search(r"--[\w.]+", messages[0])
+        mistyped = re.search(r"--[\w.]+|(?<=does not accept option ')[\w.]+", messages[0])
         return messages[0] + (_nearest_option(mistyped[0], options) if mistyped else "")
     option, reason = f"--{'.'.join(names)}", messages[-1]
     owner = _OWNER.search(messages[0])

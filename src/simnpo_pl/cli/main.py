@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -94,6 +96,12 @@ class UnlearningCLI(LightningCLI):
         parser.link_arguments("eval", "data.init_args.eval", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        for word, file in pairwise(map(str, sys.argv[1:] if args is None else args)):
+            if word == "--config" and Path(file).is_file():
+                try:
+                    yaml.safe_load(Path(file).read_text())
+                except (yaml.YAMLError, UnicodeDecodeError) as error:
+                    raise UserError(f"--config {file} is not YAML: {error}") from error
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
@@ -208,6 +216,9 @@ class UnlearningCLI(LightningCLI):
                 print(f"stopped by {stop}{how if folder.exists() else ''}", file=sys.stderr)
             sys.exit(128 + stop.signum)
         finally:
+            if self.run_folder.lock.is_locked:
+                self.run_folder.lock.release(force=True)
+                Path(self.run_folder.lock.lock_file).unlink(missing_ok=True)
             # A later run of this process makes a folder of its own.
             os.environ.pop(RUN_DIR_VARIABLE, None)
 

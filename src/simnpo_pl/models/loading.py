@@ -38,7 +38,7 @@ def load_tokenizer(name: str) -> Any:
 
 def context_length(name: str) -> int | None:
     """Longest sequence that a model supports, tokens; None where its config does not say."""
-    length = getattr(_config(name).get_text_config(), "max_position_embeddings", None)
+    length = getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
@@ -46,20 +46,20 @@ def model_shapes(name: str, dtype: str = "float32") -> Any:
     """A model, or an adapter's base, on the meta device, from its config only."""
     from transformers import AutoModelForCausalLM
 
-    config = _config(name)
+    config = load_config(name)
     with _one_line(name, "config"), torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=_trusted)
 
 
-def _config(name: str) -> Any:
-    """Config of a model, or of an adapter's base; raises UserError where it cannot be loaded."""
+def load_config(name: str, option: str = "--model.name") -> Any:
+    """Config of a model, or of an adapter's base; raises UserError, which names the option, where it cannot be."""
     from transformers import AutoConfig
 
-    with _one_line(name, "config"):
-        found = find_model(name)
+    with _one_line(name, "config", option):
+        found = find_model(name, option)
         if (Path(found) / ADAPTER_CONFIG).is_file():
             with base_of(Path(found)) as base:
-                return _config(base)
+                return load_config(base, option)
         return AutoConfig.from_pretrained(found, trust_remote_code=_trusted)
 
 

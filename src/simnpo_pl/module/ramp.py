@@ -51,7 +51,7 @@ def use_found_rate(module: Any) -> dict[str, Any]:
     if "retain" in found and found["retain"][1] <= FALL * found["retain"][0]:
         rank_zero_only(print)(
             "warning: at this rate the ramp halved the kept answers, too; the run's retain loss has to bring them "
-            "back. If they stay low, give --data.retain FILE, or a lower --model.lr",
+            "back. If they stay low, give more or other rows to keep, or a lower --model.lr",
             flush=True,
         )
     return found

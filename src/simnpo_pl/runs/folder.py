@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -67,6 +68,7 @@ class RunFolder(Callback):
             "seconds": {},
         }
         self.finished = FinishedBatches(folder / ".evaluation")
+        self.lock = FileLock(folder / ".lock")
         self.run = Run(folder.name, folder, self.record)
         self._started = time.monotonic()
         # Of a resumed run's earlier processes.
@@ -75,6 +77,8 @@ class RunFolder(Callback):
     def check(self, fit: bool, resume: bool) -> None:
         """Read the record of a resumed run; refuse a folder whose run would be overwritten or changed."""
         config, file, holds = self.folder / CONFIG, self.folder / RESULTS, f"--run_dir {self.folder} holds"
+        if self.folder.is_file():
+            raise UserError(f"--run_dir {self.folder} is a file: give a folder")
         earlier = read_json(file) if file.is_file() else {}
         if earlier.get("finished"):
             raise UserError(f"{holds} a finished run: give another folder")
@@ -104,8 +108,14 @@ class RunFolder(Callback):
         # The runs of a study evaluate a model that does not change once.
         shared = trainer.datamodule.eval.cache_dir if self.role in SHARED else None
         pl_module.finished_batches = FinishedBatches(Path(shared).expanduser()) if shared else self.finished
-        # The data has been read by now: a mistyped option leaves no folder behind.
-        rank_zero_only(write_text)(self.folder / CONFIG, self.config)
+        if trainer.is_global_zero:
+            # The data has been read by now: a mistyped option leaves no folder behind.
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout as error:
+                raise UserError(f"--run_dir {self.folder} is in use by another run: give another folder") from error
+            write_text(self.folder / CONFIG, self.config)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Training does not start where a resumed run has nothing left to train.
@@ -252,6 +262,8 @@ def _kept_options(*configs: str) -> list[dict[str, Any]]:
         content = yaml.safe_load(config)
         for group in ("model", "data", "eval", "seed_everything"):
             add(group, content.get(group))
+        for name in ("max_epochs", "gradient_clip_val", "gradient_clip_algorithm"):
+            add(f"trainer.{name}", content["trainer"].get(name))
     return [{name: one[name] for name in one if all(name in other for other in found)} for one in found]
 
 

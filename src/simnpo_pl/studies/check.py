@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from simnpo_pl.models.loading import find_model
+from simnpo_pl.models.loading import load_config
 from simnpo_pl.module.depth import measure_depth
 from simnpo_pl.report.robustness import is_learned, sentences
 from simnpo_pl.runs.folder import add_depth
@@ -38,8 +38,12 @@ GROUP = 32
 def run(options: Namespace) -> None:
     for name in ("retrained", "start"):
         if given := getattr(options, name):
-            find_model(given, f"--{name}")
+            load_config(given, f"--{name}")
     for one in runs_of(options):
+        # What all attacks need is missed before the first.
+        data = reopen(one).datamodule
+        data.prepare_data()
+        data.setup("validate")
         for name, attack in ATTACKS.items():
             if options.attacks is None or name in options.attacks:
                 attack(one, options)

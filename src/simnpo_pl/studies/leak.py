@@ -60,10 +60,9 @@ def measure(run: Run, options: Namespace) -> None:
         judge = FluencyClassifier(options.entailment, options.entailment_label, options=named)
     key = " ".join(map("=".join, _words(settings).items()))
     retrained = retrained_of(run, options.retrained)
-    if retrained not in (None, run.record.get("leak", {}).get(key, {}).get("retrained")):
-        # What was sampled without this control is sampled again beside it.
-        run.record.get("leak", {}).pop(key, None)
-    measure_once(run, "leak", key, sample, settings, judge, retrained)
+    # What was sampled without this control is sampled again beside it.
+    again = retrained not in (None, run.record.get("leak", {}).get(key, {}).get("retrained"))
+    measure_once(run, "leak", key, sample, settings, judge, retrained, again=again)
 
 
 def _words(settings: dict[str, Any]) -> dict[str, str]:

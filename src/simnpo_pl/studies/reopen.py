@@ -125,9 +125,11 @@ def reopen(run: Run, *options: str) -> LoadedRun:
     return opened
 
 
-def measure_once(run: Run, group: str, key: str, measure: Callable[..., Any], *settings: Any) -> None:
+def measure_once(
+    run: Run, group: str, key: str, measure: Callable[..., Any], *settings: Any, again: bool = False
+) -> None:
     """Add `measure(run, *settings)` to a run's results under `group` and `key`, unless they hold it already."""
-    if key not in run.record.get(group, {}):
+    if again or key not in run.record.get(group, {}):
         found = measure(run, *settings)
         add_results(run, lambda results: results.setdefault(group, {}).update({key: found}))
 
