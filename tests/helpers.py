@@ -153,6 +153,8 @@ def _process(rank: int, count: int, port: int, arguments: list[str], log: Path) 
         }
         os.environ.update({name: str(value) for name, value in place.items()})
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Renews torch's thread pool, which a fork leaves invalid; transformers loads with several threads.
+        torch.set_num_threads(1)
         from simnpo_pl.__main__ import main
 
         main(arguments)

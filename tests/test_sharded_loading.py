@@ -43,6 +43,8 @@ def on_processes(count: int, function: Callable[[int, Any], None]) -> None:
         if child == 0:
             code = 1
             try:
+                # Renews torch's thread pool, which a fork leaves invalid; transformers loads with several threads.
+                torch.set_num_threads(1)
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
                 distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=count)
                 function(rank, init_device_mesh("cpu", (count,)))
