@@ -172,7 +172,8 @@ class SaveState(Checkpoint):
         stop = self._agreed_signal(trainer)
         if stop and in_fit and self._saved_step != trainer.global_step:
             self.save(trainer)
-        self._stop(trainer, stop)
+        if not self._is_over(trainer):
+            self._stop(trainer, stop)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.signals.defer(trainer.state.fn == "fit")
@@ -191,14 +192,15 @@ class SaveState(Checkpoint):
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._stop(trainer, self._agreed_signal(trainer), over=False)
+        self._stop(trainer, self._agreed_signal(trainer))
         self.signals.defer(False)
 
     def _save_if_due(self, trainer: pl.Trainer, due: bool = False) -> None:
         stop = self._agreed_signal(trainer)
         if stop or due or (self.every is not None and trainer.global_step % self.every == 0):
             self.save(trainer)
-        self._stop(trainer, stop)
+        if not self._is_over(trainer):
+            self._stop(trainer, stop)
 
     def _agreed_signal(self, trainer: pl.Trainer) -> int:
         """Signal that any process received; 0 for none."""
@@ -211,11 +213,12 @@ class SaveState(Checkpoint):
     @staticmethod
     def _is_over(trainer: pl.Trainer) -> bool:
         """Whether no step is left. A resumed run would not go on, so that its last evaluation would be lost."""
+        # Lightning has no public name for whether min_epochs and min_steps are reached.
         early = trainer.should_stop and trainer.fit_loop._can_stop_early
         return trainer.state.fn == "fit" and (early or trainer.global_step == trainer.max_steps)
 
-    def _stop(self, trainer: pl.Trainer, signum: int, over: bool | None = None) -> None:
-        if signum and not (self._is_over(trainer) if over is None else over):
+    def _stop(self, trainer: pl.Trainer, signum: int) -> None:
+        if signum:
             if signum == self.signals.requeue and trainer.is_global_zero:
                 _requeue()
             raise Stopped(signum)

@@ -6,7 +6,7 @@ of k answers is right, 1 - C(n - c, k) / C(n, k) for c right ones of n, with a 9
 best_rouge@k is the mean of the expected best ROUGE-L recall of k answers. Each question is asked as it is, paraphrased
 where the data has a paraphrase, and after examples of retain rows; under `any` a row leaks if one of these prompts
 brings the answer back. The retrained model, if it is known, answers too, as the control. The answers go to
-leak_K_TEMPERATURE_SEED_CORRECT.jsonl in the run's folder, the best one first. What a run's results.json already holds
+leak_*.jsonl, named by the settings, in the run's folder, the best one first. What a run's results.json already holds
 is skipped.
 """
 

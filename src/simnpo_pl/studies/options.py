@@ -72,7 +72,7 @@ def _attacked(add: Add, control: bool = True) -> None:
     what = "folders of finished runs, or with --config models: hub ids or folders, before all other options"
     add("runs", nargs="+", type=path, metavar="RUN", help=what)
     what = "config, and further options of test, by which models are evaluated before they are attacked; for a run, "
-    what += "options of --data and --trainer alone are taken, such as where its data is on this machine"
+    what += "the places of its data (such as --data.path), --trainer options and --model.dtype alone are taken"
     add("--config", action="append", default=[], metavar="FILE", help=what)
     add("--out", type=path, default=Path("runs/check"), metavar="FOLDER", help="of the evaluations of models")
     if control:
