@@ -12,7 +12,6 @@ DRAWS = 2000
 """Of the bootstrap."""
 HOLDS, OPPOSITE = "holds here", "does not hold here: the opposite was measured"
 UNKNOWN, MISSING = "cannot be told with these runs", "not measured"
-UNEQUAL = "cannot be told: the rule chose the two settings under different bounds"
 Array = np.ndarray[Any, Any]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from smollm2_choice import DEGENERATE, choose
-from smollm2_compare import CLAIMS, HOLDS, MEASURES, MISSING, OPPOSITE, UNEQUAL, UNKNOWN, Difference, Model, compare
+from smollm2_compare import CLAIMS, HOLDS, MEASURES, MISSING, OPPOSITE, UNKNOWN, Difference, Model, compare
 
 from simnpo_pl.metrics.titles import number, title_of
 from simnpo_pl.report.drawing import panels
@@ -90,17 +90,22 @@ class Report:
         made = [name.split("/")[0] for name in self.results]
         counts = ", ".join(f"{made.count(part)} {part}" for part in dict.fromkeys(made))
         devices = ", ".join(sorted({one["device"] for one in self.results.values()}))
+        versions = {
+            f"{name} {version}"
+            for one in self.results.values()
+            for name, version in one.get("results", {}).get("versions", {}).items()
+        }
         fits = [one for name, one in self.results.items() if name.startswith(("trials/", "runs/"))]
         peaks = [one["results"]["peak_memory_gib"] for one in fits]
         memory = max((peak.get("device", peak["process"]) for peak in peaks), default=None)
         return (
-            f"Finished tasks: {counts}. Device: {devices}. A run of unlearning with its evaluation took "
-            f"{cell(spread([one['wall_seconds'] for one in fits]))} seconds beside other runs, and at most "
-            f"{number(memory)} GiB."
+            f"Finished tasks: {counts}. Device: {devices}; {', '.join(sorted(versions))}. A run of unlearning with its "
+            f"evaluation took {cell(spread([one['wall_seconds'] for one in fits]))} seconds beside other runs, and at "
+            f"most {number(memory)} GiB."
         )
 
     def trials(self) -> str:
-        """All trials, and the bounds by which one was chosen."""
+        """All trials, and which was chosen."""
         chosen = choose(self.plan, self.results)
         names = ("forget/probability", "forget_quality", "model_utility", DEGENERATE)
         rows = []
@@ -109,15 +114,8 @@ class Report:
                 for model in self._models([f"trials/{method}-{place}"]):
                     mark = "chosen" if chosen[method].number == place else ""
                     values = [number(model.metrics.get(name)) for name in names]
-                    rows.append([method, settings_of(words), *values, mark])
-        times = {0: "", 1: ", relaxed once"}
-        lines = [
-            f"{method}: model utility at least {choice.utility:.3f}, degenerate answers at most {choice.degeneracy:.3f}"
-            + times.get(choice.relaxed, f", relaxed {choice.relaxed} times")
-            for method, choice in chosen.items()
-        ]
-        heads = ["method", "settings", *(title_of(name).short for name in names), ""]
-        return f"{table(heads, rows)}\n\nBounds: {'; '.join(lines)}."
+                    rows.append([method, settings_of(words), *values, number(chosen[method].scores[place]), mark])
+        return table(["method", "settings", *(title_of(name).short for name in names), "score", ""], rows)
 
     def models(self) -> str:
         before = ("forget/probability", "forget/rouge", "forget/extraction_strength", "forget/exact_memorization")
@@ -194,9 +192,7 @@ class Report:
         difference = self.differences.get((measure, other))
         if difference is None:
             return MISSING
-        chosen = choose(self.plan, self.results)
-        equal = chosen["SimNPO"].relaxed == chosen[other].relaxed
-        return difference.verdict(MEASURES[measure].better) if equal else UNEQUAL
+        return difference.verdict(MEASURES[measure].better)
 
     def claims(self) -> str:
         lines = []
@@ -213,7 +209,7 @@ class Report:
             return cell(spread([model.metrics.get(metric) for model in self.groups[group]]))
 
         verdicts = [self.verdict(name, other) for _, name, other in CLAIMS]
-        untold = verdicts.count(UNKNOWN) + verdicts.count(UNEQUAL)
+        untold = verdicts.count(UNKNOWN)
         runs = self.groups.get("SimNPO", [])
         if not runs:
             return MISSING

@@ -31,7 +31,9 @@ from simnpo_pl.studies.plans import read_yaml, words_of
 from simnpo_pl.utils.files import read_json, read_json_lines, write_json, writing
 
 PARTS = ("models", "trials", "runs", "relearn", "quantize", "leak")
-KEPT_RESULTS = ("seed", "final", "counts", "unavailable", "objective", "seconds", "cpu_seconds", "peak_memory_gib")
+KEPT_RESULTS = (
+    *("seed", "final", "counts", "unavailable", "objective", "seconds", "cpu_seconds", "peak_memory_gib", "versions"),
+)
 KEPT_SCORES = (
     *("probability", "truth_ratio", "rougeL_recall", "extraction_strength", "exact_memorization", "answer_nll"),
     *("mia_min_k", "answer", "generation", "degenerate"),

@@ -30,7 +30,6 @@ TINY = {
     "models": {"start": [0, 1], "retrained": [0, 1]},
     "finetune": "--model.objective FineTune --model.retain_loss null --model.lr 1e-2 --trainer.max_epochs 1 "
     "--eval.final false",
-    "rule": {"utility": 0.95, "degeneracy": 0.02},
     "trials": {"SimNPO": ["--model.lr 1e-2", "--model.lr 1e-3"], "NPO": ["--model.lr 1e-2", "--model.lr 1e-3"]},
     "seeds": [1, 2],
     "attacks": {
@@ -47,39 +46,33 @@ OPTIONS = (
 )
 
 
-def result(quality: float, utility: float, degenerate: float = 0) -> dict[str, Any]:
-    metrics = {"forget_quality": quality, "model_utility": utility, "forget/degenerate": degenerate}
+def result(probability: float | None, utility: float | None, degenerate: float = 0) -> dict[str, Any]:
+    metrics = {"forget/probability": probability, "model_utility": utility, "forget/degenerate": degenerate}
     return {"results": {"final": {"metrics": metrics}}}
 
 
 @pytest.fixture
 def models() -> dict[str, Any]:
-    """The start model has a utility of 0.6, the retrained one of 0.5."""
-    return {"models/start-0": result(0, 0.6), "models/retrained-0": result(1, 0.5)}
+    return {"models/start-0": result(1, 0.6), "models/retrained-0": result(0.1, 0.5, 0.2)}
 
 
-def test_rule_takes_the_best_of_those_within_its_bounds(models: dict[str, Any]):
+def test_rule_takes_the_trial_nearest_to_the_retrained_model(models: dict[str, Any]):
+    """One share of 0.5 beside two of 1 gives 3 / (1 + 1 + 2); no trial is rewarded beyond the retrained model."""
     trials = {
-        **{"trials/SimNPO-0": result(0.2, 0.48), "trials/SimNPO-1": result(0.3, 0.47)},
-        **{"trials/NPO-0": result(0.9, 0.9, 0.03), "trials/NPO-1": result(0.1, 0.5)},
+        **{"trials/SimNPO-0": result(0.6, 0.5, 0.2), "trials/SimNPO-1": result(0.1, 0.25, 0.1)},
+        **{"trials/NPO-0": result(0.1, 0.5, 0.7), "trials/NPO-1": result(0.0, 0.9)},
     }
     chosen = choose(TINY, models | trials)
-    assert {name: (choice.number, choice.relaxed) for name, choice in chosen.items()} == {
-        "SimNPO": (0, 0),  # 0.47 is below 0.95 * 0.5
-        "NPO": (1, 0),  # 0.03 is more than 0.02
-    }
-    assert chosen["SimNPO"].utility == pytest.approx(0.475)
-    assert chosen["SimNPO"].degeneracy == pytest.approx(0.02)
+    assert chosen["SimNPO"].scores == {0: pytest.approx(0.75), 1: pytest.approx(0.75)}
+    assert chosen["NPO"].number == 1
+    assert chosen["NPO"].scores == {0: pytest.approx(0.75), 1: pytest.approx(3 / (1 / 0.9 + 2))}
 
 
-def test_rule_is_relaxed_until_a_trial_meets_it(models: dict[str, Any]):
-    trials = {"trials/SimNPO-0": result(0.9, 0.2), "trials/SimNPO-1": result(0.1, 0.44)}
-    choice = choose(TINY, models | trials)["SimNPO"]
-    assert (choice.number, choice.relaxed) == (1, 2)  # 0.85 * 0.5 = 0.425
-    assert choice.degeneracy == pytest.approx(0.06)
-    choice = choose(TINY, models | {"trials/NPO-0": result(0, 0.1, 1), "trials/NPO-1": result(0, 0.2, 1)})
-    assert choice["NPO"].number == 1
-    assert choice["NPO"].relaxed == 20
+def test_rule_takes_a_model_that_broke_down_last(models: dict[str, Any]):
+    broken = {"trials/NPO-0": result(None, None, 1), "trials/NPO-1": result(0.1, 0.01)}
+    chosen = choose(TINY, models | broken)
+    assert (chosen["NPO"].number, chosen["NPO"].scores[0]) == (1, 0)
+    assert "SimNPO" not in chosen
 
 
 def test_order_of_tasks(models: dict[str, Any], tmp_path: Path):
