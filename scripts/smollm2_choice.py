@@ -39,7 +39,7 @@ def score(trial: dict[str, Any], retrained: dict[str, Any]) -> float:
     return harmonic_mean(
         [
             1 - abs(probability - retrained["forget/probability"]),
-            min(1.0, utility / retrained["model_utility"]),
+            min(1.0, utility / (retrained["model_utility"] or float("inf"))),
             1 - max(0.0, trial[DEGENERATE] - retrained[DEGENERATE]),
         ]
     )
