@@ -1,13 +1,16 @@
 """The fast paths to answer log-probs against the plain one."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
 
-from simnpo_pl.models import head
+from simnpo_pl.models import head, packing
 from simnpo_pl.models.logprobs import Scorer, divergence, join, score_together, with_plan
 from simnpo_pl.models.packing import layout_of, stacked
 
@@ -195,6 +198,8 @@ def test_layout_of_rows_that_begin_alike():
     assert layout.tokens.view(4, 4).tolist() == [[0, 1, 2, 3], [0, 1, 4, 0], [0, 1, 4, 5], [6, 7, 0, 0]]
     assert layout.positions.tolist() == [[0, 1, 2, 3, 2, 3, 0, 1]]
     assert layout.shared
+    assert layout.keys.tolist() == [0, 1, 2, 3, 0, 1, 4, 0, 1, 4, 5, 6, 7]
+    assert layout.lengths.tolist() == [[4, 1, 1, 2], [4, 3, 4, 2]]
     assert not layout_of(ids[[0, 3]], mask[[0, 3]]).shared
 
 
@@ -209,8 +214,43 @@ def test_layouts_one_below_the_other():
     assert below.shared
     assert below.cells.tolist() == whole.cells.tolist()
     assert below.tokens[real].tolist() == whole.tokens[real].tolist()
-    assert below.positions.tolist() == whole.positions.tolist()
+    for field in ("positions", "keys", "lengths"):
+        assert getattr(below, field).tolist() == getattr(whole, field).tolist()
     assert stacked(apart[:1]) is apart[0]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_flash_attention_by_row(make_model: Callable[..., Path], shared: bool, monkeypatch: pytest.MonkeyPatch):
+    """Its kernel's arguments describe the rows, of which one may have no token of its own: the same log-probs."""
+
+    def flash(query: Any, key: Any, value: Any, starts: Any, key_starts: Any, *rest: Any, scale: float) -> list[Any]:
+        assert rest == (width, width, 0.0, True, False)
+        assert starts.dtype == key_starts.dtype == torch.int32
+        outputs = []
+        for (a, b), (c, d) in zip(pairwise(starts.tolist()), pairwise(key_starts.tolist()), strict=True):
+            own = [x.transpose(0, 1)[None] for x in (query[a:b], key[c:d], value[c:d])]
+            seen = torch.ones(b - a, d - c).tril(d - c - (b - a)).bool()
+            output = scaled_dot_product_attention(*own, attn_mask=seen, scale=scale, enable_gqa=True)
+            outputs.append(output[0].transpose(0, 1))
+        return [torch.cat(outputs)]
+
+    model = load(make_model(0, num_attention_heads=4, num_key_value_heads=2, hidden_size=64))
+    parts = {"one": alike() if shared else rows(3), "other": rows(1, (5, 20, 4))}
+    width = max(part["input_ids"].shape[1] for part in parts.values())
+    scorer, results = Scorer(model), []
+    for fast in (False, True):
+        model.zero_grad()
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "_has_flash", lambda device, fast=fast: fast)
+            patch.setattr(packing, "_FLASH_DTYPES", (torch.float32,))
+            patch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
+            states = scorer(parts)
+            means = torch.cat([states[name].logps().mean for name in parts])
+        means.sum().backward()
+        results.append([means.detach(), *(p.grad for p in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() <= 1e-5 * one.norm()
+    assert not torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

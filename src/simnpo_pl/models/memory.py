@@ -130,7 +130,8 @@ def _activations(model: Any, layers: nn.ModuleList, step: Step) -> float:
         model.train().to_empty(device="cpu")
         seen = {weight.untyped_storage()._cdata: weight for weight in model.parameters()}
         cells = torch.arange(step.rows * step.width)
-        layout = Layout(step.rows, step.width, cells, cells, False, (cells % step.width).unsqueeze(0))
+        lengths = cells.new_full((2, step.rows), step.width)
+        layout = Layout(step.rows, step.width, cells, cells, False, (cells % step.width).unsqueeze(0), cells, lengths)
         packed_hidden(model.base_model, cells.view(step.rows, step.width), layout)
     *by_layer, outside = kept
     return outside + (share * sum(inputs) + max(copies, *by_layer) if step.checkpointing else share * sum(by_layer))

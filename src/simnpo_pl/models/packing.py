@@ -27,6 +27,8 @@ _MASKS = frozenset(
     )
 )
 _PROBE = 32
+_FLASH_DTYPES, _FLASH_HEAD = (torch.bfloat16, torch.float16), 192
+"""What flash attention takes; no wider head on all cards."""
 MISFITS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, RuntimeError)
 """Raised by a model that does not support a call."""
 
@@ -47,6 +49,10 @@ class Layout(NamedTuple):
     """Whether rows share any token."""
     positions: Tensor
     """`(1, N)` position of every token within its own row."""
+    keys: Tensor
+    """Index of the token at every cell that is no padding, row by row."""
+    lengths: Tensor
+    """`(2, rows)` tokens of every row whose first cell is in it, the last ones of the row, and all its tokens."""
 
     def pad(self, packed: Tensor) -> Tensor:
         """`(1, H, N, D)` to `(rows, H, width, D)`; values at padding have no meaning."""
@@ -78,7 +84,8 @@ def layout_of(input_ids: Tensor, attention_mask: Tensor) -> Layout:
     tokens = number.gather(0, above).masked_fill(~real, 0)
     cells = first.reshape(-1).nonzero().squeeze(1)
     shared = len(cells) < int(real.sum())
-    return Layout(rows, width, cells, tokens.reshape(-1), shared, (cells % width).unsqueeze(0))
+    positions, lengths = (cells % width).unsqueeze(0), torch.stack([first.sum(dim=1), real.sum(dim=1)])
+    return Layout(rows, width, cells, tokens.reshape(-1), shared, positions, tokens[real], lengths)
 
 
 def stacked(layouts: Sequence[Layout]) -> Layout:
@@ -86,16 +93,18 @@ def stacked(layouts: Sequence[Layout]) -> Layout:
     if len(layouts) == 1:
         return layouts[0]
     width, rows, size = max(layout.width for layout in layouts), 0, 0
-    cells, tokens = [], []
+    cells, tokens, keys = [], [], []
     for layout in layouts:
         positions = layout.positions[0]
         cells.append((rows + (layout.cells - positions) // layout.width) * width + positions)
         grid = layout.tokens.view(layout.rows, layout.width) + size
         tokens.append(nn.functional.pad(grid, (0, width - layout.width)).reshape(-1))
+        keys.append(layout.keys + size)
         rows, size = rows + layout.rows, size + len(layout.cells)
     shared = any(layout.shared for layout in layouts)
     positions = torch.cat([layout.positions for layout in layouts], dim=1)
-    return Layout(rows, width, torch.cat(cells), torch.cat(tokens), shared, positions)
+    lengths = torch.cat([layout.lengths for layout in layouts], dim=1)
+    return Layout(rows, width, torch.cat(cells), torch.cat(tokens), shared, positions, torch.cat(keys), lengths)
 
 
 _current: ContextVar[Layout | None] = ContextVar("layout of the packed pass", default=None)
@@ -121,8 +130,19 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
         assert grid is not None
         allowed = grid[0, 0]
     carrier: Any = layout.cells.new_zeros(1, 1, 1, 1, dtype=torch.bool)
-    carrier.packed = layout, allowed
+    starts = None
+    # For rows of one token the kernel expects one query each, which shared ones lack.
+    if allowed is None and layout.width > 1 and _has_flash(layout.cells.device):
+        starts = F.pad(layout.lengths.cumsum(dim=1), (1, 0)).int()
+    carrier.packed = layout, allowed, starts
     return carrier
+
+
+def _has_flash(device: torch.device) -> bool:
+    """Whether torch has flash attention for rows of several lengths on a device."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.backends.cuda.flash_sdp_enabled():
+        return False
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _is_known(function: Any) -> bool:
@@ -144,19 +164,24 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed row where the mask is one of a packed pass; else ordinary sdpa."""
-    packed: tuple[Layout, Tensor | None] | None = getattr(attention_mask, "packed", None)
+    packed: tuple[Layout, Tensor | None, Tensor | None] | None = getattr(attention_mask, "packed", None)
     if packed is None and _current.get() is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if packed is None or kwargs.get("position_bias") is not None or kwargs.get("softcap") is not None:
         raise ValueError("its attention depends on more than a mask of positions")
-    layout, allowed = packed
+    layout, allowed, starts = packed
     if not query.shape[2] == key.shape[2] == len(layout.cells):
         raise ValueError("its attention sees more than the tokens of a row")
+    device, size = query.device.type, query.shape[3]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    fits = dtype in _FLASH_DTYPES and size == key.shape[3] == value.shape[3] and size <= _FLASH_HEAD and size % 8 == 0
+    if starts is not None and fits and not dropout:
+        return _by_row(query, key, value, dtype, layout, starts, scaling), None
     groups, key, value = query.shape[1] // key.shape[1], layout.pad(key), layout.pad(value)
     # Flash attention, which reads each key once for its group of queries, takes 16 bits and no mask.
-    by_group = query.device.type != "cpu" and allowed is None and query.dtype in (torch.bfloat16, torch.float16)
+    by_group = query.device.type != "cpu" and allowed is None and query.dtype in _FLASH_DTYPES
     if not by_group:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     output = F.scaled_dot_product_attention(
@@ -170,6 +195,20 @@ def _attention(
         enable_gqa=by_group,
     )
     return layout.unpad(output), None
+
+
+def _by_row(
+    query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype, layout: Layout, starts: Tensor, scale: float | None
+) -> Tensor:
+    """Attention of packed tokens by flash attention, without padding: `(1, N, H, D)`."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if layout.shared:
+        # Before they are rounded, as the sum of their gradients is.
+        key, value = (x.index_select(0, layout.keys) for x in (key, value))
+    flat = (x.to(dtype) for x in (query, key, value))
+    # A row's last query is matched with its last key. `varlen_attn` calls this, but with other options in each version.
+    rows = (starts[0], starts[1], layout.width, layout.width)
+    return torch.ops.aten._flash_attention_forward(*flat, *rows, 0.0, True, False, scale=scale)[0].unsqueeze(0)
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -212,7 +251,7 @@ def why_not_packed(model: Any, body: Callable[..., Any]) -> str | None:
     embedding = model.get_input_embeddings()
     count = min(_PROBE, getattr(config, "max_position_embeddings", None) or _PROBE)
     numbers = torch.arange(count, device=next(model.parameters()).device)
-    layout = Layout(count, 1, numbers, numbers, False, numbers.unsqueeze(0))
+    layout = layout_of(numbers.unsqueeze(1), torch.ones_like(numbers).unsqueeze(1))
 
     def poison(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return output.index_fill(1, numbers[1:2], torch.nan)
