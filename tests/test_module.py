@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 
 from simnpo_pl.benchmarks import TofuData
 from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.models.lora import LoraOptions
 from simnpo_pl.module.optimization import schedule
 from simnpo_pl.module.unlearning import UnlearningModule
+from simnpo_pl.module.updates import SAM
 from simnpo_pl.objectives import (
     CEU,
     DPO,
@@ -335,6 +338,42 @@ def test_policy_trains_in_train_mode(fit: Callable[..., Any], make_model: Callab
     _, with_dropout, _ = fit(SimNPO(beta=1.0), name=str(folder))
     _, without, _ = fit(SimNPO(beta=1.0))
     assert with_dropout[0]["train/loss"] != pytest.approx(without[0]["train/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"lora": LoraOptions(rank=2), "retain_loss": KL()},
+        {"retain_loss": EmbedDiff(0)},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=["plain", "checkpointing", "LoRA and KL", "states of a layer", "bf16"],
+)
+def test_compiled_layers_change_nothing(
+    fit: Callable[..., Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """One graph serves all layers and all batches but those of which rows share a token; weights keep their names."""
+    from torch._dynamo.utils import counters
+
+    # Inductor takes half a minute.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    plain, steps, _ = fit(SimNPO(beta=1.0), **options)
+    assert not counters["stats"]
+    fused, fused_steps, _ = fit(SimNPO(beta=1.0), compile=True, **options)
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
+    assert plain.state_dict().keys() == fused.state_dict().keys()
+    for one, other in zip(steps, fused_steps, strict=True):
+        assert other == pytest.approx(one, rel=1e-3 if "precision" in options else 1e-5)
+
+
+def test_compiled_layers_and_a_graph_that_is_used_twice():
+    with pytest.raises(UserError, match=r"--model.compile true"):
+        UnlearningModule("model", update=SAM(), compile=True)
 
 
 def test_gradient_checkpointing_changes_nothing(fit: Callable[..., Any]):

@@ -1,10 +1,12 @@
 """The layers of a transformer by number, and the parameters of a model by name."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from simnpo_pl.utils.errors import UserError
@@ -22,6 +24,22 @@ def layers_of(model: Any) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UserError(f"{type(model).__name__} keeps its {count} layers in no list: their states cannot be read")
+
+
+def compile_layers(model: Any) -> None:
+    """Compile the layers for passes with a gradient; others, as of a generated token, would each need a graph."""
+    for layer in layers_of(model):
+        layer.forward = _compiled(layer.forward)
+
+
+def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
+    fused = torch.compile(plain, dynamic=True)
+
+    @wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (fused if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    return forward
 
 
 @contextmanager

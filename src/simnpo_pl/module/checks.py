@@ -28,6 +28,8 @@ def check_settings(module: Any) -> None:
         )
     if module.objective.needs_retain and module.retain_loss is None:
         raise UserError(f"--model.objective {name} bounds the retain loss: name one, such as --model.retain_loss NLL")
+    if module.compiles and module.update is not None:
+        raise UserError("--model.update uses a graph twice, which --model.compile true cannot: give one of them")
     one_of("--model.schedule", module.schedule, ("linear", "constant"))
     rule = module.update
     if rule is not None and rule.reads_retain:
