@@ -5,6 +5,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from helpers import run_processes
-from simnpo_pl.models.generation import Sampler, draws_of, generate
+from simnpo_pl.models import decoding
+from simnpo_pl.models.generation import Sampler, _batched, draws_of, generate, most_probable
 from simnpo_pl.utils.errors import UserError
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [5, 20, 21, 22], [30, 31], [7, 8, 9]]
@@ -132,6 +134,74 @@ def test_equals_generate_of_each_prompt_alone(family: str):
     # The trial is made once.
     for tokens in (1, 2):
         assert warned(lambda n=tokens: generate(model, PROMPTS, n, [])) == ([new[:tokens] for new in free], [])
+
+
+class Graph:
+    """A CUDA graph on the CPU: what a capture computes is undone, a replay computes it again in the same memory."""
+
+    def __init__(self, steps: Any) -> None:
+        self.steps, self.memory = steps, self._memory(steps)
+        self.before = [x.clone() for x in self.memory]
+
+    @staticmethod
+    def _memory(steps: Any) -> list[torch.Tensor]:
+        layers = [layer for cache in steps.cache.values() for layer in cache.layers]
+        return [steps.place, *steps.inputs.values(), *(x for layer in layers for x in (layer.keys, layer.values))]
+
+    def capture_begin(self, *pool: int, capture_error_mode: str) -> None:
+        assert len(pool) == (self.steps.graph is not None)
+
+    def pool(self) -> int:
+        return 1
+
+    def capture_end(self) -> None:
+        for x, value in zip(self.memory, self.before, strict=True):
+            x.copy_(value)
+
+    def replay(self) -> None:
+        assert all(map(lambda one, other: one is other, self.memory, self._memory(self.steps)))
+        self.steps.logits.copy_(self.steps._step())
+
+
+class NoGraph(Graph):
+    def capture_end(self) -> None:
+        super().capture_end()
+        raise torch.AcceleratorError("operation not permitted when stream is capturing")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [None, Graph, NoGraph])
+@pytest.mark.parametrize("family", ["bloom", "deepseek_v3", "gpt2", "llama", "opt", "qwen3_next"])
+def test_steps_on_the_same_memory(family: str, kind: Any, monkeypatch: pytest.MonkeyPatch):
+    """Rows end at different times, and half of them at once; a step that no graph can hold still gives its tokens."""
+    model, graphs, given = build(family, max_position_embeddings=16), [], []
+    begin, capture = decoding.Repeated.__init__, decoding.Repeated._capture
+
+    def on_cuda(steps: Any, *args: Any) -> None:
+        begin(steps, *args)
+        steps.captures = True
+
+    def captures(steps: Any) -> None:
+        graphs.append(kind(steps))
+        capture(steps)
+
+    def choose(logits: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        given.append((logits, logits.clone()))
+        return most_probable(logits, rows, step)
+
+    if kind:
+        monkeypatch.setattr(decoding.Repeated, "__init__", on_cuda)
+        monkeypatch.setattr(decoding.Repeated, "_capture", captures)
+        monkeypatch.setattr(decoding, "_stream", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs[-1])
+    # In the second batch an ended row goes on past the last position.
+    for limits in ([10, 3, 3, 12, 3], [3, 12, 12, 12, 3]):
+        found = _batched(model, PROMPTS, limits, [], choose, repeat=True)
+        assert found == [alone(model, prompt, tokens) for prompt, tokens in zip(PROMPTS, limits, strict=True)]
+    assert all(torch.equal(*pair) for pair in given)
+    # One for each number of rows; none after one that failed, or where a model keeps more than keys and values.
+    assert len(graphs) == (0 if family == "qwen3_next" else {None: 0, Graph: 4, NoGraph: 1}[kind])
 
 
 @pytest.mark.parametrize("family", ["lfm2", "mamba", "rwkv"])

@@ -8,6 +8,7 @@ through `generate` of transformers without padding.
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import add
 from typing import Any, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from simnpo_pl.models.decoding import Repeated
 from simnpo_pl.models.packing import MISFITS, raise_if_machine
 from simnpo_pl.models.sharding import any_process, is_sharded
 from simnpo_pl.utils.errors import UserError
@@ -124,9 +126,14 @@ def _limits(model: Any, prompts: Sequence[Sequence[int]], wanted: int) -> list[i
 
 
 def _batched(
-    model: Any, prompts: Sequence[Sequence[int]], limits: Sequence[int], eos_ids: Sequence[int], choose: Choose
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    eos_ids: Sequence[int],
+    choose: Choose,
+    repeat: bool = False,
 ) -> list[list[int]]:
-    """All prompts at once, padded on the left; rows leave the batch as they end."""
+    """All prompts at once, padded on the left; rows leave the batch as they end, or when half have if steps repeat."""
     device = next(model.parameters()).device
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     pad = partial(pad_sequence, batch_first=True, padding_side="left")
@@ -134,29 +141,34 @@ def _batched(
     mask = pad([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]).to(device)
     done: list[list[int]] = [[] for _ in prompts]
     running, rows = list(range(len(prompts))), torch.arange(len(prompts), device=device)
-    stop, sharded = frozenset(eos_ids), is_sharded(model)
-    cache = DynamicCache(config=model.config)
+    stop, sharded, ended = frozenset(eos_ids), is_sharded(model), set[int]()
+    cache, repeated = DynamicCache(config=model.config), None
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     for step in range(max(limits)):
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, cache_name: cache}
-        token = choose(model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1], rows, step)
-        keep = []
+        logits = repeated(ids) if repeated else model(**inputs, use_cache=True, logits_to_keep=1).logits
+        token = choose(logits[:, -1], rows, step)
         # Only here does the host wait for the device.
-        for place, (row, value) in enumerate(zip(running, token.tolist(), strict=True)):
-            if value not in stop:
+        for row, value in zip(running, token.tolist(), strict=True):
+            if row not in ended and value not in stop:
                 done[row].append(value)
-                if step + 1 < limits[row]:
-                    keep.append(place)
+            if value in stop or step + 1 == limits[row]:
+                ended.add(row)
+        keep = [place for place, row in enumerate(running) if row not in ended]
         if not keep:
             break
-        if len(keep) < len(running):
+        if len(keep) < len(running) and (repeated is None or 2 * len(keep) <= len(running)):
             running, kept = [running[place] for place in keep], torch.tensor(keep).to(device, non_blocking=True)
-            # The one method to select rows that every kind of cache layer has.
-            cache.reorder_cache(cast(torch.LongTensor, kept))
             rows, mask, positions, token = rows[kept], mask[kept], positions[kept], token[kept]
+            # The one method to select rows that every kind of cache layer has.
+            (repeated or cache).reorder_cache(cast(torch.LongTensor, kept))
+        if repeat and step == 0 and not sharded and Repeated.suits(model, cache):
+            width, last = ids.shape[1] + max(limits) - 1, max(map(add, map(len, prompts), limits)) - 1
+            repeated = Repeated(model, {cache_name: cache}, mask, positions[:, -1:], width, last)
         ids = token.unsqueeze(1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[:, -1:] + 1
+        if repeated is None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            positions = positions[:, -1:] + 1
         if sharded:
             any_process(True, device)
     # Processes whose rows still run need this one's shard of the weights.
@@ -218,6 +230,7 @@ def _by_transformers(
 
 
 _WAYS: list[tuple[Way, str]] = [
+    (partial(_batched, repeat=True), ""),
     (_batched, ""),
     (_by_transformers, "prompts of one length at a time"),
     (partial(_by_transformers, alone=True), "one prompt at a time"),
@@ -241,7 +254,8 @@ def _way_of(model: Any) -> Way:
             "unchanged logits, greedy or at the temperature that the command was given"
         )
     agrees = _trial(model)
-    for way, words in _WAYS:
+    # Without a graph, steps on the same memory gain nothing.
+    for way, words in _WAYS[next(model.parameters()).device.type != "cuda" :]:
         if agrees(way):
             if words:
                 rank_zero_warn(
@@ -261,7 +275,7 @@ def _trial(model: Any) -> Callable[[Way], bool]:
 
     The prompts have different lengths, and one of them ends early.
     """
-    device, lengths, steps = next(model.parameters()).device, (4, 2, 6, 4), (2, 3, 3, 3)
+    device, lengths, steps = next(model.parameters()).device, (4, 2, 6, 4), (2, 4, 4, 4)
     end = int(model.config.get_text_config().vocab_size) - 1
     ids = (torch.arange(sum(lengths) + len(lengths) * max(steps), device=device) * 7 + 3) % end
     prompts = ids[: sum(lengths)].split(lengths)
