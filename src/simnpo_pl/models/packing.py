@@ -211,6 +211,9 @@ def _by_row(
     return torch.ops.aten._flash_attention_forward(*flat, *rows, 0.0, True, False, scale=scale)[0].unsqueeze(0)
 
 
+# cuDNN's attention, which torch prefers on newer GPUs, first makes a plan for every new shape, for 0.04 to 0.9 seconds:
+# shapes change with every batch, and with every generated token.
+torch.backends.cuda.enable_cudnn_sdp(False)
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _mask)
 
