@@ -35,6 +35,7 @@ from simnpo_pl.evaluation.options import EvalOptions
 from simnpo_pl.evaluation.plan import Split
 from simnpo_pl.metrics.answers import RowMean
 from simnpo_pl.models.generation import generate
+from simnpo_pl.models.layers import compile_layers
 from simnpo_pl.models.logprobs import Scorer
 from simnpo_pl.models.reference import REFERENCE_KEY
 from simnpo_pl.module.optimization import adamw
@@ -66,8 +67,14 @@ BETA = 2.5
 STEPS = 9
 """Of the Trainer: two to warm up, six that are timed, one whose host waits are counted."""
 
+EXACT = 8
+"""Prompts whose answers in float32 are compared."""
+LARGEST = 256
+"""Forget rows of a step."""
+
 Found = dict[str, Any]
 Loss = Callable[[], Tensor]
+Work = Callable[[], None]
 
 
 def simnpo_kl(model: Any, reference: Any, forget: Any, retain: Any) -> Tensor:
@@ -111,33 +118,37 @@ class Card:
         shape: Mapping[str, Any] = LLAMA_1B,
         sizes: Sequence[int] = (8, 32),
         questions: int = 200,
-        prompts: Sequence[int] = (48, 256),
+        prompts: Sequence[int] = (48, 256, 512),
         new: int = 32,
-        seconds: float = 85,
+        seconds: float = 110,
     ) -> None:
         self.device, self.folder, self.shape, self.sizes = device, folder, dict(shape), sizes
         self.questions, self.prompts, self.new = questions, prompts, new
         self.end = time.monotonic() + seconds
         self.found: Found = {"formula": FORMULA}
+        self.ways = ["package", "recipe"]
 
     def run(self) -> Found:
         """All parts, each kept on disk when it is done."""
         parts: dict[str, tuple[Callable[[Found], None], float]] = {
             "card": (self.card, 10),
             "model": (self.build, 30),
-            "step": (self.steps, 30),
-            "waits": (self.waits, 15),
-            "profile": (self.profile, 15),
-            "generation": (self.generation, 20),
-            "scoring": (self.scoring, 15),
+            "compiling": (self.compiling, 35),
+            "step": (self.steps, 40),
+            "generation": (self.generation, 25),
             "changing rows": (self.changing_rows, 15),
-            "larger batches": (self.larger_batches, 20),
+            "waits": (self.waits, 15),
+            "larger batches": (self.larger_batches, 25),
+            "scoring": (self.scoring, 15),
+            "profile": (self.profile, 20),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         for name, (part, limit) in parts.items():
             start = time.monotonic()
             self.found[name] = {}
-            error = _error_of(part, min(limit, self.end - start), self.found[name])
+            # Compiled layers run as they are written but where a step asks for the others.
+            with torch.compiler.set_stance("force_eager"):
+                error = _error_of(part, min(limit, self.end - start), self.found[name])
             self.found[name] |= {"seconds": round(time.monotonic() - start, 1), **({"error": error} if error else {})}
             print(f"{name}: {json.dumps(self.found[name])}", file=sys.stderr, flush=True)
             (self.folder / "gpu.json").write_text(json.dumps(self.found, indent=1) + "\n")
@@ -164,29 +175,40 @@ class Card:
         with self.device:
             self.model, self.reference = LlamaForCausalLM(config).train(), freeze(LlamaForCausalLM(config))
         self.rows = Rows(config.vocab_size)
+        self.batches = {size: self._batch(size) for size in self.sizes}
         with self._autocast(), torch.no_grad():
             self.scorer, self.other = Scorer(self.model), Scorer(self.reference)
         self.optimizer = adamw(self.model, lr=1e-6, betas=(0.9, 0.999), weight_decay=0.01)
+        # All answers then have the same length.
+        self.model.generation_config.eos_token_id = None
         found |= {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "packs": self.scorer.forward.way == "packed",
         }
 
-    def steps(self, found: Found) -> None:
-        """Optimizer steps of the package and of the public recipe, in turns, on the same rows."""
-        for size in self.sizes:
-            batch = self._batch(size)
+    def compiling(self, found: Found) -> None:
+        """Seconds of the first steps with compiled layers; where they fail, no later part takes them."""
+        compile_layers(self.model)
+        for size, batch in self.batches.items():
             for method in METHODS:
-                ways = {"package": self._own(method, batch), "recipe": self._plain(method, batch)}
-                times: dict[str, list[float]] = {way: [] for way in ways}
+                seconds = self._seconds(self._work("compiled", method, batch), 1)
+                found[f"{method} {size}+{size}"] = {"first_step_s": round(seconds, 2)}
+        self.ways.append("compiled")
+
+    def steps(self, found: Found) -> None:
+        """Optimizer steps of the package, of the public recipe and with compiled layers, in turns, on the same rows."""
+        for size, batch in self.batches.items():
+            for method in METHODS:
+                works = {way: self._work(way, method, batch) for way in self.ways}
+                times: dict[str, list[float]] = {way: [] for way in works}
                 peaks: Found = {}
                 for turn in range(3):
-                    for way, loss in ways.items():
+                    for way, work in works.items():
                         self._forget_peak()
-                        seconds = self._seconds(partial(self._step, loss), 2 if turn else 1)
+                        seconds = self._seconds(work, 2 if turn else 1)
                         times[way] += [seconds] if turn else []
                         peaks[way] = self._peak(method, way)
-                for way in ways:
+                for way in works:
                     found[f"{method} {size}+{size} {way}"] = {
                         **self._entry(batch, median(times[way]), kl=method.endswith("KL")),
                         "spread": round(max(times[way]) / min(times[way]) - 1, 3),
@@ -208,8 +230,8 @@ class Card:
             enable_model_summary=False,
             callbacks=[counter],
         )
-        # The same rows in each, so that the time compares with that of a step without the Trainer.
-        batches = [self._batch(self.sizes[0])] * STEPS
+        # The same rows in each, those of the steps without the Trainer.
+        batches = [self.batches[self.sizes[0]]] * STEPS
         self.optimizer.state.clear()
         trainer.fit(self._module(), DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
         found["step"] = {"ms": round(1000 * counter.seconds, 1), **counter.waits()}
@@ -246,15 +268,22 @@ class Card:
     def generation(self, found: Found) -> None:
         """Milliseconds a token of so many prompts at once, by the package and by transformers, in turns."""
         self.model.eval()
-        ways = {"package": self._generate, "transformers": self._transformers}
+        self._empty()
+        ways: dict[str, Callable[..., Any]] = {"package": self._generate, "transformers": self._transformers}
+        prompts = self._prompts(EXACT)
+        own, other = (torch.tensor(work(prompts, exact=True)) for work in ways.values())
+        found[f"float32, {EXACT}"] = {"equal_tokens": round((own == other).double().mean().item(), 4)}
         for count in self.prompts:
             prompts = self._prompts(count)
             works = {way: partial(self._seconds, partial(work, prompts), 1) for way, work in ways.items()}
-            # The first round, in which each takes its memory, is not counted.
-            for way, times in interleave(works, 2).items():
-                seconds = median(times.wall)
-                per_token, rate = 1000 * seconds / self.new, count * self.new / seconds
-                found[f"{way}, {count}"] = {"ms_per_token": round(per_token, 2), "tokens_per_s": round(rate)}
+            for way, times in interleave(works, 3, warm=False).items():
+                # In the first round each takes its memory.
+                first, seconds = times.wall[0], median(times.wall[1:])
+                found[f"{way}, {count}"] = {
+                    "first_ms_per_token": round(1000 * first / self.new, 2),
+                    "ms_per_token": round(1000 * seconds / self.new, 2),
+                    "tokens_per_s": round(count * self.new / seconds),
+                }
 
     def profile(self, found: Found) -> None:
         """The 25 kernels that take longest, in a file."""
@@ -262,40 +291,44 @@ class Card:
 
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._is_cuda else [])]
         order = f"self_{'device' if self._is_cuda else 'cpu'}_time_total"
-        batch = self._batch(self.sizes[-1])
-        for name, loss in (("package", self._own("SimNPO+NLL", batch)), ("recipe", self._plain("SimNPO+NLL", batch))):
-            self._step(loss)
+        for way in self.ways:
+            work = self._work(way, "SimNPO+NLL", self.batches[self.sizes[-1]])
+            work()
             with profile(activities=kinds) as seen:
-                self._step(loss)
+                work()
                 self._synchronize()
             table = seen.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=70)
-            (self.folder / f"profile-{name}.txt").write_text(table)
-            found[name] = f"profile-{name}.txt"
+            (self.folder / f"profile-{way}.txt").write_text(table)
+            found[way] = {"kernels": f"profile-{way}.txt"}
 
     def larger_batches(self, found: Found) -> None:
         """Steps of SimNPO and NLL with twice as many rows each time, until one does not fit."""
-        for way, made in (("package", self._own), ("recipe", self._plain)):
+        for way in self.ways:
             size = 2 * self.sizes[-1]
-            while size <= 1024:
+            while size <= LARGEST:
                 batch = self._batch(size)
+                work = self._work(way, "SimNPO+NLL", batch)
                 try:
-                    self._step(made("SimNPO+NLL", batch))
-                    seconds = self._seconds(partial(self._step, made("SimNPO+NLL", batch)), 2)
+                    work()
+                    self._forget_peak()
+                    seconds = self._seconds(work, 2)
                 except torch.OutOfMemoryError:
                     break
-                found[f"{size}+{size} {way}"] = self._entry(batch, seconds)
-                size *= 2 if self._is_cuda else 1024
+                found[f"{size}+{size} {way}"] = {**self._entry(batch, seconds), "peak_gib": self._peak("SimNPO", way)}
+                size *= 2 if self._is_cuda else LARGEST
             self._empty()
 
     def changing_rows(self, found: Found) -> None:
-        """Milliseconds of a step where no two batches have the same shape, by the way that memory is taken."""
-        works = [partial(self._step, self._own("SimNPO+NLL", self._batch(self.sizes[0]))) for _ in range(6)]
-        for name in ("as by default", "expandable segments"):
+        """Milliseconds of a step on rows of a new shape, the first time and the second.
+
+        Each way has batches of its own: what is kept of a shape would help the next one.
+        """
+        for way in self.ways:
+            works = [self._work(way, "SimNPO+NLL", self._batch(self.sizes[0])) for _ in range(6)]
             self._empty()
-            if self._is_cuda:
-                torch.cuda.memory._set_allocator_settings(f"expandable_segments:{name != 'as by default'}")
-            rounds = [round(1000 * sum(self._seconds(work, 1) for work in works) / len(works), 1) for _ in range(3)]
-            found[name] = {"first_ms": rounds[0], "ms": rounds[-1]}
+            first, again = ([1000 * self._seconds(work, 1) for work in works] for _ in range(2))
+            found[way] = {"first_ms": round(median(first), 1), "slowest_first_ms": round(max(first), 1)}
+            found[way] |= {"second_ms": round(median(again), 1), "slowest_second_ms": round(max(again), 1)}
 
     # -- work --------------------------------------------------------------------------------------------
 
@@ -304,6 +337,17 @@ class Card:
         rows = {"forget": self.rows.training(size), "retain": self.rows.training(size)}
         chosen = tuple(range(size))
         return TrainingSet(rows)[MicroBatch(chosen, chosen, (True,) * size, chosen, chosen)]
+
+    def _work(self, way: str, method: str, batch: dict[str, Any]) -> Work:
+        """An optimizer step."""
+        loss = self._plain(method, batch) if way == "recipe" else self._own(method, batch)
+
+        def work() -> None:
+            # The backward pass, too, is compiled when it first runs.
+            with torch.compiler.set_stance("default" if way == "compiled" else "force_eager"):
+                self._step(loss)
+
+        return work
 
     def _own(self, method: str, batch: dict[str, Any]) -> Loss:
         objective, retain = (kind() for kind in METHODS[method][:2])
@@ -352,18 +396,18 @@ class Card:
     def _prompts(self, count: int) -> list[list[int]]:
         return [row.prompt_ids for row in self.rows.training(count)]
 
-    def _generate(self, prompts: list[list[int]]) -> None:
-        with self._autocast():
-            generate(self.model, prompts, self.new, [])
+    def _generate(self, prompts: list[list[int]], exact: bool = False) -> list[list[int]]:
+        with self._autocast(not exact):
+            return generate(self.model, prompts, self.new, [])
 
     @torch.no_grad()
-    def _transformers(self, prompts: list[list[int]]) -> None:
+    def _transformers(self, prompts: list[list[int]], exact: bool = False) -> Any:
         rows = [torch.tensor(prompt) for prompt in prompts]
         pad = partial(pad_sequence, batch_first=True, padding_side="left")
-        mask = pad([torch.ones_like(row) for row in rows]).to(self.device)
-        length = {"max_new_tokens": self.new, "min_new_tokens": self.new, "do_sample": False, "pad_token_id": 0}
-        with self._autocast():
-            self.model.generate(pad(rows).to(self.device), attention_mask=mask, **length)
+        ids, mask = (pad(parts).to(self.device) for parts in (rows, [torch.ones_like(row) for row in rows]))
+        length = {"max_new_tokens": self.new, "do_sample": False, "pad_token_id": 0}
+        with self._autocast(not exact):
+            return self.model.generate(ids, attention_mask=mask, **length)[:, ids.shape[1] :].tolist()
 
     # -- measuring ---------------------------------------------------------------------------------------
 
@@ -371,8 +415,8 @@ class Card:
     def _is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16)
+    def _autocast(self, enabled: bool = True) -> Any:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled)
 
     def _synchronize(self) -> None:
         if self._is_cuda:
@@ -505,11 +549,12 @@ def _error_of(part: Callable[[Found], None], seconds: float, found: Found) -> st
         raise TimeoutError(f"stopped after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: a compiler may take what is raised in it for its own.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 2)
     try:
         part(found)
     except Exception as error:
-        return f"{type(error).__name__}: {error}"[:300]
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -525,17 +570,12 @@ def tables(found: Found) -> list[str]:
         f"{weights / 1e9:.2f} billion weights, bf16-mixed. {found['formula']}.",
         "",
     ]
-    for name in (
-        "step",
-        "scoring",
-        "generation",
-        "waits",
-        "changing rows",
-        "larger batches",
-    ):
-        entries = {key: value for key, value in found[name].items() if isinstance(value, dict)}
+    for name, part in found.items():
+        if name == "formula":
+            continue
+        entries = {key: value for key, value in part.items() if isinstance(value, dict)}
         keys = [key for key in dict.fromkeys(k for value in entries.values() for k in value) if key != "lines"]
         rows = [[key, *(str(value.get(k, "-")) for k in keys)] for key, value in entries.items()]
-        error = [f"{name}: {found[name]['error']}", ""] if "error" in found[name] else []
-        lines += [*(markdown.table([name, *keys], rows).split("\n") if rows else []), "", *error]
+        lines += [*markdown.table([name, *keys], rows).split("\n"), ""] if rows else []
+        lines += [f"{name}: {part['error']}", ""] if "error" in part else []
     return lines

@@ -4,12 +4,14 @@ import json
 import math
 import re
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from bench import baseline, gpu, job, overhead, parts, report
 from bench.__main__ import main
@@ -107,32 +109,83 @@ TINY_LLAMA = {
 }  # fmt: skip
 
 
-def test_parts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBackend]:
+    """In the place of inductor, which takes longer; counts graphs."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    yield counter
+    torch._dynamo.reset()
+
+
+def test_parts_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compiler: CompileCounterWithBackend):
     """They run on any device; what a part cannot do is said in its place, and the others go on."""
     card = gpu.Card(torch.device("cpu"), tmp_path, TINY_LLAMA, (2,), 2, (2,), 2)
-    monkeypatch.setattr(gpu.Card, "larger_batches", lambda card, found: 1 / 0)
+    monkeypatch.setattr(gpu.Card, "scoring", lambda card, found: 1 / 0)
     found = card.run()
-    assert found["larger batches"]["error"] == "ZeroDivisionError: division by zero"
-    assert [name for name in found if "error" in found[name]] == ["larger batches"]
+    assert found["scoring"]["error"] == "ZeroDivisionError: division by zero"
+    assert [name for name in found if "error" in found[name]] == ["scoring"]
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
-    assert found["step"].keys() > {f"{method} 2+2 {way}" for method in gpu.METHODS for way in ("package", "recipe")}
-    assert "| SimNPO+KL 2+2 recipe | " in "\n".join(gpu.tables(found))
+    ways = ("package", "recipe", "compiled")
+    assert found["step"].keys() == {f"{method} 2+2 {way}" for method in gpu.METHODS for way in ways} | {"seconds"}
+    assert found["larger batches"].keys() == {f"4+4 {way}" for way in ways} | {"seconds"}
+    assert found["changing rows"].keys() == {*ways, "seconds"}
+    assert found["generation"]["float32, 8"] == {"equal_tokens": 1.0}
+    assert all("aten::mm" in (tmp_path / found["profile"][way]["kernels"]).read_text() for way in ways)
+    # Rows that begin alike have a graph of their own.
+    assert quick_compiler.frame_count in (1, 2)
+    text = "\n".join(gpu.tables(found))
+    lines = ("| SimNPO+KL 2+2 recipe | ", "| 4+4 compiled | ", "| float32, 8 | 1.0 | ", "scoring: ZeroDivisionError: ")
+    assert all(line in text for line in lines)
     assert gpu._error_of(lambda found: time.sleep(9), 1, {}) == "TimeoutError: stopped after 1 s"
     assert gpu._error_of(lambda found: None, 0.5, {}) == "no time was left"
 
 
+def test_a_gpu_whose_layers_cannot_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fails))
+    for part in ("generation", "waits", "scoring", "profile"):
+        monkeypatch.setattr(gpu.Card, part, lambda card, found: None)
+    found = gpu.Card(torch.device("cpu"), tmp_path, TINY_LLAMA, (2,)).run()
+    torch._dynamo.reset()
+    assert "no compiler" in found["compiling"]["error"]
+    assert [name for name in found if "error" in found[name]] == ["compiling"]
+    assert found["changing rows"].keys() == {"package", "recipe", "seconds"}
+    assert len(found["step"]) == 7
+    assert "no compiler" in "\n".join(gpu.tables(found))
+
+
+@pytest.mark.slow
+def test_compiled_steps_of_a_gpu_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for part in ("generation", "waits", "scoring"):
+        monkeypatch.setattr(gpu.Card, part, lambda card, found: None)
+    found = gpu.Card(torch.device("cpu"), tmp_path, TINY_LLAMA, (2,), seconds=600).run()
+    torch._dynamo.reset()
+    assert not any("error" in part for part in found.values())
+    assert "Torch-Compiled Region" in (tmp_path / "profile-compiled.txt").read_text()
+    assert "Torch-Compiled Region" not in (tmp_path / "profile-package.txt").read_text()
+
+
 def test_both_ways_of_generation_take_turns_on_the_same_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     turns: list[tuple[str, list[list[int]]]] = []
-    monkeypatch.setattr(gpu.Card, "_generate", lambda card, prompts: turns.append(("package", prompts)))
-    monkeypatch.setattr(gpu.Card, "_transformers", lambda card, prompts: turns.append(("transformers", prompts)))
+
+    def way(name: str) -> Any:
+        return lambda card, prompts, exact=False: turns.append((name, prompts)) or [[len(name)] * 4 for _ in prompts]
+
+    monkeypatch.setattr(gpu.Card, "_generate", way("package"))
+    monkeypatch.setattr(gpu.Card, "_transformers", way("transformers"))
     card, found = gpu.Card(torch.device("cpu"), tmp_path, TINY_LLAMA, prompts=(2, 3)), {}
     card.build({})
     card.generation(found)
-    assert [way for way, _ in turns] == ["package", "transformers"] * 6
-    assert [len(prompts) for _, prompts in turns] == [2] * 6 + [3] * 6
-    assert all(prompts == turns[0][1] for _, prompts in turns[:6])
-    assert all(prompts == turns[6][1] for _, prompts in turns[6:])
+    assert [way for way, _ in turns] == ["package", "transformers"] * 7
+    assert [len(prompts) for _, prompts in turns] == [8] * 2 + [2] * 6 + [3] * 6
+    for start, end in ((0, 2), (2, 8), (8, 14)):
+        assert all(prompts == turns[start][1] for _, prompts in turns[start:end])
+    assert found.pop("float32, 8") == {"equal_tokens": 0.0}
     assert found.keys() == {"package, 2", "transformers, 2", "package, 3", "transformers, 3"}
+    assert all(entry.keys() == {"first_ms_per_token", "ms_per_token", "tokens_per_s"} for entry in found.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it runs for minutes")
