@@ -244,6 +244,7 @@ class Report:
             left.axhline(np.log10(0.05), color=GREY, linewidth=0.8, linestyle="--")
             left.set(xlabel="model utility", ylabel="log10 of forget quality")
             right.set(xlabel="epoch of relearning", ylabel="forget probability")
+            right.xaxis.get_major_locator().set_params(integer=True)
             left.legend(fontsize=6)
             right.legend(fontsize=6)
 
