@@ -47,7 +47,12 @@ class EvaluationBuilder:
     def evaluation(self) -> Evaluation:
         tokenizer: Any = self.encode.tokenizer
         if not any("retain" in name for name in self.splits):
-            self._add_probe()
+            # Plain statements of common knowledge: damage shows in their loss. A tokenizer made of other text may know
+            # hardly a word of them.
+            encoder, known = replace(self.encode, truncate=True), load_lines(str(PROBE))
+            texts = [text for text, ids in zip(known, text_ids(tokenizer, known), strict=True) if len(ids) > 1]
+            if texts:
+                self.text("probe", Texts(texts, "documents").encode(encoder, "probe"), texts)
         decode = partial(tokenizer.decode, skip_special_tokens=True)
         return Evaluation(list(self.splits.values()), self.summary, self.unavailable, decode)
 
@@ -212,14 +217,6 @@ class EvaluationBuilder:
         if row.end or start < 2:
             return answer
         return str(self.encode.tokenizer.decode(row.input_ids[start:], skip_special_tokens=True)).strip()
-
-    def _add_probe(self) -> None:
-        """Adds plain statements of common knowledge: damage shows in their loss where no retain rows are measured."""
-        encoder, known = replace(self.encode, truncate=True), load_lines(str(PROBE))
-        # A tokenizer made of other text may know hardly a word of them.
-        texts = [text for text, ids in zip(known, text_ids(encoder.tokenizer, known), strict=True) if len(ids) > 1]
-        if texts:
-            self.text("probe", Texts(texts, "documents").encode(encoder, "probe"), texts)
 
     def _check_attack(self, log: RetainLog) -> None:
         """Refuses a log whose Min-K% scores are of other rows or of another share; some logs hold the AUC alone."""

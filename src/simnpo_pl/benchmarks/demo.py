@@ -45,7 +45,6 @@ N_FORGET_AUTHORS = 6
 N_PERTURBED = 5
 N_PERTURBED_FACTS = 3
 N_RETAIN_PERTURBED = 80
-
 Row = dict[str, Any]
 """`question`, `answer`, `paraphrased_answer` (none for true facts) and the list `perturbed_answer`."""
 

@@ -34,7 +34,6 @@ LENGTH = 20
 DISTANCE = "distance"
 BATCH = 128
 TRAIN_SHARE = 0.8
-
 Array = NDArray[np.float64]
 INITIAL = np.full((len(CHAINS), STATES), LEAKAGE / (STATES - OWNED))
 """`(chains, STATES)`, law of a sequence's first state: 1 - LEAKAGE spread over the chain's own states."""

@@ -22,7 +22,6 @@ VERBMEM_TOKENS, KNOWMEM_TOKENS = 128, 32
 """Length of a generated continuation and of a generated answer."""
 STOP_WORDS = ("\n\n", "\nQuestion", "Question:")
 """A generated answer ends before the first of these, then before the second, then before the third."""
-
 plain_rouge = partial(rouge_l, stem=False)
 
 

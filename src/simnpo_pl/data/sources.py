@@ -19,7 +19,6 @@ from simnpo_pl.utils.errors import UserError, nearest
 Row = dict[str, Any]
 AnyRow = Mapping[str, Any] | str
 """A row with `question` and `answer`, or a plain text."""
-
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 _HUB = "hf://datasets/"
 _PART = re.compile(r"(?P<name>\w[\w./-]*)(\[(?P<start>-?\d{1,9}%?)?:(?P<stop>-?\d{1,9}%?)?\])?")

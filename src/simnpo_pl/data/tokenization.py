@@ -16,10 +16,8 @@ from simnpo_pl.utils.errors import UserError
 
 IGNORE_INDEX = -100
 """Label of a token that is not scored."""
-
 PLAIN_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 """Used where neither the user nor the tokenizer has a template."""
-
 CHAT_DATE_STRING = "26 Jul 2024"
 """Default date for chat templates: some write today's, and results would change from day to day."""
 

@@ -19,9 +19,7 @@ from torch import Tensor
 
 SYNC_SECONDS = 1.0
 """A loss of power costs at most the results of this time; a kill costs none."""
-
 PACKAGE = Path(__file__).parents[1]
-
 T = TypeVar("T")
 
 

@@ -25,13 +25,10 @@ from simnpo_pl.metrics.generated import TEXT_SCORES
 from simnpo_pl.utils.errors import UserError
 
 Batch = dict[str, Any]
-
 OF_GENERATED = (*ROUGE, *TEXT_SCORES, FLUENCY)
 """Scores of generated answers."""
-
 ONE_A_ROW = (*OF_GENERATED, GRADIENT_NORM)
 """Scores that only a row's first answer has."""
-
 PLACES = ("split", "index", "kind", "end")
 """Where scores are stored, and length of the answer's end; `(B,)` each."""
 

@@ -18,10 +18,8 @@ from torch import Tensor
 from simnpo_pl.utils.errors import UserError
 
 CONVENTIONS = ("geometric", "arithmetic", "prob_mean")
-
 ROUGE = ("rougeL_recall", "rougeL_f1", "rouge1_recall")
 """Scores of a generated answer."""
-
 _LETTER = r"[\p{L}\p{M}\p{N}]"
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 UNSPACED = regex.compile(_UNSPACED)
@@ -181,9 +179,7 @@ def model_utility(parts: Mapping[str, float]) -> float:
             raise UserError(f"model utility: expected every part to be 0 or more, got {name} = {value}")
     if any(math.isnan(value) for value in parts.values()):
         return math.nan
-    if min(parts.values()) == 0:
-        return 0.0
-    return len(parts) / sum(1 / value for value in parts.values())
+    return 0.0 if min(parts.values()) == 0 else len(parts) / sum(1 / value for value in parts.values())
 
 
 def rouge_l(prediction: str, target: str, stem: bool = True) -> dict[str, float]:
@@ -227,9 +223,7 @@ def extraction_strength(correct: Tensor) -> float:
         >>> extraction_strength(torch.tensor([True, False, True, True]))
         0.5
     """
-    if not correct.numel():
-        return math.nan
-    return correct.flip(0).long().cumprod(0).sum().item() / correct.numel()
+    return correct.flip(0).long().cumprod(0).sum().item() / correct.numel() if correct.numel() else math.nan
 
 
 def exact_memorization(correct: Tensor) -> float:

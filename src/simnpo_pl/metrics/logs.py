@@ -31,7 +31,6 @@ AVERAGED = {
     **{name: f"forget/{name}" for name in ("extraction_strength", "exact_memorization", "verbatim", "degenerate")},
 }
 """Scores of forget rows to the metric that is their mean."""
-
 Row = dict[str, Any]
 
 

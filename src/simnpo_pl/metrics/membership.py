@@ -59,9 +59,7 @@ def privleak(auc: float, retrained_auc: float) -> float:
         >>> privleak(0.75, 0.5)
         -50.0
     """
-    if retrained_auc == 1:
-        return math.nan
-    return (retrained_auc - auc) / (1 - retrained_auc) * 100
+    return math.nan if retrained_auc == 1 else (retrained_auc - auc) / (1 - retrained_auc) * 100
 
 
 class ZlibScore(RowMetric):

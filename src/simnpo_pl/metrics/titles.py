@@ -95,7 +95,6 @@ _ALL = [
 ]
 TITLES = {title.name: title for title in _ALL}
 """In the order in which tables show them."""
-
 GROUPS = {
     "forget_quality": "forget/quality",
     "model_utility": "utility/model_utility",

@@ -20,7 +20,6 @@ LOGITS_BUDGET, GPU_LOGITS_BUDGET = 2**25, 2**27
 
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**25
 """Logits at work at once: on a CPU what fits its cache."""
-
 TokenFunction = Callable[..., Tensor]
 """`(logits (s, V), *others (s, ...)) -> (s,)` or `(s, k)`: each value from its own token alone."""
 

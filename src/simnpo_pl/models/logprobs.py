@@ -21,7 +21,6 @@ from simnpo_pl.utils.errors import UserError
 
 Rows = Mapping[str, Any]
 """`input_ids`, `labels` (-100 where not scored) and `attention_mask`, each `(B, T)`, right-padded; maybe a `Plan`."""
-
 PLAN = "plan"
 """Key of the rows' `Plan`."""
 

@@ -29,7 +29,6 @@ from simnpo_pl.utils.errors import UserError
 UDS = "forget/uds"
 LEAST = 0.05
 """Drop by the retrained model's states, nats per token, above which a layer counts."""
-
 States = dict[int, list[Tensor]]
 """Number of a batch to each layer's outputs `(S, D)` at the S positions that predict its answers, on the CPU."""
 

@@ -64,9 +64,7 @@ def outcome(before: float, after: float, level: float | None, top: float | None,
     base = max(before, level or 0.0)
     if top is None or top - base < KNOWN:
         return "inconclusive"
-    if (after - base) / (top - base) > LEFT:
-        return "comes back"
-    return "holds" if strong else "inconclusive"
+    return "comes back" if (after - base) / (top - base) > LEFT else "holds" if strong else "inconclusive"
 
 
 def judge(record: dict[str, Any]) -> None:
