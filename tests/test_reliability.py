@@ -1,5 +1,6 @@
 """Nothing is lost: kills and signals at any moment, and a resumed run that ends as an uninterrupted one."""
 
+import json
 import os
 import shutil
 import signal
@@ -394,6 +395,40 @@ def test_signal_in_the_last_step(cli: CLI, tmp_path: Path, options: list[str], s
     assert stop.value.code == 143
     cli("fit", *options, "--run_dir", str(tmp_path / "cut"), "--ckpt_path", "last")
     assert same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2"],
+        ["--trainer.max_steps", "6", "--trainer.max_epochs", "-1", "--checkpoint.every_steps", "1"],
+    ],
+    ids=["within an epoch", "at its end"],
+)
+def test_kill_in_the_last_evaluation(cli: CLI, tmp_path: Path, options: list[str]):
+    """Nothing would be left to train from its step on; the evaluation is made all the same, and picks the epoch."""
+    options = [*options, "--trainer.logger", "false", "--export.best", "forget/probability"]
+    cli("fit", *options, "--run_dir", str(tmp_path / "whole"))
+    last = results(tmp_path / "whole")["epochs"][-1]["step"]
+    with killed(PolicyModule, "validation_step", lambda self, *_: self.trainer.global_step == last):
+        cli("fit", *options, "--run_dir", str(tmp_path / "cut"))
+    cli("fit", *options, "--run_dir", str(tmp_path / "cut"), "--ckpt_path", "last")
+    assert same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_stop_in_an_evaluation_within_an_effective_batch(cli: CLI, tmp_path: Path):
+    """EarlyStopping after the third micro-batch of two a step: the run goes on as if it had not ended."""
+    options = ["--model.schedule", "constant", "--eval.start", "false", "--eval.final", "false"]
+    runs = [tmp_path / name for name in ("whole", "ended", "longer")]
+    cli("fit", *options, "--run_dir", str(runs[0]))
+    stop: dict[str, Any] = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
+    stop["init_args"] = {"monitor": "forget/probability", "stopping_threshold": 0.0, "mode": "max"}
+    options += ["--trainer.val_check_interval", "3"]
+    cli("fit", *options, "--trainer.callbacks", json.dumps([stop]), "--run_dir", str(runs[1]))
+    cli("fit", *options, "--run_dir", str(runs[2]), "--ckpt_path", str(runs[1] / "last.ckpt"))
+    assert len(history(runs[1])) == 2
+    assert history(runs[0]) == history(runs[1]) + history(runs[2])
+    assert same_weights(runs[0], runs[2])
 
 
 def test_a_stop_that_waits_for_other_epochs_saves_as_usual(cli: CLI, tmp_path: Path):

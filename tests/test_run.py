@@ -417,7 +417,11 @@ def test_chosen_forget_rows(cli: CLI, tmp_path: Path, capsys: pytest.CaptureFixt
     assert results(tmp_path / "r")["counts"]["forget/probability"] == 10
 
 
-@pytest.mark.parametrize("objective", [["NPO"], ["PDU", "--model.objective.warmup_epochs", "0"]], ids=lambda o: o[0])
+@pytest.mark.parametrize(
+    "objective",
+    [["NPO"], ["PDU", "--model.objective.warmup_epochs", "0"], ["SimNPO", "--trainer.max_steps", "8"]],
+    ids=lambda o: o[0],
+)
 def test_resumed_run_ends_like_an_uninterrupted_one(cli: CLI, tmp_path: Path, objective: list[str]):
     """Stopped after one of three epochs, as by a kill, then resumed: the same weights, bit for bit."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

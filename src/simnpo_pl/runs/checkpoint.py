@@ -41,10 +41,9 @@ class CheckpointOptions:
     every_epochs: int | None = 1
 
     def __post_init__(self) -> None:
-        if self.every_steps is not None and self.every_steps < 1:
-            raise UserError(f"--checkpoint.every_steps must be at least 1, got {self.every_steps}; null saves by epoch")
-        if self.every_epochs is not None and self.every_epochs < 1:
-            raise UserError(f"--checkpoint.every_epochs must be at least 1, got {self.every_epochs}; null saves none")
+        for name, without in (("every_steps", "null saves by epoch"), ("every_epochs", "null saves none")):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--checkpoint.{name} must be at least 1, got {value}; {without}")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -83,7 +82,9 @@ class StopSignals:
     """
 
     def __init__(self, plugins: Iterable[Any] = ()) -> None:
-        self.requeue = _requeue_signal(plugins)
+        slurm = next((plugin for plugin in plugins if isinstance(plugin, SLURMEnvironment)), None)
+        requeues = SLURMEnvironment.detect() if slurm is None else slurm.auto_requeue
+        self.requeue = (signal.SIGUSR1 if slurm is None else slurm.requeue_signal) if requeues else None
         self.requested, self._since = 0, 0.0
         self._deferred = False
         self._before: dict[int, Any] = {}
@@ -126,7 +127,11 @@ class SaveState(Checkpoint):
         self.file = folder / LAST
         self.every, self.every_epochs = options.every_steps, options.every_epochs
         self.signals = signals
-        self._saved_step, self._ends = -1, False
+        self._saved_step, self._ends, self._between = -1, False, True
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        # Where max_steps is given Lightning would end a finished epoch once more: later ones would get other numbers.
+        trainer.fit_loop._iteration_based_training = lambda: False
 
     def save(self, trainer: pl.Trainer) -> None:
         # Sharded strategies write a folder, which takes the name only once it is complete.
@@ -151,35 +156,38 @@ class SaveState(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.signals.defer()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        between = trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        # By max_time, for example.
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._between = trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        # A stop that max_time or EarlyStopping asks for inside an effective batch waits for its end.
         self._ends |= trainer.should_stop
-        trainer.should_stop = self._ends and between
+        trainer.should_stop = self._ends and self._between
+        over = self._is_over(trainer)
+        # A run that is over would not resume an evaluation: it is saved after the one that follows.
+        evaluates = trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
         # After the last batch the epoch's evaluation starts or the epoch ends; both save.
-        if between and not trainer.is_last_batch:
-            self._save_if_due(trainer, self._is_over(trainer) and self.every_epochs is not None)
+        if self._between and not trainer.is_last_batch and not (over and evaluates):
+            self._save_if_due(trainer, over and self.every_epochs is not None)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.signals.defer()
-        if trainer.state.fn == "fit" and trainer.is_last_batch:
+        if trainer.state.fn == "fit" and trainer.is_last_batch and not self._is_over(trainer):
             self._save_if_due(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         in_fit = trainer.state.fn == "fit"
-        if in_fit and not trainer.is_last_batch:
+        if self._is_over(trainer) or (in_fit and not trainer.is_last_batch):
             return
         stop = self._agreed_signal(trainer)
         if stop and in_fit and self._saved_step != trainer.global_step:
             self.save(trainer)
-        if not self._is_over(trainer):
-            self._stop(trainer, stop)
+        self._stop(trainer, stop)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.signals.defer(trainer.state.fn == "fit")
-        if self._is_over(trainer) and not trainer.is_last_batch and self.every_epochs is not None:
-            # The epoch that this evaluation picked for the export.
-            self.save(trainer)
+        self._ends |= trainer.should_stop
+        trainer.should_stop &= self._between
+        if self._is_over(trainer):
+            self._save_if_due(trainer, self.every_epochs is not None and not trainer.is_last_batch)
 
     on_test_start = on_predict_start = on_validation_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
@@ -222,13 +230,6 @@ class SaveState(Checkpoint):
             if signum == self.signals.requeue and trainer.is_global_zero:
                 _requeue()
             raise Stopped(signum)
-
-
-def _requeue_signal(plugins: Iterable[Any]) -> int | None:
-    for plugin in plugins:
-        if isinstance(plugin, SLURMEnvironment):
-            return plugin.requeue_signal if plugin.auto_requeue else None
-    return signal.SIGUSR1 if SLURMEnvironment.detect() else None
 
 
 def _requeue() -> None:
