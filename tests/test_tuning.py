@@ -145,6 +145,37 @@ def test_mistakes_in_a_file(tmp_path: Path, changed: dict[str, Any], message: st
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_rule_that_reads_what_no_run_measures(
+    run_options: list[str], program: Callable[..., list[Sequence[str]]], tmp_path: Path, capsys: Any
+):
+    """It is refused before the first run; what a retrained model has, only that run can tell."""
+    methods = {"A": {"options": run_options, "space": {"model.lr": {"low": 1e-5, "high": 1e-4}}}}
+    calls, folder = program(), tmp_path / "runs"
+    for metric, condition, options, said in (
+        ("forget_quality", [], [], "forget_quality of the final model, which was not measured: no retrained model to"),
+        ("forget/rogue", [], [], "forget/rogue of the final model, which was not measured: measured are forget/"),
+        ("forget/rouge", [], ["--eval.generate_rows", "0"], "forget/rouge of the final model, which was not measured"),
+        ("model_utility", [], ["--eval.final", "false"], "model_utility of the final model, which was not measured"),
+        (
+            "model_utility",
+            ["forget/nll <= 2 x start"],
+            ["--eval.start", "false"],
+            "forget/nll of the start model, which",
+        ),
+        ("model_utility", ["forget/rouge <= 2 x retrained"], [], "forget/rouge of the retrained model, which was not"),
+    ):
+        file = write(tmp_path, methods=methods, trials=1, maximize=metric, subject_to=condition)
+        with pytest.raises(SystemExit) as stop:
+            main(["tune", str(file), "--folder", str(folder), *options])
+        assert stop.value.code == 2
+        assert f"error: the rule needs {said}" in capsys.readouterr().err
+        assert not folder.exists()
+    assert not calls
+    with pytest.raises(UserError, match="the rule needs forget/rouge of the retrained model"):
+        main(["tune", str(file), "--folder", str(folder), "--eval.retrained", "gone", "--debug"])
+    assert len(calls) == 1
+
+
 # -- the search ------------------------------------------------------------------------------------------
 
 

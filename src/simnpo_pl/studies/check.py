@@ -41,9 +41,7 @@ def run(options: Namespace) -> None:
             load_config(given, f"--{name}")
     for one in runs_of(options):
         # What all attacks need is missed before the first.
-        data = reopen(one).datamodule
-        data.prepare_data()
-        data.setup("validate")
+        reopen(one).read_data()
         for name, attack in ATTACKS.items():
             if options.attacks is None or name in options.attacks:
                 attack(one, options)
@@ -104,9 +102,7 @@ def depth(run: Run, options: Namespace) -> None:
             if not given:
                 raise UserError(f"the Unlearning Depth Score needs {what}")
         opened = reopen(run)
-        opened.datamodule.prepare_data()
-        opened.datamodule.setup("validate")
-        found = measure_depth(opened.trainer, opened.model, opened.datamodule, start, retrained, model_of(run))
+        found = measure_depth(opened.trainer, opened.model, opened.read_data(), start, retrained, model_of(run))
         add_results(run, lambda results: add_depth(run, results, *found))
 
 

@@ -5,6 +5,7 @@ Workers on several machines may share the folders: a run is locked while it is m
 
 import hashlib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -140,6 +141,21 @@ def _model_files(options: Sequence[str]) -> dict[str, str]:
 def read_record(folder: Path) -> dict[str, Any]:
     """Results of a run; empty if it has none yet."""
     return read_json(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+
+
+class NotANumber(Exception):
+    """A metric is not finite, such as one of a model that diverged."""
+
+
+def measured(record: dict[str, Any], model: str, metric: str) -> float:
+    """A metric of the `start`, `retrained` or `final` model in a run's results."""
+    found = (record.get(model) or {}).get("metrics") or {}
+    if metric not in found:
+        reason = record.get("unavailable", {}).get(metric, f"measured are {', '.join(found) or 'none'}")
+        raise UserError(f"the rule needs {metric} of the {model} model, which was not measured: {reason}")
+    if found[metric] is None or not math.isfinite(found[metric]):
+        raise NotANumber(f"{metric} of the {model} model is not a number")
+    return float(found[metric])
 
 
 def start(command: Sequence[str], log: Path | None = None) -> int:

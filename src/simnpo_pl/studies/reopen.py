@@ -5,7 +5,7 @@ A model that no run of this project made is evaluated first, which makes it a ru
 
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_only
 
 from simnpo_pl.benchmarks.answers import START_ANSWERS
+from simnpo_pl.benchmarks.builder import NO_RETRAINED
 from simnpo_pl.cli.main import TRAINER_DEFAULTS, UnlearningCLI, precision
+from simnpo_pl.evaluation.plan import Split
+from simnpo_pl.module.depth import UDS
 from simnpo_pl.report.robustness import judge
 from simnpo_pl.runs.card import write_card
 from simnpo_pl.runs.progress import ProgressBar
@@ -30,7 +33,6 @@ KEPT = (
     *("deterministic", "max_epochs", "enable_progress_bar"),
 )
 """Settings of the run's Trainer that a Trainer over the finished run has, too."""
-
 OPENED_WITH = re.compile(r"--(data\.(path|forget|retain|holdout|refusals|alternates)|trainer\..*|model\.dtype)(=.*)?")
 """Options that may differ from the run's: places of its data, devices, precision."""
 
@@ -52,6 +54,12 @@ class LoadedRun(UnlearningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+    def read_data(self) -> Any:
+        """The data module, with the rows that are measured."""
+        self.datamodule.prepare_data()
+        self.datamodule.setup("validate")
+        return self.datamodule
 
 
 def runs_of(options: Namespace) -> list[Run]:
@@ -112,17 +120,33 @@ def reopen(run: Run, *options: str) -> LoadedRun:
         arguments += ["--data.retain", str(answers)]
     opened = LoadedRun([*arguments, *run.options, *options])
     if any(option.startswith("--data.") for option in run.options):
-        data = opened.datamodule
-        data.prepare_data()
-        data.setup("validate")
-        here = {
-            text.get("answer") for split in data.evaluation().splits for text in split.texts if split.name == "forget"
-        }
+        splits = opened.read_data().evaluation().splits
+        here = {text.get("answer") for split in splits for text in split.texts if split.name == "forget"}
         if here != {row.get("answer") for row in run.rows if row["split"] == "forget"}:
             raise UserError(
                 f"{' '.join(run.options)}: these are not the forget rows of {run.folder}; give the run's own"
             )
     return opened
+
+
+def to_measure(options: Sequence[str]) -> dict[str, Any] | None:
+    """The metrics that a `fit` with these options will have, all 0, as its results hold them; None if it fails."""
+    try:
+        data = LoadedRun(["fit", *options]).read_data()
+    except Exception:
+        # The run says why.
+        return None
+    given, evaluation, log = data.eval, data.evaluation(), data.find_retain_log()
+    later = [name for name, why in evaluation.unavailable.items() if given.retrained and why == NO_RETRAINED]
+    names = dict.fromkeys([*evaluation.names(), *later, *([UDS] if given.depth else [])], 0.0)
+    found = {model: {"metrics": names} for model in ("start", "final", "retrained") if getattr(given, model)}
+    return found | ({"retrained": {"metrics": log.metrics}} if log else {}) | {"unavailable": evaluation.unavailable}
+
+
+def among(split: Split, rows: Sequence[Any]) -> set[int]:
+    """Rows of a split that are among rows to train on; none if these have another form, such as MUSE's text."""
+    known = {tuple(row.input_ids) for row in rows}
+    return {index for index, answers in enumerate(split.answers) if tuple(answers[0].input_ids) in known}
 
 
 def measure_once(

@@ -9,7 +9,6 @@ settings as chosen_METHOD.yaml, a config for `fit`.
 
 # Not `Study.optimize`: it cannot resume an interrupted trial, and several workers may exceed the number of trials.
 import json
-import math
 import re
 import shutil
 import time
@@ -23,8 +22,9 @@ from filelock import FileLock
 
 from simnpo_pl.metrics.titles import number, title_of
 from simnpo_pl.runs.verdict import UNMOVED, Verdict
-from simnpo_pl.studies.launch import Job, RunFailed, Taken, made_of, read_record
+from simnpo_pl.studies.launch import Job, NotANumber, RunFailed, Taken, made_of, measured, read_record
 from simnpo_pl.studies.plans import Plan, Words, read_plan, words_of, write_tables
+from simnpo_pl.studies.reopen import to_measure
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import write_json, write_text
@@ -43,21 +43,6 @@ CONDITION = re.compile(r"(\S+) (>=|<=) ([\d.e+-]+)(?: x (start|retrained))?")
 MEMBERSHIP = re.compile(r"(^|[/_])(mia|privleak|membership)")
 SHOWN = ("forget/probability", "model_utility", "retain/probability")
 """Metrics in the table of trials, next to the one that is maximized."""
-
-
-class NotANumber(Exception):
-    """A metric is not finite, such as one of a model that diverged."""
-
-
-def measured(record: dict[str, Any], model: str, metric: str) -> float:
-    """A metric of the `start`, `retrained` or `final` model in a run's results."""
-    found = (record.get(model) or {}).get("metrics") or {}
-    if metric not in found:
-        reason = record.get("unavailable", {}).get(metric, f"measured are {', '.join(found) or 'none'}")
-        raise UserError(f"the rule needs {metric} of the {model} model, which was not measured: {reason}")
-    if found[metric] is None or not math.isfinite(found[metric]):
-        raise NotANumber(f"{metric} of the {model} model is not a number")
-    return float(found[metric])
 
 
 def parsed(condition: str) -> tuple[str, str, float, str | None]:
@@ -290,6 +275,15 @@ def run(options: Namespace) -> None:
     drawn = {f"--{option}" for method in tuning.methods.values() for option in method.space} | {"--seed_everything"}
     if given := drawn & {word.partition("=")[0] for word in options.fit}:
         raise UserError(f"{min(given)}: the tuning file sets it for each trial; change it there")
+    for method in methods:
+        # Refused before the first trial, as far as it is known then: a rule that reads what no trial will measure.
+        space = tuning.methods[method].space.items()
+        first = {option: values.get("choices", [values.get("low")])[0] for option, values in space}
+        begins = not options.table and not (tuning.path / method).is_dir()
+        if begins and (record := to_measure(tuning.options(method, first, options.fit))):
+            for condition in tuning.subject_to:
+                violation(condition, record)
+            measured(record, "final", tuning.maximize)
     searches = {method: Search(tuning, method, options.fit) for method in tuning.methods}
     if not options.table:
         for method in methods:
