@@ -289,6 +289,14 @@ def test_model_card_as_the_hub_reads_it(tmp_path: Path):
     assert "Metrics of answers sampled at temperature 0.7 do not prove" in sampled.text
 
 
+def test_model_card_of_a_fine_tuned_model(tmp_path: Path):
+    tuned = {"objective": {**RECORD["objective"], "name": "FineTune"}, "verdict": None, "relearn": {}}
+    card = card_of(tmp_path / "run", **tuned)
+    assert card.data.tags == ["finetune", "simnpo_pl"]
+    assert "| metric | fine-tuned | start |" in card.text
+    assert not re.search("unlearn|removed|not tested", card.text.lower())
+
+
 def test_model_card_counts_the_rows_that_were_trained_on(tmp_path: Path):
     """Not those that were measured; without either number it names none."""
 

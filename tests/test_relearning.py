@@ -216,6 +216,30 @@ def test_rows_that_were_never_to_be_forgotten(run: Path, tmp_path: Path):
     assert ends[0] > max(ends[1:])
 
 
+def test_a_run_that_unlearned_some_of_the_rows(run_options: list[str], tmp_path: Path):
+    """Rows 1, 4, 6 and 8 of ten: half of them are relearned, the others are the other half; these four are sampled."""
+    rows, folder = [1, 4, 6, 8], tmp_path / "run"
+    options = ["--data.forget_rows", str(rows), "--trainer.max_epochs", "1", "--run_dir", str(folder), "--debug"]
+    main(["fit", *run_options, *options])
+    assert "all forget rows were measured, 4 of them were to be forgotten" in results(folder)["verdict"]["reasons"]
+    main(["relearn", str(folder), "--share", "0.5", "--epochs", "1", "--subset", "random", "--debug"])
+    (attack,) = results(folder)["relearn"].values()
+    relearned, before = attack["repeats"][0]["rows"], attack["repeats"][0]["epochs"][0]["metrics"]
+    others = set(rows) - set(relearned)
+    assert len(others) == len(relearned) == 2
+    scored = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    for part, name in ((relearned, SHOWN), (others, OTHERS)):
+        values = [row["probability"] for row in scored if row["split"] == "forget" and row["index"] in part]
+        assert before[name] == pytest.approx(sum(values) / 2, rel=1e-5)
+    main(["leak", str(folder), "--k", "2", "--debug"])
+    (sampled,) = results(folder)["leak"].values()
+    assert sampled["n"] == 4
+    drawn = [json.loads(line) for line in next(folder.glob("leak_*.jsonl")).read_text().splitlines()]
+    assert [(row["index"], row["answer"]) for row in drawn[:4]] == [
+        (row["index"], row["answer"]) for row in scored if row["split"] == "forget" and row["index"] in rows
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -84,6 +84,13 @@ def test_commands_can_be_pasted():
     assert said.endswith("--logdir 'my runs'")
 
 
+def test_a_fine_tuned_model_is_called_so(tmp_path: Path):
+    lines = shown({**RECORD, "objective": {"name": "FineTune"}}, 80)
+    assert ["metric", "start", "retrained", "fine-tuned"] in [line.split() for line in lines]
+    (tmp_path / "model").mkdir()
+    assert "  model           exported model, for AutoModel" in written(tmp_path)
+
+
 def test_an_evaluation_has_no_verdict():
     one = {"epochs": [], "final": RECORD["final"]}
     lines = shown(one, 80)

@@ -225,6 +225,16 @@ def test_attacks_join(outcome: str, expected: str):
     assert ("rounded weights" in found["untested"]) == (outcome == "inconclusive")
 
 
+def test_formats_and_hidden_states_that_nobody_tested():
+    """Beside weights in other formats, of which one may bring rows back that another does not."""
+    lacking = ["weights rounded to 4 bits", "weights rounded to NF4", "hidden states"]
+    rounded = {name: {"outcome": "holds"} for name in ("8-bit", "4-bit group=32", "nf4")}
+    assert verdict(record(FORGOTTEN, quantized=dict([*rounded.items()][:1])))["untested"][2:5] == lacking
+    found = verdict(record(FORGOTTEN, quantized=rounded, depth={"sentence": ""}))["untested"]
+    assert found[:2] == ["relearning", "sampled answers"]
+    assert not {*lacking, "rounded weights"} & set(found)
+
+
 def test_advice_where_relearning_brings_rows_back():
     """Not a lower weight, which leaves the rows less deep, nor more of what has forgotten all; nothing if SAM ran."""
     back: dict[str, Any] = {"relearn": {"a": {"outcome": "comes back"}}}

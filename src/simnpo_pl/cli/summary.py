@@ -25,7 +25,7 @@ from simnpo_pl.runs.checkpoint import LAST
 from simnpo_pl.runs.folder import describe_objective
 from simnpo_pl.runs.history import HISTORY, WEIGHTS
 from simnpo_pl.runs.record import Run
-from simnpo_pl.runs.verdict import headline
+from simnpo_pl.runs.verdict import exported, headline
 from simnpo_pl.utils.files import program
 
 SHOWN = (
@@ -36,7 +36,7 @@ SHOWN = (
 )
 """Metrics of the table, if they were measured."""
 FILES = {
-    "model": "unlearned model, for AutoModelForCausalLM.from_pretrained",
+    "model": "exported model, for AutoModelForCausalLM.from_pretrained",
     "results.json": "all metrics, versions, times",
     "rows.jsonl": "scores and generated answers by row",
     "TOFU_EVAL.json": "the same in open-unlearning's format",
@@ -45,16 +45,14 @@ FILES = {
     "config.yaml": "resolved config",
     LAST: "training state, for --ckpt_path",
 }
-
-
 COLORS = {"forgotten": "green", "not forgotten": "red", "model damaged": "red"}
 """Of a verdict's category; yellow for the others."""
 
 
 def show(record: dict[str, Any], console: Console | None = None) -> None:
-    """Print the table of start, retrained and unlearned model of a results.json, and the verdict."""
+    """Print the table of start, retrained and exported model of a results.json, and the verdict."""
     console = console or Console(highlight=False, markup=False)
-    last = "unlearned" if record["epochs"] or "start" in record else "model"
+    last = exported(record) if record["epochs"] or "start" in record else "model"
     rows = {"start": record.get("start"), "retrained": record.get("retrained"), last: record.get("final")}
     found = {model: entry["metrics"] for model, entry in rows.items() if entry}
     custom = {name: titles.Title(**title) for name, title in record.get("titles", {}).items()}

@@ -7,7 +7,7 @@ from simnpo_pl.metrics import titles
 from simnpo_pl.metrics.titles import number, title_of
 from simnpo_pl.report import robustness
 from simnpo_pl.runs.record import Run
-from simnpo_pl.runs.verdict import neutral_prompts
+from simnpo_pl.runs.verdict import exported, neutral_prompts
 from simnpo_pl.utils.errors import UserError
 
 FORGOTTEN = (
@@ -44,16 +44,13 @@ def measured(runs: Sequence[Run], columns: Sequence[str] | None = None) -> list[
 
 
 def model_name(run: Run, model: str) -> str:
-    if model == "final":
-        return "unlearned" if run.unlearned else "evaluated"
-    return model
+    final = exported(run.record) if run.unlearned else "evaluated"
+    return final if model == "final" else model
 
 
 def method(run: Run) -> str:
     """What was done."""
-    done = "A model, evaluated."
-    if run.unlearned:
-        done = f"{run.method} ({run.settings}) on {run.trained}."
+    done = f"{run.method} ({run.settings}) on {run.trained}." if run.unlearned else "A model, evaluated."
     if run.temperature:
         done = f"{done} Metrics of {titles.answers_at(run.temperature)}."
     return done if run.record.get("finished") else f"{done} The run is not finished."

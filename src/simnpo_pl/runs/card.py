@@ -12,6 +12,7 @@ from simnpo_pl.data.tokenization import PLAIN_TEMPLATE
 from simnpo_pl.metrics import titles
 from simnpo_pl.models.lora import ADAPTER_CONFIG
 from simnpo_pl.runs.record import Run
+from simnpo_pl.runs.verdict import exported, unlearned
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.files import read_json, write_text
 
@@ -43,7 +44,7 @@ def _front_matter(run: Run, base: ModelCardData) -> ModelCardData:
         license=base.license,
         library_name="peft" if (run.folder / "model" / ADAPTER_CONFIG).is_file() else "transformers",
         pipeline_tag="text-generation",
-        tags=["unlearning", run.method.lower(), "simnpo_pl"],
+        tags=[*(["unlearning"] if unlearned(run.record) else []), run.method.lower(), "simnpo_pl"],
         datasets=datasets,
         metrics=list(metrics) or None,
         model_name=run.title if metrics else None,
@@ -67,7 +68,7 @@ def _card_of(model: str) -> Any:
 
 
 def _body(run: Run) -> str:
-    shown = {"unlearned" if model == "final" else model: metrics for model, metrics in run.models.items()}
+    shown = {exported(run.record) if model == "final" else model: metrics for model, metrics in run.models.items()}
     names = titles.measured(shown.values())
     rows = [[titles.title_of(name).short, *(titles.number(m.get(name)) for m in shown.values())] for name in names]
     start = run.start_model if _is_hub_id(run.start_model) else f"in the folder {Path(run.start_model).name}"
@@ -82,14 +83,12 @@ def _body(run: Run) -> str:
         parts += [f"## Verdict: {run.headline}", "\n".join(f"* {reason}" for reason in run.verdict["reasons"])]
     if rows:
         parts += ["## Metrics", markdown.table(["metric", *shown], rows)]
-    parts += [
-        "## What may come back",
-        f"Metrics of {titles.answers_at(run.temperature)} do not prove that the rows are removed.",
-    ]
+    proof = f"Metrics of {titles.answers_at(run.temperature)} do not prove that the rows are removed."
+    parts += ["## What may come back", proof] if unlearned(run.record) else []
     if found := run.recovered.items():
         lines = "\n".join(f"* {name} {titles.number(value)}" for name, value in found)
         parts += ["Most that an attack brought back:", lines]
-    if run.untested:
+    if run.untested and unlearned(run.record):
         parts.append(f"Not tested: {'; '.join(run.untested)}.")
     versions = ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
     return "\n\n".join([*parts, "## Versions", f"{versions}.\n"])

@@ -1,12 +1,6 @@
 """Did it work? One verdict on a run, computed from its results.json alone.
 
-`results.json` holds it under `verdict`:
-
-    {"category": "partly forgotten",
-     "reasons": ["47 of 200 answers are still given word for word", ...],
-     "untested": ["relearning", ...],
-     "advice": ["raise --model.lr from 5e-05 to 0.0001", ...]}
-
+`results.json` holds it under `verdict`: a `category`, and sentences on its `reasons`, what is `untested`, and `advice`.
 Whoever adds results to a run computes it again. Attacks, the entries of `relearn`, `quantized` and `leak`, join it by
 their `outcome` (`comes back`, `holds` or `inconclusive`) and `sentence`. docs/metrics.md explains the thresholds.
 """
@@ -34,7 +28,6 @@ DEGENERATE = 0.2
 """Over-forgotten, or damaged where it is about kept rows: more degenerate answers than this share of all."""
 KEPT = 0.75
 """Damaged: less than this share is left of what the start and the retrained model both know."""
-
 FORGET = ("forget/verbatim", "forget/probability", "forget/extraction_strength", "verbmem_forget", "knowmem_forget")
 COMPARED = ("forget/rouge", "forget/truth_ratio", "forget/exact_memorization", "forget/nll")
 """Metrics that tell something only beside a retrained model."""
@@ -50,6 +43,8 @@ WORDS = {
 }
 ATTACKS = {"relearn": "relearning", "quantized": "rounded weights", "leak": "sampled answers"}
 """Entry of results.json to what it tests."""
+FORMATS = {"8-bit": "8 bits", "4-bit": "4 bits", "nf4": "NF4"}
+"""Beginning of a name in `quantized` to what the weights were rounded to."""
 
 
 class Change(NamedTuple):
@@ -172,6 +167,8 @@ class Verdict:
         kept = self.change("retain/probability").start
         if kept is not None and kept < KNOWN:
             found.append(f"the start model did not know the rows to keep (retain probability {number(kept)})")
+        if rows := self.record.get("settings", {}).get("data", {}).get("init_args", {}).get("forget_rows"):
+            found.append(f"all forget rows were measured, {len(rows)} of them were to be forgotten")
         left = self.left()
         if not left:
             found.append("no measured metric shows that the start model knew the forget rows")
@@ -199,10 +196,6 @@ class Verdict:
             return self._count(name, "still given word for word")
         if name.endswith("/degenerate"):
             return self._count(name, "degenerate", "repetitive or empty; ")
-        return self._moved(name)
-
-    def _moved(self, name: str) -> str:
-        """A metric before and after, if it was measured."""
         start, final, unseen = (metrics.get(name) for metrics in self.models.values())
         if start is None or final is None:
             return ""
@@ -225,6 +218,10 @@ class Verdict:
         """What could still change the verdict."""
         held = {group for group, entry in self.attacks if entry.get("outcome") in ("comes back", "holds")}
         found = [words for group, words in ATTACKS.items() if group not in held]
+        if "quantized" in held:
+            others = [key for key in FORMATS if not any(name.startswith(key) for name in self.record["quantized"])]
+            found += [f"weights rounded to {FORMATS[key]}" for key in others]
+        found += [] if "depth" in self.record else ["hidden states"]
         if not self.models["retrained"] and not any(attacked_control(entry) for _, entry in self.attacks):
             found.append("what a model that never saw the rows would answer (no retrained model)")
         if not any(self.change(name).final is not None for name in KEEP):
@@ -274,11 +271,9 @@ class Verdict:
             if (known := self.change("retain/probability").start) is not None and known < KNOWN:
                 rows.append("give rows that the start model knows: --data.retain auto, or another FILE")
             return [*rows, *change("--model.lr", lr, 1 / 3), *change("--model.forget_weight", weight, 0.5)]
-        if category == "inconclusive" and not self.models["start"]:
-            return ["leave --eval.start true, so that the model is measured before and after"]
-        if category == "inconclusive" and not self.models["retrained"]:
-            return ["measure a retrained model beside it: --eval.retrained MODEL"]
-        return []
+        start = "leave --eval.start true, so that the model is measured before and after"
+        measure = {"start": start, "retrained": "measure a retrained model beside it: --eval.retrained MODEL"}
+        return [measure[m] for m in measure if category == "inconclusive" and not self.models[m]][:1]
 
 
 def verdict(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,6 +308,11 @@ def neutral_prompts(record: Mapping[str, Any], name: str) -> str:
 def unlearned(record: Mapping[str, Any]) -> bool:
     """Whether a run trained a model to forget."""
     return record.get("objective", {}).get("name", "FineTune") != "FineTune"
+
+
+def exported(record: Mapping[str, Any]) -> str:
+    """What the model of a run that trained is called."""
+    return "fine-tuned" if record.get("objective", {}).get("name") == "FineTune" else "unlearned"
 
 
 def attacked_control(attack: Mapping[str, Any]) -> bool:

@@ -33,7 +33,7 @@ from simnpo_pl.models.generation import Sampler, draws_of
 from simnpo_pl.models.loading import find_model
 from simnpo_pl.report.robustness import leak_table, shown_ks
 from simnpo_pl.runs.record import Run
-from simnpo_pl.studies.reopen import measure_once, model_of, reopen, retrained_of, runs_of
+from simnpo_pl.studies.reopen import among, measure_once, model_of, reopen, retrained_of, runs_of
 from simnpo_pl.utils.errors import UserError
 from simnpo_pl.utils.files import write_json_lines
 
@@ -86,13 +86,15 @@ def _sample(
     run: Run, model: str, settings: dict[str, Any], judge: FluencyClassifier | None, write: bool = False
 ) -> dict[str, Any]:
     opened = reopen(run, "--eval.splits", "[forget]", "--eval.generate_rows", "null")
-    data, k = opened.datamodule, settings["k"]
-    data.prepare_data()
-    data.setup("validate")
+    data, k = opened.read_data(), settings["k"]
     (part,) = data.evaluation().splits
     plan = part.generation
     if plan is None:
         raise UserError(f"{run.folder}: its forget split has no answers to generate")
+    # Rows that the run was not to forget come back by themselves.
+    kept = sorted(among(part, data.token_rows(("forget",))["forget"])) or range(len(part.texts))
+    part.texts, plan.prompts = ([rows[index] for index in kept] for rows in (part.texts, plan.prompts))
+    part.paraphrases = part.paraphrases and [part.paraphrases[index] for index in kept]
     prompts, lacking = prompts_of(data, part, settings["seed"])
     count = len(part.texts)
     what = f"{k} answers to {' and '.join(prompts)} of each of {count} rows"
@@ -119,7 +121,7 @@ def _sample(
     leaks["any"] = 1 - torch.stack([1 - leak for leak in leaks.values()]).prod(dim=0)
     if write:
         rows = [
-            {"split": part.name, "index": row % count, "prompt": kind, **part.texts[row % count]}
+            {"split": part.name, "index": kept[row % count], "prompt": kind, **part.texts[row % count]}
             | {"samples": _best_first(drawn[row], scores[row].tolist(), correct[row].tolist())}
             for row, kind in enumerate(kind for kind in prompts for _ in range(count))
         ]

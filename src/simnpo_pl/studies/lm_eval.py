@@ -15,6 +15,7 @@ import torch
 from simnpo_pl.metrics.titles import number
 from simnpo_pl.models.loading import find_model
 from simnpo_pl.models.lora import ADAPTER_CONFIG, base_of
+from simnpo_pl.runs.verdict import exported
 from simnpo_pl.studies.reopen import add_results, finished_runs, model_of
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
@@ -32,9 +33,8 @@ def run(options: Namespace) -> None:
             # A start model may lack a tokenizer; the run's has one.
             found = evaluate(model, models["final"], options)
             add_results(one, partial(_add, role, found))
-        for role, name in (("start", "start"), ("final", "unlearned")):
-            known = one.record["lm_eval"].get(role)
-            if known:
+        for role, name in (("start", "start"), ("final", exported(one.record))):
+            if known := one.record["lm_eval"].get(role):
                 lines.append([one.name, name, *(number(known.get(task, {}).get("acc")) for task in options.tasks)])
     print(markdown.table(["run", "model", *options.tasks], lines))
 

@@ -26,7 +26,7 @@ from simnpo_pl.evaluation.evaluation import EvalResult
 from simnpo_pl.models.loading import find_model
 from simnpo_pl.report.robustness import OTHERS, SHOWN, relearning_table
 from simnpo_pl.runs.record import Run
-from simnpo_pl.studies.reopen import add_results, model_of, reopen, retrained_of, runs_of
+from simnpo_pl.studies.reopen import add_results, among, model_of, reopen, retrained_of, runs_of
 
 PAPER_RATE = 1e-5
 Evaluated = tuple[int, int, EvalResult]
@@ -126,7 +126,8 @@ class Relearning:
         trainer.callbacks.append(LambdaCallback(on_validation_end=keep))
         data.prepare_data()
         pool = attacking_rows(data, attack)
-        count = max(1, round(attack.share * len(data.token_rows(("forget",))["forget"])))
+        forget = data.token_rows(("forget",))["forget"]
+        count = max(1, round(attack.share * len(forget)))
         rows = choose_rows([row.length for row in pool], attack.subset, count, seed)
         chosen = [pool[row] for row in rows]
         data.train_on(chosen)
@@ -137,10 +138,10 @@ class Relearning:
             self._before[role] = evaluated.pop()
         trainer.fit(module, datamodule=data)
         (split,) = data.evaluation().splits
-        shown = {tuple(row.input_ids) for row in chosen}
-        relearned = {index for index, answers in enumerate(split.answers) if tuple(answers[0].input_ids) in shown}
-        measured = [_measured(one, relearned) for one in (self._before[role], *evaluated)]
+        shown = among(split, chosen)
         # A run may have unlearned some of the rows alone.
+        parts = {SHOWN: shown, OTHERS: (among(split, forget) or set(range(len(split.texts)))) - shown}
+        measured = [_measured(one, parts) for one in (self._before[role], *evaluated)]
         origin = data.forget_rows if attack.subset in ("shortest", "random") else None
         return [origin[row] for row in rows] if origin else rows, measured
 
@@ -169,13 +170,11 @@ def choose_rows(lengths: Sequence[int], subset: str, count: int, seed: int) -> l
     return sorted(np.resize(drawn, count).tolist())
 
 
-def _measured(evaluated: Evaluated, relearned: set[int]) -> dict[str, Any]:
-    """An entry of a curve: metrics of all forget rows; mean probability of those relearned and of the others."""
+def _measured(evaluated: Evaluated, parts: dict[str, set[int]]) -> dict[str, Any]:
+    """An entry of a curve: metrics of all forget rows, and the mean probability of parts of them."""
     epoch, step, result = evaluated
-    parts: dict[str, list[float]] = {SHOWN: [], OTHERS: []}
-    for row in result.rows:
-        parts[SHOWN if row["index"] in relearned else OTHERS].append(math.exp(-row["answer_nll"]))
-    means = {name: fmean(values) for name, values in parts.items() if values}
+    found = {row["index"]: math.exp(-row["answer_nll"]) for row in result.rows}
+    means = {name: fmean(found[index] for index in rows) for name, rows in parts.items() if rows}
     return {"epoch": epoch, "step": step, "metrics": result.values | means}
 
 
