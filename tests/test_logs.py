@@ -322,6 +322,29 @@ def test_a_published_log_of_other_rows_is_left_out(options, data_folder, model_f
         TofuData(model=str(model_folder), eval=EvalOptions(retain_log=str(file)), **options).evaluation()
 
 
+def test_a_published_log_of_other_holdout_rows_tells_forget_quality(data_folder, model_folder, tmp_path, monkeypatch):
+    from simnpo_pl.benchmarks import TofuData, tofu
+    from simnpo_pl.evaluation.options import EvalOptions
+
+    questions = [json.loads(line)["question"] for line in (data_folder / "forget10.json").read_text().splitlines()]
+    scores = {"mia_min_k": 1.0, "truth_ratio": 0.5}
+    rows = [{"split": "forget", "index": i, "question": text, **scores} for i, text in enumerate(questions)]
+    rows += [{"split": "holdout", "index": i, "mia_min_k": 2.0} for i in range(3)]
+    file = write_rows(tmp_path, rows) / "rows.jsonl"
+    monkeypatch.setattr(tofu, "hub_file", lambda path: file)
+    holdout = tmp_path / "holdout.jsonl"
+    holdout.write_text("".join(json.dumps({"question": f"{i}?", "answer": "An answer."}) + "\n" for i in range(2)))
+    options = {"path": str(data_folder), "tokenizer": str(model_folder), "holdout": str(holdout), "max_length": 256}
+    evaluation = TofuData(model="open-unlearning/tofu_tiny_full", **options).evaluation()
+    assert {"forget_quality", "mia_min_k"} <= set(evaluation.names())
+    said = (
+        "expected the 2 rows of holdout, got 3, row 2 is only in the log: score the retrained model on all of holdout"
+    )
+    assert said in evaluation.unavailable["privleak"]
+    with pytest.raises(UserError, match=said):
+        TofuData(model=str(model_folder), eval=EvalOptions(retain_log=str(file)), **options).evaluation()
+
+
 # Golden values of a small model, scored by the public code.
 
 

@@ -75,17 +75,13 @@ class TofuData(UnlearningData):
 
     def training_rows(self, parts: Collection[str]) -> TrainingRows:
         """Forget rows, and what else the losses ask for: retain rows, refusals."""
+        own = Path(self.path).expanduser() / "idontknow.jsonl"
+        refusals = str(own) if self.refusals is None and own.is_file() else self.refusals
         return TrainingRows(
             forget=load_split(self.path, self.train_split, QUESTIONS),
             retain=load_split(self.path, self.retain_split, QUESTIONS) if "retain" in parts else [],
-            refusals=self._refusals() if "alternate" in parts else [],
+            refusals=load_lines(refusals) if "alternate" in parts and refusals is not None else [],
         )
-
-    def _refusals(self) -> list[str]:
-        if self.refusals is not None:
-            return load_lines(self.refusals)
-        file = Path(self.path).expanduser() / "idontknow.jsonl"
-        return load_lines(str(file)) if file.is_file() else []
 
     @cached_property
     def _published_log(self) -> RetainLog | None:
@@ -120,12 +116,13 @@ class TofuData(UnlearningData):
         forget = self.eval_splits["forget"].replace("_perturbed", "")
         for text in build.splits["forget"].texts:
             text["forget_split"] = forget
+        # The published log that nobody named may be of other rows, or not be there.
+        named = bool(self.retrained_log or self.eval.retrained or self.eval.retain_log)
         try:
             log = self.find_retain_log()
             build.forget_quality(log, forget)
         except UserError as error:
-            # The published log that nobody named may be of other rows, or not be there.
-            if self.retrained_log or self.eval.retrained or self.eval.retain_log:
+            if named:
                 raise
             rank_zero_warn(f"no forget quality: {error}")
             self._published_log = log = None
@@ -137,7 +134,12 @@ class TofuData(UnlearningData):
                 holdout = load_split(self.path, self.holdout, QUESTIONS)
             check_disjoint(rows["forget"], holdout, "holdout")
             build.holdout(holdout)
-        build.membership_inference(log, self.reference_losses)
+        try:
+            build.membership_inference(log, self.reference_losses)
+        except UserError as error:
+            if named or self.holdout is None:
+                raise
+            build.unavailable["privleak"] = str(error)
 
     def export(self, result: EvalResult) -> dict[str, Any]:
         """TOFU_EVAL.json, as open-unlearning writes it."""
