@@ -129,6 +129,15 @@ def drawn(id: str, runs: list[Run]) -> Any:
     return axis
 
 
+def test_titles_without_docstrings(monkeypatch: pytest.MonkeyPatch):
+    """As under `python -OO`."""
+    monkeypatch.setattr(figures.trade_off, "__doc__", None)
+    one = Run("one", Path(), {"final": {"metrics": {"retain/probability": 0.5, "forget/probability": 0.5}}})
+    ((name, title, caption, _),) = figures.drawn([one], "svg")
+    assert (name, title) == ("trade_off", "Forgotten against kept")
+    assert caption.startswith("Each line is a run, the numbers are its epochs, the ring is the exported model.")
+
+
 def test_attacks_are_shown(tmp_path: Path):
     """By hand: two draws of 0.4 and 0.6 have mean 0.5 and standard deviation 0.1414."""
     run = read_runs([attacked(tmp_path / "attacked")])[0]
