@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,18 @@ def rows_of(folder: Path, name: str) -> list[dict[str, Any]]:
 )
 def test_options(cli_error: Error, tmp_path: Path, options: tuple[str, ...], message: str):
     assert message in cli_error("fit", "--run_dir", str(tmp_path / "run"), *options)
+
+
+def test_whole_numbers_stay_whole_after_any_import():
+    """A module that writes float before int, as rich does, would have 1 batch read as the share 1.0 of all."""
+    code = (
+        "import rich.console, simnpo_pl.cli.arguments, lightning as pl; from jsonargparse import ArgumentParser\n"
+        "parser = ArgumentParser(); parser.add_class_arguments(pl.Trainer, 'trainer')\n"
+        "given = parser.parse_args(['--trainer.limit_train_batches', '1', '--trainer.val_check_interval', '0.5'])\n"
+        "print(given.trainer.limit_train_batches, given.trainer.val_check_interval)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "1 0.5\n"
 
 
 def test_setting_of_data_before_a_benchmark(capsys: pytest.CaptureFixture[str]):

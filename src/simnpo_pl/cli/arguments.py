@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 import yaml
 from jsonargparse import DefaultHelpFormatter
@@ -38,6 +39,10 @@ CLASSES: dict[str, type[Any]] = {
     "data": PairedData,
 }
 """Options that name a class, with the base class."""
+# The first type that accepts a value reads it, and typing.Union keeps the order of types in which any module had it
+# first: after `import rich.console`, `--trainer.limit_train_batches 1` would be 1.0, all batches.
+_TYPES = pl.Trainer.__init__.__annotations__
+_TYPES.update({name: int | float | None for name, kind in _TYPES.items() if kind == int | float | None})
 
 
 def clear_changed_classes(arguments: list[str]) -> list[str]:
@@ -112,8 +117,7 @@ def explain(error: Exception, options: Iterable[str]) -> str:
         mistyped = re.search(r"--[\w.]+|(?<=does not accept option ')[\w.]+", messages[0])
         return messages[0] + (_nearest_option(mistyped[0], options) if mistyped else "")
     option, reason = f"--{'.'.join(names)}", messages[-1]
-    owner = _OWNER.search(messages[0])
-    refused = _REFUSED.search(reason)
+    owner, refused = _OWNER.search(messages[0]), _REFUSED.search(reason)
     if base := CLASSES.get(option[2:]):
         classes = _known_classes(base)
         known = ", ".join(classes)
