@@ -292,6 +292,16 @@ def test_index_of_a_sharded_checkpoint_runs_no_code(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_refusal_ends_all_processes(run_options: list[str], tmp_path: Path):
+    """Before they meet: one that was not refused would wait for the others."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text('{"finished": true}')
+    options = ["--trainer.strategy", "ddp", "--trainer.devices", "2", "--run_dir", str(tmp_path / "run")]
+    assert run_processes(2, ["fit", *run_options, *options], tmp_path / "log", seconds=60) == 2
+    for rank in range(2):
+        assert "run holds a finished run: give another folder" in (tmp_path / f"log.{rank}").read_text()
+
+
 def test_file_is_no_sharded_checkpoint(run_options: list[str], tmp_path: Path):
     (tmp_path / "last.ckpt").write_bytes(b"x")
     options = ["--trainer.strategy", "fsdp2", "--trainer.devices", "1", "--eval.start", "false"]

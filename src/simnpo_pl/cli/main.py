@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 import simnpo_pl.benchmarks  # noqa: F401  (its classes are known by their short names once imported)
 from simnpo_pl.benchmarks.base import PairedData
@@ -196,8 +196,7 @@ class UnlearningCLI(LightningCLI):
         with self._stoppable():
             self._prepare()
             self.trainer.predict(self.model, datamodule=self.datamodule, ckpt_path=self._ckpt_path)
-            if self.trainer.is_global_zero:
-                print(f"answers: {file}")
+            rank_zero_only(print)(f"answers: {file}")
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
@@ -227,15 +226,14 @@ class UnlearningCLI(LightningCLI):
         if self._ckpt_path is not None and not Path(self._ckpt_path).exists():
             raise UserError(f"--ckpt_path {self._ckpt_path} does not exist; a run keeps it as RUN_DIR/{LAST}")
         data, first = self.datamodule, self.trainer.is_global_zero
-        if first:
-            self.run_folder.check(fit, resume=self.resumes or self._ckpt_path is not None or not fit)
-            if self.resumes and self._ckpt_path is None:
-                print("no checkpoint yet: the run starts from its beginning")
+        # What is refused before the processes meet is refused in all: one alone would leave the others waiting.
+        self.run_folder.check(fit, resume=self.resumes or self._ckpt_path is not None or not fit)
+        if first and self.resumes and self._ckpt_path is None:
+            print("no checkpoint yet: the run starts from its beginning")
         data.trainer = self.trainer
         # Some data modules make their models on first use.
         data.prepare_data()
-        if first:
-            say(plan(self.trainer, self.model, self.run_folder.folder, fit))
+        rank_zero_only(say)(plan(self.trainer, self.model, self.run_folder.folder, fit))
         if fit:
             if first and "retain" not in self.model.parts and self.model.objective.default_retain_weight:
                 print("warning: there is no retain loss, so the model may lose everything else, too")
@@ -243,8 +241,7 @@ class UnlearningCLI(LightningCLI):
             data.make_rows(self.model.parts, self.run_folder.folder, answer)
             # Mistakes in the training rows show before the first evaluation.
             data.load_training(self.model.parts)
-            if first:
-                say(memory(self.trainer, self.model, data))
+            rank_zero_only(say)(memory(self.trainer, self.model, data))
         if data.eval.depth:
             check_depth(data.eval.retrained, self.model.name if fit else None)
         data.setup("validate")

@@ -96,7 +96,7 @@ class RunFolder(Callback):
         self._started -= self.record["seconds"].get("total", 0.0)
         self._cpu_seconds = earlier.get("cpu_seconds", 0.0)
         if resume:
-            clean(self.folder)
+            rank_zero_only(clean)(self.folder)
 
     def _take_rate(self, found: dict[str, Any] | None) -> None:
         """Record what `--model.lr auto` found, if anything, and the rate among the settings, in the place of `auto`."""
@@ -215,20 +215,16 @@ class RunFolder(Callback):
         self.record["seconds"][phase] = round(seconds, 1)
 
     def _write(self, trainer: pl.Trainer) -> None:
-        peaks = self.record.get("peak_memory_gib", {})
+        # Linux counts kilobytes, macOS bytes.
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
+        if trainer.strategy.root_device.type == "cuda":
+            peak["device"] = torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30
+        known = self.record.get("peak_memory_gib", {})
+        self.record["peak_memory_gib"] = {k: max(round(v, 3), known.get(k, 0.0)) for k, v in peak.items()}
         self.record["seconds"]["total"] = round(time.monotonic() - self._started, 1)
         self.record["cpu_seconds"] = round(self._cpu_seconds + time.process_time(), 1)
-        self.record["peak_memory_gib"] = {k: max(v, peaks.get(k, 0.0)) for k, v in _peak_memory(trainer).items()}
         rank_zero_only(write_json)(self.folder / RESULTS, self.record)
-
-
-def _peak_memory(trainer: pl.Trainer) -> dict[str, float]:
-    # Linux counts kilobytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
-    if trainer.strategy.root_device.type == "cuda":
-        peak["device"] = torch.cuda.max_memory_allocated(trainer.strategy.root_device) / 2**30
-    return {name: round(value, 3) for name, value in peak.items()}
 
 
 def add_depth(run: Run, record: dict[str, Any], entry: dict[str, Any], rows: list[dict[str, Any]]) -> None:
