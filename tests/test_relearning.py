@@ -99,7 +99,7 @@ def test_no_setting_of_the_method_reaches_the_attack(run: Path, tmp_path: Path):
         **{"objective": {"class_path": "RKLD"}, "retain_loss": {"class_path": "KL"}, "update": {"class_path": "GRU"}},
         **{"forget_weight": 0.3, "retain_weight": 2.0, "reference": "/gone", "memorizing": "/gone"},
         **{"trainable": ["nothing"], "lora": {"rank": 2}, "lr": 1.0, "warmup_epochs": 9.0, "warmup_steps": 99},
-        **{"schedule": "constant", "dtype": "bfloat16"},
+        **{"schedule": "constant", "dtype": "bfloat16", "compile": True},
     }
     kept = {"name", "optimizer", "weight_decay", "betas", "gradient_checkpointing", "attn_implementation"}
     config = yaml.safe_load((run / "config.yaml").read_text())

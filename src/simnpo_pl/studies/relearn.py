@@ -108,7 +108,7 @@ class Relearning:
             *(() if any(o.startswith("--model.dtype") for o in self.run.options) else ("--model.dtype", "float32")),
             *("--model.warmup_steps", "null", "--model.update", "null"),
             *("--model.reference", "null", "--model.memorizing", "null"),
-            *("--model.lora", "null", "--model.trainable", "null"),
+            *("--model.lora", "null", "--model.trainable", "null", "--model.compile", "false"),
             *("--trainer.max_epochs", str(attack.epochs)),
             *("--eval.splits", "[forget]", "--eval.generate_rows", "0"),
         )
