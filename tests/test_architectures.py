@@ -247,6 +247,13 @@ def test_layer_states_one_by_one():
     assert states.rows.bincount().tolist() == [69, 32, 20, 4]
 
 
+def test_selection_of_keys_is_seen_in_the_modules():
+    """Versions of transformers have other names for these layers in the config."""
+    model = build("deepseek_v32", **LATENT)
+    model.config.layer_types = None
+    assert Scorer(model).forward.way == "alone"
+
+
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])
 def test_bidirectional_models_are_refused(kind: str):
     """What sees the label is not scored, unless its config makes it a decoder."""

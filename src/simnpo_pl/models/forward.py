@@ -16,8 +16,6 @@ from simnpo_pl.utils.errors import UserError
 
 _log = logging.getLogger(__name__)
 _CHECKED_CALLS = (1, 100, 10_000)
-_SELECTING = frozenset({"indexed_attention", "minimax_m3_sparse", "compressed_sparse_attention"})
-"""Entries of a config's `layer_types` that attend to the best keys only: padding decides between equal ones."""
 
 
 class Forward:
@@ -57,8 +55,10 @@ class Forward:
                 reason = "the map from its hidden states to its logits is unknown"
             if reason is None:
                 return
-            if selecting := _SELECTING & set(getattr(model.config.get_text_config(), "layer_types", None) or ()):
-                self._set("alone", f"it has layers of type {', '.join(selecting)}")
+            names = [type(module).__name__ for module in model.modules()]
+            if selecting := [name for name in names if name.endswith("Indexer")]:
+                # Padding decides between equal keys.
+                self._set("alone", f"{selecting[0]} selects the best keys of every token")
             elif self._reads_ahead():
                 raise UserError(
                     f"{type(model).__name__} is no causal language model: its output for a token depends on later "
