@@ -174,6 +174,21 @@ def test_without_the_config_of_a_run(arguments: list[str], message: str, capsys:
     assert lines[:-1] == (["loading ..."] if arguments[0] == "fit" else [])
 
 
+@pytest.mark.parametrize("fails", ["always", "in a layer"])
+def test_want_of_a_compiler(cli_error: Error, tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch):
+    """It is said before the first evaluation; what fails for a layer only, before the first step."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: failing if options or fails == "always" else f)
+    said = cli_error("fit", "--run_dir", str(tmp_path / "run"), "--model.compile", "true")
+    assert said.startswith("error: --model.compile true: torch.compile fails here (No working C++ compiler found in")
+    assert said.endswith("; leave the option out")
+    assert (tmp_path / "run").exists() is (fails == "in a layer")
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda", "mps"])
 def test_a_gpu_where_there_is_none(cli_error: Error, name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -34,12 +34,7 @@ def compile_layers(model: Any) -> None:
 
 def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
     fused = torch.compile(plain, dynamic=True)
-
-    @wraps(plain)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (fused if torch.is_grad_enabled() else plain)(*args, **kwargs)
-
-    return forward
+    return wraps(plain)(lambda *args, **kwargs: (fused if torch.is_grad_enabled() else plain)(*args, **kwargs))
 
 
 @contextmanager

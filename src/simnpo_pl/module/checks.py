@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from simnpo_pl.module.ramp import check_ramp
 from simnpo_pl.utils.errors import UserError, not_negative, one_of
 
@@ -48,3 +50,6 @@ def check_fit(module: Any, trainer: Any) -> None:
         check_ramp(trainer)
     if module.update is not None:
         module.update.check(trainer, module)
+    if module.compiles:
+        # Its error, such as for want of a C compiler, is better known before the first evaluation.
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=trainer.strategy.root_device))
