@@ -148,11 +148,11 @@ class Graph:
         layers = [layer for cache in steps.cache.values() for layer in cache.layers]
         return [steps.place, *steps.inputs.values(), *(x for layer in layers for x in (layer.keys, layer.values))]
 
-    def capture_begin(self, *pool: int, capture_error_mode: str) -> None:
-        assert len(pool) == (self.steps.graph is not None)
+    def capture_begin(self, pool: str, capture_error_mode: str) -> None:
+        assert pool == ("new" if self.steps.graph is None else "its own")
 
-    def pool(self) -> int:
-        return 1
+    def pool(self) -> str:
+        return "its own"
 
     def capture_end(self) -> None:
         for x, value in zip(self.memory, self.before, strict=True):
@@ -175,6 +175,7 @@ class NoGraph(Graph):
 def test_steps_on_the_same_memory(family: str, kind: Any, monkeypatch: pytest.MonkeyPatch):
     """Rows end at different times, and half of them at once; a step that no graph can hold still gives its tokens."""
     model, graphs, given = build(family, max_position_embeddings=16), [], []
+    emptied, ended = [], []
     begin, capture = decoding.Repeated.__init__, decoding.Repeated._capture
 
     def on_cuda(steps: Any, *args: Any) -> None:
@@ -195,6 +196,12 @@ def test_steps_on_the_same_memory(family: str, kind: Any, monkeypatch: pytest.Mo
         monkeypatch.setattr(decoding, "_stream", lambda device: None)
         monkeypatch.setattr(torch.cuda, "stream", nullcontext)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graphs[-1])
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "new")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**32 - 1 + len(graphs) % 2, 0))
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(len(graphs)))
+        for name in ("end", "release"):
+            call = f"_cuda_{name}{'AllocateTo' * (name == 'end')}Pool"
+            monkeypatch.setattr(torch._C, call, lambda *args, name=name: ended.append((name, *args)), raising=False)
     # In the second batch an ended row goes on past the last position.
     for limits in ([10, 3, 3, 12, 3], [3, 12, 12, 12, 3]):
         found = _batched(model, PROMPTS, limits, [], choose, repeat=True)
@@ -202,6 +209,10 @@ def test_steps_on_the_same_memory(family: str, kind: Any, monkeypatch: pytest.Mo
     assert all(torch.equal(*pair) for pair in given)
     # One for each number of rows; none after one that failed, or where a model keeps more than keys and values.
     assert len(graphs) == (0 if family == "qwen3_next" else {None: 0, Graph: 4, NoGraph: 1}[kind])
+    # Where memory is scarce.
+    assert emptied == [number for number in range(1, len(graphs) + 1) if number % 2 == 0]
+    # A capture that failed is over for torch's memory, too.
+    assert ended == ([("end", None, "new"), ("release", None, "new")] if kind is NoGraph and graphs else [])
 
 
 @pytest.mark.parametrize("family", ["lfm2", "mamba", "rwkv"])

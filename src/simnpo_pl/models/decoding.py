@@ -1,5 +1,6 @@
 """Decoding steps that a CUDA graph repeats: the host launches their kernels more slowly than a GPU runs them."""
 
+from contextlib import suppress
 from functools import cache as once
 from typing import Any
 from weakref import WeakSet
@@ -51,7 +52,8 @@ class Repeated:
         self.model, self.cache, self.last = model, cache, last
         self.place = mask.new_full((1,), mask.shape[1])
         for each in cache.values():
-            each.layers = [_Fixed(layer, width, self.place) for layer in each.layers]
+            for n, layer in enumerate(each.layers):
+                each.layers[n] = _Fixed(layer, width, self.place)
         mask = F.pad(mask, (0, width - mask.shape[1]))
         self.inputs = {"attention_mask": mask, "position_ids": positions + 1, "input_ids": torch.zeros_like(positions)}
         self.captures, self.calls, self.logits = mask.is_cuda, 0, mask
@@ -92,11 +94,14 @@ class Repeated:
     def _capture(self) -> None:
         graph: Any = torch.cuda.CUDAGraph()
         # That of the graph for more rows, which has ended.
-        memory = [self.graph.pool()] if self.graph else []
+        memory, device = self.graph.pool() if self.graph else torch.cuda.graph_pool_handle(), self.place.device
+        if torch.cuda.mem_get_info(device)[0] < 2**32:
+            # A capture takes new memory, and cannot have torch give back what it keeps.
+            torch.cuda.empty_cache()
         try:
-            # `torch.cuda.graph` would give all free memory back first, and forbid calls of other threads.
-            with torch.cuda.stream(_stream(self.place.device)):
-                graph.capture_begin(*memory, capture_error_mode="thread_local")
+            # `torch.cuda.graph` would always give it back, and forbid calls of other threads.
+            with torch.cuda.stream(_stream(device)):
+                graph.capture_begin(memory, capture_error_mode="thread_local")
                 try:
                     self.logits = self._step()
                 finally:
@@ -105,6 +110,9 @@ class Repeated:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            # Nothing has run.
+            # Nothing has run. For torch's memory the capture goes on, and it would never give any back.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(device.index, memory)
+                torch._C._cuda_releasePool(device.index, memory)
             self.captures = False
             _uncaptured.add(self.model)

@@ -27,7 +27,6 @@ from simnpo_pl.utils.errors import UserError
 Choose = Callable[[Tensor, Tensor, int], Tensor]
 """Takes logits `(R, V)`, indices of their prompts `(R,)` and the step from 0; returns the next tokens `(R,)`."""
 
-
 Way = Callable[[Any, Sequence[Sequence[int]], Sequence[int], Sequence[int], Choose], list[list[int]]]
 """Takes what `generate` does, with a largest number of new tokens for each prompt."""
 
