@@ -6,6 +6,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Gener
 
 from helpers import run_processes
 from simnpo_pl.models import decoding
-from simnpo_pl.models.generation import Sampler, _batched, draws_of, generate, most_probable
+from simnpo_pl.models.generation import Sampler, _batched, _trial, draws_of, generate, most_probable
 from simnpo_pl.utils.errors import UserError
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [5, 20, 21, 22], [30, 31], [7, 8, 9]]
@@ -213,6 +214,15 @@ def test_steps_on_the_same_memory(family: str, kind: Any, monkeypatch: pytest.Mo
     assert emptied == [number for number in range(1, len(graphs) + 1) if number % 2 == 0]
     # A capture that failed is over for torch's memory, too.
     assert ended == ([("end", None, "new"), ("release", None, "new")] if kind is NoGraph and graphs else [])
+
+
+@torch.no_grad()
+def test_trial_has_room_for_a_window():
+    """GPT-Neo counts its window from the end of the cache, which steps on the same memory have not reached."""
+    for family, fits in {"gpt_neo": False, "llama": True}.items():
+        agrees = _trial(build(family, window_size=32))
+        assert agrees(_batched)
+        assert agrees(partial(_batched, repeat=True)) is fits
 
 
 @pytest.mark.parametrize("family", ["lfm2", "mamba", "rwkv"])
