@@ -12,6 +12,8 @@ import torch
 
 from simnpo_pl.benchmarks import TofuData
 from simnpo_pl.evaluation.options import EvalOptions
+from simnpo_pl.models.layers import compile_layers
+from simnpo_pl.models.loading import load_causal_lm
 from simnpo_pl.models.lora import LoraOptions
 from simnpo_pl.module.optimization import schedule
 from simnpo_pl.module.unlearning import UnlearningModule
@@ -369,6 +371,22 @@ def test_compiled_layers_change_nothing(
     assert plain.state_dict().keys() == fused.state_dict().keys()
     for one, other in zip(steps, fused_steps, strict=True):
         assert other == pytest.approx(one, rel=1e-3 if "precision" in options else 1e-5)
+
+
+def test_compiled_layers_leave_evaluations_alone(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also that of gradients."""
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda plain, **options: lambda *args, **inputs: compiled.append(plain))
+    model, ids = load_causal_lm(str(model_folder)), torch.tensor([[3, 4, 5]])
+    expected = model(ids).logits
+    compile_layers(model)
+    assert torch.equal(model(ids).logits, expected)
+    with torch.no_grad():
+        assert torch.equal(model.train()(ids).logits, expected)
+    assert not compiled
+    with pytest.raises(AttributeError):
+        model(ids)
+    assert compiled
 
 
 def test_compiled_layers_and_a_graph_that_is_used_twice():

@@ -27,14 +27,14 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def compile_layers(model: Any) -> None:
-    """Compile the layers for passes with a gradient; others, as of a generated token, would each need a graph."""
+    """Compile the layers for training; evaluations, of a token or a gradient, would each need another graph."""
     for layer in layers_of(model):
-        layer.forward = _compiled(layer.forward)
+        layer.forward = _compiled(layer)
 
 
-def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
-    fused = torch.compile(plain, dynamic=True)
-    return wraps(plain)(lambda *args, **kwargs: (fused if torch.is_grad_enabled() else plain)(*args, **kwargs))
+def _compiled(layer: nn.Module) -> Callable[..., Any]:
+    plain, fused = layer.forward, torch.compile(layer.forward, dynamic=True)
+    return wraps(plain)(lambda *a, **k: (fused if layer.training and torch.is_grad_enabled() else plain)(*a, **k))
 
 
 @contextmanager
