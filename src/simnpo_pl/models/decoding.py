@@ -111,7 +111,7 @@ class Repeated:
             raise
         except RuntimeError:
             # Nothing has run. For torch's memory the capture goes on, and it would never give any back.
-            with suppress(RuntimeError):
+            with suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(device.index, memory)
                 torch._C._cuda_releasePool(device.index, memory)
             self.captures = False
