@@ -98,10 +98,13 @@ class Report:
         fits = [one for name, one in self.results.items() if name.startswith(("trials/", "runs/"))]
         peaks = [one["results"]["peak_memory_gib"] for one in fits]
         memory = max((peak.get("device", peak["process"]) for peak in peaks), default=None)
+        minutes = sum(one["wall_seconds"] for one in self.results.values()) / 60
         return (
-            f"Finished tasks: {counts}. Device: {devices}; {', '.join(sorted(versions))}. A run of unlearning with its "
-            f"evaluation took {cell(spread([one['wall_seconds'] for one in fits]))} seconds beside other runs, and at "
-            f"most {number(memory)} GiB."
+            f"Finished tasks: {counts}. Device: {devices}; versions of the runs: {', '.join(sorted(versions))}. "
+            "A run of unlearning with its evaluation took "
+            f"{cell(spread([one['wall_seconds'] for one in fits]))} seconds beside other runs, and at most "
+            f"{number(memory)} GiB; all tasks together took {minutes:.0f} minutes, "
+            "several at a time."
         )
 
     def trials(self) -> str:

@@ -221,7 +221,7 @@ def test_a_run_that_unlearned_some_of_the_rows(run_options: list[str], tmp_path:
     rows, folder = [1, 4, 6, 8], tmp_path / "run"
     options = ["--data.forget_rows", str(rows), "--trainer.max_epochs", "1", "--run_dir", str(folder), "--debug"]
     main(["fit", *run_options, *options])
-    assert "all forget rows were measured, 4 of them were to be forgotten" in results(folder)["verdict"]["reasons"]
+    assert "all forget rows were measured; rows to be forgotten: 4" in results(folder)["verdict"]["reasons"]
     main(["relearn", str(folder), "--share", "0.5", "--epochs", "1", "--subset", "random", "--debug"])
     (attack,) = results(folder)["relearn"].values()
     relearned, before = attack["repeats"][0]["rows"], attack["repeats"][0]["epochs"][0]["metrics"]

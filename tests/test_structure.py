@@ -21,7 +21,7 @@ FLOORS = [
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 LONGEST_FILE = 350
-MOST_LINES = 17_050
+MOST_LINES = 17_055
 """Lower it when the package shrinks; a change that raises it says which feature the lines are for."""
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 

@@ -114,7 +114,7 @@ def user_message(error: BaseException) -> str | None:
             return _unwritten(cause)
         if type(cause).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(cause).partition("\n")[0]
-            return f"--model.compile true: torch.compile fails here ({reason}); leave the option out"
+            return f"torch.compile fails here ({reason}); leave --model.compile out"
     # Known by its name, since importing Lightning takes seconds.
     if isinstance(error, ArgumentError) or type(error).__name__ == "MisconfigurationException":
         return str(error)

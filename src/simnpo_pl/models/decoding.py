@@ -110,7 +110,9 @@ class Repeated:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
-            # Nothing has run. For torch's memory the capture goes on, and it would never give any back.
+            # Nothing has run. For torch's memory and, before 2.12, for its random numbers the capture goes on.
+            random = torch.cuda.default_generators[device.index]
+            random.graphsafe_set_state(random.clone_state())
             with suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(device.index, memory)
                 torch._C._cuda_releasePool(device.index, memory)

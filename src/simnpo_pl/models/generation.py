@@ -254,7 +254,7 @@ def _way_of(model: Any) -> Way:
         )
     agrees = _trial(model)
     # Without a graph, steps on the same memory gain nothing.
-    for way, words in _WAYS[next(model.parameters()).device.type != "cuda" :]:
+    for way, words in _WAYS if next(model.parameters()).device.type == "cuda" else _WAYS[1:]:
         if agrees(way):
             if words:
                 rank_zero_warn(

@@ -27,7 +27,7 @@ def layers_of(model: Any) -> nn.ModuleList:
 
 
 def compile_layers(model: Any) -> None:
-    """Compile the layers for training; evaluations, of a token or a gradient, would each need another graph."""
+    """Compile the layers for training, in place: a deepcopy of the model would compute with this one's layers."""
     for layer in layers_of(model):
         layer.forward = _compiled(layer)
 

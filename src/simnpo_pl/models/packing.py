@@ -28,7 +28,7 @@ _MASKS = frozenset(
 )
 _PROBE = 32
 _FLASH_DTYPES, _FLASH_HEAD = (torch.bfloat16, torch.float16), 192
-"""What flash attention takes; no wider head on all cards."""
+"""What flash attention takes; wider heads do not train on all cards."""
 MISFITS = (TypeError, ValueError, AttributeError, LookupError, AssertionError, RuntimeError)
 """Raised by a model that does not support a call."""
 

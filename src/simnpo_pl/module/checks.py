@@ -51,5 +51,5 @@ def check_fit(module: Any, trainer: Any) -> None:
     if module.update is not None:
         module.update.check(trainer, module)
     if module.compiles:
-        # Its error, such as for want of a C compiler, is better known before the first evaluation.
+        # Its error, such as a missing C compiler, is better known before the first evaluation.
         torch.compile(lambda x: x + 1)(torch.ones(2, device=trainer.strategy.root_device))

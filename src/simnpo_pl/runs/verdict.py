@@ -168,7 +168,7 @@ class Verdict:
         if kept is not None and kept < KNOWN:
             found.append(f"the start model did not know the rows to keep (retain probability {number(kept)})")
         if rows := self.record.get("settings", {}).get("data", {}).get("init_args", {}).get("forget_rows"):
-            found.append(f"all forget rows were measured, {len(rows)} of them were to be forgotten")
+            found.append(f"all forget rows were measured; rows to be forgotten: {len(rows)}")
         left = self.left()
         if not left:
             found.append("no measured metric shows that the start model knew the forget rows")

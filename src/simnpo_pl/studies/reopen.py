@@ -133,10 +133,10 @@ def to_measure(options: Sequence[str]) -> dict[str, Any] | None:
     """The metrics that a `fit` with these options will have, all 0, as its results hold them; None if it fails."""
     try:
         data = LoadedRun(["fit", *options]).read_data()
+        given, evaluation, log = data.eval, data.evaluation(), data.find_retain_log()
     except Exception:
         # The run says why.
         return None
-    given, evaluation, log = data.eval, data.evaluation(), data.find_retain_log()
     later = [name for name, why in evaluation.unavailable.items() if given.retrained and why == NO_RETRAINED]
     names = dict.fromkeys([*evaluation.names(), *later, *([UDS] if given.depth else [])], 0.0)
     found = {model: {"metrics": names} for model in ("start", "final", "retrained") if getattr(given, model)}
