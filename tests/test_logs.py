@@ -13,8 +13,9 @@ import torch
 from helpers import match_rows
 from simnpo_pl.metrics import functional as F
 from simnpo_pl.metrics.export import open_unlearning_log
-from simnpo_pl.metrics.logs import geometric_ratio, parse_rows, read_retain_log
+from simnpo_pl.metrics.logs import parse_rows, read_retain_log
 from simnpo_pl.metrics.membership import ATTACKS
+from simnpo_pl.runs.record import geometric_ratio
 from simnpo_pl.utils.errors import UserError
 
 SHARED = os.environ.get("SIMNPO_PL_SHARED")

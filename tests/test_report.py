@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -195,6 +197,16 @@ def test_attacks_are_shown(tmp_path: Path):
 @pytest.fixture
 def runs(tmp_path: Path) -> list[Path]:
     return [write_run(tmp_path / "one", 0.55, 0.2), write_run(tmp_path / "two", 0.65, 1e-6)]
+
+
+def test_a_report_is_made_without_torch(runs: list[Path], tmp_path: Path):
+    """Importing it takes several seconds."""
+    code = (
+        "import sys; from simnpo_pl.__main__ import main\n"
+        "main(['report', *sys.argv[1:-1], '-o', sys.argv[-1]])\n"
+        "assert not {'torch', 'lightning', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code, *runs, tmp_path / "report.html"], check=True)
 
 
 def test_columns_are_those_measured(runs: list[Path], tmp_path: Path):

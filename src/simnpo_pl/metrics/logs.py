@@ -267,16 +267,6 @@ def _tofu_rows(forget: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def geometric_ratio(row: Mapping[str, Any]) -> float | None:
-    """Of a row of a run's files, whatever the run's convention; None if it has none."""
-    try:
-        ratio = _truth_ratio(row)
-    except TypeError:
-        # A loss that is not finite is null in the file.
-        return None
-    return None if ratio is None or math.isnan(ratio) else ratio
-
-
 def _truth_ratio(row: Mapping[str, Any], convention: str = "geometric") -> float | None:
     """From the losses if the row holds them, else the geometric ratio that it has."""
     # Without a paraphrase the answer itself takes its place.

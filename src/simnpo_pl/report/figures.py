@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simnpo_pl.metrics.logs import geometric_ratio
 from simnpo_pl.metrics.titles import title_of
 from simnpo_pl.report import robustness
 from simnpo_pl.report.drawing import STYLE, log_labels, plain, points
-from simnpo_pl.runs.record import Row, Run
+from simnpo_pl.runs.record import Row, Run, geometric_ratio
 
 PALETTE = ("#3b82c4", "#d9822b", "#3a9d5d", "#b5539c", "#c0504d", "#7a6cc7", "#4f9292", "#a88b2c")
 """Readable on white and on black; a run has the same color in every figure."""

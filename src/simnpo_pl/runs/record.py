@@ -1,10 +1,12 @@
 """A run folder as `fit` and `test` leave it; all that reads one does so through `Run`."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from simnpo_pl.metrics.titles import number
@@ -21,6 +23,15 @@ MEASURING = ("retain_log", "retrained", "truth_ratio", "generate_rows", "max_new
 """Settings of the evaluation that change values of metrics."""
 TOLD = ("objective", "retain_loss", "forget_weight", "retain_weight", "update")
 """Settings of the model that `Run.settings` tells."""
+
+
+def geometric_ratio(row: Row) -> float | None:
+    """Truth ratio of a row of a run's files, whatever the run's convention; None if it has none, or no finite loss."""
+    right, wrong = row.get("paraphrase_nll", row.get("answer_nll")), row.get("perturbed_nll")
+    if wrong is None:
+        return row.get("truth_ratio")
+    losses: list[Any] = right if isinstance(right, list) else [right]
+    return None if None in (*losses, *wrong) else math.exp(min(700.0, fmean(losses) - fmean(wrong)))
 
 
 def _lines(name: str) -> "cached_property[list[Row]]":

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simnpo_pl.metrics import titles
-from simnpo_pl.metrics.logs import geometric_ratio
 from simnpo_pl.metrics.titles import number
 from simnpo_pl.report.drawing import check_installed, legend_outside, log_labels, panels
 from simnpo_pl.report.figures import GREY, color, largest_gap
-from simnpo_pl.runs.record import Row, Run, read_runs
+from simnpo_pl.runs.record import Row, Run, geometric_ratio, read_runs
 from simnpo_pl.utils import markdown
 from simnpo_pl.utils.errors import UserError
 
