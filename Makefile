@@ -38,7 +38,7 @@ docs: $(INSTALLED) ## build the documentation into site/; a warning is an error
 chaos: $(INSTALLED) ## interrupt and resume 200 runs of a tiny model, compare the results, write docs/reliability.md; about ten minutes
 	$(BIN)/python scripts/chaos.py --kills 50 --write docs/reliability.md
 
-bench: $(INSTALLED) ## compare time and memory with the public recipe, write docs/performance.md; all but the GPU; half an hour
+bench: $(INSTALLED) ## compare time and memory with the public recipe, write docs/performance.md; all but the GPU; 20 minutes
 	$(BIN)/python -m bench --write docs/performance.md
 
 lint: $(INSTALLED) ## check style and types
