@@ -169,14 +169,16 @@ def cli(run_options: list[str]) -> Callable[..., None]:
 
 
 @pytest.fixture
-def cli_error(run_options: list[str], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def cli_error(
+    run_options: list[str], capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., str]:
     """Runs a command that fails as a user's mistake does: exit code 2 and one line, which is returned."""
     from simnpo_pl.__main__ import main
 
     def call(command: str, *options: str) -> str:
         os.environ.pop("SIMNPO_PL_RUN_DIR", None)
         with pytest.raises(SystemExit) as stop:
-            main([command, *run_options, *options])
+            main([command, *run_options, "--run_dir", str(tmp_path_factory.mktemp("refused") / "run"), *options])
         assert stop.value.code == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1

@@ -396,7 +396,9 @@ def test_full_disk_in_a_run_is_one_line(cli_error: Error, tmp_path: Path, monkey
     assert "No space left on device: last.ckpt" in cli_error("fit", "--run_dir", str(tmp_path / "run"))
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(run_options: list[str], monkeypatch: pytest.MonkeyPatch):
+def test_a_fault_of_the_program_keeps_its_traceback(
+    run_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from simnpo_pl.__main__ import main
     from simnpo_pl.cli import main as cli
 
@@ -405,7 +407,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(run_options: list[str], monk
 
     monkeypatch.setattr(cli, "plan", fail)
     with pytest.raises(KeyError, match="a bug"):
-        main(["test", *run_options])
+        main(["test", *run_options, "--run_dir", str(tmp_path)])
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path):
