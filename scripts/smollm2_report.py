@@ -103,8 +103,7 @@ class Report:
             f"Finished tasks: {counts}. Device: {devices}; versions of the runs: {', '.join(sorted(versions))}. "
             "A run of unlearning with its evaluation took "
             f"{cell(spread([one['wall_seconds'] for one in fits]))} seconds beside other runs, and at most "
-            f"{number(memory)} GiB; all tasks together took {minutes:.0f} minutes, "
-            "several at a time."
+            f"{number(memory)} GiB; all tasks together took {minutes:.0f} minutes, several at a time."
         )
 
     def trials(self) -> str:

@@ -275,6 +275,9 @@ def test_a_model_beside_itself(cli, other_folder, tmp_path, convention):
 
 def test_a_null_loss_has_no_ratio():
     assert geometric_ratio({"paraphrase_nll": 1.0, "perturbed_nll": [2.0, 4.0], "truth_ratio": 9}) == math.exp(-2)
+    losses = torch.tensor([1.7, 0.3, 2.9, 1.1], dtype=torch.float64)
+    torched = F.truth_ratio(losses[:1], losses[None, 1:]).item()
+    assert geometric_ratio({"answer_nll": 1.7, "perturbed_nll": [0.3, 2.9, 1.1]}) == pytest.approx(torched, rel=1e-12)
     assert geometric_ratio({"paraphrase_nll": None, "perturbed_nll": [2.0], "truth_ratio": 0.0}) is None
     assert geometric_ratio({"answer_nll": 1.0, "truth_ratio": None}) is geometric_ratio({"answer_nll": 1.0}) is None
 

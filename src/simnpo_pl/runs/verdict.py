@@ -271,9 +271,11 @@ class Verdict:
             if (known := self.change("retain/probability").start) is not None and known < KNOWN:
                 rows.append("give rows that the start model knows: --data.retain auto, or another FILE")
             return [*rows, *change("--model.lr", lr, 1 / 3), *change("--model.forget_weight", weight, 0.5)]
-        start = "leave --eval.start true, so that the model is measured before and after"
-        measure = {"start": start, "retrained": "measure a retrained model beside it: --eval.retrained MODEL"}
-        return [measure[m] for m in measure if category == "inconclusive" and not self.models[m]][:1]
+        if category == "inconclusive" and not self.models["start"]:
+            return ["leave --eval.start true, so that the model is measured before and after"]
+        if category == "inconclusive" and not self.models["retrained"]:
+            return ["measure a retrained model beside it: --eval.retrained MODEL"]
+        return []
 
 
 def verdict(record: Mapping[str, Any]) -> dict[str, Any]:
